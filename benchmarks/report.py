@@ -1,0 +1,351 @@
+"""Tables and pictures, made anew from the rows: nothing in them is typed by hand.
+
+The README's table goes between its markers; all tables go into `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.rows import RESULTS, Row, latest, read
+from benchmarks.tasks.growth import exponent
+
+__all__ = ["inserted", "main", "short_table", "tables"]
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+HERE = Path(__file__).parent
+
+HEADLINES = ("8 × 125M bf16", "4 × 1.1B bf16, 2 shards")
+"""Cases of the README's table."""
+
+
+def main() -> None:
+    """Write the tables into both READMEs, and draw the pictures."""
+    rows = read()
+    for path, text in ((HERE.parent / "README.md", short_table), (HERE / "README.md", tables)):
+        content = path.read_text(encoding="utf-8")
+        if BEGIN in content:
+            path.write_text(inserted(content, text(rows)), encoding="utf-8")
+    draw(rows)
+
+
+def inserted(content: str, text: str) -> str:
+    """Put a text between the markers, in place of what is there."""
+    before, _, rest = content.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    assert found, f"{BEGIN} without {END}"
+    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """Give the README's table: one line per tool, whole process, warm page cache."""
+    cases = [case for case in HEADLINES if latest(rows, "uniform", case, cache="warm")]
+    if not cases:
+        return "No rows yet."
+    head = ["whole process, warm", *(f"{case}: time" for case in cases), "memory", "wrong elements"]
+    tools: dict[str, list[str]] = {}
+    order: dict[str, float] = {}
+    for tool in _tools(rows, cases):
+        cells = []
+        for case in cases:
+            found = _rows(rows, case, tool)
+            cells.append(f"{_median(found, 'wall_s'):.2f} s" if found else "–")
+        found = next(f for case in reversed(cases) if (f := _rows(rows, case, tool)))
+        peak = _median(found, "peak_anonymous_nbytes") / 1e6
+        wrong = max(row["answer"]["share_wrong"] for row in found)
+        tools[tool] = [tool, *cells, _nbytes(peak), _percent(wrong)]
+        order[tool] = min(
+            (_median(f, "wall_s") for case in cases if (f := _rows(rows, case, tool))),
+            default=0.0,
+        )
+    body = [tools[tool] for tool in sorted(tools, key=order.__getitem__)]
+    limits = ["the machine's limit"]
+    for case in cases:
+        ours = _rows(rows, case, "streamsoup")
+        limits.append(f"{_median(ours, 'limit_s'):.2f} s")
+    return "\n\n".join([_table([head, [*limits, "", ""], *body]), _where(rows, cases)])
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Give all tables."""
+    parts = [
+        *_uniform(rows),
+        _limits(rows),
+        _growth(rows),
+        _kernels(rows),
+        _startup(rows),
+        *_others(rows),
+    ]
+    return "\n\n".join(part for part in parts if part) or "No rows yet."
+
+
+def _uniform(rows: Sequence[Row]) -> Iterable[str]:
+    """Give a table for each case and cache: tools, with medians and spreads."""
+    cases = dict.fromkeys((r["case"], r.get("cache")) for r in rows if r["task"] == "uniform")
+    for case, cache in cases:
+        if cache is None or not latest(rows, "uniform", case, cache=cache, tool="streamsoup"):
+            continue
+        lines = []
+        for tool in _tools(rows, [case], cache):
+            found = _rows(rows, case, tool, cache)
+            shares = [row["limit_s"] / row["wall_s"] for row in found]
+            lines.append(
+                (
+                    _median(found, "wall_s"),
+                    [
+                        tool,
+                        _spread(found, "wall_s"),
+                        f"{_median(found, 'sync_s'):.2f}",
+                        f"{_median(found, 'cpu_s'):.1f}",
+                        f"{statistics.median(shares):.2f}",
+                        _nbytes(_median(found, "peak_anonymous_nbytes") / 1e6),
+                        f"{_median(found, 'read_nbytes') / 1e9:.2f}",
+                        f"{_median(found, 'written_nbytes') / 1e9:.2f}",
+                        _percent(max(row["answer"]["share_wrong"] for row in found)),
+                        str(max(row["answer"]["largest_ulps"] for row in found)),
+                    ],
+                )
+            )
+        head = ["tool", "wall s: median (least–most)", "sync after, s", "CPU s", "limit / wall"]
+        head += ["peak memory", "read GB", "written GB", "wrong elements", "ulps"]
+        title = f"### Uniform soup, {case}, {cache} page cache"
+        skipped = [
+            f"{row['tool']}: {row['skipped']}." for row in rows if _skipped(row, rows, case, cache)
+        ]
+        table = _table([head, *(line for _, line in sorted(lines, key=lambda pair: pair[0]))])
+        yield "\n\n".join([title, table, *skipped, _where(rows, [case], cache)])
+
+
+def _skipped(row: Row, rows: Sequence[Row], case: str, cache: str) -> bool:
+    session = latest(rows, "uniform", case, cache=cache, tool="streamsoup")[0]["session"]
+    return (
+        row["task"] == "uniform"
+        and row["case"] == case
+        and "skipped" in row
+        and row["session"] == session
+    )
+
+
+def _limits(rows: Sequence[Row]) -> str:
+    lines = []
+    cases = dict.fromkeys((r["case"], r["cache"]) for r in rows if r["task"] == "limits")
+    for case, cache in cases:
+        found = latest(rows, "limits", case, cache=cache)
+        for tool in dict.fromkeys(row["tool"] for row in found):
+            mine = [row for row in found if row["tool"] == tool]
+            lines.append([case, cache, tool, _spread(mine, "seconds"), _spread(mine, "gb_per_s")])
+    head = ["case", "page cache", "what", "s: median (least–most)", "GB/s"]
+    return "### What the machine can do\n\n" + _table([head, *lines]) if lines else ""
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    mine = [row for row in rows if row["task"] == "growth"]
+    text = []
+    for what, of in (("ingredients", "n"), ("bytes of a model", "output_nbytes")):
+        sessions: dict[str, list[Row]] = {}
+        for row in mine:
+            sessions.setdefault(row["session"], []).append(row)
+        fitting = [s for s, each in sessions.items() if len({row[of] for row in each}) > 2]
+        if not fitting:
+            continue
+        found = sessions[max(fitting)]
+        cases = list(dict.fromkeys(row["case"] for row in found))
+        groups = [[row for row in found if row["case"] == case] for case in cases]
+        lines = [
+            [
+                case,
+                f"{group[0]['input_nbytes'] / 1e9:.2f}",
+                _spread(group, "wall_s"),
+                _spread(group, "cpu_s"),
+                f"{_median(group, 'peak_anonymous_nbytes') / 1e6:.1f}",
+            ]
+            for case, group in zip(cases, groups, strict=True)
+        ]
+        head = ["case", "GB read", "wall s: median (least–most)", "CPU s", "peak memory, MB"]
+        moved = [(g[0]["input_nbytes"] + g[0]["output_nbytes"]) for g in groups]
+        peaks = [_median(group, "peak_anonymous_nbytes") for group in groups]
+        fits = []
+        for key in ("wall_s", "cpu_s"):
+            each = [_median(group, key) for group in groups]
+            fits.append(f"{key[:-2]} time {exponent(list(zip(moved, each, strict=True))):.2f}")
+            half = len(groups) // 2
+            late = exponent(list(zip(moved[half - 1 :], each[half - 1 :], strict=True)))
+            fits[-1] += f" ({late:.2f} over the larger half)"
+        memory = exponent(list(zip([g[0][of] for g in groups], peaks, strict=True)))
+        middle = statistics.median(peaks)
+        swing = max(max(peaks) / middle - 1, 1 - min(peaks) / middle)
+        text.append(
+            f"### Growth with the number of {what}\n\n{_table([head, *lines])}\n\n"
+            f"Exponents in bytes read and written: {', '.join(fits)}.\n"
+            f"Exponent of memory: {memory:.3f}; it stays within ± {swing:.1%} of its median.\n\n"
+            f"{_about(found)}"
+        )
+    return "\n\n".join(text)
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["task"] == "kernels"))
+    lines = []
+    for case in cases:
+        found = latest(rows, "kernels", case)
+        share = ""
+        if "limit_gb_per_s" in found[0] and "memory" in case:
+            shares = [row["gb_per_s"] / row["limit_gb_per_s"] for row in found]
+            share = f"{statistics.median(shares):.2f}"
+        lines.append([case, _spread(found, "gb_per_s"), share])
+    head = ["data", "GB/s of input: median (least–most)", "share of memory bandwidth"]
+    return (
+        "### Kernels alone, 8 ingredients\n\n"
+        + _table([head, *lines])
+        + "\n\n"
+        + _about(latest(rows, "kernels", cases[-1]))
+        if lines
+        else ""
+    )
+
+
+def _startup(rows: Sequence[Row]) -> str:
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["task"] == "startup"))
+    lines = []
+    for case in cases:
+        found = latest(rows, "startup", case)
+        peak = _median(found, "peak_anonymous_nbytes") / 1e6
+        lines.append([case, _spread(found, "wall_s"), f"{_median(found, 'cpu_s'):.2f}"])
+        lines[-1].append(f"{peak:.0f} MB")
+    head = ["command", "wall s: median (least–most)", "CPU s", "peak memory"]
+    return "### Start-up\n\n" + _table([head, *lines]) if lines else ""
+
+
+def _others(rows: Sequence[Row]) -> Iterable[str]:
+    """Give the tables of tasks whose rows name their own numbers."""
+    for task, title in (
+        ("greedy", "Greedy search"),
+        ("gram", "Gram matrix"),
+        ("learned", "Learned soup"),
+    ):
+        cases = list(dict.fromkeys(row["case"] for row in rows if row["task"] == task))
+        lines = []
+        for case in cases:
+            found = latest(rows, task, case)
+            for tool in dict.fromkeys(row["tool"] for row in found):
+                mine = [row for row in found if row["tool"] == tool]
+                shown = [f"{label} {_spread(mine, key)}" for key, label in mine[0]["shown"].items()]
+                lines.append([case, tool, "; ".join(shown)])
+        if lines:
+            about = _about(latest(rows, task, cases[-1]))
+            yield f"### {title}\n\n{_table([['case', 'tool', 'numbers'], *lines])}\n\n{about}"
+
+
+def draw(rows: Sequence[Row]) -> None:
+    """Draw time by tool for each case, and growth, into `results/`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [case for case in HEADLINES if latest(rows, "uniform", case, cache="warm")]
+    if cases:
+        figure, axes = pyplot.subplots(
+            1, len(cases), figsize=(6 * len(cases), 4), squeeze=False, layout="constrained"
+        )
+        for axis, case in zip(axes[0], cases, strict=True):
+            medians = {
+                tool: _median(_rows(rows, case, tool), "wall_s") for tool in _tools(rows, [case])
+            }
+            medians["the machine's limit"] = _median(_rows(rows, case, "streamsoup"), "limit_s")
+            names = sorted(medians, key=lambda name: -medians[name])
+            colours = [
+                {"streamsoup": "C1", "the machine's limit": "0.3"}.get(n, "C0") for n in names
+            ]
+            bars = axis.barh(names, [medians[name] for name in names], color=colours)
+            axis.bar_label(bars, fmt=" %.2f")
+            axis.set_title(f"{case}, warm: whole process, seconds")
+            axis.margins(x=0.12)
+        figure.savefig(RESULTS / "uniform.svg", metadata={"Date": None})
+        pyplot.close(figure)
+    grown = [row for row in rows if row["task"] == "growth"]
+    if grown:
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+        for session in dict.fromkeys(row["session"] for row in grown):
+            mine = [row for row in grown if row["session"] == session]
+            varied = "n" if len({row["n"] for row in mine}) > 1 else "size"
+            points = sorted(
+                {
+                    (
+                        group[0]["input_nbytes"] / 1e9,
+                        _median(group, "wall_s"),
+                        _median(group, "peak_anonymous_nbytes") / 1e6,
+                    )
+                    for case in dict.fromkeys(row["case"] for row in mine)
+                    for group in [[row for row in mine if row["case"] == case]]
+                }
+            )
+            label = "more ingredients" if varied == "n" else "larger models"
+            for axis, column in zip(axes, (1, 2), strict=True):
+                axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=label)
+        for axis, title in zip(axes, ("seconds, whole process", "peak memory, MB"), strict=True):
+            axis.set(title=title, xlabel="GB read", xscale="log")
+            axis.set_ylim(bottom=0)
+            axis.legend()
+        axes[0].set_yscale("log")
+        figure.savefig(RESULTS / "growth.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _tools(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> list[str]:
+    return list(
+        dict.fromkeys(
+            row["tool"] for case in cases for row in latest(rows, "uniform", case, cache=cache)
+        )
+    )
+
+
+def _rows(rows: Sequence[Row], case: str, tool: str, cache: str = "warm") -> list[Row]:
+    found = latest(rows, "uniform", case, cache=cache)
+    return [row for row in found if row["tool"] == tool and row["status"] == 0]
+
+
+def _median(rows: Sequence[Row], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def _spread(rows: Sequence[Row], key: str) -> str:
+    values = [row[key] for row in rows]
+    middle = statistics.median(values)
+    digits = 3 if middle < 1 else 2 if middle < 10 else 1
+    low, high = min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else f"{share:.2%}" if share >= 5e-5 else f"{share:.0e}"
+
+
+def _nbytes(mega: float) -> str:
+    return f"{mega:.0f} MB" if mega < 999.5 else f"{mega / 1000:.1f} GB"
+
+
+def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
+    return _about(
+        [row for case in cases for row in _rows(rows, case, "streamsoup", cache)], runs=True
+    )
+
+
+def _about(rows: Sequence[Row], *, runs: bool = False) -> str:
+    """Say on what, with what, and when rows were measured."""
+    row = rows[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    commits = ", ".join(dict.fromkeys(each["commit"] for each in rows))
+    days = ", ".join(dict.fromkeys(each["session"][:10] for each in rows))
+    others = [each.get("others_cpus", 0.0) for each in rows]
+    load = f"others kept {min(others):.2f}–{max(others):.2f} CPUs busy"
+    text = f"{row['cpu']}, {row['n_cpus']} CPUs, {row['memory_gb']} GB, Linux {row['kernel']}, "
+    return f"{text}Python {row['python']}, {versions}; commit {commits}, {days}, {load}."
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))

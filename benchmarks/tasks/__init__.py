@@ -1,0 +1,1 @@
+"""What is measured: one room for each question."""

@@ -1,0 +1,55 @@
+"""How do time and memory grow with the number of ingredients, and with their size?
+
+A line is fitted to the logarithms: the exponent of time in bytes should be 1, of memory 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from benchmarks.checkpoints import Case, cache_folder, make
+from benchmarks.measure import measure, remove, settle, warm_cache
+from benchmarks.ours import uniform
+from benchmarks.rows import Session
+
+__all__ = ["run"]
+
+
+def run(session: Session, cases: Sequence[Case], *, rounds: int = 3) -> None:
+    """Measure cases, interleaved. They share ingredients where they differ in number alone."""
+    output = cache_folder() / "soups" / "growth"
+    for case in cases:
+        make(case)
+    for round_ in range(rounds):
+        for case in cases:
+            ingredients = make(case)
+            settle()
+            warm_cache(ingredients)
+            result = measure(uniform(output, ingredients), output=output)
+            assert result.status == 0, result.stderr
+            session.add(
+                "growth",
+                "streamsoup",
+                case.label,
+                round=round_,
+                n=case.n,
+                size=case.size,
+                input_nbytes=case.n * case.nbytes_each,
+                output_nbytes=case.nbytes_each,
+                **result.row(),
+            )
+    remove(output)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Give the slope of the line through the logarithms of points ``(x, y)``, least squares.
+
+    >>> round(exponent([(1, 3), (2, 6), (4, 12)]), 3)
+    1.0
+    """
+    xs = [math.log(x) for x, _ in points]
+    ys = [math.log(y) for _, y in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    square = sum((x - mean_x) ** 2 for x in xs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / square

@@ -1,0 +1,147 @@
+"""How fast is a uniform soup, beside its peers and beside what the machine can do?
+
+Every round measures the limit, then streamsoup, then each peer, so that whatever else the machine
+does falls on all alike. The limit is: read every mapped page of every input once, with all cores,
+then write and sync as many bytes as the output has. For a cold cache, it is the fastest of several
+ways to read the files from the disk, and nothing for the output, which is written meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.answers import Answer, check
+from benchmarks.checkpoints import Case, cache_folder, make
+from benchmarks.measure import Measurement, drop_cache, measure, remove, settle, warm_cache
+from benchmarks.ours import uniform
+from benchmarks.peers import Peer, command, install, versions, why_not
+from benchmarks.rows import Session
+
+__all__ = ["run"]
+
+LIMITS = Path(__file__).parent.parent / "limits.py"
+
+
+def run(
+    session: Session,
+    case: Case,
+    *,
+    peers: Sequence[Peer] = (),
+    rounds: int = 5,
+    peer_rounds: int = 3,
+    cold: bool = False,
+) -> None:
+    """Check every answer, then measure all tools, interleaved."""
+    ingredients = make(case)
+    failed = install(peers)
+    for peer in peers:
+        reason = failed.get(peer.room) or why_not(peer, case, _available())
+        if reason:
+            session.add("uniform", peer.name, case.label, skipped=reason)
+    peers = [p for p in peers if p.room not in failed and not why_not(p, case, _available())]
+    tiny = make(Case("0.5M", 2, case.dtype))
+    answers: dict[str, Answer] = {}
+    for name, line, env in [("streamsoup", _ours(case, ingredients), {})] + [
+        (peer.name, command(peer, _output(peer.name), ingredients), dict(peer.env))
+        for peer in peers
+    ]:
+        output = _output(name)
+        result = measure(line, output=output, env=env)
+        if result.status:
+            reason = result.stderr.strip().rpartition("\n")[2][:200]
+            session.add("uniform", name, case.label, skipped=f"failed: {reason}")
+        else:
+            ours = _output("streamsoup") if answers else None
+            answers[name] = check(output, ingredients, ours)
+            assert answers["streamsoup"].share_wrong == 0, "streamsoup is wrong: nothing was timed"
+        if name != "streamsoup":
+            remove(output)
+    for round_ in range(rounds):
+        cache = "cold" if cold else "warm"
+        numbers = {"cache": cache, "round": round_, "input_nbytes": case.n * case.nbytes_each}
+        limit_s = _limit(session, case, ingredients, numbers)
+        for name, answer in answers.items():
+            if name != "streamsoup" and round_ >= peer_rounds:
+                continue
+            peer_of = {peer.name: peer for peer in peers}
+            peer = peer_of.get(name)
+            output = _output(name)
+            line = (
+                command(peer, output, ingredients) if peer is not None else _ours(case, ingredients)
+            )
+            env = dict(peer.env) if peer is not None else {}
+            # Its libraries are to be in the page cache, as its ingredients are: some machines
+            # take from the cache what lay there for a minute.
+            start = command(peer, output, tiny) if peer is not None else uniform(output, tiny)
+            measure(start, output=output, env=env)
+            _prepare(ingredients, cold)
+            result = measure(line, output=output, env=env)
+            remove(output)
+            session.add(
+                "uniform",
+                name,
+                case.label,
+                **numbers,
+                **result.row(),
+                limit_s=limit_s,
+                answer=answer.row(),
+                status=result.status,
+                tool_versions=versions(peer) if peer is not None else {},
+            )
+
+
+def _limit(
+    session: Session, case: Case, ingredients: Sequence[Path], numbers: dict[str, object]
+) -> float:
+    """Measure the machine's own limit for a case, in seconds."""
+    files = [str(path) for folder in ingredients for path in folder.glob("*.safetensors")]
+    cold = numbers["cache"] == "cold"
+    n_cpus = len(os.sched_getaffinity(0))
+    ways = [("mapped", n_cpus), ("plain", n_cpus), ("plain", 1)]
+    if cold:
+        ways = [("mapped", n_cpus), *(("plain", n) for n in (1, 2, 4, 8))]
+    seconds: dict[str, float] = {}
+    for way, n_threads in ways:
+        _prepare(ingredients, cold)
+        seconds[f"{way}, {n_threads} threads"] = _ask(way, n_threads, *files)
+    room = cache_folder() / "soups"
+    room.mkdir(parents=True, exist_ok=True)
+    write_s = _ask("write", case.nbytes_each, room / "limit")
+    for name, read_s in seconds.items():
+        rate = case.n * case.nbytes_each / read_s / 1e9
+        session.add("limits", f"read {name}", case.label, **numbers, seconds=read_s, gb_per_s=rate)
+    rate = case.nbytes_each / write_s / 1e9
+    session.add("limits", "write and sync", case.label, **numbers, seconds=write_s, gb_per_s=rate)
+    if cold:
+        return min(seconds.values())
+    return seconds[f"mapped, {n_cpus} threads"] + write_s
+
+
+def _ask(*arguments: object) -> float:
+    result: Measurement = measure([sys.executable, str(LIMITS), *map(str, arguments)])
+    assert result.status == 0, result.stderr
+    return float(json.loads(result.stdout))
+
+
+def _prepare(ingredients: Sequence[Path], cold: bool) -> None:
+    settle()
+    (drop_cache if cold else warm_cache)(ingredients)
+
+
+def _output(name: str) -> Path:
+    return cache_folder() / "soups" / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _ours(case: Case, ingredients: Sequence[Path]) -> list[str]:
+    return uniform(_output("streamsoup"), ingredients)
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 0

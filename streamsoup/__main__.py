@@ -1,0 +1,21 @@
+"""``python -m streamsoup`` and the console script."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def main() -> None:
+    """Run the command line, and exit with its status."""
+    from streamsoup.cli import cli
+
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character must not turn a finished soup into a failure.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(cli())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Commands for soups whose coefficients follow from a formula."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.soups.make import Soup
+
+SOUP = common.stack(common.WRITING, common.MAKING, common.RUNNING, common.REPORTING)
+BASE = click.option(
+    "--base", required=True, metavar="CKPT", help="What the others were fine-tuned from."
+)
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option("--decay", type=float, default=0.9, show_default=True, help="Kept at each step.")
+@SOUP
+def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
+    """Take the exponential moving average of checkpoints, oldest first."""
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import ema
+
+        return ema(ingredients, decay, output=output, options=options)
+
+    return common.make_soup(make, ingredients, settings)
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option("--window", type=int, required=True, metavar="K", help="How many of the latest.")
+@SOUP
+def lawa(ingredients: tuple[str, ...], window: int, output: str, **settings: Any) -> int:
+    """Average the latest K checkpoints of a run, given oldest first (LAWA)."""
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import lawa
+
+        return lawa(ingredients, window, output=output, options=options)
+
+    return common.make_soup(make, ingredients, settings)
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option(
+    "--curve",
+    type=click.Choice(["linear", "cosine", "sqrt"]),
+    default="linear",
+    show_default=True,
+    help="The learning rate decay that it stands in for.",
+)
+@SOUP
+def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) -> int:
+    """Merge checkpoints of a constant learning rate, oldest first, in place of its decay (WSM)."""
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import wsm
+
+        return wsm(ingredients, curve, output=output, options=options)
+
+    return common.make_soup(make, ingredients, settings)
+
+
+@click.command()
+@common.INGREDIENTS
+@BASE
+@click.option(
+    "--scale", required=True, metavar="L", help="λ, such as .4; or one for each: .4,.3,-1"
+)
+@SOUP
+def arithmetic(
+    ingredients: tuple[str, ...], base: str, scale: str, output: str, **settings: Any
+) -> int:
+    """Add λ times each task vector to the base (task arithmetic)."""
+    scales = common.numbers(scale)
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import arithmetic
+
+        given = scales[0] if len(scales) == 1 else scales
+        return arithmetic(ingredients, given, base=base, output=output, options=options)
+
+    return common.make_soup(make, (base, *ingredients), settings)
+
+
+@click.command()
+@common.INGREDIENTS
+@BASE
+@SOUP
+def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any) -> int:
+    """Go from the base towards the mean, tensor by tensor, as far as angles say (Model Stock)."""
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import stock
+
+        return stock(ingredients, base=base, output=output, options=options)
+
+    def say(soup: Soup) -> list[str]:
+        report = soup.provenance.report
+        lines = [
+            f"ratio t from the base (0) to the mean (1): {report['ratio_mean']:.3f} on average, "
+            f"{report['ratio_min']:.3f} to {report['ratio_max']:.3f}"
+        ]
+        if report["n_negative"]:
+            lines.append(
+                "held at the base, as their task vectors point apart: "
+                f"{report['negative']} ({report['n_negative']} in all)"
+            )
+        return lines
+
+    return common.make_soup(make, (base, *ingredients), settings, say)
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights.")
+@click.option("-t", "t", type=float, help="For two: 0 is the first, 1 the second; default .5.")
+@click.option("--weights", "-w", metavar="W,W,…", help="For more: a weight for each.")
+@SOUP
+def slerp(
+    ingredients: tuple[str, ...],
+    base: str | None,
+    t: float | None,
+    weights: str | None,
+    output: str,
+    **settings: Any,
+) -> int:
+    """Take the mean on a sphere, tensor by tensor: SLERP of two, the barycentre of more."""
+    n = len(ingredients)
+    if t is not None and (n != 2 or weights is not None):
+        raise click.UsageError("-t is for two checkpoints; give --weights instead")
+    if t is not None:
+        shares = [1.0 - t, t]
+    else:
+        shares = [1.0] * n if weights is None else common.numbers(weights)
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.closed import slerp
+
+        return slerp(ingredients, shares, base=base, output=output, options=options)
+
+    paths = ingredients if base is None else (base, *ingredients)
+    return common.make_soup(make, paths, settings)

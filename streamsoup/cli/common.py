@@ -1,0 +1,254 @@
+"""What the commands share: options, and the supervised run that ends in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.errors import OutputError, StreamsoupError, printable
+from streamsoup.supervise import supervised
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.soups.make import Soup
+    from streamsoup.terminal import Watcher
+
+Command = Callable[..., Any]
+
+
+def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Make one decorator of several, applied as if written one below the other."""
+
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
+COEFFICIENTS = click.option(
+    "--coefficients", "-c", metavar="C,C,…", help="One factor for each, such as .7,.3."
+)
+REPORTING = stack(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress, no warnings."),
+)
+MAKING = stack(
+    click.option("--dtype", default="same", show_default=True, help="f32, bf16, f16, f64, …"),
+    click.option("--shard-size", metavar="SIZE", help="Largest shard; default: as in the first."),
+    click.option(
+        "--non-float",
+        type=click.Choice(["same", "first"]),
+        default="same",
+        show_default=True,
+        help="Integers must be the same, or come from the first.",
+    ),
+    click.option(
+        "--non-finite",
+        type=click.Choice(["refuse", "propagate"]),
+        default="refuse",
+        show_default=True,
+        help="What to do with NaN and Inf.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; auto is cpu for what goes to disk.",
+    ),
+    click.option(
+        "--device-memory", metavar="SIZE", help="On the device; default: 1/16 of what is free."
+    ),
+)
+RUNNING = stack(
+    click.option(
+        "--memory", default="150MB", show_default=True, metavar="SIZE", help="Of the whole process."
+    ),
+    click.option("--threads", type=click.IntRange(1), help="Default: one per CPU, 8 at most."),
+    click.option(
+        "--io",
+        type=click.Choice(["auto", "mmap", "read"]),
+        default="auto",
+        show_default=True,
+        help="Map shards or read them; auto reads on network file systems.",
+    ),
+)
+WRITING = stack(
+    click.option("--output", "-o", required=True, metavar="OUT", help="Folder to make."),
+    click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step."),
+)
+
+
+def numbers(text: str) -> list[float]:
+    """Read a list of numbers, separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3") from None
+
+
+def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:
+    """Make options of what click gave for `MAKING`, `RUNNING` and `WRITING`."""
+    from streamsoup.options import Options
+
+    return Options(**settings, on_progress=watcher)
+
+
+def make_soup(
+    make: Callable[[Options], Soup],
+    ingredients: Sequence[str],
+    settings: Any,
+    say: Callable[[Soup], list[str]] | None = None,
+) -> int:
+    """Make a soup in a supervised process, and say so; `say` adds lines of its own."""
+    # No code of the user's runs here, and ours has no large matrices: starting OpenBLAS's threads
+    # takes 30 ms of processor time, a tenth of a small soup (measured).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+    def work(options: Options, watcher: Watcher, json_wanted: bool) -> None:
+        from streamsoup.terminal import summary
+
+        soup = make(options)
+        watcher.close()
+        if json_wanted:
+            tell([json.dumps(as_json(soup, watcher.peak_nbytes))])
+            return
+        n = len(soup.recipe.ingredients)
+        what = f"{soup.recipe.method} soup of {n} in {printable(soup.path)}"
+        if not soup.nbytes_read:
+            tell([f"{what}: an earlier run had finished it"])
+            return
+        numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
+        tell([summary(what, *numbers), *(say(soup) if say is not None else ())])
+
+    return supervise(work, "soup", ingredients, settings)
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Print the result of work that is done. Nobody may be there to read it."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"stdout: cannot be written: {error.strerror}; all work is done, but its result is not "
+            "printed"
+        ) from None
+
+
+def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
+    """Describe a finished soup as plain JSON."""
+    import msgspec
+
+    return {
+        "path": soup.path,
+        "recipe": msgspec.to_builtins(soup.recipe),
+        "nbytes_read": soup.nbytes_read,
+        "nbytes_written": soup.nbytes_written,
+        "elapsed_s": soup.elapsed_s,
+        "peak_nbytes": peak_nbytes,
+    }
+
+
+def supervise(
+    work: Callable[[Options, Watcher, bool], None],
+    label: str,
+    paths: Sequence[str],
+    settings: dict[str, Any],
+) -> int:
+    """Do work that reads weights in a child process; turn its errors into lines and statuses."""
+    as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
+
+    def child() -> int:
+        from streamsoup.terminal import Watcher, show_warnings
+
+        show_warnings(quiet)
+        watcher = Watcher(label, quiet)
+        try:
+            work(make_options(settings, watcher), watcher, as_json)
+        except StreamsoupError as error:
+            watcher.close()
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 0  # all is done, and nobody reads what there is to say
+        except Exception as error:
+            watcher.close()
+            print(f"error: {in_words(error)}", file=sys.stderr)
+            return 1
+        finally:
+            watcher.close()
+        return 0
+
+    status = supervised(child, lambda number, started: _explain(number, started, paths))
+    if status > 128:
+        after = "; the same command goes on from there" if label == "soup" else ""
+        print(f"interrupted by {signal.Signals(status - 128).name}{after}", file=sys.stderr)
+    return status
+
+
+def in_words(error: Exception) -> str:
+    """Say what nobody foresaw in one line, with the place where it happened."""
+    if isinstance(error, MemoryError):
+        return "out of memory; lower --memory or --threads"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{printable(os.fsdecode(error.filename))}: {error.strerror}"
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    at = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last is not None else "?"
+    return (
+        f"{type(error).__name__}: {printable(error)} (at {printable(at)}); "
+        "this should not happen: please report it"
+    )
+
+
+def _explain(number: int, started: float, paths: Sequence[str]) -> str:
+    """Say why the child died: of which shard, if it died of one."""
+    from streamsoup.formats.shards import Shard, open_ingredients
+
+    if number == signal.SIGBUS:
+        shards: list[Shard] = []
+        for path in paths:
+            try:
+                (ingredient,) = open_ingredients([path])
+            except (StreamsoupError, OSError) as error:
+                return f"an ingredient shrank while it was being read: {error}"
+            shards += ingredient.shards
+        newest = max(shards, key=lambda shard: shard.identity.mtime_ns)
+        if newest.identity.mtime_ns >= (started - 1) * 1e9:
+            return (
+                f"{printable(newest.path)}: was rewritten while it was being read; nothing was "
+                "written. Run again once nobody writes to it"
+            )
+        return (
+            "a mapped ingredient could not be read (SIGBUS): its disk failed, or it was truncated "
+            f"for a moment. It is one of {', '.join(map(printable, paths))}; --io read says which"
+        )
+    name = signal.Signals(number).name
+    why = "; the machine may be out of memory" if number == signal.SIGKILL else ""
+    return f"the working process was killed by {name}{why}; the same command goes on from there"
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """Print what the commands that only look have found, a line for each entry."""
+    width = max(len(key) for key in description)
+    for key, value in description.items():
+        if isinstance(value, list):
+            print(f"{key.replace('_', ' '):{width}}  {value[0] if len(value) == 1 else ''}")
+            for line in value if len(value) > 1 else ():
+                print(f"  {line}")
+        else:
+            print(f"{key.replace('_', ' '):{width}}  {value}")

@@ -1,0 +1,255 @@
+"""Commands that measure and show: the comparison, a path between two, a plane through three."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+from streamsoup.errors import printable
+
+if TYPE_CHECKING:
+    from streamsoup.comparison.rows import Comparison
+    from streamsoup.options import Options
+    from streamsoup.terminal import Watcher
+
+__all__ = ["compare", "landscape", "sweep"]
+
+TASK = click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
+RECALIBRATE = click.option(
+    "--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew for every mixture."
+)
+
+
+@click.command()
+@common.INGREDIENTS
+@TASK
+@click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
+@click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
+@click.option(
+    "--orders", type=click.IntRange(0), default=3, show_default=True, help="Random greedy orders."
+)
+@click.option(
+    "--curve", type=click.IntRange(0), default=8, show_default=True, help="Points of the curves."
+)
+@click.option(
+    "--pairs", type=click.IntRange(0), default=45, show_default=True, help="Most pairs to look at."
+)
+@click.option("--no-theory", is_flag=True, help="Leave out soup and ensemble in theory.")
+@click.option("--no-learned", is_flag=True, help="Leave out learned soups.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, pairs, intervals.")
+@RECALIBRATE
+@common.RUNNING
+@common.REPORTING
+def compare(
+    ingredients: tuple[str, ...],
+    task: str,
+    output: str,
+    base: str | None,
+    no_theory: bool,
+    no_learned: bool,
+    orders: int,
+    curve: int,
+    pairs: int,
+    seed: int,
+    recalibrate: bool,
+    **settings: Any,
+) -> int:
+    """Compare checkpoints, their soups and their ensembles on every split of a task.
+
+    Writes DIR/report.html and DIR/report.md. What was measured is kept in DIR/cache: a second run
+    measures nothing again, and one more checkpoint costs only what is new.
+    """
+    line = _Line(settings["quiet"])
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from dataclasses import replace
+
+        from streamsoup.comparison.table import CompareOptions
+        from streamsoup.comparison.table import compare as run_comparison
+        from streamsoup.report.comparison import write_report
+
+        chosen = CompareOptions(
+            orders=orders,
+            curve=curve,
+            pairs=pairs,
+            theory=not no_theory,
+            learned=() if no_learned else ("global", "layer"),
+            recalibrate=recalibrate,
+            seed=seed,
+        )
+        found = run_comparison(
+            ingredients,
+            task,
+            output=output,
+            base=base,
+            settings=chosen,
+            options=options,
+            watch=line,
+        )
+        line.close()
+        found = replace(found, commands=(_this_command(),))
+        page = write_report(found, output)
+        if as_json:
+            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            return
+        for each in _table(found):
+            print(each)
+        known = "nothing was measured again" if not found.n_measured else "the rest was known"
+        print(f"{found.n_measured} answers measured, {known}; the report is {printable(page)}")
+
+    return common.supervise(work, "compare", ingredients, settings)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@TASK
+@click.option("--plot", required=True, metavar="PNG", help="The picture; rows go beside it.")
+@click.option("--split", "splits", multiple=True, help="Default: the first one of the task.")
+@click.option(
+    "--resolution", type=click.IntRange(2, 1000), default=21, show_default=True,
+    help="Points along the longer side.",
+)  # fmt: skip
+@click.option(
+    "--margin", type=click.FloatRange(0, 10), default=0.25, show_default=True,
+    help="Beyond the checkpoints, as a part of the longer side.",
+)  # fmt: skip
+@RECALIBRATE
+@common.RUNNING
+@common.REPORTING
+def landscape(
+    base: str,
+    first: str,
+    second: str,
+    task: str,
+    plot: str,
+    splits: tuple[str, ...],
+    resolution: int,
+    margin: float,
+    recalibrate: bool,
+    **settings: Any,
+) -> int:
+    """Draw error and loss on the plane through BASE, A and B.
+
+    What was measured is kept in PNG.cache, so a run that was stopped goes on.
+    """
+    line = _Line(settings["quiet"])
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from streamsoup.comparison.landscape import landscape as measure
+        from streamsoup.report.figures import check_picture
+        from streamsoup.report.page import write_text
+        from streamsoup.report.paths import draw_landscape
+
+        check_picture(plot)
+        found = measure(
+            base,
+            first,
+            second,
+            task,
+            cache=f"{plot}.cache",
+            resolution=resolution,
+            margin=margin,
+            splits=splits,
+            recalibrate=recalibrate,
+            options=options,
+            watch=line,
+        )
+        line.close()
+        draw_landscape(found, plot)
+        rows = f"{os.path.splitext(plot)[0]}.jsonl"
+        write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
+        if as_json:
+            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            return
+        n = len(found.xs) * len(found.ys)
+        print(f"{n} points in {printable(plot)}, and as rows in {printable(rows)}")
+
+    return common.supervise(work, "landscape", (base, first, second), settings)
+
+
+def sweep(
+    ends: tuple[str, str], alphas: str, task: str, output: str, settings: dict[str, Any]
+) -> int:
+    """Measure the path between two checkpoints, and report it in the folder `output`."""
+    line = _Line(settings["quiet"])
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from streamsoup.comparison.barriers import parse_alphas
+        from streamsoup.comparison.paths import sweep as measure
+        from streamsoup.comparison.table import check_folder
+        from streamsoup.report.figures import have_matplotlib
+        from streamsoup.report.page import write_text
+        from streamsoup.report.paths import draw_sweep, sweep_page
+
+        at = parse_alphas(alphas)
+        check_folder(output, ends)
+        cache = os.path.join(output, "cache")
+        found = measure(*ends, task, at, cache=cache, options=options, watch=line)
+        line.close()
+        picture = "sweep.png" if have_matplotlib() else None
+        if picture is not None:
+            draw_sweep(found, os.path.join(output, picture))
+        rows = "".join(f"{each}\n" for each in found.to_lines())
+        write_text(os.path.join(output, "rows.jsonl"), rows)
+        page = sweep_page(found, picture, (_this_command(),))
+        write_text(os.path.join(output, "report.md"), page.to_markdown())
+        write_text(os.path.join(output, "report.html"), page.to_html(output))
+        if as_json:
+            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            return
+        best, val = found.best, found.splits.val
+        score = found.values[val][found.alphas.index(best)]
+        path = os.path.join(output, "report.html")
+        print(f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}")
+
+    return common.supervise(work, "interpolate", ends, settings)
+
+
+class _Line:
+    """One line on a terminal that says what was measured last."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._draws = not quiet and sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._draws:
+            print(f"\r\x1b[K{printable(text, 76)}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._draws:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _this_command() -> str:
+    return shlex.join(["streamsoup", *sys.argv[1:]])
+
+
+def _table(found: Comparison) -> list[str]:
+    """Give the rows that are no ingredients, in columns."""
+    rows = [row for row in found.rows if row.kind != "ingredient"]
+    show: Callable[[float], str] = (
+        (lambda x: f"{100 * x:.2f}") if found.is_share else (lambda x: f"{x:.4g}")
+    )
+    lines = [["", *found.splits.columns, "of"]]
+    for row in rows:
+        values = [row.cells[column].value for column in found.splits.columns]
+        count = f"{row.n_ingredients:.3g}"
+        lines.append([row.name, *(show(x) if x == x else "–" for x in values), count])
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        )
+        for line in lines
+    ]

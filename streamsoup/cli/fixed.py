@@ -1,0 +1,96 @@
+"""Commands for soups whose coefficients are known beforehand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.soups.make import Soup
+
+
+@click.command()
+@common.INGREDIENTS
+@common.WRITING
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
+    """Average checkpoints, all weighted alike."""
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.fixed import uniform
+
+        return uniform(ingredients, output=output, options=options)
+
+    return common.make_soup(make, ingredients, settings)
+
+
+@click.command()
+@common.INGREDIENTS
+@common.COEFFICIENTS
+@click.option("--normalize", is_flag=True, help="Divide by the sum of the coefficients.")
+@common.WRITING
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def mix(
+    ingredients: tuple[str, ...],
+    coefficients: str | None,
+    normalize: bool,
+    output: str,
+    **settings: Any,
+) -> int:
+    """Add checkpoints up, each times its coefficient."""
+    if coefficients is None:
+        raise click.UsageError("mix needs --coefficients, one for each checkpoint")
+    factors = common.numbers(coefficients)
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.fixed import mix
+
+        return mix(ingredients, factors, normalize=normalize, output=output, options=options)
+
+    return common.make_soup(make, ingredients, settings)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("fine_tuned", metavar="FT")
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="0 is BASE, 1 is FT.")
+@click.option("--alphas", metavar="A:B:STEP", help="Measure a sweep, such as 0:1:0.1; with --task.")
+@click.option("--task", metavar="TASK", help="For --alphas: task.py, or module:object.")
+@common.WRITING
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def interpolate(
+    base: str,
+    fine_tuned: str,
+    alpha: float,
+    alphas: str | None,
+    task: str | None,
+    output: str,
+    **settings: Any,
+) -> int:
+    """Go a part of the way from BASE to a fine-tuned checkpoint FT (WiSE-FT).
+
+    With --alphas and --task, no checkpoint is made: OUT is a report of the whole way.
+    """
+    if (alphas is None) != (task is None):
+        raise click.UsageError("a sweep needs both --alphas and --task")
+    if alphas is not None and task is not None:
+        from streamsoup.cli.compare import sweep
+
+        return sweep((base, fine_tuned), alphas, task, output, settings)
+
+    def make(options: Options) -> Soup:
+        from streamsoup.soups.fixed import interpolate
+
+        return interpolate(base, fine_tuned, alpha, output=output, options=options)
+
+    return common.make_soup(make, (base, fine_tuned), settings)

@@ -1,0 +1,131 @@
+"""The command that says how checkpoints lie to each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+from streamsoup.errors import printable
+
+if TYPE_CHECKING:
+    from streamsoup.angles import Geometry
+    from streamsoup.options import Options
+    from streamsoup.terminal import Watcher
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option("--base", metavar="CKPT", help="What they were fine-tuned from.")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--plot", metavar="PNG", help="Draw the angles as a heat map.")
+@common.RUNNING
+@common.REPORTING
+def geometry(
+    ingredients: tuple[str, ...], base: str | None, tensors: bool, plot: str | None, **settings: Any
+) -> int:
+    """Show norms, angles and distances of checkpoints, from one pass over them."""
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        import time
+
+        from streamsoup.angles import geometry
+        from streamsoup.terminal import summary
+
+        if plot is not None:
+            from streamsoup.plot import check_plot
+
+            check_plot(plot)
+        started = time.monotonic()
+        found = geometry(ingredients, base=base, options=options)
+        elapsed_s = time.monotonic() - started
+        watcher.close()
+        if plot is not None:
+            from streamsoup.plot import plot_geometry
+
+            plot_geometry(found, plot)
+        if as_json:
+            print(json.dumps(found.to_builtins()))
+        else:
+            for line in describe(found, shutil.get_terminal_size().columns):
+                print(line)
+            for line in describe_tensors(found) if tensors else ():
+                print(line)
+        if not settings_quiet:
+            for note in found.notes:
+                print(f"note: {note}", file=sys.stderr if as_json else sys.stdout)
+        if not as_json:
+            n = len(found.names)
+            print(summary(f"geometry of {n}", found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes))
+
+    settings_quiet = bool(settings["quiet"])
+    paths = ingredients if base is None else (base, *ingredients)
+    return common.supervise(work, "geometry", paths, settings)
+
+
+def describe(found: Geometry, width: int) -> list[str]:
+    """Say how each ingredient lies to the base and to the others; a matrix too, if it fits."""
+    from streamsoup.inspection import short_names
+
+    labels = short_names(found.names, max(12, min(32, width - 64)))
+    total = found.total
+    angles, distances = total.angles, total.distances
+    reference = "base" if found.base is not None else "mean"
+    column = max(len(label) for label in labels)
+    head = f"{'':>3}  {'ingredient':{column}}  {'to ' + reference:>9} {'relative':>8}"
+    if found.base is not None:
+        head += f" {'changed':>8} {'angles to others':>18}"
+    lines = [head + f"  {'nearest':>9}"]
+    n = len(labels)
+    for i in range(n):
+        relative = _ratio(float(total.norms[i]), float(total.weight_norms[i]))
+        line = f"{i + 1:>3}  {labels[i]:{column}}  {total.norms[i]:9.4g} {relative:>8}"
+        others = [j for j in range(n) if j != i]
+        if found.base is not None:
+            seen = [float(angles[i, j]) for j in others if math.isfinite(angles[i, j])]
+            span = f"{min(seen):.0f}° to {max(seen):.0f}°" if seen else "none"
+            line += f" {total.shares[i]:>8.2%} {span:>18}"
+        if others:
+            nearest = min(others, key=lambda j: float(distances[i, j]))
+            line += f"  {distances[i, nearest]:9.4g} (to {nearest + 1})"
+        lines.append(line)
+    what = "angles in degrees" if found.base is not None else "distances, relative to the largest"
+    if n >= 2 and 5 + 5 * n <= width:
+        lines += ["", what, "     " + "".join(f"{j + 1:>5}" for j in range(n))]
+        largest = float(distances.max()) or 1.0
+        for i in range(n):
+            if found.base is not None:
+                cells = [f"{angles[i, j]:5.0f}" if i != j else "    ·" for j in range(n)]
+            else:
+                cells = [
+                    f"{distances[i, j] / largest:5.2f}" if i != j else "    ·" for j in range(n)
+                ]
+            lines.append(f"{i + 1:>3}  " + "".join(cells).replace("nan", "  -"))
+    return [*lines, ""]
+
+
+def describe_tensors(found: Geometry) -> list[str]:
+    """Say of each tensor how far it moved, and how alike."""
+    import numpy as np
+
+    reference = "base" if found.base is not None else "mean"
+    lines = [f"{'mean angle':>10} {'to ' + reference:>9} {'relative':>8} {'changed':>8}  tensor"]
+    for place in found.tensors:
+        upper = place.angles[np.triu_indices(len(found.names), 1)]
+        defined = upper[np.isfinite(upper)]
+        angle = f"{defined.mean():.1f}°" if len(defined) else "none"
+        norm = float(place.norms.mean())
+        relative = _ratio(norm, float(place.weight_norms.mean()))
+        share = float(place.shares.mean())
+        name = printable(place.name)
+        lines.append(f"{angle:>10} {norm:9.4g} {relative:>8} {share:>8.2%}  {name}")
+    return [*lines, ""]
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2%}" if whole > 0 else "none"

@@ -1,0 +1,214 @@
+"""The command that finds out which ingredients belong in the soup."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+from streamsoup.errors import RecipeError, printable
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.soups.greedy import GreedySoup, SearchOptions, Trial
+    from streamsoup.terminal import Watcher
+
+TASK = common.stack(
+    click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
+    click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
+    click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness: a,b,…"),
+    click.option("--limit", type=click.IntRange(1), help="Examples per task of --lm-eval."),
+    click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
+    click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
+)
+SEARCHING = common.stack(
+    click.option("--scores", metavar="S,S,…|FILE", help="Known scores, or an earlier soup's file."),
+    click.option(
+        "--order",
+        type=click.Choice(["scores", "given", "random"]),
+        default="scores",
+        show_default=True,
+        help="What to try first.",
+    ),
+    click.option("--orders", "n_orders", type=click.IntRange(1), default=1, help="Random orders."),
+    click.option("--seed", type=int, default=0, help="Of the random orders."),
+    click.option(
+        "--ties",
+        type=click.Choice(["accept", "reject"]),
+        default="accept",
+        show_default=True,
+        help="Keep at equal score (the paper), or not (its code).",
+    ),
+    click.option("--min-gain", type=float, default=0.0, help="How much better it has to get."),
+    click.option("--z", type=float, default=0.0, help="Standard errors of a paired comparison."),
+    click.option("--backward", is_flag=True, help="Start from all, and drop the worst."),
+    click.option("--passes", type=click.IntRange(1), default=1, help="Over those left out."),
+    click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
+    click.option("--jobs", type=click.IntRange(1), default=1, help="Candidates scored at once."),
+    click.option("--timeout", type=float, metavar="S", help="Seconds a score may take."),
+    click.option(
+        "--sums",
+        type=click.Choice(["reread", "memory", "file"]),
+        help="Where the running sum is kept; default: where the fewest bytes are moved.",
+    ),
+    click.option("--restart", is_flag=True, help="Forget the scores of an unfinished search."),
+)
+
+RULES = (
+    *("scores", "order", "n_orders", "seed", "ties", "min_gain", "z", "backward", "passes"),
+    *("recalibrate", "jobs", "timeout", "sums", "restart"),
+)
+"""The options of `SEARCHING`."""
+
+
+@click.command()
+@common.INGREDIENTS
+@TASK
+@SEARCHING
+@common.WRITING
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
+    """Add checkpoints to a soup, best first, each only if the score does not suffer."""
+    names = ("task", "command", "lm_eval", "limit", "metric", "split")
+    told = {name: settings.pop(name) for name in names}
+    rules = {name: settings.pop(name) for name in RULES}
+    if sum(told[name] is not None for name in ("task", "command", "lm_eval")) != 1:
+        raise click.UsageError(
+            "say how to score: one of --task task.py, --command 'python eval.py {checkpoint}', "
+            "--lm-eval TASKS"
+        )
+    if told["lm_eval"] is None and told["limit"] is not None:
+        raise click.UsageError("--limit goes with --lm-eval")
+    quiet = settings["quiet"]
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from streamsoup.soups.greedy import greedy_soup
+
+        task = _make_task(told, rules["timeout"], ingredients[0])
+        search = _search_options(told["split"], rules, as_json or quiet)
+        soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
+        watcher.close()
+        if as_json:
+            print(json.dumps(common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}))
+            return
+        for line in lines(soup):
+            print(line)
+
+    return common.supervise(work, "soup", ingredients, settings)
+
+
+def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> Any:
+    """Make the task out of what the options say."""
+    if told["command"] is not None:
+        from streamsoup.task.command import command_task
+
+        return command_task(told["command"], main=told["metric"], timeout=timeout)
+    if told["lm_eval"] is not None:
+        from streamsoup.task.harness import HarnessTask
+
+        tasks = tuple(name.strip() for name in told["lm_eval"].split(","))
+        return HarnessTask(tasks, told["limit"], told["metric"], os.path.abspath(first))
+    if told["metric"] is not None:
+        raise RecipeError("--metric goes with --command and --lm-eval; a task file says main = …")
+    return told["task"]
+
+
+def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -> SearchOptions:
+    from streamsoup.soups.greedy import SearchOptions
+
+    rules = dict(rules)
+    rules["direction"] = "backward" if rules.pop("backward") else "forward"
+    scores = rules.pop("scores")
+    return SearchOptions(
+        **rules,
+        split=split,
+        scores=None if scores is None else _read_scores(scores),
+        isolate=True,
+        on_trial=None if silent else _say,
+    )
+
+
+def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
+    """Read scores: numbers, or the report in an earlier soup or its JSON."""
+    path = os.path.join(text, "streamsoup.json") if os.path.isdir(text) else text
+    if not os.path.isfile(path):
+        return common.numbers(text)
+    try:
+        with open(path, "rb") as file:
+            found = json.load(file)
+        return dict(found.get("report", found))
+    except (ValueError, AttributeError, TypeError, OSError):
+        raise RecipeError(f"{printable(path)}: is no report of a greedy search") from None
+
+
+def _say(trial: Trial) -> None:
+    """Print a line for a trial on stderr, as it is decided."""
+    print(_line(trial), file=sys.stderr, flush=True)
+
+
+def _line(trial: Trial) -> str:
+    sign = {"single": " ", "add": "+", "drop": "-", "all": " "}[trial.kind]
+    name = "all" if trial.kind == "all" else printable(trial.ingredient, 60)
+    against = "" if trial.to_beat is None else f" (to beat {trial.to_beat:.6g})"
+    score = f"{'at most ' if trial.score.stopped else ''}{trial.score.value:.6g}"
+    if trial.averaged is not None:
+        score += f" ({trial.averaged.value:.6g} with averaged statistics)"
+    decision = "" if trial.kind == "single" else f"  {trial.decision}"
+    known = "  known" if trial.known else f"  {trial.scoring_s:.2f} s"
+    return f"{sign} {name}  {score}{against}{decision}{known}"
+
+
+def lines(soup: GreedySoup) -> list[str]:
+    """Tell what a search found: a table of what was kept and left out, and what it took."""
+    from streamsoup.plan import nbytes_text
+
+    report = soup.report
+    if not soup.nbytes_read and not soup.runs:
+        return [f"greedy soup of {len(soup.members)} in {printable(soup.path)}: already finished"]
+    singles = {single["ingredient"]: single["score"] for single in report["singles"]}
+    kept = [report["ingredients"][i] for i in report["members"]]
+    width = max(len(printable(name, 60)) for name in report["ingredients"])
+    said = [f"{'ingredient':{width}}  alone     in the soup"]
+    others = [name for name in report["ingredients"] if name not in kept]
+    for name in [*kept, *sorted(others, key=lambda name: -_rank(singles.get(name)))]:
+        alone = "" if name not in singles else f"{float(singles[name]):.6g}"
+        said.append(f"{printable(name, 60):{width}}  {alone:8}  {'yes' if name in kept else 'no'}")
+    said.append(
+        f"{report['rules']['direction']} search: {float(report['score']):.6g} on {report['split']} "
+        f"with {len(kept)} of {len(report['ingredients'])}"
+    )
+    if "over_orders" in report:
+        over = report["over_orders"]
+        n = len(report["runs"])
+        said.append(f"over {n} random orders: {over['mean']:.6g}, deviation {over['sd']:.2g}")
+    seconds = report["seconds"]
+    known = f", {report['n_resumed']} known from an earlier run" if report["n_resumed"] else ""
+    text = f"{report['n_scored']} scores in {seconds['search']:.2f} s{known}"
+    if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
+        share = max(0.0, seconds["search"] / seconds["scoring"] - 1)
+        text += f"; beyond scoring {100 * share:.1f} %"
+    text += f"; {nbytes_text(report['nbytes_read'])} of ingredients read"
+    if report["nbytes_sums"]:
+        text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"
+    said.append(text)
+    if report["rules"]["recalibrate"]:
+        said.append(
+            "note: the soup holds averaged BatchNorm statistics; measure them anew once it is "
+            "loaded, with streamsoup.recalibrate(model, batches)"
+        )
+    if "advice" in report:
+        said.append(report["advice"])
+    said.append(f"greedy soup of {len(kept)} in {printable(soup.path)}")
+    return said
+
+
+def _rank(score: Any) -> float:
+    value = float("-inf") if score is None else float(score)
+    return value if value == value else float("-inf")

@@ -1,0 +1,161 @@
+"""The command that learns the coefficients of a soup."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+from streamsoup.errors import printable
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.soups.learned import LearnedSoup
+    from streamsoup.terminal import Watcher
+
+
+@click.command()
+@common.INGREDIENTS
+@click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
+@click.option(
+    "--per",
+    "granularity",
+    type=click.Choice(["global", "layer", "tensor"]),
+    default="global",
+    show_default=True,
+    help="What has coefficients of its own.",
+)
+@click.option(
+    "--constraint",
+    type=click.Choice(["softmax", "affine", "free"]),
+    default="softmax",
+    show_default=True,
+    help="Positive with sum 1; sum 1; or any.",
+)
+@click.option("--temperature", is_flag=True, help="Learn a factor of the logits too.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["lbfgs", "adamw"]),
+    default="lbfgs",
+    show_default=True,
+    help="Few looks at all batches, or the paper's minibatches.",
+)
+@click.option("--evaluations", type=int, default=40, show_default=True, help="At most, for lbfgs.")
+@click.option("--epochs", type=int, default=5, show_default=True, help="For adamw.")
+@click.option("--lr", type=float, default=0.05, show_default=True, help="For adamw.")
+@click.option("--patience", type=int, default=6, show_default=True, help="Looks without gain.")
+@click.option("--split", metavar="NAME", help="To learn on; default: the task's first.")
+@click.option("--guard", metavar="NAME", help="A split that watches for overfitting.")
+@click.option(
+    "--guard-every",
+    type=int,
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Or: every Nth batch watches; 0 for none.",
+)
+@click.option("--restart", is_flag=True, help="Forget an unfinished search.")
+@click.option("--plot", metavar="PNG", help="Draw the coefficients.")
+@common.WRITING
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def learned(
+    ingredients: tuple[str, ...],
+    task: str,
+    granularity: Any,
+    constraint: Any,
+    temperature: bool,
+    optimizer: Any,
+    evaluations: int,
+    epochs: int,
+    lr: float,
+    patience: int,
+    split: str | None,
+    guard: str | None,
+    guard_every: int,
+    restart: bool,
+    plot: str | None,
+    output: str,
+    **settings: Any,
+) -> int:
+    """Learn how much of each checkpoint to take, on the held-out loss of a task."""
+    quiet = bool(settings["quiet"])
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from streamsoup.soups.learned import LearningOptions, learned_soup
+
+        if plot is not None:
+            from streamsoup.plot import check_plot
+
+            check_plot(plot)
+        learning = LearningOptions(
+            granularity=granularity,
+            constraint=constraint,
+            temperature=temperature,
+            optimizer=optimizer,
+            evaluations=evaluations,
+            epochs=epochs,
+            lr=lr,
+            patience=patience,
+            split=split,
+            guard=guard,
+            guard_every=guard_every,
+            restart=restart,
+            on_event=say,
+        )
+        soup = learned_soup(ingredients, task, output=output, learning=learning, options=options)
+        watcher.close()
+        if plot is not None:
+            import numpy as np
+
+            from streamsoup.inspection import short_names
+            from streamsoup.plot import plot_coefficients
+
+            names = short_names(soup.recipe.ingredients, 24)
+            plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
+        if as_json:
+            report = dict(soup.report)
+            print(json.dumps({"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | report))
+            return
+        for line in describe(soup):
+            print(line)
+
+    return common.supervise(work, "learned", ingredients, settings)
+
+
+def describe(soup: LearnedSoup) -> list[str]:
+    """Say what was learned, and what it took."""
+    from streamsoup.inspection import short_names
+    from streamsoup.plan import nbytes_text
+
+    first, best = soup.looks[0], soup.looks[soup.best]
+    report = soup.report
+    names = short_names(soup.recipe.ingredients, 40)
+    lines = []
+    width = max(map(len, names))
+    for i, name in enumerate(names):
+        column = [row[i] for row in soup.rows]
+        text = f"{column[0]:.4f}"
+        if len(column) > 1:
+            text = f"{sum(column) / len(column):.4f}  ({min(column):.4f} to {max(column):.4f})"
+        lines.append(f"{name:{width}}  {text}")
+    if report["temperature"]:
+        lines.append(f"factor of the logits {soup.beta:.4f} (not in the files)")
+    watched = (
+        "" if first.guard != first.guard else f", watched {first.guard:.5g} to {best.guard:.5g}"
+    )
+    lines += [
+        f"loss {first.loss:.5g} (uniform) to {best.loss:.5g}{watched}; {report['ended']}",
+        f"learned soup of {len(names)} in {printable(soup.path)}: {len(soup.looks)} looks, "
+        f"{report['n_passes']} passes (at most {report['predicted']['passes']} predicted), "
+        f"{nbytes_text(report['nbytes_read'])} read in {report['elapsed_s']:.2f} s",
+    ]
+    return lines

@@ -1,0 +1,95 @@
+"""Commands that look, and change nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common
+from streamsoup.errors import printable
+
+if TYPE_CHECKING:
+    from streamsoup.options import Options
+    from streamsoup.terminal import Watcher
+
+
+@click.command()
+@common.INGREDIENTS
+@common.COEFFICIENTS
+@common.MAKING
+@common.RUNNING
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(
+    ingredients: tuple[str, ...], coefficients: str | None, as_json: bool, **settings: Any
+) -> int:
+    """Show what a soup would take: layout, bytes, peak memory. Reads headers only."""
+    from streamsoup.inspection import describe_order, record_order
+    from streamsoup.recipe import Coefficients
+    from streamsoup.soups.make import order
+
+    given = Coefficients.uniform(len(ingredients))
+    if coefficients is not None:
+        given = Coefficients.given(common.numbers(coefficients))
+    method = "uniform" if coefficients is None else "mix"
+    ordered = order(ingredients, given, method=method, options=common.make_options(settings))
+    if as_json:
+        print(json.dumps(record_order(ordered)))
+    else:
+        common.print_description(describe_order(ordered))
+    return 0
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
+    """Show what a checkpoint holds, from its headers alone."""
+    from streamsoup.formats.shards import open_ingredients
+    from streamsoup.inspection import describe_ingredient, record_ingredient
+
+    (ingredient,) = open_ingredients([checkpoint])
+    if as_json:
+        print(json.dumps(record_ingredient(ingredient, tensors=tensors)))
+    else:
+        common.print_description(describe_ingredient(ingredient, tensors=tensors))
+    return 0
+
+
+@click.command()
+@click.argument("soup", metavar="SOUP")
+@click.option("--quick", is_flag=True, help="Digest the soup only; do not derive it again.")
+@click.option(
+    "--ingredient",
+    "-i",
+    "ingredients",
+    multiple=True,
+    metavar="CKPT",
+    help="Where an ingredient is now; give all, in order.",
+)
+@common.RUNNING
+@common.REPORTING
+def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any) -> int:
+    """Compare a soup with its provenance: digests, and every byte derived again."""
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        import time
+
+        from streamsoup.terminal import summary
+        from streamsoup.verification import verify
+
+        started = time.monotonic()
+        result = verify(soup, quick=quick, ingredients=ingredients or None, options=options)
+        watcher.close()
+        if as_json:
+            fields = ("path", "n_tensors", "n_files", "rederived", "nbytes_read")
+            print(json.dumps({name: getattr(result, name) for name in fields}))
+            return
+        how = "derived again, and equal" if result.rederived else "digests are equal"
+        what = f"{printable(soup)} is as it was made ({result.n_tensors} tensors {how})"
+        elapsed_s = time.monotonic() - started
+        print(summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes))
+
+    return common.supervise(work, "verify", (soup, *ingredients), settings)

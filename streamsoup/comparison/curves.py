@@ -1,0 +1,68 @@
+"""How much more ingredients help: what the first n of them would have given.
+
+In the order given, as if the runs had stopped after n: best on validation, uniform, greedy, and
+the ensemble of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from streamsoup.comparison.bench import Bench, Mixture
+from streamsoup.comparison.rows import MEAN, CurvePoint, Row, Splits
+from streamsoup.comparison.selection import Ensemble, best_first, grow_soup
+
+__all__ = ["draw_curves", "values_of"]
+
+
+def values_of(bench: Bench, splits: Splits, mixture: Mixture) -> dict[str, float]:
+    """Give the number that counts of a mixture, in every column."""
+    return _with_mean(splits, {split: bench.value(mixture, split) for split in splits.all})
+
+
+def draw_curves(
+    bench: Bench, splits: Splits, singles: Sequence[Row], n_points: int
+) -> list[CurvePoint]:
+    """Measure what the first n ingredients would have given, for some `n_points` n up to all.
+
+    Costs the trials of a greedy search for each point, those of the same ingredients once.
+    """
+    if not n_points or len(singles) < 2:
+        return []
+    points = []
+    spaced = np.geomspace(1, len(singles), min(n_points, len(singles)))
+    counts = sorted({1, len(singles), *(round(float(n)) for n in spaced)})
+    for n in counts:
+        order = best_first([row.cells[splits.val].value for row in singles[:n]])
+        best = {column: cell.value for column, cell in singles[order[0]].cells.items()}
+        grown = Mixture.uniform(grow_soup(bench, order, splits.val))
+        points += [
+            CurvePoint("best on validation", n, best),
+            CurvePoint("uniform soup", n, values_of(bench, splits, Mixture.uniform(range(n)))),
+            CurvePoint("greedy soup", n, values_of(bench, splits, grown)),
+        ]
+    if bench.predicts and not bench.asks_score:
+        points += _of_ensembles(bench, splits, counts)
+    return points
+
+
+def _of_ensembles(bench: Bench, splits: Splits, counts: Sequence[int]) -> list[CurvePoint]:
+    """Grow the ensemble of all once on each split, and look at it on the way."""
+    values: dict[int, dict[str, float]] = {n: {} for n in counts}
+    for split in splits.all:
+        ensemble = Ensemble(bench, split)
+        for i in range(max(counts)):
+            if i + 1 in values:
+                values[i + 1][split] = ensemble.accuracy_with(i)
+            ensemble.add(i)
+    return [
+        CurvePoint("ensemble of all", n, _with_mean(splits, each)) for n, each in values.items()
+    ]
+
+
+def _with_mean(splits: Splits, values: dict[str, float]) -> dict[str, float]:
+    if len(splits.shifts) > 1:
+        values[MEAN] = float(np.mean([values[split] for split in splits.shifts]))
+    return values

@@ -1,0 +1,174 @@
+"""What a comparison found: plain rows, which a report draws and JSON lines keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Pair", "Row", "Splits"]
+
+MEAN = "mean of shifts"
+"""The column that is no split."""
+
+Kind = Literal["ingredient", "base", "best", "oracle", "soup", "ensemble"]
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What each split of the task is for."""
+
+    val: str
+    """Searched on, and calibrated on."""
+    test: str | None
+    """Of the same distribution, and never searched on."""
+    shifts: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All splits, in the order of the columns."""
+        return (self.val, *([] if self.test is None else [self.test]), *self.shifts)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns: the splits, and the mean of several shifts."""
+        return (*self.all, *([MEAN] if len(self.shifts) > 1 else []))
+
+    @property
+    def shifted(self) -> str | None:
+        """The column that stands for all shifts."""
+        if not self.shifts:
+            return None
+        return MEAN if len(self.shifts) > 1 else self.shifts[0]
+
+    @property
+    def judged(self) -> str:
+        """The column of the same distribution to judge by: test, if there is one."""
+        return self.test or self.val
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row on one split."""
+
+    value: float
+    """The number that counts, larger is better; NaN where there is none."""
+    low: float = math.nan
+    """The confidence interval of `value`, by bootstrap over examples."""
+    high: float = math.nan
+    spread: float = math.nan
+    """Standard deviation over orders, where `value` is a mean over several."""
+    nll: float = math.nan
+    """Negative log-likelihood in nats, as the model is."""
+    ece: float = math.nan
+    """Equal-mass calibration error, as the model is."""
+    nll_scaled: float = math.nan
+    """The same two after temperature scaling on the validation split."""
+    ece_scaled: float = math.nan
+    name: str = ""
+    """Which ingredient, where that differs from column to column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    kind: Kind
+    cells: Mapping[str, Cell]
+    """By column."""
+    n_ingredients: float
+    """How many went in; a mean where there are several orders."""
+    cost: float
+    """Inference cost, in models."""
+    members: tuple[int, ...] = ()
+    """Which ones, as numbers in the order given; empty where it is all, or differs."""
+    beta: float = math.nan
+    """The inverse temperature that was fitted on the validation split."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One method with the first `n` ingredients, in the order given."""
+
+    method: str
+    n: int
+    values: Mapping[str, float]
+    """By column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two ingredients, and what lies between them."""
+
+    first: int
+    second: int
+    angle: float
+    """Between their task vectors, in degrees; NaN without a base."""
+    advantage: float
+    """Value in the middle less the mean value of both."""
+    approximation: float = math.nan
+    """L_soup − L_ens in theory, in nats."""
+    measured: float = math.nan
+    """L_soup − L_ens as it is, in nats."""
+    error_difference: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that was compared."""
+
+    splits: Splits
+    names: tuple[str, ...]
+    """Short names of the ingredients, in the order given."""
+    paths: tuple[str, ...]
+    metric: str
+    """What `Cell.value` is."""
+    is_share: bool
+    """Whether it lies between 0 and 1, and is best shown in percent."""
+    rows: tuple[Row, ...]
+    curves: tuple[CurvePoint, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    notes: tuple[str, ...] = ()
+    n_examples: Mapping[str, int] = field(default_factory=dict)
+    """Examples of each split, where they are known."""
+    n_measured: int = 0
+    """Splits that a mixture was measured on by this run; 0 if all was known."""
+    commands: tuple[str, ...] = ()
+    """The commands that made it."""
+
+    def of(self, *kinds: Kind) -> list[Row]:
+        """Give the rows of some kinds."""
+        return [row for row in self.rows if row.kind in kinds]
+
+    def to_lines(self) -> Iterator[str]:
+        """Give everything as JSON lines; what is undefined is null."""
+        head: dict[str, Any] = {
+            "kind": "comparison",
+            "splits": asdict(self.splits),
+            "names": self.names,
+            "paths": self.paths,
+            "metric": self.metric,
+            "n_examples": self.n_examples,
+            "notes": self.notes,
+            "commands": self.commands,
+        }
+        yield json.dumps(_plain(head))
+        rows: Sequence[Row | CurvePoint | Pair] = (*self.rows, *self.curves, *self.pairs)
+        for each in rows:
+            record = asdict(each)
+            kind = {"CurvePoint": "curve", "Pair": "pair"}.get(type(each).__name__)
+            yield json.dumps(_plain({"kind": kind, **record} if kind else record))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value

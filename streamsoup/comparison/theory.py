@@ -1,0 +1,80 @@
+"""Soup against logit ensemble, in theory: when does averaging weights lose to averaging answers?
+
+For a pair with θ(α) = (1−α)·θ₀ + α·θ₁, the cross-entropies at an inverse temperature β differ by
+
+    L_soup − L_ens ≈ α(1−α)/2 · ( −d²/dα² L_soup(α) + β²·E_x Var_{Y∼p}[Δf_Y(x)] ),
+
+with p = softmax(β·f(x; θ(α))) and Δf(x) = f(x; θ₁) − f(x; θ₀): Wortsman et al. 2022,
+https://arxiv.org/abs/2203.05482, section 4, equation 1. A valley along the path favours the soup,
+disagreement between the ends where the soup is unsure favours the ensemble. It assumes logits that
+are nearly linear along the path; for linear models soup and ensemble are the same. β is the one
+that calibrates the soup.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.comparison.calibration import AnyFloats, Labels, log_softmax, losses
+
+__all__ = ["Theory", "compare_with_ensemble", "disagreement"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Theory:
+    """One pair: what the approximation says, and what was measured. In nats."""
+
+    approximation: float
+    """Of L_soup − L_ens; negative where the soup is expected to be better."""
+    measured: float
+    """L_soup − L_ens."""
+    error_difference: float
+    """Error of the soup less error of the ensemble, 0 to 1."""
+    curvature: float
+    """d²/dα² L_soup, by central differences."""
+    disagreement: float
+    """E_x Var[Δf_Y(x)], before β²."""
+    beta: float
+
+
+def disagreement(soup: AnyFloats, difference: AnyFloats, beta: float) -> float:
+    """Give E_x Var_{Y∼softmax(β·soup)}[difference_Y], both ``(example, class)``."""
+    p = np.exp(log_softmax(soup, beta))
+    d = difference.astype(np.float64)
+    # A constant added to all classes changes no variance, and centring loses no digits.
+    d -= (p * d).sum(axis=1, keepdims=True)
+    return float((p * d * d).sum(axis=1).mean())
+
+
+def compare_with_ensemble(
+    logits: tuple[AnyFloats, AnyFloats, AnyFloats, AnyFloats, AnyFloats],
+    labels: Labels,
+    *,
+    alpha: float,
+    step: float,
+    beta: float,
+) -> Theory:
+    """Set the approximation beside the measured difference, for one pair.
+
+    `logits` ``(example, class)`` are those of θ₀, of the soups at α−h, α and α+h, and of θ₁, with
+    h = `step`; `beta` is the soup's.
+    """
+    first, before, soup, after, second = logits
+    at = [float(losses(z, labels, beta).mean()) for z in (before, soup, after)]
+    curvature = (at[0] - 2 * at[1] + at[2]) / step**2
+    spread = disagreement(soup, second.astype(np.float64) - first, beta)
+    ensemble = (1 - alpha) * first.astype(np.float64) + alpha * second
+    wrong = [float((z.argmax(axis=1) != labels).mean()) for z in (soup, ensemble)]
+    return Theory(
+        alpha * (1 - alpha) / 2 * (beta**2 * spread - curvature),
+        at[1] - float(losses(ensemble, labels, beta).mean()),
+        wrong[0] - wrong[1],
+        curvature,
+        spread,
+        beta,
+    )

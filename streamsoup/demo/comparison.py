@@ -1,0 +1,46 @@
+"""The last page of the demo: the same ten ingredients, compared in every way.
+
+What `kitchen` has learned is taken from the soup's own file; everything else is measured, once:
+answers are kept, so that a second demo measures nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from streamsoup.comparison.table import CompareOptions, compare
+from streamsoup.demo import training
+from streamsoup.demo.table import Results
+from streamsoup.recipe import Provenance
+from streamsoup.report.comparison import write_report
+
+__all__ = ["write"]
+
+
+def write(folder: Path, results: Results, command: str) -> str:
+    """Write the report of the demo in `folder` into ``folder/report``; give its page's path.
+
+    Takes some ten seconds, once.
+    """
+    ingredients = [folder / "ingredients" / row.name for row in results.ingredients]
+    coefficients = {}
+    learned = folder / "learned" / "streamsoup.json"
+    if learned.is_file():
+        made = Provenance.from_json(learned.read_bytes())
+        coefficients["learned soup, by layer"] = made.recipe.coefficients
+    with training.reproducible(n_threads=1):
+        found = compare(
+            ingredients,
+            "streamsoup.demo.task",
+            output=folder / "report",
+            base=folder / "base",
+            settings=CompareOptions(learned=(), coefficients=coefficients),
+        )
+    again = (
+        f"{command} compare {folder / 'ingredients'}{os.sep}* --base {folder / 'base'} "
+        f"--task streamsoup.demo.task -o {folder / 'report'}"
+    )
+    commands = (f"{command} demo -o {folder}", again)
+    return write_report(replace(found, commands=commands), folder / "report")

@@ -1,0 +1,119 @@
+"""Pretraining, and the fine-tunings that become ingredients.
+
+The ingredients differ as in the paper's random search: learning rate (log-uniform), number of
+epochs, augmentation, label smoothing, and seed (order of the data).  All start from the same
+pretrained weights, which is what makes their average meaningful.
+
+Source: Wortsman et al., "Model soups" (2022), https://arxiv.org/abs/2203.05482
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamsoup.demo.digits import Digits
+from streamsoup.demo.network import Network
+
+BATCH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """All that one training depends on, besides the data and the first weights."""
+
+    learning_rate: float
+    """The peak; it rises during the first tenth of the steps, then falls to zero on a cosine."""
+
+    epochs: int
+
+    augmentation: float
+    """0: images as they are; 1: turned by up to 20 degrees, scaled and moved by up to a fifth."""
+
+    label_smoothing: float
+
+    seed: int
+
+
+def draw_trainings(n: int, max_epochs: int, seed: int) -> list[Training]:
+    """Draw `n` fine-tunings at random; learning rates are log-uniform from 1e-4 to 1e-2.
+
+    The top of that range is too high for this network, on purpose: a random search has such runs.
+    """
+    draw = random.Random(seed)
+    return [
+        Training(
+            learning_rate=10 ** draw.uniform(-4, -2),
+            epochs=draw.randint(max(1, max_epochs // 4), max_epochs),
+            augmentation=draw.choice([0.0, draw.uniform(0, 1)]),
+            label_smoothing=draw.choice([0.0, draw.uniform(0, 0.2)]),
+            seed=i,
+        )
+        for i in range(n)
+    ]
+
+
+def train(start: Network, digits: Digits, how: Training) -> Network:
+    """Return a trained copy of `start`, by AdamW on the cross-entropy; `start` is left alone."""
+    network = copy.deepcopy(start).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=how.learning_rate, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(how.seed)
+    n_steps = how.epochs * math.ceil(len(digits) / BATCH)
+    for step, batch in enumerate(_batches(digits, how.epochs, generator)):
+        for group in optimizer.param_groups:
+            group["lr"] = how.learning_rate * _schedule((step + 1) / n_steps)
+        images = augment(batch.images, how.augmentation, generator)
+        loss = functional.cross_entropy(
+            network(images), batch.labels, label_smoothing=how.label_smoothing
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network
+
+
+def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Turn, scale and move each image at random; `strength` is between 0 (not at all) and 1."""
+    if strength == 0:
+        return images
+    spread = strength * (2 * torch.rand(4, len(images), generator=generator) - 1)
+    angle, scale = math.radians(20) * spread[0], 1 + 0.2 * spread[1]
+    # grid_sample measures the image from -1 to 1: a fifth of its width is 0.4.
+    right, down = 0.4 * spread[2], 0.4 * spread[3]
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    affine = torch.stack([cos, -sin, right, sin, cos, down], dim=1).reshape(-1, 2, 3)
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+@contextmanager
+def reproducible(n_threads: int = 2) -> Iterator[None]:
+    """Within, torch computes the same numbers on every run; its settings are restored after."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(n_threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        torch.set_num_threads(threads)
+
+
+def _batches(digits: Digits, epochs: int, generator: torch.Generator) -> Iterator[Digits]:
+    for _ in range(epochs):
+        order = torch.randperm(len(digits), generator=generator)
+        for indices in order.split(BATCH):
+            yield digits.pick(indices)
+
+
+def _schedule(progress: float) -> float:
+    """Return the share of the peak learning rate at `progress` in (0, 1]."""
+    return min(progress / 0.1, (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,119 @@
+"""Where an output may go: never into, over or around an ingredient, and over nothing unasked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from streamsoup.errors import OutputError, OutputExistsError, printable
+from streamsoup.formats.shards import Ingredient
+from streamsoup.recipe import PROVENANCE_NAME
+
+__all__ = ["check_output", "check_replaceable", "exists_already"]
+
+_Id = tuple[int, int]
+"""Device and inode: the same for every path to a file or folder, bind mounts included."""
+
+
+def check_output(output: str, ingredients: Sequence[Ingredient], *, overwrite: bool) -> str:
+    """Give the real path of `output`, if a soup may be put there.
+
+    Raises `OutputExistsError` if something is there that may not be replaced, and `OutputError`
+    if the output would lie in, over or around an ingredient, by whatever link or mount.
+    """
+    where = printable(output)
+    if output.endswith(".safetensors"):
+        raise OutputError(f"{where}: the output is a folder; leave out '.safetensors'")
+    target = os.path.realpath(output)
+    if not os.path.basename(target):
+        raise OutputError(f"{where}: cannot be replaced; name a new folder")
+    above = _ids_above(target)
+    for ingredient in ingredients:
+        if ingredient.folder is not None and _id(ingredient.folder) in above:
+            raise OutputError(
+                f"{where}: lies in the ingredient {printable(ingredient.name)}; "
+                "choose a folder outside of it"
+            )
+    for path in (target, target + ".partial"):
+        if os.path.lexists(path):
+            _check_apart(path, ingredients)
+    if not os.path.lexists(target):
+        return target
+    if not os.path.isdir(target):
+        raise OutputExistsError(f"{where}: is a file; the output is a folder")
+    if overwrite:
+        check_replaceable(target)
+    elif not os.path.lexists(target + ".partial"):
+        # Otherwise an earlier run may have been killed just after it put this very output in
+        # place: `Staging` will tell, and tidy up.
+        raise exists_already(target)
+    return target
+
+
+def exists_already(target: str) -> OutputExistsError:
+    """Make the error for an output that may not be replaced."""
+    return OutputExistsError(f"{printable(target)}: exists already; --overwrite replaces it")
+
+
+def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
+    """Refuse to replace or clear a folder that an ingredient needs, or that is one."""
+    here = _id(folder) if os.path.exists(folder) else None
+    inside = _ids_inside(folder)
+    seen: dict[str, set[_Id]] = {}
+    for ingredient in ingredients:
+        for shard in ingredient.shards:
+            file = (shard.identity.device, shard.identity.inode)
+            for path in (shard.path, os.path.realpath(shard.path)):
+                above = os.path.dirname(path)
+                if above not in seen:
+                    seen[above] = _ids_above(above)
+                if file == here or file in inside or here in seen[above]:
+                    raise OutputError(
+                        f"{printable(folder)}: holds the ingredient {printable(shard.path)}; "
+                        "choose another folder"
+                    )
+
+
+def check_replaceable(target: str) -> None:
+    """Let only a folder be replaced that is empty or a checkpoint, and that nobody stands in."""
+    where = printable(target)
+    names = os.listdir(target)
+    if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
+        raise OutputExistsError(
+            f"{where}: is no checkpoint, so --overwrite does not replace it; "
+            "choose another folder or remove it yourself"
+        )
+    if _id(target) in _ids_above(os.getcwd()) or os.path.ismount(target):
+        raise OutputExistsError(f"{where}: is in use as a folder to work in; choose another")
+
+
+def _id(path: str) -> _Id:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _ids_inside(folder: str) -> set[_Id]:
+    """Identify all files below a folder; those that symbolic links lead to, too."""
+    found = set()
+    for at, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found.add(_id(os.path.join(at, name)))
+            except OSError:
+                pass  # a link that leads nowhere
+    return found
+
+
+def _ids_above(path: str) -> set[_Id]:
+    """Identify the folders that `path` lies in, itself included, as far as they exist."""
+    found = set()
+    at = os.path.realpath(path)
+    while True:
+        try:
+            found.add(_id(at))
+        except OSError:
+            pass
+        above = os.path.dirname(at)
+        if above == at:
+            return found
+        at = above

@@ -1,0 +1,157 @@
+"""The exceptions of streamsoup, and the words their messages share.
+
+::
+
+    StreamsoupError
+    ├── FormatError (ValueError)          a file is not what its name promises
+    │   ├── CorruptFileError              damaged, truncated, or contradicting itself
+    │   ├── UnsafePickleError             a pickle, which could run code
+    │   └── UnsupportedDtypeError         a dtype outside the table in `tensors`
+    ├── MissingFileError (FileNotFoundError)   there is no such ingredient
+    ├── MismatchError (ValueError)        ingredients that do not fit together
+    ├── ChangedIngredientError            an ingredient changed while it was read
+    ├── BudgetError (ValueError)          memory, disk space or device too small
+    ├── RecipeError (ValueError)          coefficients, options or a recipe that make no sense
+    ├── DeviceError (RuntimeError)        no such accelerator here, or it failed
+    ├── TaskError                         the user's scoring code failed
+    ├── OutputError (OSError)             the output cannot be written
+    │   ├── OutputExistsError (FileExistsError)
+    │   ├── OutputBusyError               another run is writing it
+    │   └── ResumeError                   unfinished work that cannot be continued
+    ├── NonFiniteError (ArithmeticError)  NaN or Inf where it was not asked for
+    ├── VerificationError                 a soup is not what its provenance says
+    └── Interrupted                       stopped on request; unfinished work can be resumed
+
+Every message says what, where (``file: tensor``), what was expected and found, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "ChangedIngredientError",
+    "CorruptFileError",
+    "DeviceError",
+    "FormatError",
+    "Interrupted",
+    "MismatchError",
+    "MissingFileError",
+    "NonFiniteError",
+    "OutputBusyError",
+    "OutputError",
+    "OutputExistsError",
+    "RecipeError",
+    "ResumeError",
+    "StreamsoupError",
+    "TaskError",
+    "UnsafePickleError",
+    "UnsupportedDtypeError",
+    "VerificationError",
+    "printable",
+    "some",
+]
+
+
+class StreamsoupError(Exception):
+    """Anything streamsoup refuses to do, or could not do."""
+
+
+class FormatError(StreamsoupError, ValueError):
+    """A file or folder that is not a checkpoint streamsoup can read."""
+
+
+class CorruptFileError(FormatError):
+    """A checkpoint that is damaged, truncated, or contradicts itself."""
+
+
+class UnsafePickleError(FormatError):
+    """A pickle, which could run code when opened, and so is never opened by surprise."""
+
+
+class UnsupportedDtypeError(FormatError):
+    """A dtype that is not in the one table of `streamsoup.tensors`."""
+
+
+class MissingFileError(StreamsoupError, FileNotFoundError):
+    """An ingredient, or one of its shards, that is not there."""
+
+
+class MismatchError(StreamsoupError, ValueError):
+    """Ingredients whose names, shapes, dtypes or fixed values do not agree."""
+
+
+class ChangedIngredientError(StreamsoupError):
+    """A shard that was replaced, rewritten, truncated or removed while it was being read."""
+
+
+class BudgetError(StreamsoupError, ValueError):
+    """Memory or disk space that cannot hold what was asked for."""
+
+
+class DeviceError(StreamsoupError, RuntimeError):
+    """An accelerator that is not there, cannot be used, or failed."""
+
+
+class RecipeError(StreamsoupError, ValueError):
+    """Coefficients, options or a recipe file that make no sense."""
+
+
+class TaskError(StreamsoupError):
+    """A user's task that failed, hung, or answered with something that is not a score."""
+
+
+class OutputError(StreamsoupError, OSError):
+    """An output that cannot be written."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """An output that is already there, and that nobody asked to replace."""
+
+
+class OutputBusyError(OutputError):
+    """An output that another run is writing at this moment."""
+
+
+class ResumeError(OutputError):
+    """Unfinished work that is damaged, or belongs to something else."""
+
+
+class NonFiniteError(StreamsoupError, ArithmeticError):
+    """A NaN or an infinity in a result, when propagating them was not asked for."""
+
+
+class VerificationError(StreamsoupError):
+    """A soup whose bytes are not those its provenance promises."""
+
+
+class Interrupted(StreamsoupError):
+    """The run was asked to stop, and did so with its unfinished work kept for a resume."""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    r"""Give `text` with control characters escaped and the middle of long texts left out.
+
+    Names come out of files that nobody vouches for: a tensor's name must not move the cursor.
+
+    >>> printable("layer\x1b[2J.weight")
+    'layer\\x1b[2J.weight'
+    """
+    raw = str(text)
+    if len(raw) > limit:
+        half = limit // 2
+        raw = f"{raw[:half]}…{raw[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
+
+
+def some(items: Iterable[object], limit: int = 5) -> str:
+    """List the first few of `items` for a message, and count the rest.
+
+    >>> some(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    texts = [printable(item) for item in items]
+    if len(texts) <= limit:
+        return ", ".join(texts)
+    return f"{', '.join(texts[:limit])} and {len(texts) - limit} more"

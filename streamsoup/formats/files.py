@@ -1,0 +1,149 @@
+"""Files of an ingredient, opened again while the stream passes: mapped, or by plain reads.
+
+Each is opened by its path and must still be the file whose header was read. Mappings hold no
+descriptor (Python's own `mmap` keeps one each, and 64 ingredients of 200 shards would run out).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.errors import ChangedIngredientError, FormatError, printable
+from streamsoup.formats.shards import Identity, Shard
+
+__all__ = ["Bytes", "Descriptors", "MappedFile", "on_network", "open_shard"]
+
+Bytes = NDArray[np.uint8]
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_FAILED = ctypes.c_void_p(-1).value
+
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
+"""Beginnings of the names of network file systems, where mapping reads page by page.
+
+What a program serves (``fuse.``: sshfs, object stores) mostly is one, and never worse for being
+read."""
+
+
+def open_shard(shard: Shard) -> int:
+    """Open a shard for reading. Raises `ChangedIngredientError` if it is another file now."""
+    try:
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        shard.check_unchanged()
+        raise
+    except OSError as error:
+        raise FormatError(f"{printable(shard.path)}: cannot be opened: {error.strerror}") from None
+    if Identity.of(os.fstat(descriptor)) != shard.identity:
+        os.close(descriptor)
+        shard.check_unchanged()
+        raise ChangedIngredientError(f"{printable(shard.path)}: changed while it was being read")
+    return descriptor
+
+
+class _Mapping:
+    """An address range that is unmapped with the last view of it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+
+    def __del__(self) -> None:
+        _LIBC.munmap(self.address, self.nbytes)
+
+
+class MappedFile:
+    """A shard in memory, read by touching it. If it shrinks meanwhile, touching it is SIGBUS."""
+
+    def __init__(self, shard: Shard) -> None:
+        """Map the whole shard, read-only. It stays mapped as long as there is a view of it."""
+        nbytes = shard.identity.size
+        descriptor = open_shard(shard)
+        try:
+            address = _LIBC.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        finally:
+            os.close(descriptor)
+        if address == _FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise FormatError(f"{printable(shard.path)}: cannot be mapped: {reason}")
+        self._address: int = address
+        window = (ctypes.c_uint8 * nbytes).from_address(address)
+        window.mapping = _Mapping(address, nbytes)  # type: ignore[attr-defined]
+        self.content: Bytes = np.frombuffer(memoryview(window), np.uint8)
+        """The bytes of the file."""
+
+    def prefetch(self, begin: int, end: int) -> None:
+        """Ask for bytes `begin` to `end` to be read soon."""
+        self._advise(begin, end, mmap.MADV_WILLNEED)
+
+    def release(self, begin: int, end: int) -> None:
+        """Let go of bytes `begin` to `end`; they stay in the page cache."""
+        self._advise(begin, end, mmap.MADV_DONTNEED)
+
+    def _advise(self, begin: int, end: int, advice: int) -> None:
+        begin -= begin % mmap.PAGESIZE
+        _LIBC.madvise(self._address + begin, end - begin, advice)
+
+
+class Descriptors:
+    """The few descriptors one thread keeps open, the least recently used closed first."""
+
+    def __init__(self, limit: int) -> None:
+        """Keep at most `limit` open."""
+        self._limit = max(1, limit)
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def reading(self, shard: Shard) -> int:
+        """Give a descriptor to read `shard` with."""
+        found = self._get(shard.path)
+        return self._keep(shard.path, open_shard(shard)) if found is None else found
+
+    def writing(self, path: str) -> int:
+        """Give a descriptor to write the existing file at `path` with."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        found = self._get(path)
+        return self._keep(path, os.open(path, flags)) if found is None else found
+
+    def close(self) -> None:
+        """Close all."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _get(self, path: str) -> int | None:
+        if path in self._open:
+            self._open.move_to_end(path)
+        return self._open.get(path)
+
+    def _keep(self, path: str, descriptor: int) -> int:
+        self._open[path] = descriptor
+        if len(self._open) > self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+
+def on_network(paths: Sequence[str]) -> bool:
+    """Whether any of `paths` lies on a network file system."""
+    import psutil
+
+    mounts = {
+        partition.mountpoint: partition.fstype.lower()
+        for partition in psutil.disk_partitions(all=True)
+    }
+    for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
+        at = folder
+        while at not in mounts and at != os.path.dirname(at):
+            at = os.path.dirname(at)
+        if mounts.get(at, "").startswith(_NETWORK):
+            return True
+    return False

@@ -1,0 +1,141 @@
+"""State dicts and live modules as ingredients: the bytes of their tensors, as if in one file.
+
+Nothing is copied but the block that is asked for, whatever device it comes from. What the tensors
+hold when they are opened is digested, so that work can be resumed with the same values only; a
+tensor that is changed in place afterwards is noticed as a changed file would be.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
+from streamsoup.formats.header import make_header
+from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
+
+__all__ = ["MemoryShard", "open_state"]
+
+_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"} | {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+    "BOOL": "bool",
+    "U8": "uint8",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{f"U{n}": f"uint{n}" for n in (16, 32, 64)},
+}
+"""The safetensors names of torch's dtypes."""
+
+_PIECE = 1 << 24
+"""Bytes digested at a time."""
+
+
+class Memory:
+    """Tensors one after the other, to be sliced like the bytes of a file."""
+
+    def __init__(self, tensors: list[Any], begins: list[int]) -> None:
+        """Take tensors and the offsets of their first bytes, in order."""
+        self._tensors = tensors
+        self._begins = begins
+        self._versions = [_version(tensor) for tensor in tensors]
+
+    def __getitem__(self, place: slice) -> NDArray[np.uint8]:
+        """Give bytes that lie in one tensor."""
+        import torch
+
+        begin, end = int(place.start), int(place.stop)
+        if end == begin:
+            return np.empty(0, np.uint8)
+        i = bisect.bisect_right(self._begins, begin) - 1
+        tensor = self._tensors[i].detach()
+        size = tensor.element_size()
+        first, last = begin - self._begins[i], end - self._begins[i]
+        elements = tensor.reshape(-1)[first // size : -(-last // size)].cpu()
+        raw: NDArray[np.uint8] = elements.contiguous().view(torch.uint8).numpy()
+        skip = first % size
+        return raw[skip : skip + last - first]
+
+    def is_unchanged(self) -> bool:
+        """Whether no tensor was changed in place, as far as torch knows."""
+        return self._versions == [_version(tensor) for tensor in self._tensors]
+
+    def prefetch(self, begin: int, end: int) -> None:
+        """Do nothing: it is all here."""
+
+    def release(self, begin: int, end: int) -> None:
+        """Do nothing: the memory is the owner's."""
+
+    @property
+    def content(self) -> Memory:
+        """Give itself, as a mapped file gives its bytes."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryShard(Shard):
+    """The tensors of a state dict, in place of a file."""
+
+    memory: Memory
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedIngredientError` if a tensor was changed in place since it was opened."""
+        if not self.memory.is_unchanged():
+            raise ChangedIngredientError(
+                f"{self.path}: its tensors were changed while they were being read; give copies"
+            )
+
+
+def open_state(given: Any, pantry: Pantry) -> Ingredient:
+    """Open a state dict, or the one of a module, as an ingredient.
+
+    Raises `FormatError` for entries that are no plain dense tensors. Reads all of it once, for
+    its digest; copies nothing.
+    """
+    import torch
+
+    state = given if isinstance(given, Mapping) else given.state_dict()
+    names = {getattr(torch, spelling): name for name, spelling in _NAMES.items()}
+    strange = [
+        name
+        for name, tensor in state.items()
+        if not isinstance(tensor, torch.Tensor)
+        or tensor.dtype not in names
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+    ]
+    if strange or not state:
+        raise FormatError(
+            f"a state dict holds {some(strange) or 'nothing'}, where plain dense tensors were "
+            "expected; leave out what is no weight"
+        )
+    tensors = {str(name): tensor for name, tensor in state.items()}
+    text = make_header(
+        [
+            (name, names[t.dtype], tuple(t.shape), t.numel() * t.element_size())
+            for name, t in tensors.items()
+        ]
+    )
+    nbytes = len(text) + sum(t.numel() * t.element_size() for t in tensors.values())
+    header = pantry.header(text[8:], nbytes)
+    order = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
+    memory = Memory([tensors[n] for n in order], [header.tensors[n].begin for n in order])
+    digest = xxhash.xxh3_128(text)
+    for name in order:
+        spec = header.tensors[name]
+        for begin in range(spec.begin, spec.begin + spec.nbytes, _PIECE):
+            digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)].data)
+    label = f"state dict {digest.hexdigest()}"
+    identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
+    shard = MemoryShard(printable(label), identity, header, memory)
+    return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
+
+
+def _version(tensor: Any) -> int:
+    return 0 if tensor.is_inference() else int(tensor._version)

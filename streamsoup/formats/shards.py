@@ -1,0 +1,409 @@
+"""Opening an ingredient by its headers alone.
+
+An ingredient is a ``.safetensors`` file, a folder that holds one, or a folder whose
+``*.safetensors.index.json`` says which shard holds which tensor (the Hugging Face layout;
+the symlinked folders of its download cache included). Nothing but headers and the index is read.
+
+Fine-tunes of one model have the same headers, byte for byte. A `Pantry` keeps one parsed copy of
+each, so that 64 ingredients of 200 shards take the memory of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamsoup.errors import (
+    ChangedIngredientError,
+    CorruptFileError,
+    FormatError,
+    MissingFileError,
+    UnsafePickleError,
+    printable,
+    some,
+)
+from streamsoup.formats.header import Header, header_nbytes, parse_header
+from streamsoup.tensors import TensorSpec
+
+__all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredients"]
+
+INDEX_LIMIT = 100_000_000
+"""The largest index in bytes, as for a header: ten times what any published model has."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells a file from another, and from itself after a change."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Take the identity out of what `os.stat` says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of an ingredient, as it was when its header was read."""
+
+    path: str
+    identity: Identity
+    header: Header
+
+    @property
+    def first_byte(self) -> int:
+        """Offset of the first byte after the header."""
+        first = next(iter(self.header.tensors.values()), None)
+        return first.begin if first else self.identity.size
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedIngredientError` unless the path still leads to the same, untouched file.
+
+        Costs one `stat`. A change within the file system's time stamp granularity goes unseen.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise ChangedIngredientError(
+                f"{printable(self.path)}: vanished while it was being read "
+                f"({error.strerror}); nothing was written"
+            ) from None
+        found = Identity.of(status)
+        if found == self.identity:
+            return
+        if found.size != self.identity.size:
+            what = f"changed size from {self.identity.size} to {found.size} bytes"
+        elif (found.device, found.inode) != (self.identity.device, self.identity.inode):
+            what = "was replaced by another file"
+        else:
+            what = "was modified"
+        raise ChangedIngredientError(
+            f"{printable(self.path)}: {what} while it was being read; nothing was written. "
+            "Run again once nobody writes to it"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where each tensor of an ingredient lies; shared by the ingredients that agree on it."""
+
+    file_names: tuple[str, ...]
+    headers: tuple[Header, ...]
+    places: Mapping[str, tuple[int, TensorSpec]]
+    """Name to shard number and spec, shard by shard, in file order."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(spec.nbytes for _, spec in self.places.values())
+
+    @property
+    def n_parameters(self) -> int:
+        """Elements of all tensors together."""
+        return sum(spec.n_elements for _, spec in self.places.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ingredient:
+    """A checkpoint opened by its headers: what it holds and where, but no weights."""
+
+    name: str
+    """The path as the user gave it."""
+    folder: str | None
+    """The folder whose side files belong to it; None for a lone file."""
+    shards: tuple[Shard, ...]
+    layout: Layout
+    index_name: str | None
+    """File name of its index, if it has one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors together."""
+        return self.layout.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedIngredientError` unless every shard is as it was when opened."""
+        for shard in self.shards:
+            shard.check_unchanged()
+
+    def where(self, tensor: str) -> str:
+        """Name the file that holds `tensor`, and the tensor, for a message."""
+        number, _ = self.layout.places[tensor]
+        return f"{printable(self.shards[number].path)}: {printable(tensor)}"
+
+
+@dataclass(slots=True)
+class Pantry:
+    """Parsed headers and layouts, kept once each while ingredients are opened."""
+
+    headers: dict[tuple[bytes, int], Header] = field(default_factory=dict)
+    layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+
+    def header(self, text: bytes, file_nbytes: int) -> Header:
+        """Parse a header, unless the same bytes were parsed before."""
+        key = (text, file_nbytes)
+        if key not in self.headers:
+            self.headers[key] = parse_header(text, file_nbytes)
+        return self.headers[key]
+
+    def layout(self, shards: Sequence[Shard], root: str) -> Layout:
+        """Merge the headers of `shards`, unless the same were merged before."""
+        names = tuple(os.path.basename(shard.path) for shard in shards)
+        headers = tuple(shard.header for shard in shards)
+        key = (names, *(id(header) for header in headers))
+        if key not in self.layouts:
+            places: dict[str, tuple[int, TensorSpec]] = {}
+            for number, header in enumerate(headers):
+                for name, spec in header.tensors.items():
+                    if name in places:
+                        raise CorruptFileError(
+                            f"{printable(root)}: tensor {printable(name)!r} is in two shards, "
+                            f"{printable(names[places[name][0]])} and {printable(names[number])}"
+                        )
+                    places[name] = (number, spec)
+            self.layouts[key] = Layout(names, headers, places)
+        return self.layouts[key]
+
+    def open(self, path: str | os.PathLike[str]) -> Ingredient:
+        """Open one ingredient. See `open_ingredients`."""
+        given = os.fspath(path)
+        _check_path(given)
+        try:
+            mode = os.stat(given).st_mode
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"{printable(given)}: no such file or folder{_looks_like_hub_id(given)}"
+            ) from None
+        except OSError as error:
+            raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
+        if not stat.S_ISDIR(mode):
+            shards: tuple[Shard, ...] = (self._open_shard(given),)
+            return Ingredient(given, None, shards, self.layout(shards, given), None)
+        index = _find_weights(given)
+        if not index.endswith(".json"):
+            shards = (self._open_shard(os.path.join(given, index)),)
+            return Ingredient(given, given, shards, self.layout(shards, given), None)
+        weight_map = _read_index(os.path.join(given, index))
+        files = sorted(set(weight_map.values()))
+        shards = tuple(self._open_shard(os.path.join(given, file)) for file in files)
+        layout = self.layout(shards, given)
+        _check_index(os.path.join(given, index), weight_map, layout)
+        return Ingredient(given, given, shards, layout, index)
+
+    def _open_shard(self, path: str) -> Shard:
+        """Read one header, with errors that name the file."""
+        _check_path(path)
+        if path.endswith(_PICKLES):
+            raise UnsafePickleError(
+                f"{printable(path)}: is a PyTorch pickle, which could run code when opened; "
+                "convert it to safetensors first"
+            )
+        try:
+            # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise MissingFileError(f"{printable(path)}: no such file") from None
+        except OSError as error:
+            raise FormatError(f"{printable(path)}: cannot be opened: {error.strerror}") from None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError("is not a regular file")
+            length = header_nbytes(os.pread(descriptor, 8, 0), status.st_size)
+            text = _read_exactly(descriptor, length, 8)
+            header = self.header(text, status.st_size)
+        except FormatError as error:
+            raise type(error)(f"{printable(path)}: {error}") from None
+        except OSError as error:
+            raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+        return Shard(path, Identity.of(status), header)
+
+
+def open_ingredients(
+    paths: Sequence[str | os.PathLike[str] | Ingredient | Any],
+) -> list[Ingredient]:
+    """Open checkpoints by their headers, in the order given.
+
+    An already open ingredient is passed through, after a check that its files are unchanged. A
+    state dict, or a module, is an ingredient too: its tensors are read where they are.
+    Raises `MissingFileError` or a `FormatError` that names the file, and the tensor if there is
+    one. Reads headers and indexes only, and keeps one copy of those that are equal.
+    """
+    pantry = Pantry()
+    opened: list[Ingredient] = []
+    for path in paths:
+        if isinstance(path, Ingredient):
+            path.check_unchanged()
+            opened.append(path)
+        elif isinstance(path, Mapping) or hasattr(path, "state_dict"):
+            from streamsoup.formats.memory import open_state
+
+            opened.append(open_state(path, pantry))
+        else:
+            opened.append(pantry.open(path))
+    return opened
+
+
+def _check_path(path: str) -> None:
+    """Refuse a path that no file can have, or that could not be noted in a provenance."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{printable(path)}: its path is not Unicode; rename it") from None
+    if "\0" in path:
+        raise FormatError(f"{printable(path)}: a path holds no NUL character")
+
+
+def _looks_like_hub_id(given: str) -> str:
+    """Advise somebody who gave the name of a model on a hub."""
+    parts = given.split("/")
+    if len(parts) == 2 and all(parts) and not given.startswith("."):
+        return "; if it is a model on the Hugging Face Hub, download it first and give its folder"
+    return ""
+
+
+def _find_weights(folder: str) -> str:
+    """Choose the file name of the index, or of the only safetensors file, in a folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise FormatError(f"{printable(folder)}: cannot be listed: {error.strerror}") from None
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
+    where = printable(folder)
+    if "model.safetensors.index.json" in indexes:
+        indexes = ["model.safetensors.index.json"]
+    if len(indexes) > 1:
+        raise FormatError(
+            f"{where}: has several indexes ({some(indexes)}); keep one, or give the file you mean"
+        )
+    if indexes:
+        listed = set(_read_index(os.path.join(folder, indexes[0])).values())
+        single = indexes[0].removesuffix(".index.json")
+        if single in files and single not in listed:
+            raise FormatError(
+                f"{where}: has both {printable(single)} and {printable(indexes[0])}, two "
+                "checkpoints in one folder; give the file you mean, or remove one"
+            )
+        return indexes[0]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise FormatError(
+            f"{where}: has {len(files)} safetensors files ({some(files, 3)}) and no index that "
+            "says how they belong together; give the file you mean, or add the index"
+        )
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise UnsafePickleError(
+            f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "
+            "could run code when opened; convert them to safetensors first"
+        )
+    raise FormatError(f"{where}: has no safetensors file")
+
+
+def _read_index(path: str) -> dict[str, str]:
+    """Read the weight map of an index: tensor name to file name."""
+    where = printable(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be opened: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{where}: is not a regular file")
+        if status.st_size > INDEX_LIMIT:
+            raise CorruptFileError(f"{where}: is too large for an index")
+        text = _read_exactly(descriptor, status.st_size, 0)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+    try:
+        index = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{where}: is not JSON: {printable(error)}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{where}: has no weight_map of tensor names to file names")
+    for name, file in weight_map.items():
+        # One plain name: an index must not lead out of its folder, nor to a pickle.
+        if (
+            not isinstance(file, str)
+            or os.path.basename(file) != file
+            or file.startswith(".")
+            or "\\" in file
+            or "\0" in file
+            or not file.endswith(".safetensors")
+        ):
+            raise CorruptFileError(
+                f"{where}: places tensor {printable(name)!r} in {printable(file)!r}, "
+                "which is not the plain name of a safetensors file"
+            )
+    return weight_map
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise CorruptFileError(f"has the key {printable(key)!r} twice")
+        result[key] = value
+    return result
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _check_index(path: str, weight_map: Mapping[str, str], layout: Layout) -> None:
+    """Refuse an index that does not agree with its shards, both ways."""
+    where = printable(path)
+    missing = [f"{name} ({file})" for name, file in weight_map.items() if name not in layout.places]
+    if missing:
+        raise CorruptFileError(
+            f"{where}: lists {_tensors(missing)} that no shard holds: {some(missing)}"
+        )
+    unlisted = [
+        f"{name} ({layout.file_names[number]})"
+        for name, (number, _) in layout.places.items()
+        if name not in weight_map
+    ]
+    if unlisted:
+        raise CorruptFileError(
+            f"{where}: does not list {_tensors(unlisted)} that its shards hold: {some(unlisted)}"
+        )
+    for name, (number, _) in layout.places.items():
+        if weight_map[name] != layout.file_names[number]:
+            raise CorruptFileError(
+                f"{where}: places tensor {printable(name)!r} in {printable(weight_map[name])}, "
+                f"but it is in {printable(layout.file_names[number])}"
+            )
+
+
+def _read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """Read `nbytes` at `offset`, however short each read comes back."""
+    parts: list[bytes] = []
+    while nbytes:
+        part = os.pread(descriptor, nbytes, offset)
+        if not part:
+            raise CorruptFileError("ended while its header was being read")
+        parts.append(part)
+        nbytes -= len(part)
+        offset += len(part)
+    return b"".join(parts)

@@ -1,0 +1,190 @@
+"""What lies beside the weights: configuration, tokenizer, chat template, licence.
+
+A model folder that lost one of these still loads, and works worse without a word (mergekit#275),
+so everything is copied but what is known to be weights, training state, or about another model.
+Only regular files are ever opened, by small pieces: a folder may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from streamsoup.errors import FormatError, MismatchError, printable, some
+from streamsoup.formats.shards import Ingredient
+from streamsoup.tensors import DType
+
+__all__ = ["SideFile", "gather_side_files", "pieces"]
+
+LEFT_OUT = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.gguf", "*.npz", "*.tflite", "*.ot", "*.index.json", "*.onnx_data", "*.onnx.data"),
+    *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args*"),
+    *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
+)
+"""Weights, the state of a training run, and descriptions of the one model it came from."""
+
+LARGEST = 1_000_000_000
+"""Bytes beyond which a file is no configuration and no tokenizer: left out, with a warning."""
+
+CONFIG_LIMIT = 16_000_000
+"""Bytes of a ``config.json`` that are read into memory; models' have some thousands."""
+
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file to put beside the soup."""
+
+    name: str
+    """Relative to the folder, with ``/`` between parts."""
+    path: str
+    """Where it is copied from."""
+    content: bytes | None
+    """What to write instead, if it has to change."""
+
+
+def gather_side_files(
+    ingredients: Sequence[Ingredient], dtype: DType | None
+) -> tuple[list[SideFile], list[str]]:
+    """List the side files of the first ingredient, and warn where others have different ones.
+
+    With `dtype`, the configuration is made to say it. Raises `MismatchError` for a quantised
+    model. Reads the side files of all ingredients that have any.
+    """
+    first = ingredients[0].folder
+    if first is None:
+        return [], []
+    names = _walk(first)
+    warnings = []
+    for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
+        names.remove(name)
+        warnings.append(
+            f"{printable(os.path.join(first, name))}: left out, too large for a side file"
+        )
+    files = [SideFile(name, os.path.join(first, name), None) for name in names]
+    for ingredient in ingredients:
+        _refuse_quantised(ingredient)
+    if dtype is not None:
+        files = [_with_dtype(file, dtype) for file in files]
+    for other in ingredients[1:]:
+        if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
+            continue
+        theirs = set(_walk(other.folder))
+        different = [
+            name
+            for name in sorted(theirs.union(names))
+            if not _equal(os.path.join(first, name), os.path.join(other.folder, name))
+        ]
+        if different:
+            warnings.append(
+                f"side files of {printable(other.name)} differ from those of "
+                f"{printable(ingredients[0].name)}, which are used: {some(different)}"
+            )
+    return files, warnings
+
+
+def _walk(folder: str) -> list[str]:
+    """List the side files below a folder, without folders that hold weights of their own."""
+    names: list[str] = []
+    for at, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = sorted(name for name in folders if _is_side_folder(os.path.join(at, name)))
+        for name in sorted(files):
+            path = os.path.join(at, name)
+            left_out = any(fnmatch(name.lower(), pattern) for pattern in LEFT_OUT)
+            if not left_out and not name.startswith(".") and os.path.isfile(path):
+                names.append(_checked(os.path.relpath(path, folder).replace(os.sep, "/"), path))
+    return names
+
+
+def _checked(name: str, path: str) -> str:
+    """Refuse names that could not be noted in a provenance, before hours of work."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FormatError(
+            f"{printable(path)}: the name of this side file is not Unicode; rename or remove it"
+        ) from None
+    return name
+
+
+def _is_side_folder(path: str) -> bool:
+    name = os.path.basename(path)
+    if name.startswith((".", "checkpoint-", "global_step", "runs", "wandb")):
+        return False
+    try:
+        files = os.listdir(path)
+    except OSError as error:
+        raise FormatError(f"{printable(path)}: cannot be listed: {error.strerror}") from None
+    return not any(file.endswith((".safetensors", ".bin", ".pt")) for file in files)
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """Give the content of a regular file, a piece at a time. Raises `OSError` for all others."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "is not a regular file", path)
+        while piece := os.read(descriptor, 1 << 20):
+            yield piece
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _equal(a: str, b: str) -> bool:
+    try:
+        if os.path.samefile(a, b):
+            return True
+        if os.path.getsize(a) != os.path.getsize(b):
+            return False
+        return all(x == y for x, y in zip(pieces(a), pieces(b), strict=True))
+    except (OSError, ValueError):
+        return False
+
+
+def _config(path: str) -> dict[str, object] | None:
+    try:
+        if _size(path) > CONFIG_LIMIT:
+            return None
+        config = json.loads(b"".join(pieces(path)))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _refuse_quantised(ingredient: Ingredient) -> None:
+    if ingredient.folder is None:
+        return
+    path = os.path.join(ingredient.folder, "config.json")
+    if (_config(path) or {}).get("quantization_config"):
+        raise MismatchError(
+            f"{printable(path)}: the model is quantised (quantization_config), and codes cannot "
+            "be averaged; use the ingredients it was quantised from"
+        )
+
+
+def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
+    """Make a model's configuration name the dtype of the soup, under the key it uses."""
+    config = _config(file.path) if file.name == "config.json" else None
+    if config is None:
+        return file
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    for key in keys:
+        config[key] = _TORCH_NAMES[dtype.name]
+    content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    return SideFile(file.name, file.path, content) if keys else file

@@ -1,0 +1,338 @@
+"""Inner products in one pass: the Gram matrix of all ingredients, and their dots with a vector.
+
+Differences come first: θᵢ−θ₀ is taken element by element in float64, and then multiplied, as the
+Gram matrix of the weights themselves would cancel (‖θ‖² is some 10⁴ times ‖θᵢ−θ₀‖²).
+Sums follow one order, whatever the threads, blocks, budget or way of reading: grains of 4096
+elements (`kernels.inner`), added up in order within a leaf; leaves in order within a tensor.
+
+`Gram` and `Dot` are reductions for `stream.run`, and `Sums` is the sink they share: a block's
+result is a row of numbers for each of its grains.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.errors import BudgetError
+from streamsoup.formats.files import Bytes
+from streamsoup.kernels import blocks
+from streamsoup.plan import (
+    LARGEST_BLOCK,
+    SMALLEST_BLOCK,
+    Leaf,
+    MemoryPlan,
+    MixPlan,
+    PlannedTensor,
+    fixed_nbytes,
+    nbytes_text,
+)
+from streamsoup.tensors import DType
+
+__all__ = ["Differ", "Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory"]
+
+Floats = NDArray[np.float64]
+Widened = NDArray[np.float64] | NDArray[np.float32]
+
+GRAIN = SMALLEST_BLOCK
+
+NUMBA_NBYTES = 16 * 2**20
+"""What compiling may hold beside what `plan.PROCESS_NBYTES` counts (measured, with margin)."""
+
+
+def floats_of(plan: MixPlan) -> MixPlan:
+    """Give the part of a plan that is made of floats: the rest has no inner products."""
+    return plan.only({tensor.name for tensor in plan.tensors if tensor.operation == "mix"})
+
+
+def plan_inner_memory(
+    plan: MixPlan, n_values: int, *, mapped: bool, threads: int, budget: int
+) -> MemoryPlan:
+    """Choose blocks for a pass that gives `n_values` numbers a grain, within `budget` bytes.
+
+    Blocks shrink with the number of ingredients, as all of them are needed at once. Raises
+    `BudgetError` when the smallest do not fit; says how much would.
+    """
+    k = len(plan.ingredients)
+    widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    # A thread's rows of one grain, and a few more while they are widened; its leaf's sums. Beside
+    # them the sums of every tensor, and those of leaves that wait for an earlier one.
+    fixed = fixed_nbytes(plan) + NUMBA_NBYTES + 8 * n_values * (len(plan.tensors) + 1)
+    each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
+    per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
+
+    def peak(block: int, workers: int) -> int:
+        return fixed + workers * (each + int(block * per_element))
+
+    block = LARGEST_BLOCK
+    while block > SMALLEST_BLOCK and peak(block, threads) > budget:
+        block //= 2
+    while threads > 1 and peak(block, threads) > budget:
+        threads -= 1
+    if peak(block, threads) > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
+            f"ingredients take {nbytes_text(peak(block, threads))} at least"
+        )
+    return MemoryPlan(threads, block, k, peak(block, threads))
+
+
+class Gram:
+    """⟨rᵢ, rⱼ⟩ of the rows r₀ = the reference and rᵢ = θᵢ − the reference, for every tensor.
+
+    The reference is the first ingredient of the plan if it is the `base`, else the mean of all.
+    A grain gives the products of all rows with ``j >= i``, row by row; then, for each ingredient
+    but the base, how many elements differ from those of the first ingredient.
+    """
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, *, base: bool) -> None:
+        """Hold what the workers share, all of it read-only."""
+        self.plan, self.memory, self.base = plan, memory, base
+        self.n_rows = len(plan.ingredients) + (0 if base else 1)
+        self.n_values = self.n_products(self.n_rows) + self.n_rows - 1
+
+    @staticmethod
+    def n_products(n_rows: int) -> int:
+        """Count the products of rows with ``j >= i``."""
+        return n_rows * (n_rows + 1) // 2
+
+    def worker(self) -> _GramWorker:
+        """Give a thread its own worker."""
+        return _GramWorker(self)
+
+    def unpack(self, values: Floats) -> tuple[Floats, Floats]:
+        """Give the symmetric matrix ``(row, row)`` and the counts ``(row - 1,)`` of a sum."""
+        n = self.n_products(self.n_rows)
+        matrix = np.zeros((self.n_rows, self.n_rows))
+        upper = np.triu_indices(self.n_rows)
+        matrix[upper] = values[:n]
+        matrix.T[upper] = values[:n]
+        return matrix, values[n:]
+
+
+class _Worker:
+    """What the two workers share: rows of one grain, and results, a row of numbers a grain."""
+
+    n_ahead = 0
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, n_rows: int, n_values: int) -> None:
+        self._plan = plan
+        self._rows = np.zeros((n_rows, GRAIN))
+        self._results = np.empty((-(-memory.block // GRAIN), n_values))
+        self.spoiled = False
+
+    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Begin a block."""
+        self._tensor, self._start, self._n = tensor, start, n_units
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Take the blocks of all ingredients at once."""
+        assert (first, len(inputs)) == (0, len(self._plan.ingredients))
+        sources = self._tensor.sources
+        dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
+        self._n_grains = -(-self._n // GRAIN)
+        with np.errstate(all="ignore"):
+            for grain in range(self._n_grains):
+                begin, end = grain * GRAIN, min((grain + 1) * GRAIN, self._n)
+                if end - begin < GRAIN:
+                    self._rows[:, end - begin :] = 0.0
+                values = [
+                    blocks.widen(data[begin * d.itemsize : end * d.itemsize], d)
+                    for data, d in zip(inputs, dtypes, strict=True)
+                ]
+                self._reduce(begin, end - begin, values, self._results[grain])
+        self.spoiled = not bool(np.isfinite(self._results[: self._n_grains]).all())
+
+    def result(self) -> Bytes:
+        """Give the numbers of each grain of the block."""
+        return self._results[: self._n_grains].reshape(-1).view(np.uint8)
+
+    def close(self) -> None:
+        """Do nothing: arrays go with the worker."""
+
+    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
+        raise NotImplementedError
+
+
+class _GramWorker(_Worker):
+    """One thread's part of a Gram pass."""
+
+    def __init__(self, gram: Gram) -> None:
+        from streamsoup.kernels.inner import inner
+
+        super().__init__(gram.plan, gram.memory, gram.n_rows, gram.n_values)
+        self._inner = inner
+        self._base = gram.base
+        self._matrix = np.empty((gram.n_rows, gram.n_rows))
+        self._upper = np.triu_indices(gram.n_rows)
+        self._n_products = gram.n_products(gram.n_rows)
+
+    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
+        """Take differences, count those that are not zero, and multiply all rows."""
+        rows = self._rows[:, :n]
+        changed = out[self._n_products :]
+        theirs = values[1:] if self._base else values
+        for i, value in enumerate(theirs):
+            np.subtract(value, values[0], out=rows[1 + i], dtype=np.float64)
+            changed[i] = np.count_nonzero(rows[1 + i])
+        rows[0] = values[0]
+        if not self._base:
+            # From differences to the first to differences to the mean: equal ones stay equal.
+            mean = rows[1].copy()
+            for row in rows[2:]:
+                mean += row
+            mean /= len(theirs)
+            rows[1:] -= mean
+            rows[0] += mean
+        self._inner(self._rows, self._rows, True, self._matrix)
+        out[: self._n_products] = self._matrix[self._upper]
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A tensor in memory to multiply ingredients with: raw little-endian elements."""
+
+    data: Bytes
+    dtype: DType
+
+
+class Dot:
+    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, vectors: Mapping[str, Vector]) -> None:
+        """Hold what the workers share; `vectors` has one for each tensor of the plan."""
+        self.plan, self.memory, self.vectors = plan, memory, vectors
+        self.n_values = len(plan.ingredients)
+
+    def worker(self) -> _DotWorker:
+        """Give a thread its own worker."""
+        return _DotWorker(self)
+
+
+class _DotWorker(_Worker):
+    """One thread's part of a dot pass."""
+
+    def __init__(self, dot: Dot) -> None:
+        from streamsoup.kernels.inner import inner
+
+        super().__init__(dot.plan, dot.memory, dot.n_values, dot.n_values)
+        self._inner = inner
+        self._vectors = dot.vectors
+        self._vector = np.zeros((1, GRAIN))
+        self._products = np.empty((1, dot.n_values))
+
+    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
+        """Take differences to the first ingredient, and multiply them by the vector."""
+        vector = self._vectors[self._tensor.name]
+        size = vector.dtype.itemsize
+        at = (self._start + begin) * size
+        self._vector[0, :n] = blocks.widen(vector.data[at : at + n * size], vector.dtype)
+        rows = self._rows[:, :n]
+        rows[0] = values[0]
+        for row, value in zip(rows[1:], values[1:], strict=True):
+            np.subtract(value, values[0], out=row, dtype=np.float64)
+        self._inner(self._vector, self._rows, False, self._products)
+        out[:] = self._products[0]
+
+
+class Differ:
+    """How many elements of each further ingredient differ, in any bit, from those of the first."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan) -> None:
+        """Hold what the workers share, all of it read-only."""
+        self.plan, self.memory = plan, memory
+        self.n_values = len(plan.ingredients) - 1
+
+    def worker(self) -> _DifferWorker:
+        """Give a thread its own worker."""
+        return _DifferWorker(self)
+
+
+class _DifferWorker(_Worker):
+    """One thread's part of a comparison."""
+
+    def __init__(self, differ: Differ) -> None:
+        super().__init__(differ.plan, differ.memory, 0, differ.n_values)
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Compare words; other dtypes than the first one's count as different."""
+        dtypes = [self._tensor.sources[layout].dtype for layout in self._plan.layout_of]
+        words = _WORDS[dtypes[0].itemsize]
+        self._n_grains = -(-self._n // GRAIN)
+        starts = np.arange(0, self._n, GRAIN)
+        for i, (data, dtype) in enumerate(zip(inputs[1:], dtypes[1:], strict=True)):
+            if dtype is dtypes[0]:
+                differing = (data.view(words) != inputs[0].view(words)).view(np.uint8)
+            else:
+                differing = np.ones(self._n, np.uint8)
+            counts = np.add.reduceat(differing, starts, dtype=np.int64)
+            self._results[: self._n_grains, i] = counts
+
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Sums:
+    """The sink of numbers: adds up what grains gave, in order, for each tensor."""
+
+    def __init__(self, plan: MixPlan, n_values: int) -> None:
+        """Begin every tensor at zero."""
+        self._plan = plan
+        self.of_tensors = np.zeros((len(plan.tensors), n_values))
+        """``(tensor, value) float64``: in the order of the plan."""
+        self._next = [tensor.first_leaf for tensor in plan.tensors]
+        self._waiting: dict[int, Floats] = {}
+        self._lock = threading.Lock()
+
+    def session(self) -> _SumsSession:
+        """Give a thread its own."""
+        return _SumsSession(self, np.zeros(self.of_tensors.shape[1]))
+
+    def take(self, leaf: Leaf, values: Floats) -> None:
+        """Take the sums of a leaf; they are added once all leaves before it are."""
+        with self._lock:
+            self._waiting[leaf.number] = values
+            while (ready := self._waiting.pop(self._next[leaf.tensor], None)) is not None:
+                self.of_tensors[leaf.tensor] += ready
+                self._next[leaf.tensor] += 1
+                if self._next[leaf.tensor] == self._end(leaf.tensor):
+                    break
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Do nothing: the session handed the leaf's sums in."""
+
+    def checkpoint(self) -> None:
+        """Do nothing: there is nothing on disk."""
+
+    def _end(self, tensor: int) -> int:
+        planned = self._plan.tensors[tensor]
+        return planned.first_leaf + planned.n_leaves
+
+
+@dataclass(slots=True)
+class _SumsSession:
+    """One thread's leaf in the making."""
+
+    sums: Sums
+    values: Floats = field(repr=False)
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        """Know of nothing that was finished earlier."""
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        """Add a row of numbers for each grain of the leaf, in order."""
+        if start == leaf.start:
+            self.values = np.zeros_like(self.values)
+        rows = block.view(np.float64).reshape(-1, len(self.values))
+        for row in rows:
+            self.values += row
+        if start + len(rows) * GRAIN >= leaf.start + leaf.n_units:
+            self.sums.take(leaf, self.values)
+
+    def close(self) -> None:
+        """Hold nothing."""

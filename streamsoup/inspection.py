@@ -1,0 +1,149 @@
+"""Checkpoints and plans in words, from headers alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from streamsoup.errors import printable
+from streamsoup.formats.shards import Ingredient
+from streamsoup.plan import nbytes_text
+
+if TYPE_CHECKING:
+    from streamsoup.soups.make import Order
+
+__all__ = [
+    "describe_ingredient",
+    "describe_order",
+    "record_ingredient",
+    "record_order",
+    "short_names",
+]
+
+
+def describe_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, Any]:
+    """Say what a checkpoint holds: files, tensors, dtypes, sizes."""
+    layout = ingredient.layout
+    dtypes: Counter[str] = Counter()
+    for _, spec in layout.places.values():
+        dtypes[spec.dtype.name] += spec.n_elements
+    description: dict[str, Any] = {
+        "checkpoint": printable(ingredient.name),
+        "files": [printable(name) for name in layout.file_names],
+        "tensors": len(layout.places),
+        "parameters": layout.n_parameters,
+        "dtypes": ", ".join(f"{name} {count}" for name, count in dtypes.most_common()),
+        "size": f"{layout.nbytes} bytes ({nbytes_text(layout.nbytes)})",
+    }
+    if tensors:
+        description["tensor_list"] = [
+            f"{printable(name)}  {spec.dtype.name}  {list(spec.shape)}  "
+            f"{printable(layout.file_names[number])}"
+            for name, (number, spec) in layout.places.items()
+        ]
+    return description
+
+
+def describe_order(ordered: Order) -> dict[str, Any]:
+    """Say what a planned soup would read, write and hold."""
+    plan, memory = ordered.plan, ordered.memory
+    operations = Counter(tensor.operation for tensor in plan.tensors)
+    written = sum(file.nbytes for file in ordered.files.files)
+    words = {"mix": "averaged", "same": "copied if equal", "first": "copied from the first"}
+    return {
+        "ingredients": [printable(ingredient.name) for ingredient in plan.ingredients],
+        "tensors": ", ".join(f"{count} {words[name]}" for name, count in operations.items()),
+        "reads": f"{plan.nbytes_read} bytes ({nbytes_text(plan.nbytes_read)})",
+        "writes": f"{written} bytes ({nbytes_text(written)})",
+        "files": [f"{printable(f.name)}  {nbytes_text(f.nbytes)}" for f in ordered.files.files],
+        "side_files": [printable(file.name) for file in ordered.side_files] or "none",
+        "peak_memory": f"{memory.peak_nbytes} bytes at most ({nbytes_text(memory.peak_nbytes)})",
+        "threads": memory.threads,
+        "device": _device_text(ordered),
+        "input": "mapped" if ordered.mapped else "read",
+        "free_here": nbytes_text(shutil.disk_usage(os.curdir).free),
+        "warnings": ordered.warnings or "none",
+    }
+
+
+def record_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, Any]:
+    """Give what `describe_ingredient` says as plain numbers and names, for machines."""
+    layout = ingredient.layout
+    dtypes: Counter[str] = Counter()
+    for _, spec in layout.places.values():
+        dtypes[spec.dtype.name] += spec.n_elements
+    record: dict[str, Any] = {
+        "checkpoint": ingredient.name,
+        "files": list(layout.file_names),
+        "n_tensors": len(layout.places),
+        "n_parameters": layout.n_parameters,
+        "dtypes": dict(dtypes.most_common()),
+        "nbytes": layout.nbytes,
+    }
+    if tensors:
+        record["tensors"] = {
+            name: {
+                "dtype": spec.dtype.name,
+                "shape": list(spec.shape),
+                "file": layout.file_names[number],
+                "nbytes": spec.nbytes,
+            }
+            for name, (number, spec) in layout.places.items()
+        }
+    return record
+
+
+def record_order(ordered: Order) -> dict[str, Any]:
+    """Give what `describe_order` says as plain numbers and names, for machines."""
+    plan, memory = ordered.plan, ordered.memory
+    on_device = ordered.on_device.plan if ordered.on_device is not None else None
+    return {
+        "ingredients": [ingredient.name for ingredient in plan.ingredients],
+        "n_tensors": len(plan.tensors),
+        "operations": dict(Counter(tensor.operation for tensor in plan.tensors)),
+        "nbytes_read": plan.nbytes_read,
+        "nbytes_written": sum(file.nbytes for file in ordered.files.files),
+        "files": {file.name: file.nbytes for file in ordered.files.files},
+        "side_files": [file.name for file in ordered.side_files],
+        "peak_nbytes": memory.peak_nbytes,
+        "threads": memory.threads,
+        "device": str(on_device.device) if on_device is not None else "cpu",
+        "device_nbytes": on_device.device_nbytes if on_device is not None else 0,
+        "pinned_nbytes": on_device.pinned_nbytes if on_device is not None else 0,
+        "io": "mmap" if ordered.mapped else "read",
+        "free_nbytes": shutil.disk_usage(os.curdir).free,
+        "warnings": ordered.warnings,
+    }
+
+
+def short_names(paths: Sequence[str], limit: int) -> list[str]:
+    """Leave out what all paths begin and end with, and the middle of what is still too long.
+
+    >>> short_names(("runs/a/model.safetensors", "runs/b/model.safetensors"), 20)
+    ['a', 'b']
+    """
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    if len(set(paths)) > 1:
+        while len({p[0] for p in parts}) == 1 and all(len(p) > 1 for p in parts):
+            parts = [p[1:] for p in parts]
+        while len({p[-1] for p in parts}) == 1 and all(len(p) > 1 for p in parts):
+            parts = [p[:-1] for p in parts]
+    else:
+        parts = [p[-1:] for p in parts]
+    names = [printable("/".join(p).removesuffix(".safetensors")) for p in parts]
+    half = (limit - 1) // 2
+    return [n if len(n) <= limit else f"{n[:half]}…{n[-half:]}" for n in names]
+
+
+def _device_text(ordered: Order) -> str:
+    """Say where the sums are made, why, and what that takes."""
+    if ordered.on_device is None:
+        return "cpu: on the way to disk, a bus takes longer than the CPU's sums"
+    plan = ordered.on_device.plan
+    return (
+        f"{plan.device}: {plan.device_nbytes} bytes at most ({nbytes_text(plan.device_nbytes)}), "
+        f"{plan.pinned_nbytes} pinned on the host; torch and the driver hold their own beside that"
+    )

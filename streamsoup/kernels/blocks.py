@@ -1,0 +1,139 @@
+"""The arithmetic in numpy, a cache-sized block at a time.
+
+About a third of the speed of the numba kernel, and ready some tenths of a second earlier: small
+jobs end before numba is imported. Also the one kernel for ingredients of several dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.tensors import DType
+
+__all__ = ["accumulate", "finish", "narrow", "scratch_nbytes", "widen"]
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+BLOCK = 1 << 13
+"""Elements at a time: their sums fill 64 KiB, and stay in a core's own cache."""
+
+
+def scratch_nbytes() -> int:
+    """Bytes a thread holds beside its arguments."""
+    return BLOCK * 64
+
+
+def accumulate(
+    sums: Floats,
+    inputs: Sequence[Bytes],
+    dtypes: Sequence[DType],
+    factors: Sequence[float],
+    fresh: bool,
+) -> None:
+    """Add the products of `inputs`, in order, to `sums` ``(element,)``.
+
+    With `fresh`, `sums` is overwritten: the first product starts it, so that -0 stays -0.
+    """
+    with np.errstate(all="ignore"):
+        _accumulate(sums, inputs, dtypes, factors, fresh)
+
+
+def _accumulate(
+    sums: Floats,
+    inputs: Sequence[Bytes],
+    dtypes: Sequence[DType],
+    factors: Sequence[float],
+    fresh: bool,
+) -> None:
+    for begin in range(0, len(sums), BLOCK):
+        end = min(begin + BLOCK, len(sums))
+        part = sums[begin:end]
+        for i, (data, dtype, factor) in enumerate(zip(inputs, dtypes, factors, strict=True)):
+            values = widen(data[begin * dtype.itemsize : end * dtype.itemsize], dtype)
+            if factor != 1.0:
+                values = np.multiply(values, factor, dtype=np.float64)
+            if fresh and i == 0:
+                part[:] = values
+            else:
+                np.add(part, values, out=part)
+
+
+def finish(sums: Floats, divisor: float, dtype: DType, output: Bytes) -> bool:
+    """Divide, round into `output`, and say whether a result is not finite."""
+    spoiled = False
+    with np.errstate(all="ignore"):
+        for begin in range(0, len(sums), BLOCK):
+            end = min(begin + BLOCK, len(sums))
+            part = sums[begin:end]
+            if divisor != 1.0:
+                np.divide(part, divisor, out=part)
+            target = output[begin * dtype.itemsize : end * dtype.itemsize]
+            spoiled |= narrow(part, dtype, target)
+    return spoiled
+
+
+def widen(data: Bytes, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32]:
+    """Give the values of raw little-endian `data`, exactly, as float64 or float32."""
+    if dtype.name == "F64":
+        return data.view(np.float64)
+    if dtype.name == "F32":
+        return data.view(np.float32)
+    if dtype.name == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype.name == "F16":
+        return data.view(np.float16).astype(np.float32)
+    if dtype.name == "F8_E5M2":  # the upper byte of a float16
+        return (data.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
+    # E4M3 in the fields of a float16 is 2⁻⁸ of its value, subnormals too; 0x7F alone is NaN.
+    magnitudes = (data & np.uint8(0x7F)).astype(np.uint16)
+    halves = (magnitudes << np.uint16(7)) | ((data & np.uint8(0x80)).astype(np.uint16) << 8)
+    values = halves.view(np.float16).astype(np.float32) * np.float32(256)
+    values[magnitudes == dtype.nan] = np.nan
+    return values
+
+
+def narrow(values: Floats, dtype: DType, output: Bytes) -> bool:
+    """Round float64 `values` into raw `output`; say whether a result is not finite."""
+    if dtype.name == "F64":
+        floats = output.view(np.float64)
+        floats[:] = values
+        spoiled = not bool(np.isfinite(floats).all())
+        if spoiled:
+            floats[np.isnan(floats)] = np.nan
+        return spoiled
+    if dtype.name == "F32":
+        singles = output.view(np.float32)
+        singles[:] = values
+        spoiled = not bool(np.isfinite(singles).all())
+        if spoiled:
+            singles[np.isnan(singles)] = np.nan
+        return spoiled
+    return _narrow_small(values, dtype, output)
+
+
+def _narrow_small(values: Floats, dtype: DType, output: Bytes) -> bool:
+    """Round to 16 or 8 bits directly from the bits of float64: by way of float32 rounds twice."""
+    assert dtype.fraction is not None
+    magnitudes = np.abs(values)
+    bits = magnitudes.view(np.uint64)
+    shift = 52 - dtype.fraction
+    # Adding just below half of the last kept place, plus its parity, rounds half to even;
+    # a carry runs into the exponent, as it should.
+    rounded = bits + np.uint64((1 << (shift - 1)) - 1) + ((bits >> np.uint64(shift)) & np.uint64(1))
+    codes = (rounded >> np.uint64(shift)) - np.uint64((1023 - dtype.bias) << dtype.fraction)
+    # Below the smallest normal the spacing is fixed: adding 2⁵² leaves the rounded multiple.
+    small = magnitudes < 2.0 ** (1 - dtype.bias)
+    if small.any():
+        scaled = magnitudes[small] * 2.0 ** (dtype.bias - 1 + dtype.fraction) + 2.0**52
+        codes[small] = scaled.view(np.uint64) & np.uint64((1 << 52) - 1)
+    np.minimum(codes, np.uint64(dtype.overflow), out=codes)
+    spoiled = bool((codes > dtype.largest).any())
+    codes |= np.signbit(values).astype(np.uint64) << np.uint64(dtype.nbits - 1)
+    if spoiled:
+        codes[np.isnan(values)] = dtype.nan
+    output.view(np.uint8 if dtype.nbits == 8 else np.uint16)[:] = codes
+    return spoiled

@@ -1,0 +1,337 @@
+"""The live-model sink: a mix goes straight into the parameters and buffers of a model in memory.
+
+Nothing is written to disk and no second copy of the model is made: each finished block is put
+where it belongs, on whatever device that is. Modules are never called, moved or replaced, so hooks,
+ties, optimisers and compiled code stay as they are.
+
+What cannot be written in place is refused by name, before a weight is read: names and shapes that
+do not fit, parameters that are not there (meta, offloaded), quantised, lazy or distributed ones.
+
+Danger: raw bytes go into CPU parameters past autograd's version counters, so a graph that was built
+before a mix must not be used after it. A module that keeps values derived from its weights (a
+quantised copy, inductor's ``freezing=True``) keeps the old ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamsoup.errors import MismatchError, TaskError, some
+from streamsoup.formats.files import Bytes
+from streamsoup.plan import Leaf, MixPlan, PlannedTensor
+
+__all__ = ["TORCH_DTYPES", "ModelSink", "Target", "recalibrate", "tensors_of"]
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+"""The safetensors names of torch's dtypes."""
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
+"""Types whose memory is what it seems; subclasses may be quantised, sharded or lazy."""
+
+
+@dataclass(slots=True)
+class Target:
+    """Where one tensor of a plan goes."""
+
+    tensor: Tensor
+    """The live parameter or buffer, detached: it shares the memory."""
+    raw: Bytes | None
+    """Its memory as bytes, if a block of the planned dtype can be put there as it is."""
+    flat: Tensor | None
+    """Its elements in order, if they lie so; None for a tensor that is gathered first."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    gathered: Tensor | None = None
+    """What has come so far of a tensor whose elements lie out of order."""
+    n_units: int = 0
+
+
+class ModelSink:
+    """The parameters and persistent buffers of a live model, as a place for a mix."""
+
+    def __init__(self, model: nn.Module, plan: MixPlan) -> None:
+        """Match the tensors of `plan` with those of `model`, by name; change nothing yet.
+
+        A mix is rounded once, to the dtype of the plan, and then stored as `Tensor.copy_` would
+        store it: exactly, unless the parameter's dtype is narrower. Tied parameters are written
+        once, under the first of their names in the model. Raises `MismatchError` with everything
+        that does not fit.
+        """
+        self.model = model
+        self.plan = plan
+        self.live = _named_as(plan, tensors_of(model))
+        """All persistent tensors of the model, by the names of the plan."""
+        first_of: dict[object, str] = {}
+        self.tied: dict[str, str] = {}
+        """Names that share memory with an earlier one of the plan, and that one."""
+        planned = {tensor.name: tensor for tensor in plan.tensors}
+        for name, tensor in self.live.items():
+            first = first_of.setdefault(_memory_of(name, tensor), name)
+            if first != name:
+                self.tied[name] = first
+        # A tensor under several names may be in the plan under any of them.
+        for name, first in list(self.tied.items()):
+            if first not in planned and name in planned:
+                del self.tied[name]
+                for other in [n for n, f in self.tied.items() if f == first]:
+                    self.tied[other] = name
+                self.tied[first] = name
+        _check(plan, planned, self.live, self.tied)
+        self.targets = {
+            name: _target(tensor, self.live[name])
+            for name, tensor in planned.items()
+            if name not in self.tied
+        }
+        """Where each tensor of the plan goes; names that are tied to another are left out."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give the live tensor that a name of the plan stands for, as the model has it."""
+        return self.live[name]
+
+    def session(self) -> ModelSink:
+        """Give itself: blocks of different places may come from several threads."""
+        return self
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        """Say that nothing is finished: a model in memory keeps nothing from an earlier run."""
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        """Put a finished block of the leaf's tensor in place, from unit `start` on."""
+        planned = self.plan.tensors[leaf.tensor]
+        target = self.targets.get(planned.name)
+        if target is None or not len(block):  # tied to another, or already put there
+            return
+        if target.raw is not None:
+            begin = start * planned.unit_nbytes
+            target.raw[begin : begin + len(block)] = block
+            return
+        dtype = TORCH_DTYPES[planned.dtype.name]
+        with torch.inference_mode(target.tensor.is_inference()), torch.no_grad():
+            if target.flat is not None:
+                size = planned.unit_nbytes if planned.operation == "mix" else 1
+                item = dtype.itemsize
+                values = torch.from_numpy(block).view(dtype)
+                begin = start * size // item
+                target.flat[begin : begin + len(values)].copy_(values)
+            else:
+                self._gather(target, planned, start, block)
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Do nothing: blocks are in place when they are written."""
+
+    def checkpoint(self) -> None:
+        """Do nothing: nothing here outlives the process."""
+
+    def close(self) -> None:
+        """Do nothing: the sink holds nothing but the model."""
+
+    def check(self) -> None:
+        """Raise `TaskError` if the model's tensors are no longer the ones that were matched."""
+        now = _named_as(self.plan, tensors_of(self.model))
+        changed = [
+            name
+            for name, tensor in self.live.items()
+            if name not in now
+            or _memory_of(name, now[name]) != _memory_of(name, tensor)
+            or now[name].dtype != tensor.dtype
+        ]
+        if changed:
+            raise TaskError(
+                f"the task replaced, moved or resized parameters of its model: {some(changed)}; "
+                "scoring may change their values at most"
+            )
+
+    def keep(self) -> dict[str, Tensor]:
+        """Copy what a mix would overwrite, into CPU memory. Costs as much memory as the model."""
+        return {name: target.tensor.to("cpu", copy=True) for name, target in self.targets.items()}
+
+    def put_back(self, kept: Mapping[str, Tensor]) -> None:
+        """Put back what `keep` copied."""
+        for name, target in self.targets.items():
+            with torch.inference_mode(target.tensor.is_inference()), torch.no_grad():
+                target.tensor.copy_(kept[name])
+
+    def _gather(self, target: Target, planned: PlannedTensor, start: int, block: Bytes) -> None:
+        """Collect a tensor whose elements lie out of order, and store it when it is whole."""
+        with target.lock:
+            if target.gathered is None:
+                target.gathered = torch.empty(planned.nbytes, dtype=torch.uint8)
+                target.n_units = 0
+            begin = start * planned.unit_nbytes
+            target.gathered[begin : begin + len(block)] = torch.from_numpy(block)
+            target.n_units += len(block) // planned.unit_nbytes
+            if target.n_units == planned.n_units:
+                values = target.gathered.view(TORCH_DTYPES[planned.dtype.name])
+                target.tensor.copy_(values.view(planned.shape))
+                target.gathered = None
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Give a model's parameters and persistent buffers, as `state_dict` would name them.
+
+    Calls none of the model's code. What `torch.compile` puts into names is left out.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        path = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[(path + name).replace("_orig_mod.", "")] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[(path + name).replace("_orig_mod.", "")] = buffer
+    return found
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Measure the running statistics of BatchNorm anew, as the mean over `batches`.
+
+    Averaged statistics belong to none of the averaged weights (Izmailov et al. 2018,
+    https://arxiv.org/abs/1803.05407, section 3.2). Each batch is an input of the model: a tensor,
+    a tuple of arguments or a dictionary of keyword arguments; it is brought to the model's device.
+    Only BatchNorm is put into training mode meanwhile. Gives the number of layers measured. Costs
+    a forward pass over the batches. As `torch.optim.swa_utils.update_bn`, for the running mean
+    and variance.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not layers:
+        return 0
+    training = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    counted = [None if n is None else n.clone() for _, _, n in momenta]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the cumulative mean
+            layer.train()
+        for batch in batches:
+            _forward(model, batch, device)
+    finally:
+        for (layer, momentum, _), n_batches in zip(momenta, counted, strict=True):
+            layer.momentum = momentum
+            if n_batches is not None and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.copy_(n_batches)
+        for module, was_training in training:
+            module.training = was_training
+    return len(layers)
+
+
+def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: move(value) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*map(move, batch))
+    else:
+        model(move(batch))
+
+
+def _named_as(plan: MixPlan, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the prefix of a wrapper (DataParallel) that the checkpoints do not have."""
+    planned = {tensor.name for tensor in plan.tensors}
+    wrapped = live and all(name.startswith("module.") for name in live)
+    if wrapped and not any(name.startswith("module.") for name in planned):
+        return {name.removeprefix("module."): tensor for name, tensor in live.items()}
+    return live
+
+
+def _memory_of(name: str, tensor: Tensor) -> object:
+    """Tell whether two names stand for the same elements."""
+    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in _PLAIN:
+        return name
+    return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def _check(
+    plan: MixPlan,
+    planned: Mapping[str, PlannedTensor],
+    live: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+) -> None:
+    """Raise `MismatchError` with all that keeps the plan from being put into the model."""
+    problems: list[str] = []
+    missing = [name for name in live if name not in planned and tied.get(name) not in planned]
+    strange = [name for name in planned if name not in live]
+    if missing:
+        problems.append(f"the model has {len(missing)} that no ingredient has: {some(missing)}")
+    if strange:
+        problems.append(f"the model lacks {len(strange)} of the ingredients: {some(strange)}")
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in planned.items():
+        if name in live and (problem := _problem(tensor, live[name])):
+            kinds.setdefault(problem, []).append(name)
+    problems += [f"{problem}: {some(names)}" for problem, names in kinds.items()]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise MismatchError(
+            f"the ingredients cannot be put into the model:\n{lines}\n"
+            "  where a model names or stores its weights in another way than its checkpoint, "
+            "score files instead: --command"
+        )
+
+
+def _problem(planned: PlannedTensor, tensor: Tensor) -> str | None:
+    """Say why a live tensor cannot take a planned one."""
+    if tensor.is_meta:
+        return "on the meta device (not loaded, or offloaded)"
+    if nn.parameter.is_lazy(tensor):
+        return "not yet initialised (lazy modules): run the model once in build()"
+    if type(tensor) not in _PLAIN:
+        return f"of the type {type(tensor).__name__} (quantised or distributed)"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"quantised or not dense ({tensor.dtype}, {tensor.layout})"
+    if tuple(tensor.shape) != planned.shape:
+        return f"of shape {list(tensor.shape)} where the ingredients have {list(planned.shape)}"
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "expanded: its elements share memory"
+    ours = TORCH_DTYPES.get(planned.dtype.name)
+    if planned.operation == "mix":
+        return None if tensor.is_floating_point() else f"of dtype {tensor.dtype}, which is no float"
+    if tensor.dtype != ours:
+        return f"of dtype {tensor.dtype} where the ingredients have {planned.dtype.name}"
+    return None
+
+
+def _target(planned: PlannedTensor, tensor: Tensor) -> Target:
+    live = tensor.detach()
+    if not live.is_contiguous():
+        return Target(live, None, None)
+    flat = live.view(-1)
+    same = live.dtype == TORCH_DTYPES[planned.dtype.name]
+    if same and live.device.type == "cpu":
+        raw = flat.view(torch.uint8).numpy() if live.numel() else np.empty(0, np.uint8)
+        return Target(live, raw, flat)
+    return Target(live, None, flat)

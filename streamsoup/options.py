@@ -1,0 +1,52 @@
+"""How a soup is made, as opposed to what it is made of: plain data, with the defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streamsoup.errors import RecipeError
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What every verb accepts. Nothing here but `dtype`, `shard_size` and the rules changes bytes.
+
+    Sizes are bytes, or text such as ``"5GB"``.
+    """
+
+    dtype: str = "same"
+    """Dtype of the averaged tensors in the soup: ``same``, ``f32``, ``bf16``, ``f16``, …"""
+    shard_size: int | str | None = None
+    """Largest shard of the soup; None mirrors the shards of the first ingredient."""
+    non_float: Literal["same", "first"] = "same"
+    """Integers and the like: refuse unless equal, or take those of the first ingredient."""
+    non_finite: Literal["refuse", "propagate"] = "refuse"
+    """NaN and Inf in the soup: refuse, naming where they come from, or let them pass."""
+    memory: int | str = "150MB"
+    """Anonymous memory of the whole process, at its peak."""
+    threads: int | None = None
+    """Threads that read and sum; None for the CPUs this process may use, 8 at most."""
+    device: str = "auto"
+    """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` is ``cpu`` for files."""
+    device_memory: int | str | None = None
+    """Memory to take on the device; None for a sixteenth of what is free there."""
+    io: Literal["auto", "mmap", "read"] = "auto"
+    """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
+    overwrite: bool = False
+    """Replace an output that exists, in the last step."""
+    on_progress: Callable[[Any], None] | None = None
+    """Called with a `streamsoup.stream.Progress` ten times a second, by the calling thread."""
+
+    @property
+    def n_threads(self) -> int:
+        """The number of threads to use. More than 8 gain nothing: memory is the limit by then."""
+        if self.threads is None:
+            return min(8, len(os.sched_getaffinity(0)))
+        if self.threads < 1:
+            raise RecipeError(f"{self.threads} threads cannot work; give one or more")
+        return self.threads

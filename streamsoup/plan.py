@@ -1,0 +1,441 @@
+"""The whole pass, decided before the first weight is read. Pure: data in, data out, no I/O.
+
+`plan_mix` matches the tensors of all ingredients and cuts them into *leaves* (the unit of work,
+of the journal and of the digests); `plan_files` gives every output byte its place; `plan_memory`
+says how large the blocks may be, and what the run will hold at its peak. All that can be refused
+from headers alone is refused here, at once, in one message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
+from streamsoup.formats.header import make_header
+from streamsoup.formats.shards import Ingredient, Layout
+from streamsoup.recipe import Recipe
+from streamsoup.tensors import DType, TensorSpec, float_dtype
+
+__all__ = [
+    "LEAF",
+    "FilePlan",
+    "Leaf",
+    "MemoryPlan",
+    "MixPlan",
+    "PlannedFile",
+    "PlannedTensor",
+    "Source",
+    "fixed_nbytes",
+    "nbytes_text",
+    "parse_nbytes",
+    "plan_files",
+    "plan_memory",
+    "plan_mix",
+]
+
+LEAF = 1 << 22
+"""Elements in a leaf. Part of the digests (`recipe.DIGEST`), so never to be tuned."""
+
+LARGEST_BLOCK = 1 << 18
+"""Elements worked on at once: large enough that Python's part is below a percent."""
+
+SMALLEST_BLOCK = 1 << 12
+"""Below this, more time goes into calls than into sums."""
+
+READ_GROUP = 4
+"""Ingredients whose blocks are held at once when files are read rather than mapped."""
+
+Operation = Literal["mix", "same", "first"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one layout keeps one tensor."""
+
+    shard: int
+    offset: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the soup."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    operation: Operation
+    """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied."""
+    n_units: int
+    """Elements of a mixed tensor, bytes of a copied one."""
+    sources: tuple[Source, ...]
+    """By layout number."""
+    first_leaf: int
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Bytes of a unit in the soup."""
+        return self.dtype.itemsize if self.operation == "mix" else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the soup."""
+        return self.n_units * self.unit_nbytes
+
+    def nbytes_in(self, layout: int) -> int:
+        """Bytes of the tensor in ingredients of a layout."""
+        size = self.sources[layout].dtype.itemsize if self.operation == "mix" else 1
+        return self.n_units * size
+
+    @property
+    def n_leaves(self) -> int:
+        """Leaves the tensor is cut into; none when it is empty."""
+        return -(-self.n_units // LEAF)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A range of one tensor, the same in all ingredients: the unit of work."""
+
+    number: int
+    tensor: int
+    start: int
+    n_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixPlan:
+    """Which tensors the soup has, and what is read and done for each."""
+
+    recipe: Recipe
+    ingredients: tuple[Ingredient, ...]
+    layouts: tuple[Layout, ...]
+    layout_of: tuple[int, ...]
+    """Layout number of each ingredient."""
+    tensors: tuple[PlannedTensor, ...]
+    n_leaves: int
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Give the leaves in the order of work: copies first, as those can still be refused."""
+        order = sorted(range(len(self.tensors)), key=lambda t: self.tensors[t].operation == "mix")
+        for t in order:
+            tensor = self.tensors[t]
+            for i in range(tensor.n_leaves):
+                start = i * LEAF
+                yield Leaf(tensor.first_leaf + i, t, start, min(LEAF, tensor.n_units - start))
+
+    def only(self, names: Collection[str]) -> MixPlan:
+        """Give the part of the plan that makes the tensors `names`."""
+        tensors: list[PlannedTensor] = []
+        n_leaves = 0
+        for tensor in self.tensors:
+            if tensor.name in names:
+                tensors.append(replace(tensor, first_leaf=n_leaves))
+                n_leaves += tensor.n_leaves
+        return replace(self, tensors=tuple(tensors), n_leaves=n_leaves)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of weights the pass reads: each byte of each ingredient's tensors once."""
+        each = [sum(t.nbytes_in(n) for t in self.tensors) for n in range(len(self.layouts))]
+        return sum(each[n] for n in self.layout_of)
+
+    @property
+    def nbytes_written(self) -> int:
+        """Bytes of weights the pass writes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One shard of the soup: its name, its header, and where its tensors go."""
+
+    name: str
+    header: bytes
+    tensors: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """Where each byte of the soup goes."""
+
+    files: tuple[PlannedFile, ...]
+    places: tuple[tuple[int, int], ...]
+    """File number and offset of each tensor."""
+    index_name: str | None
+    """The index to write beside the shards; None for a lone file."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How large the working blocks are, and what that comes to."""
+
+    threads: int
+    block: int
+    """Elements worked on at once by a thread."""
+    group: int
+    """Ingredients whose blocks a thread is given at once: all when mapped, few when read."""
+    peak_nbytes: int
+    """Upper bound of the anonymous memory of the whole process."""
+    compiles: bool = True
+    """Whether there is room to compile a kernel; where not, only those in the cache are used."""
+
+
+def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
+    """Match the tensors of all ingredients, in the order of the first.
+
+    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and
+    `RecipeError` for coefficients that do not fit. Costs a look at each tensor of each distinct
+    layout; reads nothing.
+    """
+    recipe.check()
+    output = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
+    layouts = list(dict.fromkeys(ingredient.layout for ingredient in ingredients))
+    layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
+    owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
+    problems = _disagreements(owners, output is not None)
+    problems += _quantised(layouts[0])
+    if problems:
+        raise MismatchError(_bounded(problems))
+    strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
+    if strangers:
+        raise RecipeError(f"coefficients for tensors that no ingredient has: {some(strangers)}")
+    tensors: list[PlannedTensor] = []
+    n_leaves = 0
+    for name, (_, spec) in layouts[0].places.items():
+        tensor = _plan_tensor(name, spec, layouts, recipe, output, n_leaves)
+        tensors.append(tensor)
+        n_leaves += tensor.n_leaves
+    return MixPlan(recipe, tuple(ingredients), tuple(layouts), layout_of, tuple(tensors), n_leaves)
+
+
+def plan_files(plan: MixPlan) -> FilePlan:
+    """Give every byte of the soup a place: as in the first ingredient, or in shards of a size."""
+    layout = plan.layouts[0]
+    if plan.recipe.shard_size is None:
+        groups = _mirrored(plan, layout)
+        names = list(layout.file_names)
+        index_name = plan.ingredients[0].index_name
+        if plan.ingredients[0].folder is None:
+            names = ["model.safetensors"]
+    else:
+        groups = _cut(plan, plan.recipe.shard_size)
+        count = len(groups)
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        index_name = "model.safetensors.index.json"
+        if count == 1:
+            names, index_name = ["model.safetensors"], None
+    places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
+    files: list[PlannedFile] = []
+    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
+        header = make_header(
+            [(t.name, t.dtype.name, t.shape, t.nbytes) for t in (plan.tensors[i] for i in group)]
+        )
+        offset = len(header)
+        for i in group:
+            places[i] = (number, offset)
+            offset += plan.tensors[i].nbytes
+        files.append(PlannedFile(name, header, tuple(group), offset))
+    return FilePlan(tuple(files), tuple(places), index_name)
+
+
+def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
+    """Choose the largest blocks whose peak stays within `budget` bytes.
+
+    Raises `BudgetError` when the smallest blocks do not fit; says how much would.
+    """
+    k = len(plan.ingredients)
+    widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+    widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    group = k if mapped else min(k, READ_GROUP)
+    # Each element of a block: its sum, what the numpy kernel makes of it, and its result;
+    # when files are read rather than mapped, the group's inputs too.
+    per_element = 8 + 24 + widest + (0 if mapped else group * widest_in)
+    fixed = fixed_nbytes(plan)
+    # So many tensors that little is left for the rest: better slower than not at all.
+    compiles = fixed + SMALLEST_BLOCK * per_element <= budget
+    fixed -= 0 if compiles else COMPILER_NBYTES
+    block = LARGEST_BLOCK
+    while block > SMALLEST_BLOCK and fixed + threads * block * per_element > budget:
+        block //= 2
+    while threads > 1 and fixed + threads * block * per_element > budget:
+        threads -= 1
+    peak = fixed + threads * block * per_element
+    if peak > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: "
+            f"this soup takes {nbytes_text(peak)} at least"
+        )
+    return MemoryPlan(threads, block, group, peak, compiles)
+
+
+PROCESS_NBYTES = 104 * 2**20
+"""Upper bound of what Python and the libraries hold, the compiler included.
+
+Measured: 27 MB at work with kernels from the cache, 85 MB after compiling one, 113 MB after
+compiling six, blocks of 18 MB included.
+"""
+
+COMPILER_NBYTES = 60 * 2**20
+"""What of it only compiling takes."""
+
+
+def fixed_nbytes(plan: MixPlan) -> int:
+    """Bound what the process holds beside its blocks: libraries, headers, plan, digests."""
+    k = len(plan.ingredients)
+    n_shards = sum(len(ingredient.shards) for ingredient in plan.ingredients)
+    n_specs = sum(len(layout.places) for layout in plan.layouts)
+    digests = 17 * plan.n_leaves * (k + 1)
+    return PROCESS_NBYTES + 1200 * n_shards + 1000 * n_specs + digests + 750 * plan.n_leaves
+
+
+def _plan_tensor(
+    name: str,
+    spec: TensorSpec,
+    layouts: Sequence[Layout],
+    recipe: Recipe,
+    output: DType | None,
+    first_leaf: int,
+) -> PlannedTensor:
+    found = [layout.places[name] for layout in layouts]
+    sources = tuple(Source(shard, each.begin, each.dtype) for shard, each in found)
+    if spec.dtype.averaged:
+        return PlannedTensor(
+            name, output or spec.dtype, spec.shape, "mix", spec.n_elements, sources, first_leaf
+        )
+    # BatchNorm's counter of batches means nothing for an average; nothing reads it by default.
+    counter = name.rpartition(".")[2] == "num_batches_tracked"
+    rule: Operation = "first" if recipe.non_float == "first" or counter else "same"
+    return PlannedTensor(name, spec.dtype, spec.shape, rule, spec.nbytes, sources, first_leaf)
+
+
+def _disagreements(owners: Sequence[Ingredient], convert: bool) -> list[str]:
+    """List where layouts differ from the first in names, shapes or dtypes, a line each."""
+    first = owners[0]
+    places = first.layout.places
+    problems: list[str] = []
+    for other in owners[1:]:
+        pair = f"{printable(other.name)} and {printable(first.name)}"
+        theirs = other.layout.places
+        lacking = [name for name in places if name not in theirs]
+        extra = [name for name in theirs if name not in places]
+        if lacking:
+            problems.append(
+                f"{printable(other.name)} lacks {_count(lacking)} of {printable(first.name)}: "
+                f"{some(lacking)}"
+            )
+        if extra:
+            problems.append(
+                f"{printable(other.name)} has {_count(extra)} that {printable(first.name)} lacks: "
+                f"{some(extra)}"
+            )
+        shapes, dtypes = [], []
+        for name, (_, spec) in places.items():
+            if name not in theirs:
+                continue
+            found = theirs[name][1]
+            if found.shape != spec.shape:
+                shapes.append(f"{printable(name)} {list(found.shape)} and {list(spec.shape)}")
+            averaged = found.dtype.averaged and spec.dtype.averaged
+            if found.dtype != spec.dtype and not (convert and averaged):
+                dtypes.append(f"{printable(name)} {found.dtype.name} and {spec.dtype.name}")
+        if shapes:
+            problems.append(f"{pair} differ in the shape of {_count(shapes)}: {some(shapes)}")
+        if dtypes:
+            advice = "" if convert else " (--dtype converts floats)"
+            problems.append(
+                f"{pair} differ in the dtype of {_count(dtypes)}{advice}: {some(dtypes)}"
+            )
+    return problems
+
+
+_SCALES = re.compile(r"^(.*)(_scale|_scale_inv|_scale_2|_scales|[._]absmax)$")
+_CODES = (".qweight", ".SCB", ".weight_packed")
+"""How GPTQ and AWQ, bitsandbytes, and compressed-tensors name what needs a scale to be a weight."""
+
+
+def _quantised(layout: Layout) -> list[str]:
+    """Find weights stored as codes beside their scales, which cannot be averaged apart."""
+    found = []
+    for name in layout.places:
+        match = _SCALES.match(name)
+        bases = (match[1], f"{match[1]}_blocks") if match else ()
+        codes = [layout.places[base][1] for base in bases if base in layout.places]
+        if any(spec.dtype.nbits <= 8 for spec in codes) or name.endswith(_CODES):
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"block-quantised weights in {_count(found)} ({some(found, 3)}); averaging codes "
+        "and scales apart makes no soup: dequantise the ingredients first"
+    ]
+
+
+def _count(items: Sequence[object]) -> str:
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
+
+
+def _bounded(problems: list[str]) -> str:
+    shown = problems[:12]
+    if len(problems) > len(shown):
+        shown.append(f"… and {len(problems) - len(shown)} more disagreements")
+    if len(shown) == 1:
+        return f"the ingredients do not fit together: {shown[0]}"
+    return "the ingredients do not fit together:\n" + "\n".join(f"  {line}" for line in shown)
+
+
+def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in layout.file_names]
+    for i, (number, _) in enumerate(layout.places.values()):
+        groups[number].append(i)
+    return groups
+
+
+def _cut(plan: MixPlan, shard_size: int) -> list[list[int]]:
+    """Fill shards in order; a tensor larger than the size has one of its own."""
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for i, tensor in enumerate(plan.tensors):
+        if groups[-1] and filled + tensor.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += tensor.nbytes
+    return groups
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_nbytes(text: str) -> int:
+    """Read a size in any common spelling: ``150MB``, ``5GiB``, ``5G``, ``1.5e9``, ``4096B``.
+
+    Raises `RecipeError` for anything else, and for a size below one byte.
+
+    >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
+    (5000000000, 1536)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", text.lower())
+    unit = _UNITS.get(match[2]) if match else None
+    size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
+    if size < 1:
+        raise RecipeError(f"{printable(text)!r} is no size; write 150MB or 5GiB, say")
+    return size
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Write a size for a person, in decimal units.
+
+    >>> nbytes_text(1_234_567_890)
+    '1.23 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"

@@ -1,0 +1,188 @@
+"""Blocks of ingredients for a thread at work: mapped, or read into its own few buffers.
+
+A *session* belongs to one thread. It gives the same block of several ingredients as raw bytes,
+valid until its next call, and lets go of what the stream has passed.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from streamsoup.errors import ChangedIngredientError, FormatError, printable
+from streamsoup.formats.files import Bytes, Descriptors, MappedFile, on_network
+from streamsoup.formats.memory import Memory, MemoryShard
+from streamsoup.formats.shards import Ingredient
+from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
+
+__all__ = ["MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
+
+MAPS_PER_INGREDIENT = 4
+"""Shards of one ingredient mapped at once: threads are never much further apart."""
+
+
+def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "read"]) -> bool:
+    """Whether to map shards rather than read them.
+
+    Left to us, local files are mapped, and files on a network are read: there a mapping fetches
+    page by page (safetensors#562, vllm#24469).
+    """
+    if io != "auto":
+        return io == "mmap"
+    return not on_network([shard.path for each in ingredients for shard in each.shards])
+
+
+def open_reader(plan: MixPlan, memory: MemoryPlan, *, mapped: bool) -> Reader:
+    """Give the reader of a run."""
+    return MappedReader(plan) if mapped else PlainReader(plan, memory)
+
+
+class Session(Protocol):
+    """What one thread reads with."""
+
+    def block(
+        self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
+    ) -> list[Bytes]:
+        """Give units `start` to `start + n_units` of ingredients `first` to `last - 1`."""
+
+    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Let go of a range, of all ingredients, that will not be read again."""
+
+    def close(self) -> None:
+        """Give back what the session holds."""
+
+
+class Reader(Protocol):
+    """What a run reads with."""
+
+    def session(self) -> Session:
+        """Give a thread its own session."""
+
+
+class MappedReader:
+    """Ingredients read by touching mapped memory: nothing is copied, nothing allocated."""
+
+    def __init__(self, plan: MixPlan) -> None:
+        """Map nothing yet: shards are mapped when first touched."""
+        self._plan = plan
+        self._maps: OrderedDict[tuple[int, int], MappedFile | Memory] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def session(self) -> MappedReader:
+        """Give itself: mappings are shared by all threads."""
+        return self
+
+    def block(
+        self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
+    ) -> list[Bytes]:
+        """Give views of the mapped shards."""
+        blocks = []
+        for i in range(first, last):
+            shard, begin, end = _range(self._plan, tensor, i, start, n_units)
+            blocks.append(self._map(i, shard).content[begin:end])
+        return blocks
+
+    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Drop the pages from this process; they stay in the page cache."""
+        for i in range(len(self._plan.ingredients)):
+            shard, begin, end = _range(self._plan, tensor, i, start, n_units)
+            self._map(i, shard).release(begin, end)
+
+    def close(self) -> None:
+        """Do nothing: mappings go with the reader."""
+
+    def _map(self, i: int, shard: int) -> MappedFile | Memory:
+        key = (i, shard)
+        with self._lock:
+            if key in self._maps:
+                self._maps.move_to_end(key)
+            else:
+                found = self._plan.ingredients[i].shards[shard]
+                memory = found.memory if isinstance(found, MemoryShard) else None
+                self._maps[key] = memory or MappedFile(found)
+                if len(self._maps) > MAPS_PER_INGREDIENT * len(self._plan.ingredients):
+                    self._maps.popitem(last=False)
+            return self._maps[key]
+
+
+class PlainReader:
+    """Ingredients read into small buffers that are used again and again."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan) -> None:
+        """Open nothing yet."""
+        self._plan = plan
+        self._memory = memory
+
+    def session(self) -> _PlainSession:
+        """Give a thread its own buffers and descriptors."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3 // self._memory.threads
+        return _PlainSession(self._plan, self._memory, Descriptors(min(64, limit)))
+
+
+class _PlainSession:
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, files: Descriptors) -> None:
+        self._plan = plan
+        self._files = files
+        widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+        self._buffers = np.empty((memory.group, memory.block * max(1, widest)), np.uint8)
+
+    def block(
+        self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
+    ) -> list[Bytes]:
+        """Read each ingredient's range with one large read."""
+        blocks = []
+        for buffer, i in zip(self._buffers, range(first, last), strict=False):
+            number, begin, end = _range(self._plan, tensor, i, start, n_units)
+            shard = self._plan.ingredients[i].shards[number]
+            block = buffer[: end - begin]
+            if isinstance(shard, MemoryShard):
+                block[:] = shard.memory[begin:end]
+                blocks.append(block)
+                continue
+            try:
+                _read_into(self._files.reading(shard), block, begin)
+            except EOFError:
+                shard.check_unchanged()
+                raise ChangedIngredientError(
+                    f"{printable(shard.path)}: ended at byte {begin}, before its header says"
+                ) from None
+            except OSError as error:
+                raise FormatError(
+                    f"{printable(shard.path)}: cannot be read at byte {begin}: {error.strerror}"
+                ) from error
+            blocks.append(block)
+        return blocks
+
+    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Do nothing: the buffers are all there is."""
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self._files.close()
+
+
+def _range(
+    plan: MixPlan, tensor: PlannedTensor, i: int, start: int, n_units: int
+) -> tuple[int, int, int]:
+    """Locate units of a tensor in ingredient `i`: shard number, first byte, end."""
+    source = tensor.sources[plan.layout_of[i]]
+    size = source.dtype.itemsize if tensor.operation == "mix" else 1
+    begin = source.offset + start * size
+    return source.shard, begin, begin + n_units * size
+
+
+def _read_into(descriptor: int, block: Bytes, offset: int) -> None:
+    """Fill `block` from `offset`, however short each read comes back."""
+    view = block.data
+    while view:
+        n = os.preadv(descriptor, [view], offset)
+        if n == 0:
+            raise EOFError
+        view = view[n:]
+        offset += n

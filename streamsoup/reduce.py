@@ -1,0 +1,235 @@
+"""Reductions: what becomes of the same block of all ingredients.
+
+A reduction makes a *worker* for each thread. The stream starts a block, adds ingredients in order,
+a group at a time, and takes the result. `Mix` is the one that makes soups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from streamsoup.errors import MismatchError, printable
+from streamsoup.formats.files import Bytes
+from streamsoup.kernels import blocks
+from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
+from streamsoup.tensors import DType
+
+if TYPE_CHECKING:
+    from streamsoup.kernels.cpu import Mixer
+
+__all__ = ["Engine", "Mix", "MixWorker", "Reduction", "Worker"]
+
+LOAD_NBYTES = 64_000_000
+"""Bytes to read from which loading a compiled kernel pays (measured: it takes 50 ms)."""
+
+COMPILE_NBYTES = 1_000_000_000
+"""Bytes to read from which compiling one pays, before the work: one or two seconds, once.
+
+Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
+
+
+class Engine:
+    """The fastest kernel that is ready: numpy at once, numba when it has been loaded.
+
+    Both give the same bits, so a run may change from one to the other at any block.
+    """
+
+    def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
+        """Load compiled kernels if the job is worth it; for a large one, compile missing ones.
+
+        Without `compiles`, for want of memory, numpy does what is not in the cache.
+        """
+        self._mixers: dict[tuple[str, str], Mixer] = {}
+        self._pairs = {
+            (tensor.sources[0].dtype, tensor.dtype)
+            for tensor in plan.tensors
+            if tensor.operation == "mix" and len({s.dtype for s in tensor.sources}) == 1
+        }
+        if plan.nbytes_read < LOAD_NBYTES:
+            return
+        from streamsoup.kernels.cpu import find_mixer, has_kernel
+
+        self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
+
+        for source, output in self._pairs:
+            if (mixer := find_mixer(source, output)) is not None:
+                self._mixers[source.name, output.name] = mixer
+        missing = len(self._mixers) < len(self._pairs)
+        if compiles and missing and plan.nbytes_read >= COMPILE_NBYTES:
+            self.load()
+
+    def load(self) -> None:
+        """Load or compile all kernels now: seconds, the first time on a machine."""
+        from streamsoup.kernels.cpu import mixer
+
+        for source, output in self._pairs:
+            if (source.name, output.name) not in self._mixers:
+                self._mixers[source.name, output.name] = mixer(source, output)
+
+    def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:
+        """Give the compiled kernel for these dtypes, or None while numpy has to do."""
+        if any(source is not sources[0] for source in sources):
+            return None
+        return self._mixers.get((sources[0].name, output.name))
+
+
+class Worker(Protocol):
+    """What one thread reduces with."""
+
+    spoiled: bool
+    """Whether the last result holds a NaN or an Inf."""
+
+    @property
+    def n_ahead(self) -> int:
+        """Blocks to start before the first result is asked for: accelerators work on several."""
+
+    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Begin a block: `n_units` of `tensor` from unit `start` on."""
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Take the blocks of ingredients `first` and following, in order."""
+
+    def result(self) -> Bytes:
+        """Give what became of the oldest block, valid until the next one is started."""
+
+    def close(self) -> None:
+        """Give back what the worker holds."""
+
+
+class Reduction(Protocol):
+    """What becomes of each block: the same for all threads, orders and sizes of blocks."""
+
+    def worker(self) -> Worker:
+        """Give a thread its own worker."""
+
+
+class Mix:
+    """Σᵢ cᵢ·θᵢ, and copies of what is not averaged."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, engine: Engine) -> None:
+        """Hold what the workers share, all of it read-only."""
+        self.plan = plan
+        self.memory = memory
+        self.engine = engine
+
+    def worker(self) -> MixWorker:
+        """Give a thread its own worker."""
+        return MixWorker(self)
+
+
+class MixWorker:
+    """One thread's sums, and the room for its results."""
+
+    n_ahead = 0
+
+    def __init__(self, mix: Mix) -> None:
+        """Allocate sums ``(block,) float64`` and a result of the same length."""
+        self._mix = mix
+        plan, block = mix.plan, mix.memory.block
+        widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+        self._result = np.empty(block * widest, np.uint8)
+        self._sums = np.empty(block, np.float64)
+        self._nothing = np.empty(0, np.float64)
+        self._same = _Sameness()
+        self.spoiled = False
+        """Whether the last result holds a NaN or an Inf."""
+
+    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Begin a block of `n_units` of `tensor`."""
+        self._tensor = tensor
+        self._n = n_units
+        self._output = self._result[: n_units * tensor.unit_nbytes]
+        self._factors, self._divisor = self._mix.plan.recipe.coefficients.of(tensor.name)
+        k = len(self._factors)
+        uniform = self._divisor == k and set(self._factors) == {1.0}
+        # For float64 alone, the sum of equal values may be inexact: see `kernels.reference`.
+        self._watch_sameness = (
+            uniform and k > 1 and all(source.dtype.name == "F64" for source in tensor.sources)
+        )
+        self.spoiled = False
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Add the blocks of ingredients `first` and following, in order."""
+        tensor = self._tensor
+        if tensor.operation != "mix":
+            self._copy(first, inputs)
+            return
+        plan = self._mix.plan
+        last = first + len(inputs)
+        sources = [tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
+        factors = self._factors[first:last]
+        mixer = self._mix.engine.mixer(sources, tensor.dtype)
+        whole = first == 0 and last == len(self._factors)
+        if mixer is not None and whole:
+            addresses = np.array([block.ctypes.data for block in inputs], np.int64)
+            self.spoiled = mixer(
+                self._nothing,
+                addresses,
+                np.array(factors),
+                True,
+                self._divisor,
+                self._output.ctypes.data,
+                self._n,
+            )
+            self._done = True
+            return
+        self._done = False
+        sums = self._sums[: self._n]
+        if mixer is not None:
+            addresses = np.array([block.ctypes.data for block in inputs], np.int64)
+            mixer(sums, addresses, np.array(factors), first == 0, 1.0, 0, self._n)
+        else:
+            blocks.accumulate(sums, inputs, sources, factors, fresh=first == 0)
+        if self._watch_sameness:
+            self._same.add(first, inputs)
+
+    def result(self) -> Bytes:
+        """Give the raw bytes of the finished block, valid until the next one is started."""
+        tensor = self._tensor
+        if tensor.operation == "mix" and not self._done:
+            sums = self._sums[: self._n]
+            if self._watch_sameness:
+                self._same.settle(sums, self._divisor)
+                self.spoiled = blocks.finish(sums, 1.0, tensor.dtype, self._output)
+            else:
+                self.spoiled = blocks.finish(sums, self._divisor, tensor.dtype, self._output)
+        return self._output
+
+    def close(self) -> None:
+        """Do nothing: arrays go with the worker."""
+
+    def _copy(self, first: int, inputs: Sequence[Bytes]) -> None:
+        if first == 0:
+            self._output[:] = inputs[0]
+        if self._tensor.operation == "first":
+            return
+        for i, block in enumerate(inputs, first):
+            if not np.array_equal(block, self._output):
+                ingredients = self._mix.plan.ingredients
+                raise MismatchError(
+                    f"{ingredients[i].where(self._tensor.name)}: this {self._tensor.dtype.name} "
+                    f"tensor differs from that of {printable(ingredients[0].name)}, and is not "
+                    "averaged; --non-float first takes it from the first ingredient"
+                )
+
+
+class _Sameness:
+    """Which float64 elements have had the same bits in every ingredient so far."""
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Compare further ingredients with the first."""
+        words = [block.view(np.uint64) for block in inputs]
+        if first == 0:
+            self._first = words[0].copy()
+            self._equal = np.ones(len(words[0]), np.bool_)
+        for word in words:
+            self._equal &= word == self._first
+
+    def settle(self, sums: np.ndarray[tuple[int], np.dtype[np.float64]], divisor: float) -> None:
+        """Divide the sums, and put the common value where all were equal."""
+        with np.errstate(all="ignore"):
+            np.divide(sums, divisor, out=sums)
+        sums[self._equal] = self._first.view(np.float64)[self._equal]

@@ -1,0 +1,115 @@
+"""One command for a machine nobody here has seen: are the bits right, and how fast is it?
+
+`checks` can fail: bits, order, memory, trouble, places. `rates` cannot: a slow machine is a slow
+machine, and low efficiency is a warning. The report is plain data, to be pasted or committed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from streamsoup.errors import StreamsoupError
+from streamsoup.kernels.device import Accelerator, HostDevice, open_device
+
+__all__ = ["Check", "Report", "selftest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that is right or wrong."""
+
+    name: str
+    passed: bool
+    detail: str
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class Report:
+    """What a self-test found."""
+
+    environment: dict[str, Any]
+    checks: list[Check] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    """Bytes a second, by what was measured."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was right; rates have no part in it."""
+        return all(check.passed for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give it as plain data."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def selftest(
+    device: str = "auto",
+    *,
+    nbytes: int = 256_000_000,
+    folder: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Test the arithmetic, the pipeline and the memory bound on `device`, then measure rates.
+
+    ``auto`` takes an accelerator if there is one, else the CPU. `nbytes` is the size of the
+    checkpoints that rates are measured with, all together; they are made in `folder`, or among the
+    temporary files, and removed. `say` is given a line as each check ends. Raises `DeviceError` if
+    the device is not there. Takes a minute or so.
+    """
+    from streamsoup.selftest import checks, rates
+
+    opened: Accelerator | HostDevice
+    try:
+        opened = open_device("cuda" if device == "auto" else device)
+    except StreamsoupError:
+        if device != "auto":
+            raise
+        opened = HostDevice()
+    report = Report(_environment(opened))
+    with tempfile.TemporaryDirectory(prefix="streamsoup-selftest-", dir=folder) as room:
+        for name, check in checks.all_checks(opened, room):
+            started = time.monotonic()
+            try:
+                passed, detail = check()
+            except Exception as error:  # a check that cannot be made has failed
+                passed, detail = False, f"{type(error).__name__}: {str(error)[:300]}"
+            report.checks.append(Check(name, passed, detail, time.monotonic() - started))
+            say(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}")
+        rates.measure(opened, room, nbytes, report)
+    return report
+
+
+def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
+    import psutil
+    import torch
+
+    found: dict[str, Any] = {
+        "device": device.name,
+        "streamsoup": version("streamsoup"),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory": psutil.virtual_memory().total,
+    }
+    if isinstance(device, Accelerator):
+        module = torch.get_device_module(device.torch_device)
+        found |= {
+            "device_name": module.get_device_name(device.torch_device),
+            "device_memory": module.mem_get_info(device.torch_device)[1],
+            "cuda": torch.version.cuda or "",
+            "hip": torch.version.hip or "",
+        }
+    return found

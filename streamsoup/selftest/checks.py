@@ -1,0 +1,408 @@
+"""What can fail: bits, order, memory, trouble, places.
+
+Expected bits come from the specification (`kernels.reference`), element by element, or from the
+kernels of the CPU; checkpoints are made here, of random bit patterns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup import read
+from streamsoup.errors import BudgetError, StreamsoupError
+from streamsoup.formats.header import make_header
+from streamsoup.kernels import blocks, reference
+from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
+from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.options import Options
+from streamsoup.plan import nbytes_text
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.make import Order, make, order
+from streamsoup.tensors import DTYPES, DType
+
+__all__ = ["all_checks", "make_checkpoints", "order_on"]
+
+Bytes = NDArray[np.uint8]
+Outcome = tuple[bool, str]
+
+FLOATS = [DTYPES[name] for name in ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")]
+COEFFICIENTS: list[tuple[tuple[float, ...], float]] = [
+    ((1.0,), 1.0),
+    ((1.0, 1.0), 2.0),
+    ((1.0,) * 3, 3.0),
+    ((1.0,) * 8, 8.0),
+    ((0.7, -0.3, 1 / 3), 1.0),
+    ((0.7, 1.0, 1 / 3), 0.7 + 1.0 + 1 / 3),
+]
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+BLOCK = 64
+
+
+def all_checks(
+    device: Accelerator | HostDevice, room: str
+) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    """Give the checks, in order of what they build on."""
+    yield "bits of the numpy kernel", _bits_of_blocks
+    yield "bits", partial(_bits, device)
+    yield "sizes and slots", partial(_sizes, device)
+    if isinstance(device, Accelerator):
+        for n, name in enumerate(("copies in", "sums", "ends of blocks")):
+            yield f"order with slow {name}", partial(_order, device, n)
+    paths = make_checkpoints(os.path.join(room, "small"), 5, 300_000)
+    yield "soups", partial(_soups, device, paths, room)
+    yield "memory", partial(_memory, device, room)
+    yield "trouble", partial(_trouble, device, paths, room)
+    if isinstance(device, Accelerator):
+        yield "a model in place", partial(_in_place, device, paths, room)
+
+
+def make_checkpoints(folder: str, k: int, n: int) -> list[str]:
+    """Make `k` checkpoints of about ``3.3 * n`` bytes, of every dtype that is averaged."""
+    os.makedirs(folder, exist_ok=True)
+    parts = {"BF16": n, "F16": n // 8, "F32": n // 8, "F64": n // 16, "F8_E4M3": 99, "F8_E5M2": 99}
+    paths = []
+    for i in range(k):
+        rng = np.random.default_rng(i)
+        tensors: list[tuple[str, str, tuple[int, ...], int]] = []
+        data: list[bytes] = []
+        for name, count in parts.items():
+            dtype = DTYPES[name]
+            values = rng.standard_normal(min(count, 1 << 16))
+            raw = np.empty(len(values) * dtype.itemsize, np.uint8)
+            blocks.narrow(values, dtype, raw)
+            content = np.resize(raw, count * dtype.itemsize).tobytes()
+            tensors.append((name.lower(), name, (count,), len(content)))
+            data.append(content)
+        tensors.append(("steps", "I64", (3,), 24))
+        data.append(bytes(24))
+        paths.append(os.path.join(folder, f"{i}.safetensors"))
+        with open(paths[-1], "wb") as file:
+            file.write(make_header(tensors))
+            file.writelines(data)
+    return paths
+
+
+def order_on(
+    device: Accelerator | HostDevice, paths: Sequence[str], options: Options, n_slots: int = 3
+) -> Order:
+    """Plan a uniform soup that is made by the pipeline on `device`; with the CPU's, on the CPU."""
+    from dataclasses import replace
+
+    from streamsoup.device_mix import FREE_SHARE, OnDevice, plan_device
+
+    coefficients = Coefficients.uniform(len(paths))
+    on_cpu = replace(options, device="cpu")
+    ordered = order(list(paths), coefficients, method="uniform", options=on_cpu)
+    plan = plan_device(
+        ordered.plan,
+        device=device.name,
+        budget=device.free_nbytes() // FREE_SHARE,
+        mapped=ordered.mapped,
+        threads=options.n_threads,
+        memory=1 << 34,
+        n_slots=n_slots,
+    )
+    return replace(ordered, memory=plan.memory, on_device=OnDevice(device, plan))
+
+
+def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Bytes]:
+    """Give random bits, so every kind of value; half as often, values whose sums are ties."""
+    rng = np.random.default_rng([k, n, seed, dtype.nbits, dtype.bias])
+    if seed % 2 == 0:
+        return [rng.integers(0, 256, n * dtype.itemsize, dtype=np.uint8) for _ in range(k)]
+    made = []
+    for _ in range(k):
+        raw = np.empty(n * dtype.itemsize, np.uint8)
+        blocks.narrow(rng.integers(-(1 << 9), 1 << 9, n) / 8.0, dtype, raw)
+        made.append(raw)
+    return made
+
+
+def _specified(
+    data: Sequence[Bytes], source: DType, factors: Sequence[float], divisor: float, output: DType
+) -> bytes:
+    bits = [[int(word) for word in each.view(_WORDS[source.itemsize])] for each in data]
+    soup = reference.mix(bits, source, factors, divisor, output)
+    return np.array(soup, _WORDS[output.itemsize]).tobytes()
+
+
+def _through(
+    device: Device[Any, Any],
+    data: Sequence[Bytes],
+    source: DType,
+    factors: Sequence[float],
+    divisor: float,
+    output: DType,
+    n_slots: int,
+) -> bytes:
+    """Mix in blocks of `BLOCK` by way of a lane."""
+    uniform = set(factors) == {1.0} and divisor == len(factors) > 1
+    shape = LaneShape(BLOCK, n_slots, 8, 8, uniform and source.name == "F64")
+    lane = Lane(device, shape)
+    n = len(data[0]) // source.itemsize
+    parts: list[bytes] = []
+    under_way = 0
+    for start in range(0, n, BLOCK):
+        if under_way == shape.in_flight:
+            parts.append(lane.take()[0].tobytes())
+            under_way -= 1
+        end = min(start + BLOCK, n)
+        lane.start(end - start, output, divisor, compares=shape.compares, canonical=True)
+        for each, factor in zip(data, factors, strict=True):
+            lane.add(each[start * source.itemsize : end * source.itemsize], source, factor)
+        lane.finish()
+        under_way += 1
+    parts += [lane.take()[0].tobytes() for _ in range(under_way)]
+    lane.close()
+    return b"".join(parts)
+
+
+def _bits_of_blocks() -> Outcome:
+    """Compare `kernels.blocks` with the specification; float64's rule of equal values is apart."""
+    wrong: list[str] = []
+    count = 0
+    for source, output, (factors, divisor) in itertools.product(FLOATS, FLOATS, COEFFICIENTS):
+        data = _patterns(source, len(factors), 101, count)
+        sums = np.empty(101)
+        blocks.accumulate(sums, data, [source] * len(factors), factors, fresh=True)
+        soup = np.empty(101 * output.itemsize, np.uint8)
+        blocks.finish(sums, divisor, output, soup)
+        count += 1
+        if soup.tobytes() != _specified(data, source, factors, divisor, output):
+            wrong.append(f"{source.name} to {output.name}, {len(factors)} ingredients")
+    return _tell(wrong, count, "dtype pairs and coefficients")
+
+
+def _bits(device: Accelerator | HostDevice) -> Outcome:
+    """Compare the pipeline with the specification, dtype by dtype, special values included."""
+    wrong: list[str] = []
+    count = 0
+    for source, output, (factors, divisor) in itertools.product(FLOATS, FLOATS, COEFFICIENTS):
+        for seed in (0, 1):
+            data = _patterns(source, len(factors), 101, seed)
+            soup = _through(device, data, source, factors, divisor, output, 2)
+            count += 1
+            if soup != _specified(data, source, factors, divisor, output):
+                wrong.append(f"{source.name} to {output.name}, {len(factors)} ingredients")
+    return _tell(wrong, count, "dtype pairs, coefficients and kinds of values")
+
+
+def _sizes(device: Accelerator | HostDevice) -> Outcome:
+    """Sizes 0, 1 and around the block, rings of several lengths."""
+    wrong: list[str] = []
+    count = 0
+    for n, n_slots in itertools.product((0, 1, 63, 64, 65, 257), (1, 2, 3, 8)):
+        for name, (factors, divisor) in itertools.product(("BF16", "F32"), COEFFICIENTS[2:5]):
+            dtype = DTYPES[name]
+            data = _patterns(dtype, len(factors), n, 0)
+            soup = _through(device, data, dtype, factors, divisor, dtype, n_slots)
+            count += 1
+            if soup != _specified(data, dtype, factors, divisor, dtype):
+                wrong.append(f"{n} elements of {name}, {n_slots} slots")
+    return _tell(wrong, count, "sizes, slots and coefficients")
+
+
+class _Delayed:
+    """A device whose every third stream does some useless work before each piece of its own."""
+
+    def __init__(self, device: Accelerator, which: int) -> None:
+        import torch
+
+        self._device, self._which, self._n = device, which, 0
+        self._slow: list[Any] = []
+        self._busy = device.device(1 << 20, torch.float64)
+        self._busy.zero_()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def stream(self) -> Any:
+        stream = self._device.stream()
+        if self._n % 3 == self._which:
+            self._slow.append(stream)
+        self._n += 1
+        return stream
+
+    def launch(self, stream: Any, work: Callable[[], object]) -> None:
+        if any(stream is slow for slow in self._slow):
+            for _ in range(4):
+                self._device.launch(stream, partial(self._busy.mul_, 1.0))
+        self._device.launch(stream, work)
+
+
+def _order(device: Accelerator, which: int) -> Outcome:
+    """With one stream far behind the others, no byte changes."""
+    wrong: list[str] = []
+    count = 0
+    for n_slots, (factors, divisor) in itertools.product((1, 2, 3), COEFFICIENTS[3:5]):
+        dtype = DTYPES["BF16"]
+        data = _patterns(dtype, len(factors), 1000, 1)
+        soup = _through(_Delayed(device, which), data, dtype, factors, divisor, dtype, n_slots)
+        count += 1
+        if soup != _specified(data, dtype, factors, divisor, dtype):
+            wrong.append(f"{n_slots} slots, {len(factors)} ingredients")
+    return _tell(wrong, count, "runs")
+
+
+def _soups(device: Accelerator | HostDevice, paths: Sequence[str], room: str) -> Outcome:
+    """Whole soups by the pipeline and by the CPU's kernels: the same files."""
+    from streamsoup.verification import verify
+
+    wrong: list[str] = []
+    kinds = list(itertools.product(("same", "f32", "bf16"), ("mmap", "read")))
+    for n, (dtype, io) in enumerate(kinds):
+        options = Options(dtype=dtype, io="mmap" if io == "mmap" else "read")
+        by_cpu = order(
+            list(paths), Coefficients.uniform(len(paths)), method="uniform", options=options
+        )
+        one = make(by_cpu, output=os.path.join(room, f"cpu{n}"), options=options)
+        by_device = order_on(device, paths, options)
+        other = make(by_device, output=os.path.join(room, f"device{n}"), options=options)
+        same = one.provenance.tensors == other.provenance.tensors
+        if not same or _content(one.path) != _content(other.path):
+            wrong.append(f"dtype {dtype}, io {io}")
+        verify(other.path)
+    return _tell(wrong, len(kinds), "soups, each verified")
+
+
+def _memory(device: Accelerator | HostDevice, room: str) -> Outcome:
+    """Measured peaks are within the plan, and do not depend on the number of ingredients."""
+    few, many = (make_checkpoints(os.path.join(room, str(k)), k, 2_000_000) for k in (2, 8))
+    if isinstance(device, HostDevice):
+        return _memory_of_cpu([few, many], room)
+    import torch
+
+    module = torch.get_device_module(device.torch_device)
+    peaks, planned, left = [], 0, 0
+    for n, paths in enumerate((few, many)):
+        device.settle()
+        module.empty_cache()
+        held, allocated = module.memory_reserved(), module.memory_allocated()
+        module.reset_peak_memory_stats()
+        # One thread: torch's cache depends on the order in which several ask.
+        options = Options(threads=1)
+        ordered = order_on(device, paths, options)
+        assert ordered.on_device is not None
+        planned = ordered.on_device.plan.device_nbytes
+        make(ordered, output=os.path.join(room, f"peak{n}"), options=options)
+        peaks.append(module.max_memory_reserved() - held)
+        left += module.memory_allocated() - allocated
+    passed = max(peaks) <= planned and peaks[0] == peaks[1] and left == 0
+    return passed, (
+        f"{peaks[0]} bytes on the device with 2 ingredients, {peaks[1]} with 8, "
+        f"{planned} planned, {left} not given back"
+    )
+
+
+def _memory_of_cpu(groups: Sequence[Sequence[str]], room: str) -> Outcome:
+    """Run the command in a process of its own, as what this one holds is of no interest."""
+    peaks, planned = [], []
+    for n, paths in enumerate(groups):
+        options = Options(device="cpu")
+        coefficients = Coefficients.uniform(len(paths))
+        ordered = order(list(paths), coefficients, method="uniform", options=options)
+        planned.append(ordered.memory.peak_nbytes)
+        output = os.path.join(room, f"peak{n}")
+        command = [sys.executable, "-m", "streamsoup", "uniform", *paths, "-o", output, "--json"]
+        done = subprocess.run(command, capture_output=True, check=True)
+        peaks.append(int(json.loads(done.stdout)["peak_nbytes"]))
+    passed = all(peak <= plan for peak, plan in zip(peaks, planned, strict=True))
+    return passed, (
+        f"{nbytes_text(peaks[0])} with 2 ingredients, {nbytes_text(peaks[1])} with 8, "
+        f"{nbytes_text(planned[1])} planned"
+    )
+
+
+def _trouble(device: Accelerator | HostDevice, paths: Sequence[str], room: str) -> Outcome:
+    """Out of memory, a failing read and Ctrl-C leave no output, and everything usable."""
+    options = Options(io="read")
+    output = os.path.join(room, "trouble")
+    wrong: list[str] = []
+
+    def attempt(name: str, error: type[BaseException], work: Callable[[], object]) -> None:
+        try:
+            work()
+            wrong.append(f"{name}: went unnoticed")
+        except error:
+            if os.path.lexists(output):
+                wrong.append(f"{name}: left an output")
+
+    def full() -> None:
+        size = device.free_nbytes()
+        with our_errors(nbytes_text(size)):
+            Lane[Any, Any](device, LaneShape(size, 2, 2, 2, False))
+
+    def unreadable() -> None:
+        whole, calls = read._read_into, itertools.count()
+
+        def failing(descriptor: int, block: Bytes, offset: int) -> None:
+            if next(calls) == 7:
+                raise OSError(5, "made up for this test")
+            whole(descriptor, block, offset)
+
+        read._read_into = failing
+        try:
+            make(order_on(device, paths, options), output=output, options=options)
+        finally:
+            read._read_into = whole
+
+    def interrupt(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        stopped = Options(io="read", on_progress=interrupt)
+        make(order_on(device, paths, stopped), output=output, options=stopped)
+
+    if isinstance(device, Accelerator):
+        attempt("out of memory", BudgetError, full)
+    attempt("a failing read", StreamsoupError, unreadable)
+    attempt("Ctrl-C", KeyboardInterrupt, interrupted)
+    make(order_on(device, paths, options), output=output, options=options)
+    return _tell(wrong, 3 if isinstance(device, Accelerator) else 2, "kinds of trouble")
+
+
+def _in_place(device: Accelerator, paths: Sequence[str], room: str) -> Outcome:
+    """A model on the device gets a soup's bytes; its parameters stay where they are."""
+    import torch
+    from safetensors.torch import load_file
+
+    from streamsoup.soups.live_mix import mix_into
+
+    model = torch.nn.Module()
+    for name, tensor in load_file(paths[0]).items():
+        model.register_buffer(name, tensor.to(device.torch_device))
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    mix_into(model, paths)
+    options = Options(device="cpu")
+    ordered = order(list(paths), Coefficients.uniform(5), method="uniform", options=options)
+    soup = make(ordered, output=os.path.join(room, "live"), options=options)
+    expected = load_file(os.path.join(soup.path, "model.safetensors"))
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.data_ptr() != places[name]
+        or tensor.cpu().view(torch.uint8).numpy().tobytes()
+        != expected[name].view(torch.uint8).numpy().tobytes()
+    ]
+    return _tell(wrong, len(places), "tensors")
+
+
+def _content(folder: str) -> bytes:
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        return file.read()
+
+
+def _tell(wrong: Sequence[str], count: int, what: str) -> Outcome:
+    if wrong:
+        return False, f"{len(wrong)} of {count} {what} are wrong, such as {wrong[0]}"
+    return True, f"{count} {what}"

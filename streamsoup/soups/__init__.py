@@ -1,0 +1,1 @@
+"""Which coefficients: each way to choose them ends in one recipe, made by the same pass."""

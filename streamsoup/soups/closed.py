@@ -1,0 +1,313 @@
+"""Soups whose coefficients follow from a formula: of the order of checkpoints, or of their angles.
+
+* EMA of saved checkpoints: m₁ = θ₁, mᵢ = d·mᵢ₋₁ + (1−d)·θᵢ, so θᵢ has (1−d)·dⁿ⁻ⁱ, θ₁ has dⁿ⁻¹.
+* LAWA: the mean of the latest k checkpoints. Kaddour 2022, https://arxiv.org/abs/2209.14981.
+* WSM: merging checkpoints of a constant learning rate stands in for its decay. A curve of
+  gradient weights w₁ ≥ … ≥ wₖ gives c₀ = 1−w₁, cⱼ = wⱼ−wⱼ₊₁, cₖ = wₖ. Tian et al. 2025,
+  https://arxiv.org/abs/2507.17634.
+* Task arithmetic: θ₀ + Σᵢ λᵢ·(θᵢ−θ₀). Ilharco et al. 2022, https://arxiv.org/abs/2212.04089.
+* Model Stock, for each tensor: t·mean + (1−t)·θ₀ with t = N·cos φ / (1 + (N−1)·cos φ).
+  Jang et al. 2024, https://arxiv.org/abs/2403.19522.
+* SLERP, for each tensor: the way along the great circle, and for more than two the weighted
+  barycentre on the sphere. Shoemake 1985, https://doi.org/10.1145/325334.325242; on task vectors,
+  Ramé et al. 2024 (WARP), https://arxiv.org/abs/2406.16768.
+
+The last two take a Gram pass first (`geometry`); all end in the same pass that writes any soup.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.angles import Place, measure, plan_geometry
+from streamsoup.destination import check_output
+from streamsoup.errors import RecipeError, printable, some
+from streamsoup.options import Options
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.make import AnyIngredient, Soup, make, order
+
+__all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]
+
+Floats = NDArray[np.float64]
+Curve = Literal["linear", "cosine", "sqrt"]
+
+
+def ema(
+    checkpoints: Sequence[AnyIngredient],
+    decay: float = 0.9,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the exponential moving average of `checkpoints`, oldest first, into `output`.
+
+    `decay` ``(0 ≤ d < 1)`` is what a step leaves of the average so far; the first checkpoint
+    starts it. Costs and errors as for `uniform`.
+    """
+    if not 0 <= decay < 1:
+        raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
+    n = len(checkpoints)
+    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
+    factors[:1] = [decay ** (n - 1)] if n else []
+    return _make(checkpoints, factors, "ema", {"decay": decay}, output, options)
+
+
+def lawa(
+    checkpoints: Sequence[AnyIngredient],
+    window: int,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the mean of the latest `window` of `checkpoints`, oldest first, into `output`.
+
+    Costs and errors as for `uniform`, of the latest ones only.
+    """
+    if not 1 <= window <= len(checkpoints):
+        raise RecipeError(
+            f"a window of {window} does not fit {len(checkpoints)} checkpoints; "
+            f"give 1 to {len(checkpoints)}"
+        )
+    latest = checkpoints[len(checkpoints) - window :]
+    report = {"window": window, "n_given": len(checkpoints)}
+    return _make(latest, Coefficients.uniform(window), "lawa", report, output, options)
+
+
+def wsm(
+    checkpoints: Sequence[AnyIngredient],
+    curve: Curve = "linear",
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the merge of `checkpoints`, oldest first, that stands in for a learning rate decay.
+
+    The k+1 checkpoints were saved at even steps of a constant learning rate; the decay it stands
+    in for begins at the first of them. With x = j/(k+1), `curve` is ``linear`` (w = 1−x: the
+    plain mean), ``cosine`` (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x). Costs and errors as for
+    `uniform`.
+    """
+    return _make(
+        checkpoints, wsm_factors(len(checkpoints), curve), "wsm", {"curve": curve}, output, options
+    )
+
+
+def wsm_factors(n: int, curve: Curve) -> list[float]:
+    """Give the coefficients of `n` checkpoints for a decay curve.
+
+    >>> wsm_factors(4, "linear")
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    curves: dict[str, Callable[[float], float]] = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+        "sqrt": lambda x: 1 - math.sqrt(x),
+    }
+    if curve not in curves:
+        raise RecipeError(f"curve {printable(curve)!r} is none of {', '.join(curves)}")
+    weights = [curves[curve](j / n) for j in range(n)] + [0.0]
+    return [weights[j] - weights[j + 1] for j in range(n)]
+
+
+def arithmetic(
+    ingredients: Sequence[AnyIngredient],
+    scale: float | Sequence[float],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write base + Σᵢ λᵢ·(θᵢ − base) into `output`: task arithmetic.
+
+    `scale` is λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
+    unlearns. Costs and errors as for `uniform`; the base is read too.
+    """
+    n = len(ingredients)
+    scales = [float(scale)] * n if isinstance(scale, (int, float)) else [float(s) for s in scale]
+    if len(scales) != n:
+        raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
+    factors = [1.0 - math.fsum(scales), *scales]
+    report = {"scale": scales, "base": _name(base)}
+    return _make([base, *ingredients], factors, "arithmetic", report, output, options)
+
+
+def stock(
+    ingredients: Sequence[AnyIngredient],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the Model Stock of `ingredients`, fine-tuned from `base`, into `output`.
+
+    For each tensor, t = N·cos φ / (1 + (N−1)·cos φ) says how far to go from the base to the mean;
+    cos φ is the mean cosine of all pairs of task vectors (the paper has one angle; mergekit takes
+    the mean of pairs too). Where the task vectors point apart on average, t would be negative: it
+    is 0 there, the base, and the report names those tensors. Reads each checkpoint twice: once
+    for the angles, once for the soup. Errors as for `geometry` and `uniform`.
+    """
+    n = len(ingredients)
+    if n < 2:
+        raise RecipeError("Model Stock needs the angle between two ingredients at least")
+    places = _measure(ingredients, base, output, options)
+    rows: dict[str, tuple[float, ...]] = {}
+    ratios: list[float] = []
+    negative: list[str] = []
+    for place in places:
+        if not place.gram.any():
+            rows[place.name] = (1.0, *[0.0] * n)  # nobody moved it: it stays bit for bit
+            continue
+        ratio = stock_ratio(place)
+        if ratio < 0:
+            negative.append(place.name)
+            ratio = 0.0
+        ratios.append(ratio)
+        rows[place.name] = (1 - ratio, *[ratio / n] * n)
+    report = {
+        "base": _name(base),
+        "ratio_min": min(ratios, default=0.0),
+        "ratio_mean": math.fsum(ratios) / max(len(ratios), 1),
+        "ratio_max": max(ratios, default=0.0),
+        "n_negative": len(negative),
+        "negative": some(negative, 20),
+    }
+    coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
+    return _make([base, *ingredients], coefficients, "stock", report, output, options)
+
+
+def stock_ratio(place: Place) -> float:
+    """Give the ratio t of one tensor, unclipped; pairs without an angle count as orthogonal."""
+    n = len(place.gram)
+    cosines = np.nan_to_num(place.cosines[np.triu_indices(n, 1)], nan=0.0)
+    cosine = math.fsum(cosines) / len(cosines)
+    # The mean cosine of n vectors is -1/(n-1) at least, and there t falls without bound.
+    below = 1 + (n - 1) * cosine
+    return n * cosine / below if below > 0 else -math.inf
+
+
+def slerp(
+    ingredients: Sequence[AnyIngredient],
+    weights: Sequence[float],
+    *,
+    base: AnyIngredient | None = None,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the spherical mean of `ingredients`, tensor by tensor, into `output`.
+
+    `weights` are positive, one for each, and are divided by their sum. For two that is
+    sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of the
+    sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
+    `base`: then task vectors turn, and the base is added. Where one of them is zero or all cancel
+    out, the mean is a straight one, and the report counts those tensors. Costs as for `stock`.
+    """
+    shares = _shares(weights, len(ingredients))
+    places = _measure(ingredients, base, output, options)
+    rows: dict[str, tuple[float, ...]] = {}
+    straight: list[str] = []
+    for place in places:
+        factors = sphere_factors(place.gram if base is not None else _about_zero(place), shares)
+        if factors is None:
+            straight.append(place.name)
+            factors = shares
+        first = () if base is None else (1.0 - math.fsum(factors),)
+        rows[place.name] = (*first, *map(float, factors))
+    report = {
+        "weights": [float(share) for share in shares],
+        "base": None if base is None else _name(base),
+        "n_straight": len(straight),
+        "straight": some(straight, 20),
+    }
+    first = () if base is None else (0.0,)
+    coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
+    everything = ingredients if base is None else [base, *ingredients]
+    return _make(everything, coefficients, "slerp", report, output, options)
+
+
+def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
+    """Give the coefficients of the weighted barycentre on the sphere, from products of vectors.
+
+    `gram` is ``(vector, vector)``, `shares` ``(vector,)`` sum to 1. None where a vector is zero,
+    or where they cancel out. Starts from the straight mean, and goes the way of the mean of the
+    logarithms until that vanishes (Buss and Fillmore 2001, https://doi.org/10.1145/502122.502124).
+    """
+    norms = np.sqrt(np.diag(gram))
+    if not (norms > 0).all():
+        return None
+    units = gram / np.outer(norms, norms)
+    point = shares.copy()
+    for _ in range(200):
+        length = math.sqrt(max(float(point @ units @ point), 0.0))
+        if length < 1e-9:
+            return None
+        point = point / length
+        cosines = np.clip(units @ point, -1.0, 1.0)
+        angles = np.arccos(cosines)
+        sines = np.sin(angles)
+        if (sines[angles > 1.0] < 1e-9).any():
+            return None  # opposite: every way leads there
+        stretch = np.where(sines > 1e-9, angles / np.where(sines > 1e-9, sines, 1.0), 1.0)
+        pull = shares * stretch
+        way = pull - float(pull @ cosines) * point
+        length = math.sqrt(max(float(way @ units @ way), 0.0))
+        if length < 1e-15:
+            break
+        point = math.cos(length) * point + math.sin(length) / length * way
+    return point
+
+
+def _about_zero(place: Place) -> Floats:
+    """Give ⟨θᵢ, θⱼ⟩ ``(ingredient, ingredient)``, from the reference and the differences."""
+    rows = place.rows
+    return np.asarray(rows[0, 0] + rows[0, 1:][:, None] + rows[0, 1:][None, :] + rows[1:, 1:])
+
+
+def _shares(weights: Sequence[float], n: int) -> Floats:
+    if len(weights) != n:
+        raise RecipeError(f"{len(weights)} weights for {n} ingredients; give one for each")
+    given = np.array([float(weight) for weight in weights])
+    if not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
+        raise RecipeError("weights on a sphere are finite, none negative, and not all zero")
+    return np.asarray(given / given.sum())
+
+
+def _measure(
+    ingredients: Sequence[AnyIngredient],
+    base: AnyIngredient | None,
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Sequence[Place]:
+    """Take the Gram pass, after everything that could refuse the soup itself has been tried."""
+    everything = [*([] if base is None else [base]), *ingredients]
+    equal = Coefficients.uniform(len(everything))
+    ordered = order(everything, equal, method="mix", options=options)
+    check_output(os.fspath(output), ordered.plan.ingredients, overwrite=options.overwrite)
+    plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
+    found = measure(plan, memory, mapped=mapped, base=base is not None, options=options)
+    return found.tensors
+
+
+def _make(
+    ingredients: Sequence[AnyIngredient],
+    coefficients: Coefficients | Sequence[float],
+    method: str,
+    report: Mapping[str, object],
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Soup:
+    if not isinstance(coefficients, Coefficients):
+        coefficients = Coefficients.given(coefficients)
+    ordered = order(ingredients, coefficients, method=method, options=options)
+    return make(replace(ordered, report=report), output=output, options=options)
+
+
+def _name(ingredient: AnyIngredient) -> str:
+    name = getattr(ingredient, "name", None)
+    return name if isinstance(name, str) else os.fspath(ingredient)  # type: ignore[arg-type]

@@ -1,0 +1,316 @@
+"""From a recipe to a finished checkpoint: the one way in which every soup is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from streamsoup import __version__
+from streamsoup.destination import check_output
+from streamsoup.digest import Digests, digest_bytes
+from streamsoup.errors import FormatError, OutputError, StreamsoupError, printable
+from streamsoup.formats.shards import Ingredient, open_ingredients
+from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
+from streamsoup.options import Options
+from streamsoup.plan import (
+    FilePlan,
+    MemoryPlan,
+    MixPlan,
+    parse_nbytes,
+    plan_files,
+    plan_memory,
+    plan_mix,
+)
+from streamsoup.read import open_reader, will_map
+from streamsoup.recipe import (
+    ARITHMETIC,
+    DIGEST,
+    PROVENANCE_NAME,
+    Coefficients,
+    FileRecord,
+    IngredientRecord,
+    Provenance,
+    Recipe,
+)
+from streamsoup.staging import Staging, sync_folder
+from streamsoup.tensors import float_dtype
+
+if TYPE_CHECKING:
+    from streamsoup.device_mix import OnDevice
+
+__all__ = ["AnyIngredient", "Order", "Soup", "make", "order", "plan_order", "write_beside"]
+
+log = logging.getLogger("streamsoup")
+
+AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
+"""A path, an open ingredient, a state dict or a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Soup:
+    """A checkpoint that was made, and how."""
+
+    path: str
+    """The folder that holds it."""
+    recipe: Recipe
+    provenance: Provenance
+    nbytes_read: int
+    """Bytes of weights read for it; 0 if it was finished before."""
+    nbytes_written: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A soup planned to the last byte: all that can be known before a weight is read."""
+
+    plan: MixPlan
+    files: FilePlan
+    memory: MemoryPlan
+    mapped: bool
+    """Whether ingredients are mapped, rather than read."""
+    side_files: list[SideFile]
+    warnings: list[str]
+    report: Mapping[str, object] = field(default_factory=dict)
+    """What a search has to say about how it found the coefficients; goes into the provenance."""
+    on_device: OnDevice | None = None
+    """The accelerator that makes the sums, and what it will hold; None for the CPU."""
+
+
+def order(
+    ingredients: Sequence[AnyIngredient],
+    coefficients: Coefficients,
+    *,
+    method: str,
+    options: Options,
+) -> Order:
+    """Open the ingredients by their headers, and plan the soup. Reads no weight, writes nothing.
+
+    Raises whatever can be refused by then: `FormatError`, `MismatchError`, `RecipeError`,
+    `BudgetError`.
+    """
+    opened = open_ingredients(ingredients)
+    size = options.shard_size
+    recipe = Recipe(
+        ingredients=tuple(ingredient.name for ingredient in opened),
+        coefficients=coefficients,
+        method=method,
+        dtype=options.dtype if options.dtype == "same" else float_dtype(options.dtype).name,
+        non_float=options.non_float,
+        non_finite=options.non_finite,
+        shard_size=parse_nbytes(size) if isinstance(size, str) else size,
+    )
+    return plan_order(opened, recipe, options)
+
+
+def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -> Order:
+    """Plan a given recipe for open ingredients. See `order`."""
+    plan = plan_mix(opened, recipe)
+    mapped = will_map(opened, options.io)
+    budget = options.memory
+    on_device = None
+    if options.device not in ("auto", "cpu"):
+        from streamsoup.device_mix import find_device
+
+        on_device = find_device(plan, options, mapped=mapped)
+        memory = on_device.plan.memory
+    else:
+        memory = plan_memory(
+            plan,
+            mapped=mapped,
+            threads=options.n_threads,
+            budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        )
+    dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
+    side_files, warnings = gather_side_files(opened, dtype)
+    return Order(plan, plan_files(plan), memory, mapped, side_files, warnings, on_device=on_device)
+
+
+def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) -> Soup:
+    """Make a planned soup in the folder `output`.
+
+    The output is the former one, or absent, until the last step, a rename; then it is complete
+    and on disk. What an earlier run of the same order left unfinished is resumed. Reads each byte
+    of each ingredient once. Raises `OutputError` and its kin, `NonFiniteError`, `MismatchError`,
+    `ChangedIngredientError`.
+    """
+    started = time.monotonic()
+    given = os.fspath(output)
+    plan = ordered.plan
+    try:
+        target = check_output(given, plan.ingredients, overwrite=options.overwrite)
+        for warning in ordered.warnings:
+            log.warning("%s", warning)
+        with Staging(target, _fingerprint(ordered), overwrite=options.overwrite) as staging:
+            if staging.finished:
+                staging.discard()
+                return _finished(target, plan, started)
+            if staging.complete:
+                staging.commit(staging.complete)
+                return _finished(target, plan, started)
+            provenance = _fill(ordered, staging, options)
+    except OSError as error:
+        if isinstance(error, StreamsoupError):
+            raise
+        raise _not_written(given, error) from error
+    elapsed_s = time.monotonic() - started
+    return Soup(target, plan.recipe, provenance, plan.nbytes_read, plan.nbytes_written, elapsed_s)
+
+
+def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
+    """Make everything in the staging folder, then put it in place."""
+    from streamsoup.reduce import Engine, Mix, Reduction
+    from streamsoup.stream import run
+    from streamsoup.write import FileSink, write_file
+
+    plan, files = ordered.plan, ordered.files
+    digests = Digests(plan)
+    sink = FileSink(plan, files, staging, digests)
+    # First, as they can still fail; weights may take hours.
+    side_files = write_beside(ordered, staging.folder)
+    reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
+    mix: Reduction
+    if ordered.on_device is not None:
+        mix = ordered.on_device.mix(plan)
+    else:
+        engine = Engine(plan, compiles=ordered.memory.compiles)
+        mix = Mix(plan, ordered.memory, engine)
+    run(plan, ordered.memory, reader, mix, sink, on_progress=options.on_progress)
+    provenance = _provenance(ordered, digests, side_files)
+    text = provenance.to_json()
+    sink.sync()
+    write_file(os.path.join(staging.folder, PROVENANCE_NAME), [text])
+    for folder, _, _ in os.walk(staging.folder):
+        sync_folder(folder)
+    staging.commit(digest_bytes(text))
+    return provenance
+
+
+def _not_written(output: str, error: OSError) -> OutputError:
+    """Say that the output could not be written, why, and what becomes of the work so far."""
+    after = "nothing is left behind; mend that, or choose another folder"
+    if os.path.lexists(os.path.realpath(output) + ".partial"):
+        after = "what is finished is kept beside it; mend that, and the same command goes on"
+    wrapped = OutputError(
+        f"{printable(output)}: cannot be written: {error.strerror or error}; {after}"
+    )
+    wrapped.errno = error.errno
+    return wrapped
+
+
+def _finished(target: str, plan: MixPlan, started: float) -> Soup:
+    """Describe a soup that an earlier run had made, all but for the last step."""
+    with open(os.path.join(target, PROVENANCE_NAME), "rb") as file:
+        provenance = Provenance.from_json(file.read())
+    return Soup(target, plan.recipe, provenance, 0, 0, time.monotonic() - started)
+
+
+def _fingerprint(ordered: Order) -> str:
+    """Tell this order from every other: recipe, files that go in, bytes that come out."""
+    identities = [
+        [shard.path, list(_identity(shard.identity))]
+        for ingredient in ordered.plan.ingredients
+        for shard in ingredient.shards
+    ]
+    headers = [[file.name, digest_bytes(file.header)] for file in ordered.files.files]
+    import msgspec
+
+    recipe = msgspec.json.encode(ordered.plan.recipe).decode()
+    text = json.dumps([ARITHMETIC, DIGEST, recipe, identities, headers])
+    return digest_bytes(text.encode())
+
+
+def _identity(identity: object) -> tuple[int, ...]:
+    return tuple(getattr(identity, name) for name in ("device", "inode", "size", "mtime_ns"))
+
+
+def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
+    """Write into `folder` what lies beside the weights: side files, and the index if there is one.
+
+    Gives their records. Raises `FormatError` for a side file that cannot be read any more.
+    """
+    records = [_copy(file, folder) for file in ordered.side_files]
+    return records + _write_index(ordered.plan, ordered.files, folder)
+
+
+def _copy(file: SideFile, folder: str) -> FileRecord:
+    """Copy one side file, with its digest. Links are followed, modes are ours."""
+    from streamsoup.write import write_file
+
+    digest = xxhash.xxh3_128()
+    nbytes = 0
+
+    def digested() -> Iterator[bytes]:
+        nonlocal nbytes
+        try:
+            for piece in pieces(file.path) if file.content is None else [file.content]:
+                digest.update(piece)
+                nbytes += len(piece)
+                yield piece
+        except OSError as error:
+            raise FormatError(
+                f"{printable(file.path)}: cannot be copied: {error.strerror}"
+            ) from None
+
+    path = os.path.join(folder, file.name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_file(path, digested())
+    return FileRecord(file.name, nbytes, digest.hexdigest())
+
+
+def _write_index(plan: MixPlan, files: FilePlan, folder: str) -> list[FileRecord]:
+    """Write the index, if the soup has one, and give its record."""
+    from streamsoup.write import write_file
+
+    if files.index_name is None:
+        return []
+    text = _index(plan, files)
+    write_file(os.path.join(folder, files.index_name), [text])
+    return [FileRecord(files.index_name, len(text), digest_bytes(text))]
+
+
+def _index(plan: MixPlan, files: FilePlan) -> bytes:
+    """Write the index as transformers does: total size and parameters, name to file."""
+    weight_map = {plan.tensors[t].name: file.name for file in files.files for t in file.tensors}
+    metadata = {
+        "total_parameters": plan.layouts[0].n_parameters,
+        "total_size": plan.nbytes_written,
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) -> Provenance:
+    from importlib.metadata import version
+
+    plan, files = ordered.plan, ordered.files
+    records = tuple(
+        IngredientRecord(
+            os.path.abspath(ingredient.name), ingredient.nbytes, digests.of_ingredient(i)
+        )
+        for i, ingredient in enumerate(plan.ingredients)
+    )
+    shards = tuple(
+        FileRecord(file.name, file.nbytes, digest_bytes(file.header)) for file in files.files
+    )
+    versions = {name: version(name) for name in ("numpy", "numba", "xxhash")}
+    versions["streamsoup"] = __version__
+    versions["python"] = platform.python_version()
+    return Provenance(
+        recipe=plan.recipe,
+        ingredients=records,
+        shards=shards,
+        side_files=tuple(side_files),
+        tensors=digests.of_soup(),
+        versions=versions,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        report=ordered.report,
+    )

@@ -1,0 +1,495 @@
+"""The loss of a mixture in a live model, and its slopes by every coefficient, streamed from disk.
+
+With θ(c) = Σᵢ cᵢ·θᵢ and g = ∇L at θ(c), ∂L/∂cᵢ = ⟨g, θᵢ⟩, tensor by tensor. So one model and one
+gradient are all that is held, whatever the number of ingredients: a pass over the files mixes,
+a backward pass gives g, and another pass multiplies. As soon as the last backward pass has
+finished a tensor's gradient, its products are taken, and it is freed.
+
+What is the same in all ingredients is read from the first alone: with coefficients that sum to 1
+its slopes cancel, and it is put into the model once.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.errors import TaskError, printable
+from streamsoup.formats.files import Bytes
+from streamsoup.inner import Differ, Dot, Sums, Vector, floats_of, plan_inner_memory
+from streamsoup.options import Options
+from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes
+from streamsoup.read import open_reader
+from streamsoup.recipe import Coefficients
+from streamsoup.reduce import Engine
+from streamsoup.soups.mixture import Mixture
+from streamsoup.soups.scoring import contained
+from streamsoup.stream import run
+from streamsoup.task import Task
+from streamsoup.tensors import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamsoup.live import ModelSink
+
+__all__ = ["Evaluation", "Slopes", "find_common"]
+
+Floats = NDArray[np.float64]
+
+BUNDLE = 1 << 22
+"""Elements of gradients that wait for each other, as a pass of its own costs a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one look at a mixture gave."""
+
+    loss: float
+    """Mean over the examples that are learned from."""
+    guard: float
+    """Mean over the examples that only watch; NaN where none do."""
+    slopes: Floats
+    """∂loss/∂c ``(group, ingredient)``; empty if only the losses were asked for."""
+    beta_slope: float
+    n_batches: int
+    """Batches seen, watching ones included."""
+
+
+def find_common(plan: MixPlan, *, mapped: bool, options: Options) -> tuple[frozenset[str], int]:
+    """Find the tensors of floats that have the same bits in all ingredients; one pass."""
+    floats = floats_of(plan)
+    if len(plan.ingredients) == 1:
+        return frozenset(tensor.name for tensor in floats.tensors), 0
+    memory = _inner_memory(floats, mapped=mapped, options=options)
+    differ = Differ(floats, memory)
+    sums = Sums(floats, differ.n_values)
+    reader = open_reader(floats, memory, mapped=mapped)
+    run(floats, memory, reader, differ, sums, digest=False, on_progress=options.on_progress)
+    names = [t.name for n, t in enumerate(floats.tensors) if not sums.of_tensors[n].any()]
+    return frozenset(names), floats.nbytes_read
+
+
+class Slopes:
+    """A live model, the ingredients on disk, and a task's loss."""
+
+    def __init__(
+        self,
+        task: Task,
+        sink: ModelSink,
+        mixture: Mixture,
+        common: frozenset[str],
+        *,
+        split: str,
+        guard_split: str | None,
+        guard_every: int,
+        mapped: bool,
+        options: Options,
+    ) -> None:
+        """Plan the passes. `guard_every` nth batch of the split only watches; 0 for none."""
+        self.nbytes_read = 0
+        """Bytes of ingredients read so far."""
+        self.n_passes = 0
+        """Passes over the ingredients so far: mixes, and products."""
+        self.waited_s = 0.0
+        """Time spent in them, of which some overlaps with nothing."""
+        self._task, self._sink, self._mixture = task, sink, mixture
+        self._split, self._guard_split, self._guard_every = split, guard_split, guard_every
+        self._mapped, self._options = mapped, options
+        plan = sink.plan
+        self._numbers = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
+        floats = [tensor.name for tensor in floats_of(plan).tensors]
+        self._free = mixture.constraint == "free"
+        self._own = plan.only({name for name in floats if name not in common})
+        self._fixed = plan.only({t.name for t in plan.tensors if t.operation != "mix"})
+        self._common = _first_alone(plan.only(common))
+        self._engine = Engine(plan)
+        self._put_common: float | None = None
+        self._put_fixed = False
+        self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
+        self._n_batches: int | None = None
+        learned = {tensor.name for tensor in self._own.tensors}
+        if self._free:
+            learned |= {tensor.name for tensor in self._common.tensors}
+        self._learned = [name for name in sink.targets if name in learned]
+
+    @property
+    def nbytes_of_evaluation(self) -> int:
+        """Bytes that one mix and one pass of products read."""
+        again = self._common.nbytes_read if self._free else 0
+        return 2 * (self._own.nbytes_read + again)
+
+    @property
+    def nbytes_once(self) -> int:
+        """Bytes that are read once: what all have in common, and what is copied."""
+        common = 0 if self._free else self._common.nbytes_read
+        return common + self._fixed.nbytes_read
+
+    def count(self, n_batches: int) -> None:
+        """Take over the number of batches from an earlier run."""
+        self._n_batches = n_batches
+
+    @property
+    def n_batches(self) -> int | None:
+        """Batches of the split, once they have been counted."""
+        return self._n_batches
+
+    def look(self, raw: Floats, *, backward: bool) -> Evaluation:
+        """Give the mean loss over all batches of the split, with its slopes if `backward`."""
+        self.mix(raw)
+        with self._at_work(backward=backward, seed=0) as work:
+            work.begin(raw)
+            loss, guard, n = work.sweep(self._task.losses(self._sink.model, self._split))
+            if self._n_batches not in (None, n):
+                raise TaskError(
+                    f"{self._task.name}: loss gave {n} batches, and {self._n_batches} before; "
+                    "a search needs the same ones each time"
+                )
+            self._n_batches = n
+            slopes, beta_slope = work.take() if backward else (np.zeros((0, 0)), 0.0)
+            self.n_passes += backward
+            if self._guard_split is not None:
+                guard = work.watch(self._task.losses(self._sink.model, self._guard_split))
+        return Evaluation(loss, guard, slopes, beta_slope, n)
+
+    def epoch(
+        self, raw: Floats, n: int, skip: int, advance: Callable[[Floats, Evaluation], Floats]
+    ) -> Floats:
+        """Go once through the batches that are learned from; epoch `n` passes over `skip` of them.
+
+        Each is looked at with the raw numbers that `advance` made of the one before. A generator
+        computes a batch when it is asked for, so each step mixes first, and then asks.
+        """
+        assert self._n_batches is not None
+        with self._at_work(backward=True, seed=n) as work:
+            batches = iter(self._task.losses(self._sink.model, self._split))
+            n_learned = 0
+            for index in range(self._n_batches):
+                learns = not self.watches(index)
+                n_learned += learns
+                looks = learns and n_learned > skip
+                if looks:
+                    self.mix(raw)
+                    work.begin(raw)
+                found = next(batches, None)
+                if found is None:
+                    break
+                if looks:
+                    loss = work.learn(*found)
+                    slopes, beta_slope = work.take()
+                    self.n_passes += 1
+                    raw = advance(raw, Evaluation(loss, math.nan, slopes, beta_slope, 1))
+        return raw
+
+    def watches(self, index: int) -> bool:
+        """Whether a batch of the split only watches."""
+        return self._guard_every > 0 and index % self._guard_every == self._guard_every - 1
+
+    @contextmanager
+    def _at_work(self, *, backward: bool, seed: int) -> Iterator[_Work]:
+        """Make the model ready for the task's code, and put all back afterwards."""
+        import torch
+
+        with contained(self._task.name, "loss"):
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - tasks may use it
+            random.seed(seed)
+            work = _Work(self, self._sink, self._mixture, self._learned, backward)
+            try:
+                with torch.set_grad_enabled(backward):
+                    yield work
+            finally:
+                work.close()
+
+    def mix(self, raw: Floats) -> None:
+        """Put the mixture into the model."""
+        self._sink.check()
+        if not self._put_fixed:
+            self._mix_part(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
+            self._put_fixed = True
+        self._mix_part(self._own, self._mixture.coefficients(raw))
+        self.n_passes += 1
+        if not self._common.tensors:
+            return
+        if self._free:
+            rows = self._mixture.rows(raw)
+            totals: dict[str, tuple[float, ...]] = {
+                tensor.name: (float(rows[self._mixture.group_of[tensor.name]].sum()),)
+                for tensor in self._common.tensors
+            }
+            self._mix_part(self._common, Coefficients((1.0,), per_tensor=totals))
+        elif self._put_common is None:
+            self._mix_part(self._common, Coefficients((1.0,)))
+            self._put_common = 1.0
+
+    def _mix_part(self, plan: MixPlan, coefficients: Coefficients) -> None:
+        if not plan.tensors:
+            return
+        recipe = msgspec.structs.replace(plan.recipe, coefficients=coefficients)
+        part = replace(plan, recipe=recipe)
+        from streamsoup.soups.live_mix import live_reduction
+
+        mix, memory = live_reduction(
+            part, self._sink, mapped=self._mapped, options=self._options, engine=self._engine
+        )
+        reader = open_reader(part, memory, mapped=self._mapped)
+        started = time.monotonic()
+        to_model = _Renumbered(self._sink, part, self._numbers)
+        run(part, memory, reader, mix, to_model, digest=False)
+        self._count(part.nbytes_read, started)
+
+    def _count(self, nbytes: int, started: float) -> None:
+        self.nbytes_read += nbytes
+        self.waited_s += time.monotonic() - started
+
+    def products(self, vectors: dict[str, Vector]) -> Iterator[tuple[str, Floats]]:
+        """Multiply gradients with their tensors in all ingredients; give ⟨g, θᵢ⟩ for each.
+
+        With coefficients that sum to 1, what all ingredients have in common is left out.
+        """
+        for whole in (self._own, self._common):
+            names = frozenset(t.name for t in whole.tensors if t.name in vectors)
+            if not names:
+                continue
+            if names not in self._parts:
+                plan = whole.only(names)
+                memory = _inner_memory(plan, mapped=self._mapped, options=self._options)
+                self._parts[names] = plan, memory, open_reader(plan, memory, mapped=self._mapped)
+            plan, memory, reader = self._parts[names]
+            started = time.monotonic()
+            dot = Dot(plan, memory, vectors)
+            sums = Sums(plan, dot.n_values)
+            run(plan, memory, reader, dot, sums, digest=False)
+            self._count(plan.nbytes_read, started)
+            k = self._mixture.n_ingredients
+            for tensor, values in zip(plan.tensors, sums.of_tensors, strict=True):
+                slopes = np.zeros(k)
+                slopes[1 : len(values)] = values[1:]
+                if self._free:
+                    slopes += values[0]
+                yield tensor.name, slopes
+
+
+class _Work:
+    """The model while the task computes losses: what requires gradients, and what takes them."""
+
+    def __init__(
+        self, slopes: Slopes, sink: ModelSink, mixture: Mixture, learned: list[str], backward: bool
+    ) -> None:
+        import torch
+
+        self._slopes, self._mixture, self._backward = slopes, mixture, backward
+        self._by_name: dict[str, Floats] = {}
+        self._pending: dict[str, Vector] = {}
+        self._n_pending = 0
+        self._last = True
+        self._scale = 1.0
+        self._beta = torch.ones((), dtype=torch.float64, requires_grad=backward)
+        model = sink.model
+        self._training = [(module, module.training) for module in model.modules()]
+        model.eval()
+        wanted = set(learned) if backward else set()
+        self._parameters: dict[int, tuple[torch.nn.Parameter, str, bool, Any]] = {}
+        for name, tensor in sink.live.items():
+            if isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf:
+                kept = tensor, sink.tied.get(name, name), tensor.requires_grad, tensor.grad
+                self._parameters.setdefault(id(tensor), kept)
+        self._hooks: list[Any] = []
+        for tensor, name, _, _ in self._parameters.values():
+            if not tensor.is_floating_point():
+                continue
+            tensor.grad = None
+            tensor.requires_grad_(name in wanted)
+            if name in wanted:
+                self._hooks.append(tensor.register_post_accumulate_grad_hook(self._hook))
+        if mixture.temperature:
+            self._hooks.append(model.register_forward_hook(self._heat))
+
+    def begin(self, raw: Floats) -> None:
+        """Begin a look at the mixture of these raw numbers."""
+        self._by_name.clear()
+        self._beta.data.fill_(self._mixture.beta(raw))
+        self._beta.grad = None
+        self._scale = 1.0
+
+    def learn(self, loss: Any, n_examples: float) -> float:
+        """Take a batch that is learned from by itself."""
+        value = _value(loss)
+        loss.backward()
+        return value
+
+    def sweep(self, batches: Iterator[tuple[Any, float]]) -> tuple[float, float, int]:
+        """Take all batches: give the mean loss, that of the watching ones, and their number."""
+        slopes = self._slopes
+        sums = [0.0, 0.0]
+        weights = [0.0, 0.0]
+        first = 0.0
+        index = -1
+        last = max((i for i in range(slopes.n_batches or 0) if not slopes.watches(i)), default=-1)
+        for index, (loss, n_examples) in enumerate(batches):
+            watches = slopes.watches(index)
+            sums[watches] += float(n_examples) * _value(loss)
+            weights[watches] += float(n_examples)
+            if watches or not self._backward:
+                continue
+            # Relative to the first batch, so that no gradient outgrows a narrow dtype.
+            first = first or float(n_examples)
+            self._last = index == last
+            (loss * (float(n_examples) / first)).backward()
+        self._last = True
+        if not weights[False] > 0:
+            raise TaskError("loss gave no batch to learn from")
+        self._scale = first / weights[False]
+        guard = sums[True] / weights[True] if weights[True] > 0 else math.nan
+        return sums[False] / weights[False], guard, index + 1
+
+    def watch(self, batches: Iterator[tuple[Any, float]]) -> float:
+        """Give the mean loss over batches of another split."""
+        import torch
+
+        total = weight = 0.0
+        with torch.no_grad():
+            for loss, n_examples in batches:
+                total += float(n_examples) * _value(loss)
+                weight += float(n_examples)
+        return total / weight if weight > 0 else math.nan
+
+    def take(self) -> tuple[Floats, float]:
+        """Give the slopes ``(group, ingredient)`` and that of β, and forget the gradients."""
+        for tensor, _, _, _ in self._parameters.values():
+            if tensor.requires_grad and tensor.grad is not None:
+                self._hook(tensor)
+        self._flush()
+        mixture = self._mixture
+        slopes = np.zeros((len(mixture.groups), mixture.n_ingredients))
+        for name, group in mixture.group_of.items():  # in one order, whatever autograd's is
+            if name in self._by_name:
+                slopes[group] += self._by_name[name]
+        beta_slope = 0.0
+        if mixture.temperature:
+            if self._beta.grad is None:
+                raise TaskError(
+                    "the loss does not depend on the model's output, so its logits have no "
+                    "temperature; compute the loss from model(x) outside of the model"
+                )
+            beta_slope = float(self._beta.grad)
+        return slopes * self._scale, beta_slope * self._scale
+
+    def close(self) -> None:
+        """Put the model back as it was, but for its weights."""
+        for hook in self._hooks:
+            hook.remove()
+        for tensor, _, requires_grad, gradient in self._parameters.values():
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = gradient
+        for module, training in self._training:
+            module.training = training
+
+    def _hook(self, tensor: torch.Tensor) -> None:
+        """Take a gradient that is complete, and free it."""
+        if not self._last or tensor.grad is None:
+            return
+        name = self._parameters[id(tensor)][1]
+        if name in self._pending:
+            self._flush()
+        self._pending[name] = _vector(tensor.grad, name)
+        tensor.grad = None
+        self._n_pending += tensor.numel()
+        if self._n_pending >= BUNDLE:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending, self._n_pending = self._pending, {}, 0
+        for name, slopes in self._slopes.products(pending):
+            self._by_name[name] = self._by_name.get(name, 0.0) + slopes
+
+    def _heat(self, model: Any, inputs: Any, output: Any) -> Any:
+        """Multiply logits, wherever a model puts them, by β."""
+        if hasattr(output, "logits"):
+            output.logits = self._heated(output.logits)
+            return output
+        if isinstance(output, dict) and "logits" in output:
+            return {**output, "logits": self._heated(output["logits"])}
+        if isinstance(output, (tuple, list)):
+            return type(output)([self._heated(output[0]), *output[1:]])
+        return self._heated(output)
+
+    def _heated(self, logits: Any) -> Any:
+        return logits * self._beta.to(logits)
+
+
+class _Renumbered:
+    """The live model as a sink for a part of its plan."""
+
+    def __init__(self, sink: ModelSink, part: MixPlan, numbers: dict[str, int]) -> None:
+        self._sink = sink
+        self._of = [numbers[tensor.name] for tensor in part.tensors]
+
+    def session(self) -> _Renumbered:
+        return self
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        self._sink.write(replace(leaf, tensor=self._of[leaf.tensor]), start, block)
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        pass
+
+    def checkpoint(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _first_alone(plan: MixPlan) -> MixPlan:
+    return replace(plan, ingredients=plan.ingredients[:1], layout_of=plan.layout_of[:1])
+
+
+def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPlan:
+    return plan_inner_memory(
+        plan,
+        len(plan.ingredients),
+        mapped=mapped,
+        threads=options.n_threads,
+        budget=_budget(options),
+    )
+
+
+def _budget(options: Options) -> int:
+    return parse_nbytes(options.memory) if isinstance(options.memory, str) else options.memory
+
+
+def _value(loss: Any) -> float:
+    """Read a loss. Raises `TaskError` for what is none."""
+    import torch
+
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise TaskError(
+            f"loss gave {printable(type(loss).__name__)} where it has to yield a scalar tensor"
+        )
+    return float(loss.detach())
+
+
+def _vector(gradient: torch.Tensor, name: str) -> Vector:
+    """Give a gradient's elements in order, as raw bytes in CPU memory."""
+    import torch
+
+    from streamsoup.live import TORCH_DTYPES
+
+    if not bool(torch.isfinite(gradient).all()):
+        raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")
+    flat = gradient.detach().to("cpu").contiguous().view(-1)
+    (dtype,) = [key for key, value in TORCH_DTYPES.items() if value == flat.dtype]
+    return Vector(flat.view(torch.uint8).numpy(), DTYPES[dtype])

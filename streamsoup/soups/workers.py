@@ -1,0 +1,369 @@
+"""Who scores: this process, or worker processes that a hostile task may hang, flood or kill.
+
+A worker loads the task, builds its own model, and scores candidates in it, one at a time. It has
+a process group of its own; what it prints is caught, and only the end of it kept. When it is late,
+dies or is not wanted any more, it is killed with all its children.
+
+Several workers score the next candidates at the same time. Their results are used in order, and
+those that a decision made stale are not used, so that the outcome is that of one worker.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streamsoup import errors
+from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some
+from streamsoup.options import Options
+from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
+from streamsoup.soups.scorebook import Members, Scorebook
+from streamsoup.soups.scoring import LiveScorer, Outcome, Scorer, contained
+from streamsoup.task.command import Tail, die_with_parent, kill_group
+
+if TYPE_CHECKING:
+    from streamsoup.soups.make import Order
+
+__all__ = ["Alone", "Crew", "Scorers", "Work", "candidates_of"]
+
+
+class Scorers(Protocol):
+    """Answers what a candidate scores, from the book or by scoring it."""
+
+    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
+        """Give the outcome of the first of `wanted`; the others may be wanted next."""
+
+    def close(self) -> None:
+        """Give back what the scorers hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a worker is told when it starts; it has to survive pickling."""
+
+    task: Any
+    split: str | None
+    recalibrate: bool
+    ordered: Order
+    options: Options
+    sums: SumsPlace | None
+    budget: int
+    """Bytes for blocks and the running sum."""
+    scratch: str
+
+
+def candidates_of(work: Work) -> Candidates:
+    """Make the candidates that some work is about. Raises `BudgetError`."""
+    ordered, threads = work.ordered, work.options.n_threads
+    sums = plan_sums(
+        ordered.plan,
+        mapped=ordered.mapped,
+        threads=threads,
+        budget=work.budget,
+        scratch=work.scratch,
+        place=work.sums,
+    )
+    return Candidates(
+        ordered.plan,
+        sums,
+        mapped=ordered.mapped,
+        threads=threads,
+        scratch=work.scratch,
+        options=work.options,
+    )
+
+
+class Alone:
+    """One scorer in this process."""
+
+    def __init__(self, scorer: Scorer, book: Scorebook, names: Sequence[str]) -> None:
+        """Score with `scorer`, and write into `book`."""
+        self._scorer, self._book, self._names = scorer, book, names
+
+    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
+        """Give the outcome of the first of `wanted`."""
+        members = wanted[0]
+        known = self._book.get(members, to_beat)
+        if known is not None:
+            return known
+        try:
+            outcome = self._scorer.score(members, to_beat, keep=keep)
+        except TaskError as error:
+            raise TaskError(f"{error}{_of(members, self._names)}") from error
+        self._book.put(members, outcome, to_beat)
+        return outcome
+
+    def close(self) -> None:
+        """Close the scorer."""
+        self._scorer.close()
+
+
+class Crew:
+    """Worker processes that score candidates at the same time."""
+
+    def __init__(
+        self, works: Sequence[Work], *, timeout: float | None, names: Sequence[str]
+    ) -> None:
+        """Start a worker for each of `works`, and wait until the first has loaded the task.
+
+        `timeout` is in seconds, for loading the task, for building its model and for each score.
+        Raises `TaskError` if the task cannot be loaded.
+        """
+        self._names = names
+        self._book: Scorebook | None = None
+        self._workers: list[_Worker] = []
+        try:
+            for work in works:
+                self._workers.append(_Worker(work, timeout))
+            self.task = self._workers[0].loaded()
+            """What the task is called, its fingerprint and its split."""
+        except BaseException:
+            self.close()
+            raise
+
+    def use(self, book: Scorebook) -> None:
+        """Write scores into `book` from now on, and ask it first."""
+        self._book = book
+
+    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
+        """Give the outcome of the first of `wanted`; idle workers take up the others."""
+        book = self._book
+        assert book is not None
+        while (outcome := book.get(wanted[0], to_beat)) is None:
+            busy = {worker.members for worker in self._workers}
+            todo = [m for m in wanted if m not in busy and book.get(m, to_beat) is None]
+            for worker in self._workers:
+                if worker.members is None and todo:
+                    worker.begin(todo.pop(0), to_beat, keep)
+            for worker in _ready(self._workers):
+                done = worker.receive(self._names)
+                if done is not None:
+                    book.put(*done)
+        return outcome
+
+    def close(self) -> None:
+        """Kill all workers, with their children."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """One worker process, seen from here."""
+
+    def __init__(self, work: Work, timeout: float | None) -> None:
+        self.members: Members | None = None
+        """What it works on."""
+        self._to_beat: float | None = None
+        self._timeout = timeout
+        self._deadline: float | None = None
+        self._doing = "starting"
+        self._tail = Tail()
+        try:
+            pickled = pickle.dumps(replace(work, options=replace(work.options, on_progress=None)))
+        except Exception as error:
+            raise RecipeError(
+                f"the task or an ingredient cannot be sent to another process ({error}); give a "
+                "task file and checkpoints on disk, or leave out jobs, timeout and isolate"
+            ) from None
+        ours, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from streamsoup.soups.workers import serve; serve({theirs.fileno()}, {os.getpid()})"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.died = os.pidfd_open(self._process.pid)
+        self._listener = threading.Thread(
+            target=self._listen, name="streamsoup-listen", daemon=True
+        )
+        self._listener.start()
+        self._send(pickled)
+
+    def loaded(self) -> dict[str, Any]:
+        """Wait until it has loaded the task; give what it says of it."""
+        while True:
+            for worker in _ready([self]):
+                message = worker.message(())
+                if message is not None and message[0] == "loaded":
+                    self._deadline = None
+                    return dict(message[1])
+                self._note(message)
+
+    def begin(self, members: Members, to_beat: float | None, keep: bool) -> None:
+        """Give it a candidate to score."""
+        self.members, self._to_beat = members, to_beat
+        self._send(pickle.dumps((members, to_beat, keep)))
+
+    def receive(self, names: Sequence[str]) -> tuple[Members, Outcome, float | None] | None:
+        """Take its next message; give the outcome if it is one. Raises what the worker raised."""
+        message = self.message(names)
+        if message is None or message[0] != "done":
+            self._note(message)
+            return None
+        members, self.members, self._deadline = self.members, None, None
+        assert members is not None
+        return members, message[1], self._to_beat
+
+    def _note(self, message: tuple[str, Any] | None) -> None:
+        """Start the clock for the user's code, and stop it for ours."""
+        if message is not None:
+            kind, content = message
+            self._deadline = None
+            if kind == "doing":
+                self._doing = content
+                self._start_clock()
+
+    def message(self, names: Sequence[str]) -> tuple[str, Any] | None:
+        """Take a message, or find out why there is none. Raises `TaskError` for a dead worker."""
+        if self.connection.poll():
+            try:
+                kind, content = pickle.loads(self.connection.recv_bytes())
+            except (EOFError, OSError, pickle.UnpicklingError):
+                pass
+            else:
+                if kind == "error":
+                    self._fail(content[0], content[1], names)
+                return kind, content
+        if self._process.poll() is not None or self._is_over():
+            self._fail("TaskError", f"{self._doing}: {self._end()}", names)
+        return None
+
+    def close(self) -> None:
+        """Kill it, with its children."""
+        kill_group(self._process)
+        self._listener.join(1.0)
+        if self._process.stdout is not None and not self._listener.is_alive():
+            self._process.stdout.close()
+        self.connection.close()
+        os.close(self.died)
+
+    def wait_s(self) -> float:
+        """Give the seconds until it is late."""
+        return 1.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _is_over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _start_clock(self) -> None:
+        self._deadline = None if self._timeout is None else time.monotonic() + self._timeout
+
+    def _send(self, content: bytes) -> None:
+        try:
+            self.connection.send_bytes(content)
+        except OSError:
+            pass  # it died; the next look at it says how
+
+    def _end(self) -> str:
+        """Say how it ended, or that it did not."""
+        status = self._process.poll()
+        if status is None:
+            return f"took longer than {self._timeout:g} s (--timeout)"
+        if status < 0:
+            return f"the process was killed by signal {-status}; out of memory?"
+        return f"the process ended itself with status {status}"
+
+    def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
+        time.sleep(0.05)  # for the listener to catch up
+        error = getattr(errors, kind, TaskError)
+        tail = self._tail.text() if error is TaskError else ""
+        raise error(f"{text}{_of(self.members, names)}{tail}")
+
+    def _listen(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        while part := os.read(stream.fileno(), 1 << 16):
+            self._tail.add(part)
+
+
+def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Wait until a worker has something to say, has died, or is late."""
+    by_descriptor = {w.connection.fileno(): w for w in workers} | {w.died: w for w in workers}
+    wait_s = min(worker.wait_s() for worker in workers)
+    found, _, _ = select.select(list(by_descriptor), [], [], wait_s)
+    ready = {id(by_descriptor[descriptor]) for descriptor in found}
+    return [w for w in workers if id(w) in ready or w.wait_s() == 0.0]
+
+
+def _of(members: Members | None, names: Sequence[str]) -> str:
+    """Say which candidate an error is about."""
+    if not members or not names:
+        return ""
+    chosen = [names[i] for i in members]
+    if len(chosen) == 1:
+        return f"; the candidate is {printable(chosen[0])} alone"
+    return f"; the candidate is the mean of {some(chosen, 8)}"
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Be a worker: load the task, then score what comes, until nothing more does."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
+    connection = Connection(descriptor)
+    mine = os.getpid()
+
+    def say(kind: str, content: Any = None) -> None:
+        if os.getpid() != mine:
+            os._exit(0)  # a task forked, and its child came back here
+        connection.send_bytes(pickle.dumps((kind, content)))
+
+    try:
+        _serve(connection, say)
+    except EOFError:
+        pass
+    except StreamsoupError as error:
+        say("error", (type(error).__name__, str(error)))
+    except MemoryError:
+        say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _serve(connection: Connection, say: Callable[..., None]) -> None:
+    # Before the clock starts: every live task needs it.
+    import torch  # noqa: F401
+
+    from streamsoup.task import load_task
+
+    pickled = connection.recv_bytes()
+    say("doing", "loading the task")
+    work: Work = pickle.loads(pickled)
+    task = load_task(work.task)
+    split = task.check_split(work.split)
+    if work.recalibrate:
+        task.need("recalibration")
+    say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
+    scorer: LiveScorer | None = None
+    while True:
+        members, to_beat, keep = pickle.loads(connection.recv_bytes())
+        if scorer is None:
+            say("doing", f"{task.name}: build")
+            with contained(task.name, "build"):
+                model = task.build()
+            say("mixing")
+            scorer = LiveScorer(
+                task, model, candidates_of(work), split=split, recalibrate=work.recalibrate
+            )
+        moved = scorer.put(members, keep=keep)
+        say("doing", f"{task.name}: score")
+        say("done", scorer.judge(moved, to_beat))

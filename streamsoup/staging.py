@@ -1,0 +1,398 @@
+"""The way an output comes to be: whole, or not at all.
+
+All work happens in ``OUT.partial``, a folder beside the output and on its file system::
+
+    OUT.partial/lock      held by the one run that works here; says who
+    OUT.partial/journal   what is finished, for the same command run again
+    OUT.partial/soup/     the output-to-be
+
+When every byte is on disk, one rename puts ``soup/`` in place (an exchange, where an old output is
+replaced), and the rest is removed. A kill at any instant leaves the old output, or none, or the
+new one; what is left in ``OUT.partial`` is finished, or cleaned up, by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import stat
+import time
+from types import TracebackType
+
+from streamsoup.destination import check_replaceable, exists_already
+from streamsoup.errors import (
+    ChangedIngredientError,
+    MismatchError,
+    NonFiniteError,
+    OutputBusyError,
+    OutputError,
+    OutputExistsError,
+    printable,
+)
+from streamsoup.journal import Journal
+from streamsoup.recipe import PROVENANCE_NAME
+
+__all__ = ["Staging", "remove_any", "sync_folder"]
+
+log = logging.getLogger("streamsoup")
+
+DYING_S = 30.0
+"""How long to wait for the lock of a run that was killed: it may hang in one last fsync."""
+
+_HOPELESS = (ChangedIngredientError, MismatchError, NonFiniteError)
+"""Errors after which unfinished work is worth nothing: the same command would fail again."""
+
+_KINDS = {"lock": stat.S_ISREG, "journal": stat.S_ISREG, "soup": stat.S_ISDIR, "old": stat.S_ISDIR}
+"""All that a work folder of ours may hold."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD = -100
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+
+
+class Staging:
+    """The work folder of one output, held by this run."""
+
+    def __init__(self, target: str, fingerprint: str, *, overwrite: bool) -> None:
+        """Take the work folder of the output at the real path `target`.
+
+        `fingerprint` says what is to be made: unfinished work of another is removed. Raises
+        `OutputExistsError` for an output that is not to be replaced, `OutputBusyError` if another
+        run is at it, `ResumeError` if its journal is damaged, and `OutputError` if something else
+        has the folder's name.
+        """
+        self.target = target
+        self.root = target + ".partial"
+        self.folder = os.path.join(self.root, "soup")
+        """Where the output is made."""
+        self.finished = False
+        """Whether an earlier run put this very output in place, and only tidying up is left."""
+        self.complete: str | None = None
+        """Digest of the provenance, if all is made and only the rename is left."""
+        self._overwrite = overwrite
+        self._made: list[str] = []
+        self._lock = -1
+        self._journal: Journal | None = None
+        try:
+            self._take()
+            self._journal = Journal(os.path.join(self.root, "journal"))
+            self._begin(fingerprint)
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    @property
+    def journal(self) -> Journal:
+        """What is finished."""
+        assert self._journal is not None
+        return self._journal
+
+    def __enter__(self) -> Staging:
+        """Give the staging itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let go of the folder; what the same command can go on from stays."""
+        self._leave(error)
+
+    def commit(self, provenance_digest: str) -> None:
+        """Put the finished folder in place. Every file in it must be on disk already.
+
+        The digest of its provenance tells a later run, should this one be killed just now,
+        whether the rename had happened.
+        """
+        sync_folder(self.folder)
+        if self._committed() != provenance_digest:
+            self.journal.append({"commit": provenance_digest})
+        self._rename()
+        sync_folder(os.path.dirname(self.target))
+        sync_folder(self.root)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the work folder and all that is in it, and let go of it."""
+        try:
+            self._clear()
+        except OSError as error:
+            where = printable(self.root)
+            log.warning("%s: cannot be removed: %s; do so yourself", where, error.strerror)
+
+    def _clear(self) -> None:
+        try:
+            for name in ("soup", "old", "journal", "lock"):
+                remove_any(os.path.join(self.root, name))
+            os.rmdir(self.root)
+            sync_folder(os.path.dirname(self.root))
+            for folder in reversed(self._made):
+                os.rmdir(folder)
+        except OSError as error:
+            # Not empty: the output is there, or another run has begun, or a stranger's file is in.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        finally:
+            self._let_go()
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Let go of the work folder; after an error, remove it unless it is worth keeping."""
+        failed = isinstance(error, Exception) and self._lock >= 0
+        if failed and (isinstance(error, _HOPELESS) or not self.holds_work()):
+            with contextlib.suppress(OSError):  # the error at hand says more
+                self._clear()
+        self._let_go()
+
+    def holds_work(self) -> bool:
+        """Whether a later run could go on from what is here."""
+        if self._journal is None:
+            return os.path.lexists(os.path.join(self.root, "journal"))
+        return self._lock >= 0 and len(self._journal.records) > 1
+
+    def _take(self) -> None:
+        """Make the folder, and lock it against every other run."""
+        deadline = time.monotonic() + DYING_S
+        while True:
+            self._make_root()
+            path = os.path.join(self.root, "lock")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                self._lock = os.open(path, flags, 0o666)
+            except FileNotFoundError:
+                continue  # another run just tidied up
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.root)  # if empty: no trace of what could not begin
+                raise
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _read_holder(self._lock)
+                self._let_go()
+                if _is_alive(holder) or time.monotonic() > deadline:
+                    raise OutputBusyError(_busy(self.target, holder)) from None
+                time.sleep(0.02)
+                continue
+            try:
+                same = os.stat(path).st_ino == os.fstat(self._lock).st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                break
+            self._let_go()
+        holder = {"pid": os.getpid(), "supervisor": os.getppid(), "host": socket.gethostname()}
+        holder["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps(holder).encode(), 0)
+        except OSError:
+            pass  # locked all the same; others will not learn by whom
+
+    def _make_root(self) -> None:
+        """Make the work folder, or accept one that is ours."""
+        try:
+            self._made += _make_folders(os.path.dirname(self.root))
+            os.mkdir(self.root)
+        except FileExistsError:
+            if not self._is_ours():
+                raise OutputError(
+                    f"{printable(self.root)}: is in the way and not ours; move it elsewhere"
+                ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{printable(self.target)}: cannot be made: {error.strerror}; "
+                "choose another folder, or make this one possible"
+            ) from None
+
+    def _is_ours(self) -> bool:
+        """Whether the work folder holds nothing but what a run leaves there."""
+        names: list[str] = []
+        try:
+            if not stat.S_ISDIR(os.lstat(self.root).st_mode):
+                return False
+            names = os.listdir(self.root)
+            for name in names:
+                status = os.lstat(os.path.join(self.root, name))
+                if name not in _KINDS or not _KINDS[name](status.st_mode):
+                    return False
+                # A second link to a file of ours would let us write where we must not.
+                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                    return False
+            with open(os.path.join(self.root, "lock"), "rb") as file:
+                content = file.read(4096).strip(b"\0")
+        except FileNotFoundError:
+            return not names or "journal" in names  # a run is tidying up, or was killed at it
+        return not content or content.startswith(b'{"pid"')
+
+    def _begin(self, fingerprint: str) -> None:
+        """Find out what the folder holds, and make it ready for this output."""
+        old = os.path.join(self.root, "old")
+        if os.path.lexists(old):
+            if os.path.lexists(self.target):
+                remove_any(old)
+            else:  # killed between the two renames that stand in for an exchange
+                os.rename(old, self.target)
+        records = self.journal.records
+        ours = bool(records) and records[0].get("fingerprint") == fingerprint
+        digest = self._committed()
+        in_place = digest is not None and _provenance_digest(self.target) == digest
+        if in_place and ours:
+            sync_folder(os.path.dirname(self.target))  # the kill may have come before
+            self.finished = True
+            return
+        if os.path.lexists(self.target) and not self._overwrite:
+            if in_place:
+                self.discard()
+            raise exists_already(self.target)
+        if ours and digest is not None and _provenance_digest(self.folder) == digest:
+            self.complete = digest
+            return
+        if not ours:
+            remove_any(self.folder)
+            self.journal.close()
+            remove_any(self.journal.path)
+            self._journal = Journal(self.journal.path)
+            self.journal.append({"fingerprint": fingerprint})
+        os.makedirs(self.folder, exist_ok=True)
+        sync_folder(self.root)
+        sync_folder(os.path.dirname(self.root))
+
+    def _committed(self) -> str | None:
+        """Give the digest of the provenance that was about to be put in place, if one was."""
+        last = self.journal.records[-1:]
+        return str(last[0]["commit"]) if last and "commit" in last[0] else None
+
+    def _rename(self) -> None:
+        """Put the folder in place, in one step wherever the file system has one."""
+        if not os.path.lexists(self.target):
+            if not _rename2(self.folder, self.target, _RENAME_NOREPLACE):
+                os.rename(self.folder, self.target)
+            return
+        if not self._overwrite:
+            raise _made_meanwhile(self.target)
+        check_replaceable(self.target)
+        if _rename2(self.folder, self.target, _RENAME_EXCHANGE):
+            return
+        # No exchange here (some network file systems): for an instant there is no output, and a
+        # kill just then is mended by the next run, which finds the old one.
+        old = os.path.join(self.root, "old")
+        os.rename(self.target, old)
+        os.rename(self.folder, self.target)
+
+    def _let_go(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_any(path: str) -> None:
+    """Remove a file, a link or a whole folder; nothing, if there is nothing."""
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _make_folders(path: str) -> list[str]:
+    """Make a folder and those above it, durably; give those that were missing, outermost first."""
+    if os.path.isdir(path):
+        return []
+    made = _make_folders(os.path.dirname(path))
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, f"{printable(path)} is a file") from None
+        return made
+    sync_folder(os.path.dirname(path))
+    return [*made, path]
+
+
+def sync_folder(path: str) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _rename2(source: str, target: str, flag: int) -> bool:
+    """Rename with a flag of Linux's renameat2; False where there is none."""
+    if not hasattr(_LIBC, "renameat2"):
+        return False
+    names = os.fsencode(source), os.fsencode(target)
+    while _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+            return False  # EPERM: some containers forbid what they do not know
+        if code == errno.EEXIST:
+            raise _made_meanwhile(target)
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code), target)
+    return True
+
+
+def _made_meanwhile(target: str) -> OutputExistsError:
+    return OutputExistsError(
+        f"{printable(target)}: was made by somebody else meanwhile; the soup is finished beside "
+        "it, and the same command with --overwrite puts it in place"
+    )
+
+
+def _provenance_digest(folder: str) -> str | None:
+    from streamsoup.digest import digest_bytes
+
+    try:
+        with open(os.path.join(folder, PROVENANCE_NAME), "rb") as file:
+            return digest_bytes(file.read())
+    except OSError:
+        return None
+
+
+def _read_holder(descriptor: int) -> dict[str, object]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_alive(holder: dict[str, object]) -> bool:
+    """Whether the run that holds a lock is at work, rather than being torn down after a kill."""
+    import psutil
+
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)
+    for key in ("pid", "supervisor"):
+        pid = holder.get(key)
+        try:
+            if not isinstance(pid, int) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.Error:
+            return False
+    return True
+
+
+def _busy(target: str, holder: dict[str, object]) -> str:
+    who = "another run"
+    if holder:
+        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+    return f"{printable(target)}: is being written by {who}; wait for it, or stop it"

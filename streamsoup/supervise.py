@@ -1,0 +1,158 @@
+"""Work done in a child process, so that no death of it goes unexplained.
+
+A mapped file that shrinks kills whoever touches its lost pages with SIGBUS, and no handler in
+Python can help. So the command line forks before anything heavy is imported; the child works, and
+the parent waits, passes signals on, and puts a death into words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+__all__ = ["supervised"]
+
+GRACE_S = 1.2
+"""Time to stop in good order after Ctrl-C or SIGTERM. Work that is cut off is resumed anyway."""
+
+DYING_S = 0.4
+"""Time to wait for a killed child, which may hang in an fsync. It does nothing more after that."""
+
+_PR_SET_PDEATHSIG = 1
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) -> int:
+    """Run `work` in a child process, and give its exit status.
+
+    `explain` makes the error for a child that died of a signal, from the signal and the time (as
+    of `time.time`) at which it started. Signals to stop are passed on; a child that has not
+    stopped `GRACE_S` later is killed. Statuses are 130 after SIGINT, 143 after SIGTERM, 129 after
+    SIGHUP, and 1 where the child died otherwise.
+    """
+    started = time.time()
+    _open_standard_streams()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = 0
+    status = signal.SIGKILL.value
+    stopping: list[int] = []
+    killed: list[int] = []
+    # A signal that we were started to ignore (nohup, a job in the background) stays ignored.
+    heeded = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not stopping:
+            stopping.append(number)
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+            _kill(child, number)
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        if killed:
+            raise _LeftAloneError
+        killed.append(child)
+        signal.setitimer(signal.ITIMER_REAL, DYING_S)
+        _kill(child, signal.SIGKILL)
+
+    kept = {number: signal.signal(number, stop) for number in heeded}
+    kept[signal.SIGALRM] = signal.signal(signal.SIGALRM, give_up)
+    kept[signal.SIGCHLD] = signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, none to wait for
+    try:
+        child = os.fork()
+        if child == 0:
+            _work(work, parent, heeded)
+        if stopping:  # it came before there was a child to pass it on to
+            _kill(child, stopping[0])
+        _, status = os.waitpid(child, 0)
+    except _LeftAloneError:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    if stopping:
+        return 128 + stopping[0] if status else 0
+    if os.WIFSIGNALED(status):
+        print(f"error: {explain(os.WTERMSIG(status), started)}", file=sys.stderr)
+        return 1
+    return os.waitstatus_to_exitcode(status)
+
+
+class _LeftAloneError(Exception):
+    """The child is killed, but not dead yet."""
+
+
+def _open_standard_streams() -> None:
+    """Put something at descriptors 0 to 2, lest a shard be opened there and printed into."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    # Python has no streams where it found the descriptors closed.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) -> None:
+    """Be the child: work, and end without what the parent would do at its exit."""
+    status = 1
+    try:
+        _die_with(parent)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in heeded:
+            signal.signal(number, _interrupt)
+        status = work()
+        status = _flush(status)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        pass  # nobody reads what there is to say
+    except Exception as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN)  # too late to stop
+        os._exit(status)
+
+
+def _flush(status: int) -> int:
+    """Print what is left to print. If nobody reads it, the work is done all the same."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        print(f"error: stdout: cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A terminal sends Ctrl-C to parent and child, and the parent passes it on: once is enough.
+    for each in _STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _die_with(parent: int) -> None:
+    """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _kill(child: int, number: int) -> None:
+    try:
+        if child:
+            os.kill(child, number)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,280 @@
+"""What a user says about their task: how to build the model, and how to score it.
+
+A task is one file of plain functions; nothing is registered and no class is needed::
+
+    def build():                     # the model, once; its weights do not matter
+        return MyModel()
+
+    def score(model, split):         # a number, larger is better; or a dictionary of numbers
+        return accuracy(model, DATA[split])
+
+These are asked for only by what needs them::
+
+    splits = ["val", "test"]         # the first one is searched on; default: ["val"]
+    main = "accuracy"                # which number counts, if score gives a dictionary
+
+    def loss(model, split):          # a scalar tensor with a gradient for each held-out batch,
+        for x, y in BATCHES[split]:  # or a pair of it and the number of examples in the batch
+            yield cross_entropy(model(x), y)
+
+    def predictions(model, split):   # logits (example, class) and labels (example,), by batch
+        for x, y in BATCHES[split]:
+            yield model(x), y
+
+    def recalibration():             # inputs of the model, to measure BatchNorm statistics on
+        for x, _ in BATCHES["train"]:
+            yield x
+
+`score` may leave out `split`, or take ``to_beat`` besides: the score that the candidate has to
+reach, or None. Once it is out of reach, ``{"at_most": bound}`` may be returned instead of a score;
+the decision is the same, only sooner. An ``examples`` entry in the dictionary, a number for each
+held-out example, allows paired comparisons.
+
+Importing this room loads no torch: tasks do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from streamsoup.errors import TaskError, printable, some
+from streamsoup.task.scores import Score, read_score
+
+__all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "read_score"]
+
+EXAMPLES = {
+    "build": "def build():\n    return MyModel()",
+    "score": "def score(model, split):\n    return accuracy(model, DATA[split])",
+    "loss": (
+        "def loss(model, split):\n"
+        "    for x, y in BATCHES[split]:\n"
+        "        yield torch.nn.functional.cross_entropy(model(x), y)"
+    ),
+    "predictions": (
+        "def predictions(model, split):\n    for x, y in BATCHES[split]:\n        yield model(x), y"
+    ),
+    "recalibration": ("def recalibration():\n    for x, _ in BATCHES['train']:\n        yield x"),
+}
+"""The functions a task may have, each as a user would write it: shown when one is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task whose model is scored where it is in memory."""
+
+    name: str
+    """As the user gave it, for messages."""
+    fingerprint: str
+    """Changes whenever the code that scores may have changed."""
+    source: Any
+    """The module or object whose attributes are the functions, by name."""
+    splits: tuple[str, ...]
+    """The splits it can score; the first one is searched on."""
+    main: str | None
+    """The name of the metric that counts."""
+
+    def has(self, function: str) -> bool:
+        """Whether the task has an optional function."""
+        return callable(getattr(self.source, function, None))
+
+    def need(self, function: str) -> Callable[..., Any]:
+        """Give a function of the task.
+
+        Raises `TaskError`, which shows an example, if the task has none of that name.
+        """
+        found = getattr(self.source, function, None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+        example = "\n".join(f"    {line}" for line in EXAMPLES[function].splitlines())
+        what = "is no function" if found is not None else "is missing"
+        raise TaskError(f"{self.name}: {function} {what}; add, for example:\n{example}")
+
+    def check_split(self, split: str | None) -> str:
+        """Give the split to score: the one asked for, or the first. Raises `TaskError`."""
+        if split is None:
+            return self.splits[0]
+        if split not in self.splits:
+            raise TaskError(
+                f"{self.name}: has no split {printable(split)!r}, only {some(self.splits)}; "
+                "list it in splits = [...]"
+            )
+        return split
+
+    def build(self) -> Any:
+        """Build the model: a `torch.nn.Module`, with whatever weights."""
+        return self.need("build")()
+
+    def score(self, model: Any, split: str, to_beat: float | None = None) -> Score:
+        """Score the model, as it is, on a split. Raises `TaskError` for an answer that is none."""
+        function = self.need("score")
+        given: dict[str, Any] = {"split": split, "to_beat": to_beat}
+        known = _parameters(function)
+        if known is not None:
+            given = {name: value for name, value in given.items() if name in known}
+        answer = function(model, **given)
+        return read_score(answer, main=self.main, to_beat=to_beat, where=f"{self.name}: score")
+
+    def losses(self, model: Any, split: str) -> Iterator[tuple[Any, float]]:
+        """Give the loss of each held-out batch, with a gradient, and its number of examples.
+
+        A task that does not say how many examples a batch has weighs all batches alike (1).
+        """
+        for each in self.need("loss")(model, split):
+            yield each if isinstance(each, tuple) else (each, 1.0)
+
+    def predictions(self, model: Any, split: str) -> Iterator[tuple[Any, Any]]:
+        """Give logits ``(example, class)`` and labels ``(example,)``, batch by batch.
+
+        Whether the logits carry a gradient is up to the caller's grad mode.
+        """
+        found = self.need("predictions")(model, split)
+        if isinstance(found, tuple) and len(found) == 2:
+            yield found
+            return
+        yield from found
+
+    def recalibration(self) -> Iterable[Any]:
+        """Give inputs of the model, batch by batch, to measure normalisation statistics on."""
+        return self.need("recalibration")()  # type: ignore[no-any-return]
+
+
+AnyTask = str | os.PathLike[str] | Callable[..., Any] | Task | Any
+"""A task file, ``module:object``, an object with the functions, or a plain scoring function."""
+
+
+def load_task(task: AnyTask) -> Task:
+    """Find the functions of a task.
+
+    `task` is a file ``task.py``, an importable ``module`` or ``module:object`` (a class is
+    called to make the object), an object with the functions as attributes, or a plain function:
+    its `score`. Runs the user's code: whatever the file or module does when imported. Raises
+    `TaskError` for a task that cannot be loaded or has no `score`.
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, (str, os.PathLike)):
+        name = printable(os.fspath(task))
+        source = _load(os.fspath(task))
+    else:
+        source = task
+        name = getattr(task, "__name__", None) or type(task).__name__
+    if inspect.isclass(source):
+        source = _guarded(name, source)
+    if inspect.isfunction(source) or (callable(source) and not hasattr(source, "score")):
+        source = _Lone(source)
+    splits = getattr(source, "splits", None)
+    if callable(splits):
+        splits = splits()
+    names = ("val",) if splits is None else tuple(map(str, splits))
+    if not names or isinstance(splits, str):
+        raise TaskError(f"{name}: splits is empty or no list; write splits = ['val', 'test']")
+    main = getattr(source, "main", None)
+    loaded = Task(
+        name, _fingerprint(source), source, names, main if isinstance(main, str) else None
+    )
+    loaded.need("score")
+    return loaded
+
+
+class _Lone:
+    """A plain function, as a task."""
+
+    def __init__(self, score: Callable[..., Any]) -> None:
+        self.score = score
+
+
+def _load(text: str) -> Any:
+    """Import a task file, a module, or an object in one of them."""
+    path, _, attribute = text.partition(":")
+    module = _load_file(path) if path.endswith(".py") else _load_module(path, text)
+    found: Any = module
+    for part in attribute.split(".") if attribute else ():
+        if not hasattr(found, part):
+            raise TaskError(f"{printable(path)}: has no {printable(attribute)!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _load_file(path: str) -> ModuleType:
+    where = printable(path)
+    if not os.path.isfile(path):
+        raise TaskError(f"{where}: no such task file")
+    folder, file = os.path.split(os.path.abspath(path))
+    module_name = f"streamsoup_task_{os.path.splitext(file)[0]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: what lies beside the task file can be imported by it.
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules[module_name] = module  # dataclasses and pickles look modules up by name
+    _guarded(where, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    return module
+
+
+def _load_module(name: str, text: str) -> ModuleType:
+    if os.path.exists(name) or os.sep in name or not name:
+        raise TaskError(f"{printable(text)}: is no task; give a file task.py, or module:object")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _guarded(printable(name), lambda: importlib.import_module(name))  # type: ignore[no-any-return]
+    except TaskError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and missing.name == name.partition(".")[0]:
+            raise TaskError(
+                f"{printable(text)}: there is no module {printable(name)!r}; "
+                "give a file task.py, or module:object that Python can import"
+            ) from None
+        raise
+
+
+def _guarded(where: str, load: Callable[[], Any]) -> Any:
+    """Run the user's code, and name it where it fails."""
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        kind = type(error).__name__
+        raise TaskError(f"{where}: cannot be loaded: {kind}: {printable(error, 500)}") from error
+
+
+def _parameters(function: Callable[..., Any]) -> set[str] | None:
+    """Give the names a function takes besides its first argument; None if it takes any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return set()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return {each.name for each in parameters if each.kind is not each.VAR_POSITIONAL}
+
+
+def _fingerprint(source: Any) -> str:
+    """Digest the code that scores: the file it is in, and its name."""
+    if isinstance(source, _Lone):
+        source = source.score
+    named = source if isinstance(source, ModuleType) or inspect.isroutine(source) else type(source)
+    name = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', '')}"
+    if isinstance(named, ModuleType):
+        name = named.__name__
+    try:
+        path = inspect.getsourcefile(named)
+    except TypeError:
+        path = None
+    digest = hashlib.sha256(name.encode())
+    # An object whose scores depend on more than its code can say so.
+    digest.update(str(getattr(source, "version", "")).encode())
+    if path is not None and os.path.isfile(path):
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""What a person sees while streamsoup works, and when it is done."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from streamsoup.plan import nbytes_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from streamsoup.stream import Progress
+
+__all__ = ["Watcher", "show_warnings", "summary"]
+
+PATIENCE_S = 0.4
+"""A bar that comes and goes sooner than this only flickers."""
+
+
+def show_warnings(quiet: bool) -> None:
+    """Print the library's warnings on stderr, a line each, or none if `quiet`."""
+    log = logging.getLogger("streamsoup")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    log.handlers[:] = [logging.NullHandler() if quiet else handler]
+    log.propagate = False
+
+
+class Watcher:
+    """Follows a run: draws a bar on a terminal, and remembers the peak memory."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        """Draw nothing unless stderr is a terminal."""
+        self._label = label
+        self._draws = not quiet and sys.stderr.isatty()
+        self._bar: Bar | None = None
+        self.peak_nbytes = anonymous_nbytes()
+        """Most anonymous memory seen so far; looked at ten times a second."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Take note of how far the run has come."""
+        self.peak_nbytes = max(self.peak_nbytes, anonymous_nbytes())
+        if not self._draws or (self._bar is None and progress.elapsed_s < PATIENCE_S):
+            return
+        try:
+            if self._bar is None:
+                self._bar = _bar()
+                self._bar.add_task(self._label, total=progress.nbytes)
+                self._bar.start()
+            self._bar.update(self._bar.task_ids[0], completed=progress.nbytes_done)
+        except OSError:
+            self._draws = False  # the terminal is gone; the work is not
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.peak_nbytes = max(self.peak_nbytes, anonymous_nbytes())
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.stop()
+
+
+def _bar() -> Bar:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def anonymous_nbytes() -> int:
+    """Bytes this process holds that are no copy of a file."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def summary(
+    what: str, nbytes_read: int, nbytes_written: int, elapsed_s: float, peak_nbytes: int
+) -> str:
+    """Say in one line what was made, what was read, how fast, and with how much memory."""
+    rate = nbytes_text(nbytes_read / max(elapsed_s, 1e-9))
+    written = f", {nbytes_text(nbytes_written)} written" if nbytes_written else ""
+    return (
+        f"{what}: {nbytes_text(nbytes_read)} read in {elapsed_s:.2f} s ({rate}/s){written}, "
+        f"peak memory {nbytes_text(peak_nbytes)}"
+    )

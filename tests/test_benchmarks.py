@@ -1,0 +1,83 @@
+"""What the benchmarks say is what their rows say; and the harness runs, on something tiny."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.answers import check
+from benchmarks.checkpoints import Case, make
+from benchmarks.measure import measure
+from benchmarks.report import BEGIN, END, inserted, short_table, tables
+from benchmarks.rows import Session, read
+from benchmarks.tasks import uniform
+from benchmarks.tasks.growth import exponent
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("README.md", short_table), ("benchmarks/README.md", tables)]
+)
+def test_a_readme_shows_what_the_rows_say(name: str, text) -> None:
+    """Tables between the markers are made of the rows: `python -m benchmarks report` makes them."""
+    content = (ROOT / name).read_text(encoding="utf-8")
+    if BEGIN not in content and name == "README.md":
+        assert END not in content
+        return
+    assert inserted(content, text(read())) == content
+
+
+def test_rows_name_no_place() -> None:
+    """Rows hold no path and no host of the machine that measured them."""
+    text = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.jsonl"))
+    for word in (str(ROOT), str(Path.home()) + "/", os.uname().nodename + "/", "://", "/tmp/"):
+        assert word not in text
+
+
+def test_a_tiny_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are checked, then limits and streamsoup are measured, and rows come of it."""
+    monkeypatch.setenv("STREAMSOUP_BENCH", str(tmp_path))
+    uniform.run(Session(tmp_path / "rows", log=False), Case("0.5M", 3, "F16", 2), rounds=2)
+    rows = read(tmp_path / "rows")
+    ours = [row for row in rows if row["tool"] == "streamsoup"]
+    assert len(ours) == 2
+    assert all(row["wall_s"] > 0 and row["limit_s"] > 0 for row in ours)
+    assert all(row["peak_anonymous_nbytes"] > 1e6 and row["cpu_s"] > 0 for row in ours)
+    assert {row["answer"]["share_wrong"] for row in ours} == {0}
+    assert "| streamsoup |" in tables(rows)
+
+
+def test_a_wrong_answer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One flipped bit in one element is one element wrong."""
+    monkeypatch.setenv("STREAMSOUP_BENCH", str(tmp_path))
+    one, *_ = make(Case("0.5M", 1))
+    assert check(one, [one]).share_wrong == 0
+    (path,) = one.glob("*.safetensors")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    (copy / path.name).write_bytes(content)
+    answer = check(copy, [one])
+    assert answer.largest_ulps == 1
+    assert 0 < answer.share_wrong < 1e-5
+
+
+def test_a_measurement_sees_children(tmp_path: Path) -> None:
+    """Memory and time of a child of the command count, and so does its failure."""
+    script = "import os,sys,time\nif os.fork() == 0:\n x = bytearray(60_000_000)\n time.sleep(.2)\n"
+    script += " os._exit(0)\nos.wait()\nsys.exit(3)"
+    result = measure(["python3", "-S", "-c", script])
+    assert result.status == 3
+    assert result.peak_anonymous_nbytes > 60_000_000
+    assert result.wall_s > 0.2
+    assert json.loads(json.dumps(result.row()))["wall_s"] > 0.2
+
+
+def test_exponents_are_those_of_powers() -> None:
+    """A cubic has exponent 3."""
+    xs = np.arange(1.0, 9.0)
+    assert exponent(list(zip(xs, 5 * xs**3, strict=True))) == pytest.approx(3)

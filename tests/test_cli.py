@@ -1,0 +1,294 @@
+"""The command line: help, statuses, one line for an error, JSON on stdout alone, and light feet."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import safetensors.torch
+from checkpoints import command, load_array, random_model, save, save_sharded, tensor
+
+import streamsoup
+from streamsoup.cli import cli, main
+
+HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Make two small checkpoints."""
+    return save(tmp_path / "a", random_model(0)), save(tmp_path / "b", random_model(1))
+
+
+def walk(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """List all commands, those of groups within groups included."""
+    found = [path]
+    for name in sorted(group.commands):
+        inner = group.commands[name]
+        if isinstance(inner, click.Group):
+            found += walk(inner, (*path, name))
+        else:
+            found.append((*path, name))
+    return found
+
+
+@pytest.mark.parametrize("words", walk(main), ids=" ".join)
+def test_every_command_has_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command explains itself and each of its options, with status 0, in lines that fit."""
+    for flag in ("--help", "-h"):
+        assert cli([*words, flag]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        assert printed.out.startswith(f"Usage: streamsoup {' '.join(words)}".rstrip())
+        assert max(map(len, printed.out.splitlines())) <= 80
+    inner: click.Command = main
+    for word in words:
+        assert isinstance(inner, click.Group)
+        inner = inner.commands[word]
+    assert inner.help
+    for parameter in inner.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            named = parameter.help or parameter.show_default
+            assert named, f"{words}: {parameter.name} says nothing"
+
+
+def test_wrong_usage_has_status_2(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What click can refuse ends with status 2, and says so on stderr."""
+    a, b = map(str, pair)
+    out = ["-o", str(tmp_path / "out")]
+    for words in (
+        ["nonsense"],
+        ["uniform"],
+        ["uniform", a],
+        ["uniform", *out],
+        ["uniform", a, b, *out, "--io", "carrier-pigeon"],
+        ["uniform", a, b, *out, "--threads", "0"],
+        ["uniform", a, b, *out, "--threads", "many"],
+        ["uniform", a, b, *out, "--unknown"],
+        ["mix", a, b, *out],
+        ["mix", a, b, *out, "--coefficients", "a,b"],
+        ["mix", a, b, *out, "--coefficients", ""],
+        ["interpolate", a, *out],
+        ["interpolate", a, b, *out, "--alpha", "x"],
+        ["inspect"],
+        ["verify"],
+    ):
+        assert cli(words) == 2, words
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "Error: " in printed.err
+
+
+def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the library refuses ends with status 1, one error on stderr, and no output."""
+    a, b = map(str, pair)
+    out = ["-o", str(tmp_path / "out")]
+    for words, phrase in (
+        (["uniform", a, str(tmp_path / "none"), *out], "no such file or folder"),
+        (["mix", a, b, *out, "-c", "1"], "1 coefficients for 2 ingredients"),
+        (["mix", a, b, *out, "-c", "1,-1", "--normalize"], "cannot be normalized"),
+        (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
+        (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
+        (["uniform", a, b, *out, "--dtype", "int4"], "not one streamsoup averages in"),
+        (["uniform", a, b, *out, "--memory", "lots"], "is no size"),
+        (["uniform", a, b, *out, "--memory", "1MB"], "too small"),
+        (["uniform", a, b, *out, "--shard-size", "0"], "is no size"),
+        (["uniform", a, b, "-o", a], "lies in the ingredient"),
+        (["verify", a], "only a folder made by streamsoup"),
+    ):
+        ran = command(*words)
+        assert (ran.returncode, ran.stdout) == (1, ""), words
+        assert ran.stderr.startswith("error: "), words
+        assert phrase in ran.stderr
+        assert ran.stderr.count("\n") == 1, ran.stderr
+        assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_soup_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The last line says what was made, on stdout; with --json it is JSON, and nothing else."""
+    a, b = pair
+    ran = command("uniform", a, b, "-o", tmp_path / "out")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.count("\n") == 1
+    for part in (f"uniform soup of 2 in {tmp_path}/out", "read in", "/s)", "peak memory"):
+        assert part in ran.stdout
+    ran = command("mix", a, b, "-c", ".25,.75", "-o", tmp_path / "out2", "--json")
+    told = json.loads(ran.stdout)
+    assert told["path"] == str(tmp_path / "out2")
+    assert told["recipe"]["coefficients"]["values"] == [0.25, 0.75]
+    assert told["nbytes_read"] == 2 * told["nbytes_written"]
+    again = command("uniform", a, b, "-o", tmp_path / "out")
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+    assert command("uniform", b, b, "-o", tmp_path / "out", "--overwrite").returncode == 0
+    assert (load_array(tmp_path / "out", "embed.weight") == load_array(b, "embed.weight")).all()
+
+
+def test_the_three_recipes_mean_what_they_say(tmp_path: Path) -> None:
+    """Uniform, mix, normalized mix and interpolation give the numbers of their formulas."""
+    for name, value in (("a", 1.0), ("b", 5.0)):
+        save(tmp_path / name, {"t": tensor(np.float32(value))})
+    for words, expected in (
+        (["uniform", "a", "b"], 3.0),
+        (["mix", "a", "b", "-c", "2,0.5"], 4.5),
+        (["mix", "a", "b", "-c", "1,3", "--normalize"], 4.0),
+        (["interpolate", "a", "b", "--alpha", "0.25"], 2.0),
+        (["interpolate", "a", "b"], 3.0),
+        (["interpolate", "a", "b", "--alpha", "-1"], -3.0),
+    ):
+        ran = command(*words, "-o", "out", "--overwrite", cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert load_array(tmp_path / "out", "t") == expected, words
+
+
+def test_the_output_opens_in_safetensors(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Shards and index of a soup are what the reference reader expects, with `format: pt`."""
+    a, b = pair
+    assert command("uniform", a, b, "-o", tmp_path / "out", "--shard-size", "5kB").returncode == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    total = 0
+    for name in set(index["weight_map"].values()):
+        tensors = safetensors.torch.load_file(tmp_path / "out" / name)
+        total += sum(each.nbytes for each in tensors.values())
+        assert {index["weight_map"][key] for key in tensors} == {name}
+        with safetensors.safe_open(tmp_path / "out" / name, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert index["metadata"]["total_size"] == total
+
+
+def test_inspect_and_plan_look_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Inspect and plan tell what is there and what would be done, for people and machines."""
+    a, b = pair
+    words = command("inspect", a, "--tensors").stdout
+    assert "embed.weight  F32  [50, 40]  model.safetensors" in words
+    told = json.loads(command("inspect", a, "--json").stdout)
+    assert (told["n_tensors"], told["n_parameters"]) == (8, 2000 + 3000 + 129 + 1 + 3 + 33 + 3)
+    told = json.loads(command("plan", a, b, "--json", "--threads", "1").stdout)
+    assert told["threads"] == 1
+    assert told["nbytes_read"] == 28652
+    ran = command("plan", a, b, "--dtype", "bf16")
+    assert ran.returncode == 0
+    assert "peak memory" in ran.stdout
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    sharded = save_sharded(tmp_path / "c", [random_model(0)])
+    assert json.loads(command("inspect", sharded, "--json").stdout)["n_tensors"] == 8
+
+
+def test_control_characters_never_reach_a_terminal(tmp_path: Path) -> None:
+    """Names out of files, in results, warnings and errors, are escaped on either stream."""
+    evil = "x\x1b]0;owned\x07\u202e\n"
+    a = save(tmp_path / "a", {evil: tensor(np.int64(1)), "w": tensor(np.float32(1))})
+    b = save(tmp_path / "b", {evil: tensor(np.int64(2)), "w": tensor(np.float32(1))})
+    (a / "evil\x1b[2J.txt").write_text("")
+    for words in (
+        ["inspect", a, "--tensors"],
+        ["plan", a, b],
+        ["uniform", a, b, "-o", tmp_path / "out"],
+        ["uniform", a, tmp_path / "none\x1b[2J", "-o", tmp_path / "out"],
+        ["verify", tmp_path / "none\x1b[2J"],
+    ):
+        ran = command(*words)
+        for line in (ran.stdout + ran.stderr).splitlines():
+            assert line.isprintable(), (words, line)
+
+
+def test_a_terminal_of_few_characters_is_enough(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What a terminal cannot show is escaped, rather than failing after the work is done."""
+    out = tmp_path / "süppchen"
+    ran = command("uniform", *pair, "-o", out, env={"PYTHONIOENCODING": "ascii"})
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "s\\xfcppchen" in ran.stdout
+
+
+def test_the_unforeseen_is_said_in_one_line(
+    pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of ours ends with status 1, what happened and where, and no traceback."""
+    from streamsoup.soups import fixed
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("oh\x1b")
+
+    monkeypatch.setattr(fixed, "uniform", broken)
+    assert cli(["uniform", *map(str, pair), "-o", "out"]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: ZeroDivisionError: oh\\x1b (at ")
+    assert f"{Path(__file__).name}:" in said
+    assert said.count("\n") == 1
+
+
+def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> None:
+    """When the reader of a long listing goes away, the command ends without a traceback."""
+    words = [sys.executable, "-m", "streamsoup", "inspect", str(pair[0]), "--tensors"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert ran.stderr == ""
+
+
+def imported(words: list[str], cwd: Path) -> set[str]:
+    """Run a command in a process that says which packages it imported, its children's too."""
+    script = (
+        "import atexit, os, sys\n"
+        "def tell(*_):\n"
+        "    names = {name.split('.')[0] for name in sys.modules}\n"
+        "    with open('imported', 'a') as file: file.write(' '.join(names) + '\\n')\n"
+        "leave = os._exit\n"
+        "os._exit = lambda status: (tell(), leave(status))\n"
+        "from streamsoup.cli import cli\n"
+        f"status = cli({words!r})\n"
+        "tell()\n"
+        "sys.exit(status)\n"
+    )
+    (cwd / "imported").unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-c", script], cwd=cwd, check=True, capture_output=True)
+    return set((cwd / "imported").read_text().split())
+
+
+def test_commands_import_no_more_than_they_need(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Help, inspect, plan and quick verify load neither torch nor numba, averaging no torch."""
+    for words in (["--help"], ["uniform", "--help"], ["--version"]):
+        names = imported(words, tmp_path)
+        assert not names.intersection((*HEAVY, "numpy", "rich", "psutil")), words
+    assert not imported(["inspect", "a"], tmp_path).intersection(HEAVY)
+    assert not imported(["plan", "a", "b"], tmp_path).intersection(HEAVY)
+    averaged = imported(["uniform", "a", "b", "-o", "out", "--quiet"], tmp_path)
+    assert "numpy" in averaged  # what the child imports does show
+    assert not averaged.intersection(HEAVY)
+    assert not imported(["verify", "out", "--quick"], tmp_path).intersection(HEAVY)
+    assert not imported(["verify", "out"], tmp_path).intersection(HEAVY)
+
+
+def test_a_compiled_kernel_loads_without_numba_or_torch(tmp_path: Path) -> None:
+    """A soup large enough for the compiled kernel does not import torch to use it."""
+    script = (
+        "import sys, streamsoup, streamsoup.reduce as reduce\n"
+        "reduce.LOAD_NBYTES = 1\n"
+        "streamsoup.uniform(['a', 'b'], output='out')\n"
+        "assert 'llvmlite' in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    for name in "ab":
+        save(tmp_path / name, {"t": tensor(np.zeros(100, np.float32))})
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def test_import_does_nothing_heavy() -> None:
+    """`import streamsoup` loads no numpy, and each public name is there."""
+    script = "import sys, streamsoup; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"numpy", "click", "msgspec"}.intersection(ran.stdout.split())
+    for name in dir(streamsoup):
+        assert getattr(streamsoup, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = streamsoup.nothing

@@ -1,0 +1,212 @@
+"""Closed forms against the formula written out by hand, in numpy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import streamsoup
+from streamsoup.angles import Place
+from streamsoup.errors import OutputExistsError, RecipeError
+from streamsoup.soups.closed import sphere_factors, stock_ratio, wsm_factors
+
+N = 4
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> list[dict[str, np.ndarray]]:
+    """A base and `N` fine-tunes, also on disk; the table moved in none."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=(9, 4))
+    base = {"a": rng.normal(size=(9, 4)), "b": rng.normal(size=7), "table": rng.normal(size=5)}
+    found = [base]
+    for _ in range(N):
+        moved = {
+            "a": base["a"] + 0.1 * (shared + rng.normal(size=(9, 4))),
+            "b": base["b"] + 0.1 * rng.normal(size=7),
+            "table": base["table"],
+        }
+        found.append(moved)
+    for i, state in enumerate(found):
+        save_file(state, tmp_path / f"{i}.safetensors")
+    return found
+
+
+@pytest.fixture
+def paths(states: Any, tmp_path: Path) -> list[str]:
+    """Their files, the base first."""
+    return [str(tmp_path / f"{i}.safetensors") for i in range(N + 1)]
+
+
+def load(soup: Any) -> dict[str, np.ndarray]:
+    """Load a soup, once it is verified."""
+    assert streamsoup.verify(soup.path).rederived
+    (file,) = Path(soup.path).glob("*.safetensors")
+    return load_file(file)
+
+
+def same(soup: Any, expected: dict[str, np.ndarray]) -> None:
+    """Compare with what was computed by hand."""
+    made = load(soup)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(made[name], tensor, rtol=1e-12, atol=1e-13)
+
+
+def test_ema_is_the_recurrence(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """The coefficients are those of m ← d·m + (1−d)·θ, begun at the first."""
+    mean = states[0]
+    for state in states[1:]:
+        mean = {name: 0.8 * mean[name] + 0.2 * state[name] for name in state}
+    soup = streamsoup.ema(paths, 0.8, output=tmp_path / "soup")
+    same(soup, mean)
+    assert math.fsum(soup.recipe.coefficients.values) == pytest.approx(1, abs=1e-15)
+    assert soup.recipe.method == "ema"
+    with pytest.raises(RecipeError):
+        streamsoup.ema(paths, 1.0, output=tmp_path / "other")
+
+
+def test_lawa_is_the_mean_of_the_latest(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """Of five, the latest two."""
+    soup = streamsoup.lawa(paths, 2, output=tmp_path / "soup")
+    same(soup, {n: (states[-2][n] + states[-1][n]) / 2 for n in states[0]})
+    assert soup.recipe.ingredients == tuple(paths[-2:])
+    for window in (0, 6):
+        with pytest.raises(RecipeError, match="window"):
+            streamsoup.lawa(paths, window, output=tmp_path / "other")
+
+
+def test_wsm_is_a_decay_of_the_learning_rate(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """Step j enters with the weight that the curve gives to it: wⱼ = Σ of the later cᵢ."""
+    for curve, function in (
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+        ("sqrt", lambda x: 1 - math.sqrt(x)),
+    ):
+        factors = wsm_factors(6, curve)
+        for j in range(6):
+            assert math.fsum(factors[j:]) == pytest.approx(function(j / 6), abs=1e-12)
+        assert min(factors) >= 0
+    steps = [{n: b[n] - a[n] for n in a} for a, b in itertools.pairwise(states)]
+    made = dict(states[0])
+    for j, step in enumerate(steps, 1):
+        made = {n: made[n] + (1 + math.cos(math.pi * j / 5)) / 2 * step[n] for n in made}
+    same(streamsoup.wsm(paths, "cosine", output=tmp_path / "soup"), made)
+    with pytest.raises(RecipeError, match="none of"):
+        wsm_factors(3, "steps")
+
+
+def test_task_arithmetic(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """Base plus λ times each task vector, with one λ or with one for each."""
+    base, *others = states
+    for number, scale in enumerate((0.4, [0.5, -1.0, 0.25, 0.0])):
+        each = [scale] * N if isinstance(scale, float) else scale
+        expected = {
+            n: base[n] + sum(s * (o[n] - base[n]) for s, o in zip(each, others, strict=True))
+            for n in base
+        }
+        output = tmp_path / f"soup{number}"
+        same(streamsoup.arithmetic(paths[1:], scale, base=paths[0], output=output), expected)
+    with pytest.raises(RecipeError, match="3 scales"):
+        streamsoup.arithmetic(paths[1:], [1, 2, 3], base=paths[0], output=tmp_path / "x")
+
+
+def test_model_stock(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """t·mean + (1−t)·base with t of the mean pairwise cosine; what nobody moved stays."""
+    base, *others = states
+    expected = {"table": base["table"]}
+    ratios = []
+    for name in ("a", "b"):
+        d = np.stack([(o[name] - base[name]).ravel() for o in others])
+        unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+        cosine = np.mean([unit[i] @ unit[j] for i in range(N) for j in range(i)])
+        t = max(N * cosine / (1 + (N - 1) * cosine), 0.0)
+        ratios.append(t)
+        expected[name] = t * np.mean([o[name] for o in others], axis=0) + (1 - t) * base[name]
+    soup = streamsoup.stock(paths[1:], base=paths[0], output=tmp_path / "soup")
+    same(soup, expected)
+    assert np.array_equal(load(soup)["table"], base["table"])
+    report = soup.provenance.report
+    assert report["ratio_max"] == pytest.approx(max(ratios))
+    assert soup.recipe.ingredients[0] == paths[0]
+
+
+def test_the_ratio_for_two_is_the_papers(tmp_path: Path) -> None:
+    """For two, t = 2cos φ / (1 + cos φ); negative ratios become the base, and are named."""
+    gram = np.array([[4.0, 1.0], [1.0, 1.0]])
+    rows = np.zeros((3, 3))
+    rows[1:, 1:] = gram
+    cosine = 1 / 2
+    ratio = stock_ratio(Place("w", 3, rows, np.zeros(2, np.int64)))
+    assert ratio == pytest.approx(2 * cosine / (1 + cosine))
+    for i, w in enumerate(([0.0, 0.0], [1.0, 0.2], [-1.0, 0.2])):
+        save_file({"w": np.array(w)}, tmp_path / f"{i}.safetensors")
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    soup = streamsoup.stock(paths[1:], base=paths[0], output=tmp_path / "soup")
+    assert load(soup)["w"].tolist() == [0.0, 0.0]
+    assert soup.provenance.report["n_negative"] == 1
+    assert soup.provenance.report["negative"] == "w"
+    with pytest.raises(RecipeError, match="two"):
+        streamsoup.stock(paths[1:2], base=paths[0], output=tmp_path / "other")
+    with pytest.raises(OutputExistsError):
+        streamsoup.stock(paths[1:], base=paths[0], output=tmp_path / "soup")
+
+
+@pytest.mark.parametrize("based", [True, False])
+def test_slerp_of_two(states: Any, paths: list[str], tmp_path: Path, based: bool) -> None:
+    """Shoemake's formula, on whole weights or on task vectors."""
+    expected = {}
+    for name in ("a", "b"):
+        origin = states[0][name] if based else 0.0
+        x, y = (states[i][name] - origin for i in (1, 2))
+        angle = np.arccos((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
+        expected[name] = origin + (np.sin(0.7 * angle) * x + np.sin(0.3 * angle) * y) / np.sin(
+            angle
+        )
+    soup = streamsoup.slerp(
+        paths[1:3], [0.7, 0.3], base=paths[0] if based else None, output=tmp_path / "soup"
+    )
+    made = load(soup)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(made[name], tensor, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(made["table"], states[0]["table"], rtol=1e-12)
+    assert soup.provenance.report["n_straight"] == based
+
+
+def test_the_barycentre_of_many() -> None:
+    """Seen from it, the weighted directions to all cancel; it lies on the sphere."""
+    rng = np.random.default_rng(4)
+    for spread in (0.001, 0.1, 1.0):
+        vectors = rng.normal(size=8) + spread * rng.normal(size=(5, 8))
+        shares = np.array([0.1, 0.3, 0.2, 0.2, 0.2])
+        factors = sphere_factors(vectors @ vectors.T, shares)
+        assert factors is not None
+        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        point = factors @ units
+        assert np.linalg.norm(point) == pytest.approx(1, abs=1e-9)
+        angles = np.arccos(np.clip(units @ point, -1, 1))
+        ways = (units - np.cos(angles)[:, None] * point) / np.sin(angles)[:, None]
+        pull = (shares * angles) @ ways
+        assert np.linalg.norm(pull) < 1e-7 * spread
+
+
+def test_spheres_without_a_mean() -> None:
+    """Opposite vectors, and a vector of length zero, leave no spherical mean."""
+    half = np.array([0.5, 0.5])
+    assert sphere_factors(np.array([[1.0, -1.0], [-1.0, 1.0]]), half) is None
+    assert sphere_factors(np.array([[1.0, 0.0], [0.0, 0.0]]), half) is None
+    same_twice = sphere_factors(np.ones((2, 2)), np.array([0.25, 0.75]))
+    assert same_twice is not None
+    np.testing.assert_allclose(same_twice, [0.25, 0.75])
+
+
+def test_weights_on_a_sphere_are_shares(paths: list[str], tmp_path: Path) -> None:
+    """Negative, missing and infinite weights are refused."""
+    for weights in ([1.0, -1.0], [1.0], [0.0, 0.0], [1.0, math.inf]):
+        with pytest.raises(RecipeError, match="weights"):
+            streamsoup.slerp(paths[:2], weights, output=tmp_path / "soup")

@@ -1,0 +1,442 @@
+"""The comparison against plain in-memory code; what is measured is measured once."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import build, data, ingredients
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+import streamsoup
+from streamsoup.comparison.cache import Cache
+from streamsoup.comparison.landscape import landscape
+from streamsoup.comparison.paths import sweep
+from streamsoup.comparison.rows import MEAN, Comparison
+from streamsoup.comparison.table import CompareOptions, compare, splits_of
+from streamsoup.errors import OutputBusyError, OutputError, RecipeError, TaskError
+from streamsoup.task import load_task
+
+SPLITS = ["val", "test", "far", "farther"]
+PARTS = {
+    "val": data(0, 120),
+    "test": data(1, 150),
+    "far": (data(2, 90)[0] * 1.5 + 0.2, data(2, 90)[1]),
+    "farther": (data(3, 80)[0] - 0.7, data(3, 80)[1]),
+}
+SMALL = CompareOptions(learned=(), curve=0, pairs=0, orders=0)
+
+Weights = dict[str, torch.Tensor]
+
+
+class Counting:
+    """A task that notes what it is asked, and may fail after a while."""
+
+    def __init__(self, *, score: Any = None, predicts: bool = True, fails_after: int = -1) -> None:
+        self.splits = list(SPLITS)
+        self.asked: list[tuple[str, str]] = []
+        self.n_built = 0
+        self.fails_after = fails_after
+        self._score = score
+        if not predicts:
+            self.predictions = None  # type: ignore[assignment,method-assign]
+
+    def build(self) -> torch.nn.Module:
+        self.n_built += 1
+        return build()
+
+    def note(self, what: str, split: str) -> None:
+        if len(self.asked) == self.fails_after:
+            raise RuntimeError("the power failed")
+        self.asked.append((what, split))
+
+    def score(self, model: torch.nn.Module, split: str) -> Any:
+        self.note("score", split)
+        inputs, labels = PARTS[split]
+        logits = model(inputs)
+        if self._score is not None:
+            return self._score(logits, labels)
+        return float((logits.argmax(1) == labels).float().mean())
+
+    def predictions(
+        self, model: torch.nn.Module, split: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.note("predictions", split)
+        inputs, labels = PARTS[split]
+        for start in range(0, len(labels), 50):
+            yield model(inputs[start : start + 50]), labels[start : start + 50]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Return six fine-tunes of one network."""
+    return ingredients(tmp_path / "in")
+
+
+def plain_logits(states: Sequence[Weights], split: str) -> NDArray[np.float64]:
+    """Average state dicts in float64, and ask torch: no code of ours."""
+    model = build().eval()
+    mean = {
+        name: torch.stack([s[name].double() for s in states]).mean(0).float()
+        if states[0][name].is_floating_point()
+        else states[0][name]
+        for name in states[0]
+    }
+    model.load_state_dict(mean)
+    with torch.no_grad():
+        return model(PARTS[split][0]).double().numpy()
+
+
+def accuracy(logits: NDArray[np.float64], split: str) -> float:
+    """Give the share of right answers."""
+    return float((logits.argmax(1) == PARTS[split][1].numpy()).mean())
+
+
+def by_name(found: Comparison) -> dict[str, Any]:
+    """Give the rows by name, without what follows a colon."""
+    return {row.name.partition(":")[0]: row for row in found.rows}
+
+
+def test_table_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """Every row and column is what averaging state dicts and stacking logits in memory gives."""
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders]
+    found = compare(folders, Counting(), output=tmp_path / "out", settings=replace(SMALL, orders=2))
+    rows = by_name(found)
+
+    def greedy(order: Sequence[int], value: Any) -> list[int]:
+        kept = [order[0]]
+        for i in order[1:]:
+            if value([*kept, i]) >= value(kept):
+                kept.append(i)
+        return kept
+
+    def soup(members: Sequence[int], split: str = "val") -> float:
+        return accuracy(plain_logits([states[i] for i in members], split), split)
+
+    def ensemble(members: Sequence[int], split: str = "val") -> float:
+        logits = [plain_logits([states[i]], split) for i in members]
+        return accuracy(np.mean(logits, axis=0), split)
+
+    singles = [soup([i]) for i in range(6)]
+    order = sorted(range(6), key=lambda i: -singles[i])
+    kept, grown = greedy(order, soup), greedy(order, ensemble)
+    orders = []
+    for seed in range(2):
+        shuffled = list(range(6))
+        random.Random(seed).shuffle(shuffled)
+        orders.append(greedy(shuffled, soup))
+    assert rows["greedy soup"].members == tuple(kept)
+    assert rows["ensemble, greedily grown"].members == tuple(grown)
+    assert found.metric == "accuracy"
+    for split in SPLITS:
+        for i in range(6):
+            assert rows[f"run{i}"].cells[split].value == pytest.approx(soup([i], split))
+        expected = {
+            "best on val": soup(order[:1], split),
+            "oracle best": max(soup([i], split) for i in range(6)),
+            "uniform soup": soup(range(6), split),
+            "greedy soup": soup(kept, split),
+            "greedy soup, 2 random orders": np.mean([soup(o, split) for o in orders]),
+            "ensemble of all": ensemble(range(6), split),
+            "ensemble of the greedy soup's members": ensemble(kept, split),
+            "ensemble, greedily grown": ensemble(grown, split),
+        }
+        for name, value in expected.items():
+            assert rows[name].cells[split].value == pytest.approx(value), (name, split)
+    far = [rows["uniform soup"].cells[split].value for split in ("far", "farther")]
+    assert rows["uniform soup"].cells[MEAN].value == pytest.approx(np.mean(far))
+    assert rows["ensemble of all"].cost == 6
+    assert rows["uniform soup"].cost == 1
+    low, high = rows["greedy soup"].cells["test"].low, rows["greedy soup"].cells["test"].high
+    assert low <= rows["greedy soup"].cells["test"].value <= high
+    assert rows["greedy soup"].cells[MEAN].high - rows["greedy soup"].cells[MEAN].low > 0
+
+
+def test_another_average_would_be_seen(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted fault: with one member left out of every soup, the table is another."""
+    from streamsoup.comparison import bench
+
+    right = by_name(compare(folders, Counting(), output=tmp_path / "a", settings=SMALL))
+    uniform = bench.Mixture.uniform
+    monkeypatch.setattr(
+        bench.Mixture,
+        "uniform",
+        lambda members: uniform(tuple(members)[: max(1, len(members) - 1)]),
+    )
+    wrong = by_name(compare(folders, Counting(), output=tmp_path / "b", settings=SMALL))
+    nlls = [rows["uniform soup"].cells["test"].nll for rows in (right, wrong)]
+    assert abs(nlls[0] - nlls[1]) > 1e-4
+
+
+def test_greedy_soup_is_that_of_the_search(folders: list[str], tmp_path: Path) -> None:
+    """The comparison and `greedy_soup` choose the same members."""
+    found = by_name(compare(folders, Counting(), output=tmp_path / "out", settings=SMALL))
+    soup = streamsoup.greedy_soup(folders, Counting(), output=tmp_path / "soup")
+    assert found["greedy soup"].members == soup.members
+
+
+def test_second_run_measures_nothing(folders: list[str], tmp_path: Path) -> None:
+    """What is known is not asked again, the model is not even built, and the rows are the same."""
+    settings = replace(SMALL, orders=2, curve=4, learned=("global",))
+    first, again = Counting(), Counting()
+    before = compare(folders, first, output=tmp_path / "out", settings=settings)
+    after = compare(folders, again, output=tmp_path / "out", settings=settings)
+    assert before.n_measured > 0
+    assert (after.n_measured, again.asked, again.n_built) == (0, [], 0)
+    assert list(before.to_lines()) == list(after.to_lines())
+    assert first.n_built == 1
+
+
+def test_one_more_ingredient_costs_what_is_new(folders: list[str], tmp_path: Path) -> None:
+    """Ingredients that are known by content are not measured again, wherever they lie now."""
+    compare(folders[:5], Counting(), output=tmp_path / "out", settings=SMALL)
+    moved = [shutil.copytree(f, tmp_path / "elsewhere" / Path(f).name) for f in folders]
+    task = Counting()
+    compare(moved, task, output=tmp_path / "out", settings=SMALL)
+    # The new ingredient, the uniform and the greedy soup on four splits, and trials on one.
+    assert [what for what, _ in task.asked].count("score") == 1
+    on_test = [what for what, split in task.asked if split == "test"]
+    assert len(on_test) <= 3
+
+
+def test_a_killed_run_goes_on(folders: list[str], tmp_path: Path) -> None:
+    """Whenever it fails, the next run asks for the rest alone, and finds the same rows."""
+    whole = Counting()
+    expected = compare(folders, whole, output=tmp_path / "whole", settings=SMALL)
+    for n in (0, 1, 7, 20, len(whole.asked) - 1):
+        out = tmp_path / f"killed{n}"
+        broken, rest = Counting(fails_after=n), Counting()
+        with pytest.raises(TaskError, match="the power failed"):
+            compare(folders, broken, output=out, settings=SMALL)
+        found = compare(folders, rest, output=out, settings=SMALL)
+        assert list(found.to_lines()) == list(expected.to_lines())
+        assert len(broken.asked) + len(rest.asked) == len(whole.asked)
+
+
+def test_changes_are_measured_anew(folders: list[str], tmp_path: Path) -> None:
+    """Another content, another task or damaged logits are never served from the cache."""
+    out = tmp_path / "out"
+    compare(folders, Counting(), output=out, settings=SMALL)
+    state = load_file(Path(folders[2]) / "model.safetensors")
+    save_file(
+        {n: t + 1 if t.ndim == 2 else t for n, t in state.items()},
+        Path(folders[2]) / "model.safetensors",
+    )
+    changed = Counting()
+    compare(folders, changed, output=out, settings=SMALL)
+    assert ("predictions", "test") in changed.asked
+    again = Counting()
+    compare(folders, again, output=out, settings=SMALL)
+    assert again.asked == []
+    file = max((out / "cache").glob("[0-9a-f]*.npy"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-4])
+    compare(folders, again, output=out, settings=SMALL)
+    assert len(again.asked) == 1
+
+    other = replace(load_task(Counting()), fingerprint="another")
+    compare(folders, other, output=out, settings=SMALL)
+    assert len(other.source.asked) > 20
+
+
+def test_a_score_that_is_no_accuracy(folders: list[str], tmp_path: Path) -> None:
+    """Where the score is another metric it rules, and ensembles have none."""
+
+    def negative_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+        return -float(torch.nn.functional.cross_entropy(logits, labels))
+
+    task = Counting(score=negative_loss)
+    found = compare(folders, task, output=tmp_path / "out", settings=replace(SMALL, curve=3))
+    rows = by_name(found)
+    assert found.metric == "score"
+    assert not found.is_share
+    row = rows["uniform soup"]
+    assert row.cells["test"].value == pytest.approx(-row.cells["test"].nll, rel=1e-5)
+    assert math.isnan(rows["ensemble of all"].cells["test"].value)
+    assert rows["ensemble of all"].cells["test"].nll > 0
+    assert any("not the accuracy" in note for note in found.notes)
+
+
+def test_a_task_without_predictions(folders: list[str], tmp_path: Path) -> None:
+    """Scores alone make soups and no ensembles; examples beside the score make intervals."""
+
+    def with_examples(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        right = (logits.argmax(1) == labels).double()
+        return {"accuracy": float(right.mean()), "examples": right}
+
+    task = Counting(score=with_examples, predicts=False)
+    found = compare(folders, task, output=tmp_path / "out", settings=replace(SMALL, curve=3))
+    assert not found.of("ensemble")
+    assert not math.isnan(by_name(found)["greedy soup"].cells["test"].low)
+    full = compare(folders, Counting(), output=tmp_path / "full", settings=SMALL)
+    for split in SPLITS:
+        ours = by_name(found)["greedy soup"].cells[split]
+        theirs = by_name(full)["greedy soup"].cells[split]
+        assert (ours.value, ours.low, ours.high) == pytest.approx(
+            (theirs.value, theirs.low, theirs.high)
+        )
+
+
+def test_examples_in_another_order_are_refused(folders: list[str], tmp_path: Path) -> None:
+    """Logits of different models are compared example by example, so their order must stay."""
+
+    class Shuffling(Counting):
+        def predictions(self, model: Any, split: str) -> Iterator[Any]:
+            for logits, labels in super().predictions(model, split):
+                order = torch.tensor(
+                    np.random.default_rng(len(self.asked)).permutation(len(labels))
+                )
+                yield logits[order], labels[order]
+
+    with pytest.raises(TaskError, match="same order"):
+        compare(folders, Shuffling(), output=tmp_path / "out", settings=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda z, y: (z[0], y), "shapes"),
+        (lambda z, y: (z, y.double()), "not numbers of classes"),
+        (lambda z, y: (z, y + 4), "there are 4 classes"),
+    ],
+)
+def test_predictions_that_are_none(
+    folders: list[str], tmp_path: Path, spoil: Any, message: str
+) -> None:
+    """What is no logits and labels is refused by name."""
+
+    class Wrong(Counting):
+        def predictions(self, model: Any, split: str) -> Iterator[Any]:
+            for logits, labels in super().predictions(model, split):
+                yield spoil(logits, labels)
+
+    with pytest.raises(TaskError, match=message):
+        compare(folders, Wrong(), output=tmp_path / "out", settings=SMALL)
+
+
+def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:
+    """Angles are those of plain task vectors, and the middle's gain is that of plain averages."""
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders]
+    settings = replace(SMALL, pairs=100)
+    found = compare(
+        folders[1:4], Counting(), output=tmp_path / "out", base=folders[0], settings=settings
+    )
+
+    def vector(i: int) -> NDArray[np.float64]:
+        floats = [n for n, t in states[0].items() if t.is_floating_point()]
+        return np.concatenate(
+            [(states[i][n].double() - states[0][n].double()).flatten().numpy() for n in floats]
+        )
+
+    assert [(pair.first, pair.second) for pair in found.pairs] == [(0, 1), (0, 2), (1, 2)]
+    for pair in found.pairs:
+        a, b = vector(1 + pair.first), vector(1 + pair.second)
+        angle = np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+        assert pair.angle == pytest.approx(angle)
+        members = [states[1 + pair.first], states[1 + pair.second]]
+        ends = [accuracy(plain_logits([s], "test"), "test") for s in members]
+        middle = accuracy(plain_logits(members, "test"), "test")
+        assert pair.advantage == pytest.approx(middle - np.mean(ends))
+        assert math.isfinite(pair.approximation)
+    assert by_name(found)["base"].kind == "base"
+
+
+def test_sweep_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """Each point is the plain interpolation; more points later cost what is new."""
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:2]]
+    found = sweep(*folders[:2], Counting(), [0, 0.5, 1], cache=tmp_path / "cache")
+    for split in SPLITS:
+        expected = [
+            accuracy(plain_logits(some, split), split) for some in (states[:1], states, states[1:])
+        ]
+        assert found.values[split] == pytest.approx(expected)
+    task = Counting()
+    more = sweep(*folders[:2], task, [0, 0.25, 0.5, 1], cache=tmp_path / "cache")
+    assert len(task.asked) == 4
+    assert more.best in more.alphas
+    barrier = more.barrier("test")
+    assert barrier is not None
+    assert barrier.over_chord >= 0
+    lines = [json.loads(line) for line in more.to_lines()]
+    assert sum(line["kind"] == "point" for line in lines) == 16
+    with pytest.raises(RecipeError):
+        sweep(*folders[:2], task, [math.nan], cache=tmp_path / "cache")
+
+
+def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """A grid point is the plain mixture at that place; a second run measures nothing."""
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:3]]
+
+    def draw(task: Counting) -> Any:
+        return landscape(
+            *folders[:3], task, cache=tmp_path / "cache", resolution=5, splits=["test"]
+        )
+
+    found, again = draw(Counting()), Counting()
+    y, x = 1, 3
+    c = found.plane.coefficients(found.xs[x], found.ys[y])
+    model = build().eval()
+    mixed = {
+        n: sum(k * s[n].double() for k, s in zip(c, states, strict=True)).float()
+        if states[0][n].is_floating_point()
+        else states[0][n]
+        for n in states[0]
+    }
+    model.load_state_dict(mixed)
+    with torch.no_grad():
+        logits = model(PARTS["test"][0]).double().numpy()
+    expected = accuracy(logits, "test")
+    assert found.values["test"][y, x] == pytest.approx(expected)
+    assert [mark.name for mark in found.marks[:3]] == ["run0", "run1", "run2"]
+    np.testing.assert_array_equal(draw(again).values["test"], found.values["test"])
+    assert again.asked == []
+
+
+def test_what_splits_are_for() -> None:
+    """The first is searched on, the second is the test, others are shifts; a task may say so."""
+    task = load_task(Counting())
+    assert splits_of(task).shifts == ("far", "farther")
+    assert splits_of(replace(task, splits=("val",))).test is None
+    for shifts in (["far"], ["far", "nowhere"]):
+        said = Counting()
+        said.shifts = shifts  # type: ignore[attr-defined]
+        with pytest.raises(TaskError, match="does not fit"):
+            splits_of(load_task(said))
+    said.shifts = ["test", "far"]  # type: ignore[attr-defined]
+    assert splits_of(load_task(said)).test == "farther"
+
+
+def test_folders_that_are_not_ours(folders: list[str], tmp_path: Path) -> None:
+    """An ingredient, a folder with something else, and one in use are refused."""
+    task = Counting()
+    with pytest.raises(OutputError, match="no report of ours"):
+        compare(folders, task, output=folders[0])
+    with pytest.raises(OutputError, match="lies in the ingredient"):
+        compare(folders, task, output=Path(folders[0]) / "report")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="no report of ours"):
+        compare(folders, task, output=tmp_path / "full")
+    with Cache(str(tmp_path / "out" / "cache")), pytest.raises(OutputBusyError):
+        compare(folders, task, output=tmp_path / "out")
+    assert task.asked == []

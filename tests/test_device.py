@@ -1,0 +1,251 @@
+"""Finding a device, planning what it holds, and soups by way of it where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import save, tensor
+
+import streamsoup
+from streamsoup import device_mix
+from streamsoup.cli import cli
+from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
+from streamsoup.errors import BudgetError, DeviceError, RecipeError
+from streamsoup.kernels.device import HostDevice, open_device, our_errors
+from streamsoup.kernels.pipeline import LaneShape, held_nbytes
+from streamsoup.options import Options
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.make import Order, make, order
+
+
+def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:
+    """Make `k` checkpoints of a few dtypes, `n` elements in the largest tensor."""
+    paths = []
+    for i in range(k):
+        rng = np.random.default_rng(i)
+        half = rng.normal(size=n).astype(np.float16)
+        bf16 = (rng.normal(size=n // 2).astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+        tensors = {
+            "half": tensor(half),
+            "bf16": tensor(bf16, "BF16"),
+            "f64": tensor(rng.normal(size=101)),
+            "e4m3": tensor(rng.integers(0, 0x7E, 77).astype(np.uint8), "F8_E4M3"),
+            "steps": tensor(np.arange(5)),
+            "none": tensor(np.empty(0, np.float32), "F32"),
+        }
+        paths.append(save(folder / str(i), tensors))
+    return paths
+
+
+def ordered_on_host(ordered: Order, *, block: int, threads: int = 2) -> Order:
+    """Have an order made by the pipeline, on plain memory."""
+    device = HostDevice()
+    plan = plan_device(
+        ordered.plan,
+        device="cpu",
+        budget=1 << 40,
+        mapped=ordered.mapped,
+        threads=threads,
+        memory=1 << 40,
+    )
+    shape = replace(plan.shape, block=block)
+    memory = replace(plan.memory, block=block)
+    on_device = OnDevice(device, replace(plan, shape=shape, memory=memory))
+    return replace(ordered, memory=memory, on_device=on_device)
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+@pytest.mark.parametrize("block", [64, 1000, 1 << 20])
+@pytest.mark.parametrize("method", ["uniform", "weighted"])
+def test_soups_by_the_pipeline_are_those_of_the_kernels(
+    tmp_path: Path, method: str, block: int, io: Any
+) -> None:
+    """Whole soups, copied tensors and float8 among them: the same files, whatever the blocks."""
+    paths = make_checkpoints(tmp_path, 5, 3000)
+    coefficients = Coefficients.uniform(5)
+    if method == "weighted":
+        coefficients = Coefficients.given((0.5, 0.2, -0.1, 0.3, 0.1))
+    options = Options(io=io)
+    ordered = order(paths, coefficients, method=method, options=options)
+    one = make(ordered, output=tmp_path / "one", options=options)
+    other = make(ordered_on_host(ordered, block=block), output=tmp_path / "two", options=options)
+    files = [(Path(soup.path) / "model.safetensors").read_bytes() for soup in (one, other)]
+    assert files[0] == files[1]
+    assert one.provenance.tensors == other.provenance.tensors
+    assert one.provenance.ingredients == other.provenance.ingredients
+
+
+def test_a_failure_in_mid_stream_comes_out_as_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that fails ends the run with one line; nothing is left; the next run works."""
+    ordered = order(
+        make_checkpoints(tmp_path, 3, 3000),
+        Coefficients.uniform(3),
+        method="uniform",
+        options=Options(),
+    )
+    launch = HostDevice.launch
+    count = [0]
+
+    def failing(self: HostDevice, stream: None, work: Any) -> None:
+        count[0] += 1
+        if count[0] == 20:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        launch(self, stream, work)
+
+    monkeypatch.setattr(HostDevice, "launch", failing)
+    with pytest.raises(DeviceError, match=r"^the device failed, with cpu at [^\n]*access[^\n]*$"):
+        make(ordered_on_host(ordered, block=64), output=tmp_path / "soup", options=Options())
+    assert not (tmp_path / "soup").exists()
+    monkeypatch.setattr(HostDevice, "launch", launch)
+    make(ordered_on_host(ordered, block=64), output=tmp_path / "soup", options=Options())
+    streamsoup.verify(tmp_path / "soup")
+
+
+def test_out_of_memory_names_bytes_and_what_to_lower() -> None:
+    """What torch says of a full device becomes a budget that was too large."""
+    with (
+        pytest.raises(BudgetError, match="enough memory for 5 MB; lower --device-memory or"),
+        our_errors("5 MB"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB.")
+
+
+def test_memory_depends_neither_on_ingredients_nor_on_sizes(tmp_path: Path) -> None:
+    """Two or nine ingredients, three or eight million elements: the same plan for the device."""
+    plans = set()
+    for k, n in ((2, 3_000_000), (9, 3_000_000), (2, 8_000_000)):
+        paths = []
+        for i in range(k):
+            folder = tmp_path / f"{k}-{n}-{i}"
+            paths.append(save(folder, {"a": tensor(np.zeros(n, np.float16))}))
+        plan = order(paths, Coefficients.uniform(k), method="uniform", options=Options()).plan
+        chosen = plan_device(
+            plan, device="cuda:0", budget=10**8, mapped=True, threads=2, memory=10**9
+        )
+        plans.add((chosen.shape, chosen.device_nbytes, chosen.pinned_nbytes))
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("budget", [8 * 10**6, 3 * 10**7, 10**8, 10**9])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int) -> None:
+    """Blocks shrink, then lanes go, until what is predicted fits; more budget, larger blocks."""
+    paths = [
+        save(tmp_path / str(i), {"a": tensor(np.zeros(3_000_000, np.float16))}) for i in (0, 1)
+    ]
+    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    chosen = plan_device(
+        plan, device="cuda:0", budget=budget, mapped=True, threads=threads, memory=10**9
+    )
+    assert chosen.device_nbytes <= budget
+    assert (chosen.device_nbytes, chosen.pinned_nbytes) == held_nbytes(
+        chosen.shape, chosen.memory.threads
+    )
+    if budget == 10**9:
+        assert chosen.shape.block == LARGEST_DEVICE_BLOCK
+    with pytest.raises(BudgetError, match=r"--device-memory of 1 MB .* cuda:0 needs [\d.]+ MB"):
+        plan_device(plan, device="cuda:0", budget=10**6, mapped=True, threads=1, memory=10**9)
+    with pytest.raises(BudgetError, match=r"memory budget of 1 MB .* takes [\d.]+ MB at least"):
+        plan_device(plan, device="cuda:0", budget=budget, mapped=True, threads=1, memory=10**6)
+
+
+def test_held_bytes_of_a_hand_case() -> None:
+    """Small requests share 2 MiB, middling ones 20 MiB; 2 MiB for the reduction's stream."""
+    mib = 1 << 20
+    shape = LaneShape(block=1 << 16, n_slots=2, staged=2, made=2, compares=False)
+    # 2 x 128 KiB + 2 x 512 KiB + 3 x 512 KiB + 64 KiB + 128 KiB + 2 x 512 B: into two of 2 MiB.
+    assert held_nbytes(shape, 1) == (6 * mib, 4 * (128 << 10) + 16)
+    shape = LaneShape(block=1 << 20, n_slots=2, staged=2, made=0, compares=False)
+    # 2 x 2 MiB + 5 x 8 MiB from three of 20 MiB; 1 MiB and little from 2 MiB; nothing lands.
+    assert held_nbytes(shape, 1) == ((60 + 2 + 2) * mib, 2 * (2 << 20) + 16)
+
+
+# ---- where there is no device
+
+
+def test_a_cuda_build_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It says cuda until asked whether that is available; then one clear error."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    with pytest.raises(DeviceError, match=r"--device cuda: torch .* finds none .* --device cpu"):
+        open_device("cuda")
+    paths = make_checkpoints(tmp_path, 2, 100)
+    with pytest.raises(DeviceError):
+        streamsoup.uniform(paths, output=tmp_path / "no", options=Options(device="cuda"))
+    assert not (tmp_path / "no").exists()
+    streamsoup.uniform(paths, output=tmp_path / "yes", options=Options(device="auto"))
+
+
+def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another accelerator, a number too high, one without float64, an unknown word."""
+    with pytest.raises(RecipeError, match="'gpu' is no device; use auto, cpu, cuda or cuda:N"):
+        open_device("gpu")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert open_device("cuda").name == "cuda:1"
+    assert open_device("cuda:0").name == "cuda:0"
+    with pytest.raises(DeviceError, match="cuda:2: there are 2, numbered from 0"):
+        open_device("cuda:2")
+    with pytest.raises(DeviceError, match="finds only cuda"):
+        open_device("xpu")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    with pytest.raises(DeviceError, match="no float64"):
+        open_device("mps")
+
+
+def test_the_command_line_says_it_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``--device cuda`` on a machine without is one error, status 1; ``plan`` tells the device."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    output = str(tmp_path / "soup")
+    assert cli(["uniform", *paths, "-o", output, "--device", "cuda"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: --device cuda: torch")
+    assert error.count("\n") == 1
+    assert cli(["plan", *paths]) == 0
+    assert "cpu: on the way to disk" in capfd.readouterr().out
+
+
+def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:
+    """Averaging on the CPU never imports torch, whatever was installed."""
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    code = (
+        "import sys; from streamsoup import uniform, Options\n"
+        f"uniform({paths!r}, output={str(tmp_path / 'a')!r}, options=Options(device='auto'))\n"
+        f"uniform({paths!r}, output={str(tmp_path / 'b')!r}, options=Options(device='cpu'))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_default_budget_is_a_small_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ``--device-memory``, a sixteenth of what is free on the device."""
+    paths = make_checkpoints(tmp_path, 2, 3_000_000)
+    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
+    monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 16 * 2 * 10**7)
+    options = Options(device="cuda", memory="1GB")
+    found = device_mix.find_device(plan, options, mapped=True)
+    assert found.plan.device_nbytes <= 2 * 10**7

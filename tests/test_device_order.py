@@ -1,0 +1,115 @@
+"""The pipeline waits where it must: in the worst orders allowed, and no wait can be left out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from lanes import random_ingredients, specified, through_lane
+from simulated import KINDS, MOVES, SimulatedDevice
+
+from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.tensors import DTYPES
+
+BLOCK = 16
+N = 4 * BLOCK + 5
+
+
+def orders() -> Iterator[dict[str, object]]:
+    """Every preference among the streams, lazy and eager; and a few orders at random."""
+    for preference in itertools.permutations(range(3)):
+        yield {"order": "lazy", "preference": preference}
+        yield {"order": "eager", "preference": preference}
+    for seed in range(6):
+        yield {"order": "random", "seed": seed}
+
+
+def n_wrong(n_slots: int, weighted: bool, **fault: object) -> int:
+    """Count the orders in which the pipeline, with a `fault`, gives wrong bytes or never ends."""
+    source = DTYPES["BF16" if weighted else "F64"]
+    factors = (0.5, 0.2, 0.1, 0.1, 0.1) if weighted else (1.0,) * 5
+    divisor = 1.0 if weighted else 5.0
+    ingredients = random_ingredients(source, 5, N, ties=True)
+    expected = specified(ingredients, source, source, factors, divisor).tobytes()
+    wrong = 0
+    for order in orders():
+        device = SimulatedDevice(**order, **fault)  # type: ignore[arg-type]
+        soup, _ = through_lane(
+            device, ingredients, source, source, factors, divisor, block=BLOCK, n_slots=n_slots
+        )
+        assert device.is_idle()
+        wrong += soup.tobytes() != expected
+        if not fault:
+            assert sorted(device.waits) == sorted(KINDS)
+    return wrong
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 7])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "uniform float64"])
+def test_right_in_every_order(n_slots: int, weighted: bool) -> None:
+    """No order that streams and events allow changes a byte; five kinds of wait are met."""
+    assert n_wrong(n_slots, weighted) == 0
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "uniform float64"])
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_every_wait_is_needed(kind: int, n_slots: int, weighted: bool) -> None:
+    """The planted faults: with any one of the waits left out, some order gives wrong bytes."""
+    assert n_wrong(n_slots, weighted, forget=kind) > 0
+
+
+@pytest.mark.parametrize("kind", range(len(MOVES)))
+def test_every_record_is_in_its_place(kind: int) -> None:
+    """More planted faults: an event recorded before the work it stands for, not after."""
+    assert n_wrong(2, True, hasten=kind) > 0
+
+
+def test_nothing_is_allocated_under_way() -> None:
+    """A lane takes all it needs when it is made."""
+    dtype = DTYPES["F32"]
+    counts = []
+    for n_blocks in (3, 30):
+        device = SimulatedDevice("eager")
+        ingredients = random_ingredients(dtype, 4, BLOCK * n_blocks, ties=True)
+        through_lane(device, ingredients, dtype, dtype, (1.0,) * 4, 4.0, block=BLOCK)
+        counts.append(len(device.sizes))
+    shape = LaneShape(BLOCK, 2, 8, 8, False)
+    assert counts == [len(shape.device_sizes() + shape.pinned_sizes())] * 2
+
+
+def test_allocations_are_the_predicted_ones() -> None:
+    """The sizes that `LaneShape` tells are those that a lane asks for."""
+    for shape in (LaneShape(64, 3, 2, 2, False), LaneShape(128, 2, 8, 4, True)):
+        device = SimulatedDevice("eager")
+        Lane(device, shape)
+        assert sorted(device.sizes) == sorted(shape.device_sizes() + shape.pinned_sizes())
+
+
+def test_a_result_on_the_device_and_a_running_sum() -> None:
+    """Sums continued from a tensor, kept in one, and a result put into a third: the same bits."""
+    dtype = DTYPES["BF16"]
+    ingredients = random_ingredients(dtype, 3, BLOCK, ties=True)
+    expected = specified(ingredients, dtype, dtype, (1.0,) * 3, 3.0)
+    for order in orders():
+        device = SimulatedDevice(**order)  # type: ignore[arg-type]
+        lane = Lane(device, LaneShape(BLOCK, 2, 2, 0, False))
+        kept = device.device(BLOCK, torch.float64)
+        target = device.device(BLOCK, torch.bfloat16)
+        lane.start(BLOCK, dtype, 2.0, compares=False, canonical=False, target=target)
+        for data in ingredients[:2]:
+            lane.add(data, dtype, 1.0)
+        lane.keep(kept)
+        lane.finish()
+        lane.start(BLOCK, dtype, 3.0, compares=False, canonical=False, target=target, initial=kept)
+        lane.add(ingredients[2], dtype, 1.0)
+        lane.finish()
+        lane.take()
+        landed, spoiled = lane.take()
+        assert len(landed) == 0
+        assert not spoiled
+        assert target.view(torch.uint8).numpy().tobytes() == expected.tobytes()
+        assert np.isfinite(kept.numpy()).all()

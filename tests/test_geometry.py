@@ -1,0 +1,321 @@
+"""Norms, angles and distances against exact rationals and numpy; the same bits however read."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+import streamsoup
+from streamsoup.angles import geometry, plan_geometry
+from streamsoup.cli import main
+from streamsoup.cli.geometry import describe
+from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
+from streamsoup.inner import GRAIN
+from streamsoup.kernels.inner import LANES, inner
+from streamsoup.options import Options
+
+SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
+
+
+def make_files(folder: Path, k: int, *, scale: float = 0.01, dtype: str = "f4") -> list[str]:
+    """Write a base and `k` fine-tunes of it: the base first."""
+    rng = np.random.default_rng(5)
+    base = {name: rng.normal(size=n).astype(dtype) for name, n in SIZES.items()}
+    base["step"] = np.array([3])
+    save_file(base, folder / "base.safetensors")
+    for i in range(k):
+        moved = {
+            name: (t + scale * rng.normal(size=t.shape)).astype(dtype) if name in SIZES else t + i
+            for name, t in base.items()
+        }
+        save_file(moved, folder / f"{i}.safetensors")
+    return [str(folder / f"{name}.safetensors") for name in ("base", *range(k))]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """A base and five fine-tunes of it."""
+    return make_files(tmp_path, 5)
+
+
+def load(path: str) -> dict[str, np.ndarray]:
+    """Load a file, floats as float64."""
+    from safetensors.numpy import load_file
+
+    return {n: t.astype("f8") for n, t in load_file(path).items() if t.dtype.kind == "f"}
+
+
+def flat(state: dict[str, np.ndarray]) -> np.ndarray:
+    """Put all tensors of floats into one row."""
+    return np.concatenate([state[name].ravel() for name in sorted(state)])
+
+
+def specified(x: np.ndarray, y: np.ndarray) -> float:
+    """Add up as the law says, in plain Python: rows into lanes, lanes folded by halves."""
+    lanes = [0.0] * LANES
+    for i, (a, b) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        lanes[i % LANES] += a * b
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[i] + lanes[half + i] for i in range(half)]
+    return lanes[0]
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 4), (2, 3), (5, 5)])
+def test_the_kernel_adds_up_in_the_order_specified(n: int, m: int) -> None:
+    """Every product has the bits of the plain Python loop, in whichever tile it was made."""
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(n, GRAIN)), rng.normal(size=(m, GRAIN))
+    out = np.full((n, m), np.nan)
+    inner(left, right, False, out)
+    assert out.tolist() == [[specified(x, y) for y in right] for x in left]
+    if n == m:
+        out = np.full((n, n), np.nan)
+        inner(left, left, True, out)
+        for i in range(n):
+            assert out[i, i:].tolist() == [specified(left[i], left[j]) for j in range(i, n)]
+
+
+def test_small_whole_numbers_are_exact(tmp_path: Path) -> None:
+    """On small integers and dyadic fractions the Gram matrix is that of exact rationals."""
+    rng = np.random.default_rng(1)
+    rows = [(rng.integers(-64, 64, size=GRAIN + 9) / 16).astype("f4") for _ in range(4)]
+    for i, row in enumerate(rows):
+        save_file({"w": row}, tmp_path / f"{i}.safetensors")
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(4)]
+    found = geometry(paths[1:], base=paths[0])
+    exact = [[Fraction(float(x)) for x in row] for row in rows]
+    for i in range(3):
+        for j in range(3):
+            product = sum(
+                (a - c) * (b - c)
+                for a, b, c in zip(exact[1 + i], exact[1 + j], exact[0], strict=True)
+            )
+            assert Fraction(float(found.total.gram[i, j])) == product
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_against_numpy(tmp_path: Path, dtype: str) -> None:
+    """Gram matrix, norms, cosines, angles, distances and shares are numpy's, in float64."""
+    files = make_files(tmp_path, 5, dtype=dtype)
+    base, *states = [load(path) for path in files]
+    found = geometry(files[1:], base=files[0])
+    for place in (*found.tensors, found.total):
+        pick = flat if not place.name else (lambda state, name=place.name: state[name])
+        differences = np.stack([pick(state) - pick(base) for state in states])
+        gram = differences @ differences.T
+        np.testing.assert_allclose(place.gram, gram, rtol=1e-10, atol=1e-12 * gram.max(initial=0))
+        norms = [np.linalg.norm(pick(state)) for state in states]
+        np.testing.assert_allclose(place.weight_norms, norms, rtol=1e-12)
+        apart = [[np.linalg.norm(a - b) for b in differences] for a in differences]
+        np.testing.assert_allclose(place.distances, apart, rtol=1e-7, atol=1e-12)
+        np.testing.assert_array_equal(place.n_changed, np.count_nonzero(differences, axis=1))
+    cosines = gram / np.outer(np.sqrt(np.diag(gram)), np.sqrt(np.diag(gram)))
+    np.testing.assert_allclose(found.total.cosines, cosines, atol=1e-12)
+    off = ~np.eye(5, dtype=bool)
+    expected = np.degrees(np.arccos(cosines[off]))
+    np.testing.assert_allclose(found.total.angles[off], expected, atol=1e-9)
+    assert found.nbytes_read == 6 * sum(SIZES.values()) * np.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_the_same_bits_however_read(files: list[str], base: bool) -> None:
+    """Threads, blocks, budget and the way of reading leave every bit as it is."""
+    anchor = files[0] if base else None
+    first = geometry(files[1:], base=anchor)
+    seen = set()
+    for options in (
+        Options(threads=1),
+        Options(threads=3),
+        Options(io="read"),
+        Options(threads=2, memory=10**9),
+        Options(io="read", threads=1, memory=minimum(files[1:], anchor)),
+    ):
+        other = geometry(files[1:], base=anchor, options=options)
+        assert np.array_equal(first.total.rows, other.total.rows)
+        for a, b in zip(first.tensors, other.tensors, strict=True):
+            assert np.array_equal(a.rows, b.rows)
+        seen.add(plan_geometry(files[1:], base=anchor, options=options)[1].block)
+    assert len(seen) > 1
+
+
+def minimum(paths: list[str], base: str | None) -> int:
+    """Find the least budget that is accepted."""
+    low, high = 1, 10**9
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            plan_geometry(paths, base=base, options=Options(io="read", threads=1, memory=middle))
+            high = middle
+        except BudgetError:
+            low = middle + 1
+    return low
+
+
+def test_a_wrong_order_is_seen(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: a kernel that adds up in another order changes bits."""
+    first = geometry(files[1:], base=files[0])
+
+    def other(left: Any, right: Any, triangle: bool, out: Any) -> None:
+        out[:] = left @ right.T
+
+    monkeypatch.setattr("streamsoup.kernels.inner.inner", other)
+    changed = geometry(files[1:], base=files[0])
+    assert not np.array_equal(first.total.rows, changed.total.rows)
+    np.testing.assert_allclose(first.total.gram, changed.total.gram, rtol=1e-6, atol=1e-9)
+
+
+def test_without_a_base_all_is_measured_from_the_mean(files: list[str]) -> None:
+    """Distances are those with a base; norms are distances to the mean."""
+    based, bare = geometry(files[1:], base=files[0]), geometry(files[1:])
+    np.testing.assert_allclose(bare.total.distances, based.total.distances, rtol=1e-9, atol=1e-12)
+    states = np.stack([flat(load(path)) for path in files[1:]])
+    to_mean = np.linalg.norm(states - states.mean(axis=0), axis=1)
+    np.testing.assert_allclose(bare.total.norms, to_mean, rtol=1e-12)
+    np.testing.assert_allclose(bare.total.weight_norms, np.linalg.norm(states, axis=1), rtol=1e-12)
+    assert bare.base is None
+
+
+def test_the_norm_of_a_mix_follows_from_the_gram_matrix(files: list[str], tmp_path: Path) -> None:
+    """‖Σcᵢ(θᵢ−θ₀)‖ of a soup that is made equals what the Gram matrix said."""
+    found = geometry(files[1:], base=files[0])
+    coefficients = [0.4, 0.3, -0.1, 0.2, 0.2]
+    options = Options(dtype="f64", non_float="first")
+    soup = streamsoup.mix(files[1:], coefficients, output=tmp_path / "soup", options=options)
+    (file,) = Path(soup.path).glob("*.safetensors")
+    made = flat(load(str(file)))
+    norm = np.linalg.norm(made - flat(load(files[0])))
+    assert found.total.norm_of_mix(coefficients) == pytest.approx(norm, rel=1e-10)
+
+
+def test_findings(files: list[str], tmp_path: Path) -> None:
+    """Duplicates, near-duplicates, strangers and a wrong base are named."""
+    from safetensors.numpy import load_file
+
+    near = {
+        n: t * np.float32(1 + 1e-6) if n in SIZES else t for n, t in load_file(files[1]).items()
+    }
+    save_file(near, tmp_path / "near.safetensors")
+    rng = np.random.default_rng(9)
+    other = {n: rng.normal(size=t.shape).astype(t.dtype) for n, t in near.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    near_path, other_path = (str(tmp_path / f"{n}.safetensors") for n in ("near", "other"))
+    found = geometry([files[1], files[1], near_path, files[2]], base=files[0])
+    assert found.duplicates == ((0, 1),)
+    assert found.near_duplicates == ((0, 2), (1, 2))
+    assert found.strangers == ()
+    assert found.total.distances[0, 1] == 0
+    assert "equal, value for value" in found.notes[0]
+    found = geometry([files[1], other_path], base=files[0])
+    assert found.strangers == ((0, 1),)
+    assert "share an initialisation" in found.notes[0]
+    found = geometry(files[1:4], base=other_path)
+    assert any("not their base" in note for note in found.notes)
+    found = geometry([files[0], files[1]], base=files[0])
+    assert any("equal to the base" in note for note in found.notes)
+    assert np.isnan(found.total.angles[0, 1])
+    assert found.to_builtins()["total"]["angles_deg"][0][1] is None
+
+
+def test_a_coarse_base_is_said_to_be_one(tmp_path: Path) -> None:
+    """A base in half precision turns right angles, by about as much as the note says."""
+    rng = np.random.default_rng(2)
+    exact = rng.normal(size=200_000).astype("f4")
+    for name, state in (
+        ("half", exact.astype("f2")),
+        ("exact", exact),
+        *(
+            (f"{i}", exact + np.float32(4e-4) * rng.standard_normal(len(exact), "f4"))
+            for i in range(2)
+        ),
+    ):
+        save_file({"w": state}, tmp_path / f"{name}.safetensors")
+    runs = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    good = geometry(runs, base=str(tmp_path / "exact.safetensors"))
+    assert good.total.angles[0, 1] == pytest.approx(90, abs=0.5)
+    assert good.notes == ()
+    coarse = geometry(runs, base=str(tmp_path / "half.safetensors"))
+    assert coarse.total.angles[0, 1] < 85
+    (note,) = coarse.notes
+    said = float(note.split("as close as ")[1].split("°")[0])
+    assert said == pytest.approx(coarse.total.angles[0, 1], abs=2)
+
+
+def test_refusals(files: list[str], tmp_path: Path) -> None:
+    """What cannot be measured is refused, by name."""
+    with pytest.raises(RecipeError):
+        geometry([])
+    save_file({"w": np.zeros(3, "f4")}, tmp_path / "w.safetensors")
+    with pytest.raises(MismatchError, match="lacks"):
+        geometry([files[1], str(tmp_path / "w.safetensors")])
+    save_file({"w": np.array([0, np.nan, 1], "f4")}, tmp_path / "nan.safetensors")
+    with pytest.raises(NonFiniteError, match=r"nan\.safetensors: w: holds nan at \[1\]"):
+        geometry([str(tmp_path / "w.safetensors"), str(tmp_path / "nan.safetensors")])
+    with pytest.raises(BudgetError, match="at least"):
+        geometry(files, options=Options(memory=10**6))
+
+
+def test_blocks_shrink_for_many_ingredients(tmp_path: Path) -> None:
+    """The bound holds for 64 ingredients that are read into buffers."""
+    files = make_files(tmp_path, 4)
+    paths = files[1:] * 16
+    options = Options(memory="150MB", io="read", threads=2)
+    _, memory, _ = plan_geometry(paths, base=files[0], options=options)
+    assert memory.peak_nbytes <= 150e6
+    assert memory.group == 65
+    assert len(geometry(paths, base=files[0], options=options).names) == 64
+
+
+def test_the_table_is_readable_for_many(files: list[str]) -> None:
+    """A line for each ingredient, within the terminal; a matrix where it fits."""
+    found = geometry(files[1:] * 14, base=files[0])
+    lines = describe(found, 100)
+    assert len(lines) == 1 + 70 + 1
+    assert max(map(len, lines)) <= 100
+    few = describe(geometry(files[1:], base=files[0]), 80)
+    assert max(map(len, few)) <= 80
+    assert "angles in degrees" in few
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_on_the_command_line(files: list[str], tmp_path: Path, base: bool) -> None:
+    """JSON on stdout alone; a picture where one was asked for."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "angles.png"
+    anchor = ["--base", files[0]] if base else []
+    command = ["geometry", *files[1:], *anchor, "--plot", str(picture), "--json"]
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "streamsoup", *command], capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout)
+    assert len(said["total"]["angles_deg"]) == 5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not Path(f"{picture}.partial").exists()
+    assert CliRunner().invoke(main, ["geometry", "--help"]).exit_code == 0
+
+
+def test_measuring_loads_no_torch(files: list[str]) -> None:
+    """Geometry and the closed forms work without torch."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, streamsoup, tempfile\n"
+        f"files = {files!r}\n"
+        "streamsoup.geometry(files[1:], base=files[0])\n"
+        "options = streamsoup.Options(non_float='first')\n"
+        "out = tempfile.mkdtemp() + '/soup'\n"
+        "streamsoup.stock(files[1:], base=files[0], output=out, options=options)\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,525 @@
+"""A greedy search finds what a plain one in memory finds, and forgets nothing it paid for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+import streamsoup
+from streamsoup import Options, SearchOptions, greedy_soup
+from streamsoup.errors import (
+    NonFiniteError,
+    OutputBusyError,
+    OutputExistsError,
+    RecipeError,
+    ResumeError,
+    TaskError,
+)
+from streamsoup.journal import Journal
+from streamsoup.soups.running import Candidates, plan_sums
+from streamsoup.soups.scorebook import Scorebook
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Give the ingredients' folders."""
+    return networks.ingredients(tmp_path_factory.mktemp("ingredients"))
+
+
+def weights(folder: str | Path) -> bytes:
+    """Give the bytes of a soup's file."""
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def by_score(scores: Sequence[float]) -> list[int]:
+    """Order best first; ties as given."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sums", ["memory", "file", "reread"])
+def test_the_same_as_in_memory(tmp_path: Path, dtype: torch.dtype, sums: Any) -> None:
+    """Members, every score and the soup's bytes are those of a float64 search in memory."""
+    paths = networks.ingredients(tmp_path / "in", dtype=dtype)
+    alone = [networks.mean_score(paths, [i]) for i in range(networks.N)]
+    kept, best = networks.plain_greedy(
+        by_score(alone), lambda m: networks.mean_score(paths, m), strict=False, gain=0.0
+    )
+    model = networks.build().to(dtype)
+    soup = greedy_soup(
+        paths,
+        networks.score,
+        model=model,
+        output=tmp_path / "out",
+        search=SearchOptions(sums=sums),
+    )
+    assert list(soup.members) == kept
+    assert len(kept) > 2, "the search has to add something up"
+    assert soup.score == best
+    assert [single.score.value for single in soup.singles] == alone
+    for trial in soup.runs[0].trials:
+        assert trial.score.value == networks.mean_score(paths, trial.members)
+    uniform = streamsoup.uniform([paths[i] for i in kept], output=tmp_path / "uniform")
+    assert weights(soup.path) == weights(uniform.path)
+    assert networks.score(model.eval()) == best, "the live model holds the soup"
+    assert not os.path.exists(soup.path + ".search")
+    assert soup.provenance.report["kept"] == [paths[i] for i in kept]
+    streamsoup.verify(soup.path)
+
+
+def test_every_candidate_has_the_bits_of_uniform(tmp_path: Path, paths: list[str]) -> None:
+    """Wherever sums are kept, and whatever came before, a candidate's bits are uniform's."""
+    from streamsoup.live import ModelSink
+    from streamsoup.recipe import Coefficients
+    from streamsoup.soups.make import order
+
+    options = Options()
+    ordered = order(paths, Coefficients.uniform(6), method="greedy", options=options)
+    walk = [(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 2), (0, 1, 3, 2, 5), (0, 1, 3, 4)]
+    walk += [(4, 1, 2, 0), (4, 1, 2, 3), (5, 4), (0, 1, 2, 3, 4, 5)]
+    expected = {}
+    for members in walk:
+        name = "-".join(map(str, members))
+        uniform = streamsoup.uniform([paths[i] for i in members], output=tmp_path / name)
+        model = networks.build()
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(Path(uniform.path) / "model.safetensors"))
+        expected[members] = model.state_dict()
+    for place in ("memory", "file", "reread"):
+        for mapped in (True, False):
+            scratch = str(tmp_path / "scratch")
+            sums = plan_sums(
+                ordered.plan,
+                mapped=mapped,
+                threads=2,
+                budget=150_000_000,
+                scratch=scratch,
+                place=place,
+            )
+            made = Candidates(ordered.plan, sums, mapped=mapped, threads=2, scratch=scratch)
+            model = networks.build()
+            sink = ModelSink(model, ordered.plan)
+            for members in walk:
+                made.mix(members, sink, keep=True)
+                for name, tensor in model.state_dict().items():
+                    assert torch.equal(tensor, expected[members][name]), (place, members, name)
+            made.forget()
+
+
+def test_a_trial_reads_one_ingredient_once_the_sum_is_kept(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """The second trial on the same accepted ingredients reads the new one only."""
+    from streamsoup.live import ModelSink
+    from streamsoup.recipe import Coefficients
+    from streamsoup.soups.make import order
+
+    ordered = order(paths, Coefficients.uniform(6), method="greedy", options=Options())
+    sums = plan_sums(
+        ordered.plan, mapped=True, threads=1, budget=150_000_000, scratch=None, place=None
+    )
+    assert sums.place == "memory"
+    made = Candidates(ordered.plan, sums, mapped=True, threads=1, scratch=None)
+    sink = ModelSink(networks.build(), ordered.plan)
+    nbytes = ordered.plan.ingredients[0].nbytes
+    made.mix((0, 1, 2), sink, keep=True)
+    assert made.mix((0, 1, 3), sink, keep=True).nbytes_read == nbytes
+    assert made.mix((0, 1, 3, 4), sink, keep=True).nbytes_read == 2 * nbytes
+    assert made.mix((0, 1, 3, 5), sink, keep=True).nbytes_read == nbytes
+
+
+def test_random_orders_and_elimination(tmp_path: Path, paths: list[str]) -> None:
+    """Random orders and backward elimination choose as plain ones do."""
+
+    def score_of(members: Sequence[int]) -> float:
+        return networks.mean_score(paths, members)
+
+    search = SearchOptions(order="random", n_orders=3, seed=7)
+    model = networks.build()
+    soup = greedy_soup(paths, networks.score, model=model, output=tmp_path / "r", search=search)
+    for number, run in enumerate(soup.runs):
+        kept, best = networks.plain_greedy(
+            networks.shuffled(6, 7 + number), score_of, strict=False, gain=0.0
+        )
+        assert (list(run.members), run.score.value) == (kept, best)
+    assert soup.score == max(run.score.value for run in soup.runs)
+
+    search = SearchOptions(direction="backward")
+    soup = greedy_soup(paths, networks.score, model=model, output=tmp_path / "b", search=search)
+    order = by_score([single.score.value for single in soup.singles])
+    assert (list(soup.members), soup.score) == networks.plain_backward(order, score_of)
+
+
+def table(scores: dict[tuple[int, ...], float], default: float = 0.0) -> Any:
+    """Score by what is in the soup: parameters are powers of ten, so the mean tells."""
+
+    def look(model: nn.Module, split: str, to_beat: float | None = None) -> float:
+        marks = model.w.detach()
+        found = tuple(int(i) for i in marks.nonzero().flatten())
+        return scores.get(found, default)
+
+    return look
+
+
+class Marks(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(n))
+
+
+def marks(folder: Path, n: int) -> list[str]:
+    """Make ingredients that are unit vectors: a mean shows its members."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    paths = []
+    for i in range(n):
+        paths.append(str(folder / f"{i}.safetensors"))
+        save_file({"w": torch.eye(n)[i]}, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"ties": "reject"}, (0,)),
+        ({"ties": "reject", "passes": 2}, (0,)),
+        ({"passes": 2}, (0, 1, 2)),
+        ({"min_gain": 0.05}, (0,)),
+        ({"scores": [0.1, 0.2, 0.3]}, (2, 1, 0)),
+        ({"order": "given"}, (0, 1, 2)),
+    ],
+)
+def test_rules(tmp_path: Path, search: dict[str, Any], expected: tuple[int, ...]) -> None:
+    """Ties, least gains, passes, orders and given scores each decide as they say."""
+    ingredients = marks(tmp_path / "in", 4)
+    scores = {(0,): 0.5, (2,): 0.4, (1,): 0.3, (0, 2): 0.4, (0, 1): 0.5, (0, 1, 2): 0.5}
+    scores |= {(1, 2): 0.35, (0, 1, 3): 0.1, (0, 1, 2, 3): 0.2, (3,): 0.01}
+    rules = SearchOptions(**search)
+    if "scores" in search:
+        ingredients = ingredients[:3]
+        rules = SearchOptions(scores=[0.1, 0.2, 0.3])
+    soup = greedy_soup(
+        ingredients, table(scores), model=Marks(4), output=tmp_path / "out", search=rules
+    )
+    assert soup.members == expected
+
+
+def test_nan_never_wins(tmp_path: Path) -> None:
+    """A NaN score is tried last and never kept; where all are NaN, that is said."""
+    nan = float("nan")
+    ingredients = marks(tmp_path / "in", 3)
+    scores = {(0,): nan, (1,): 0.5, (2,): 0.4, (1, 2): nan, (0, 1): 0.6}
+    soup = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
+    assert soup.members == (1, 0)
+    with pytest.raises(TaskError, match="every score is NaN"):
+        greedy_soup(ingredients, table({}, nan), model=Marks(3), output=tmp_path / "nan")
+
+
+def test_why_one(tmp_path: Path) -> None:
+    """When only one is kept, the report says why and what to look at."""
+    ingredients = marks(tmp_path / "in", 3)
+    scores = {(0,): 0.9, (1,): 0.8, (0, 1): 0.7, (0, 2): 0.1}
+    soup = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
+    assert soup.members == (0,)
+    advice = str(soup.report["advice"])
+    assert "0.7 against 0.9" in advice
+    assert "geometry" in advice
+
+
+def test_stopping_early_changes_no_decision(tmp_path: Path) -> None:
+    """A bound below the score to beat leaves the outcome as it is; one above is refused."""
+    ingredients = marks(tmp_path / "in", 3)
+    scores = {(0,): 0.5, (1,): 0.4, (2,): 0.3, (0, 1): 0.45, (0, 2): 0.6}
+    whole = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "whole")
+
+    def early(model: nn.Module, split: str, to_beat: float | None) -> Any:
+        score = table(scores)(model, split)
+        if to_beat is not None and score < to_beat:
+            return {"at_most": (score + to_beat) / 2 - 1e-9}
+        return score
+
+    soup = greedy_soup(ingredients, early, model=Marks(3), output=tmp_path / "early")
+    assert (soup.members, soup.score) == (whole.members, whole.score)
+    assert [trial.score.stopped for trial in soup.runs[0].trials] == [False, True, False]
+    with pytest.raises(TaskError, match="out of reach"):
+        greedy_soup(
+            ingredients,
+            lambda model, to_beat: 0.5 if to_beat is None else {"at_most": to_beat},
+            model=Marks(3),
+            output=tmp_path / "wrong",
+        )
+
+
+def test_paired_comparison(tmp_path: Path) -> None:
+    """With z, a gain within the noise of the examples is not enough."""
+    ingredients = marks(tmp_path / "in", 3)
+    right = {
+        (0,): [1, 1, 1, 0, 0, 0, 0, 0], (1,): [0] * 8, (2,): [0] * 8,
+        (0, 1): [0, 1, 1, 1, 1, 0, 0, 0], (0, 2): [1, 1, 1, 1, 1, 1, 1, 0],
+    }  # fmt: skip
+
+    def task(model: nn.Module) -> Any:
+        found = tuple(int(i) for i in model.w.detach().nonzero().flatten())
+        results = right.get(found, [0] * 8)
+        return {"acc": sum(results) / 8, "examples": results}
+
+    plain = greedy_soup(ingredients, task, model=Marks(3), output=tmp_path / "plain")
+    assert plain.members == (0, 1)
+    search = SearchOptions(z=1.5)
+    soup = greedy_soup(ingredients, task, model=Marks(3), output=tmp_path / "z", search=search)
+    assert soup.members == (0, 2)
+    with pytest.raises(TaskError, match="examples"):
+        greedy_soup(
+            ingredients, table({}, 0.5), model=Marks(3), output=tmp_path / "n", search=search
+        )
+
+
+class Killed(BaseException):
+    """A kill, as far as a test can have it."""
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_at_every_record(
+    tmp_path: Path, paths: list[str], torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after or amid any record and run again: no score twice, and the same soup."""
+    calls: list[int] = []
+
+    def task(model: nn.Module) -> float:
+        calls.append(1)
+        return networks.score(model)
+
+    whole = greedy_soup(paths[:4], task, model=networks.build(), output=tmp_path / "whole")
+    n_scores = len(calls)
+    append = Journal.append
+    for kill_at in range(n_scores + 1):
+        calls.clear()
+        written = 0
+
+        def dying(
+            self: Journal, record: dict[str, Any], *, wait: bool = True, kill_at: int = kill_at
+        ) -> None:
+            nonlocal written
+            append(self, record, wait=wait)
+            if "search" not in record and "members" not in record:
+                return
+            if written == kill_at:
+                if torn and "members" in record:
+                    size = os.path.getsize(self.path)
+                    os.truncate(self.path, size - 3)
+                raise Killed
+            written += 1
+
+        output = tmp_path / f"killed{kill_at}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", dying)
+            with pytest.raises(Killed):
+                greedy_soup(paths[:4], task, model=networks.build(), output=output)
+        assert not output.exists()
+        soup = greedy_soup(paths[:4], task, model=networks.build(), output=output)
+        assert len(calls) == n_scores + (torn and kill_at > 0)
+        assert soup.members == whole.members
+        assert weights(soup.path) == weights(whole.path)
+
+
+def interrupted(paths: list[str], output: Path) -> Path:
+    """Leave a search that failed at its third score; give its journal."""
+    calls: list[int] = []
+
+    def task(model: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("no more")
+        return networks.score(model)
+
+    with pytest.raises(TaskError, match="ValueError: no more"):
+        greedy_soup(paths, task, model=networks.build(), output=output)
+    return Path(f"{output}.search") / "journal"
+
+
+def task_of_two(model: nn.Module) -> float:
+    """Score otherwise."""
+    return -networks.score(model)
+
+
+def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]) -> None:
+    """A damaged journal, a changed ingredient, task or option: each is named, with advice."""
+    own = []
+    for path in paths[:3]:
+        own.append(str(shutil.copytree(path, tmp_path / Path(path).name)))
+    output = tmp_path / "out"
+
+    def again(task: Any = networks.score, **search: Any) -> Any:
+        options = SearchOptions(**search)
+        return greedy_soup(own, task, model=networks.build(), output=output, search=options)
+
+    def start() -> None:
+        calls: list[int] = []
+        put = Scorebook.put
+
+        def failing(self: Any, *rest: Any) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise TaskError("enough")
+            put(self, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Scorebook, "put", failing)
+            with pytest.raises(TaskError, match="enough"):
+                again()
+
+    start()
+    with pytest.raises(ResumeError, match=r"the task changed.*--restart"):
+        again(task_of_two)
+    with pytest.raises(ResumeError, match="the list of ingredients changed"):
+        greedy_soup(own[:2], networks.score, model=networks.build(), output=output)
+    shutil.copy(Path(paths[3]) / "model.safetensors", Path(own[1]) / "model.safetensors")
+    with pytest.raises(ResumeError, match=r"the ingredient .*run1 changed"):
+        again()
+    journal = Path(f"{output}.search") / "journal"
+    text = bytearray(journal.read_bytes())
+    text[len(text) // 2] ^= 1
+    journal.write_bytes(text)
+    with pytest.raises(ResumeError, match="damaged"):
+        again()
+    assert again(restart=True).members
+    with pytest.raises(OutputExistsError):
+        again()
+
+
+def test_a_failure_names_the_task_the_place_and_the_candidate(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """An error in the scoring function is named, and what was scored before is kept."""
+    journal = interrupted(paths, tmp_path / "out")
+    assert len(journal.read_bytes().splitlines()) == 3  # what it is for, and two scores
+
+
+def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:
+    """A second search of the same output is refused while one is at it."""
+
+    def task(model: nn.Module) -> float:
+        with pytest.raises(OutputBusyError):
+            greedy_soup(paths[:2], networks.score, model=networks.build(), output=tmp_path / "out")
+        return networks.score(model)
+
+    greedy_soup(paths[:1], task, model=networks.build(), output=tmp_path / "out")
+
+
+def test_scores_of_a_report_are_trusted_only_if_nothing_changed(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """The report of an earlier search gives the single scores; another task's does not."""
+    calls: list[int] = []
+
+    first = greedy_soup(paths, networks.score, model=networks.build(), output=tmp_path / "first")
+    text = json.loads((tmp_path / "first" / "streamsoup.json").read_text())
+    search = SearchOptions(scores=text["report"])
+    again = greedy_soup(
+        paths, networks.score, model=networks.build(), output=tmp_path / "again", search=search
+    )
+    assert again.members == first.members
+    assert all(single.known for single in again.singles)
+    with pytest.raises(RecipeError, match="code changed since"):
+        greedy_soup(
+            paths, task_of_two, model=networks.build(), output=tmp_path / "x", search=search
+        )
+    assert not calls
+
+
+def test_jobs_change_nothing(tmp_path: Path, paths: list[str]) -> None:
+    """Two processes find what one finds: every trial, its score, and the soup's bytes."""
+    task, _ = networks.task_file(tmp_path)
+    alone = greedy_soup(paths, task, output=tmp_path / "one")
+    both = greedy_soup(paths, task, output=tmp_path / "two", search=SearchOptions(jobs=2))
+    assert [trial.score for trial in both.runs[0].trials] == [
+        trial.score for trial in alone.runs[0].trials
+    ]
+    assert (both.members, both.score) == (alone.members, alone.score)
+    assert weights(both.path) == weights(alone.path)
+
+
+def test_statistics_are_scored_both_ways(tmp_path: Path, paths: list[str]) -> None:
+    """With recalibration, each candidate has a score with measured and with averaged statistics."""
+    task, _ = networks.task_file(tmp_path)
+    search = SearchOptions(recalibrate=True)
+    soup = greedy_soup(paths[:2], task, output=tmp_path / "out", search=search)
+    assert all(trial.averaged is not None for trial in soup.runs[0].trials)
+    averaged = soup.singles[0].averaged
+    assert averaged is not None
+    assert averaged.value == networks.mean_score(paths, [0])
+    assert "score_with_averaged_statistics" in soup.report["singles"][0]
+
+
+def test_scores_do_not_depend_on_what_was_scored_before(tmp_path: Path, paths: list[str]) -> None:
+    """Random numbers, modes and settings that a task changes are the same for every candidate."""
+    seen = []
+
+    def task(model: nn.Module) -> float:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        seen.append(float(torch.rand(())))
+        model.train()
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float64)
+        os.chdir("/")
+        return 0.0
+
+    model = networks.build().train()
+    before, folder = torch.get_rng_state(), os.getcwd()
+    greedy_soup(paths[:3], task, model=model, output=tmp_path / "out")
+    assert len(set(seen)) == 1
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_default_dtype() == torch.float32
+    assert os.getcwd() == folder
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_diverged_ingredient_is_named(tmp_path: Path) -> None:
+    """NaN weights stop the search by name, and not by a score."""
+    ingredients = marks(tmp_path / "in", 2)
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.tensor([1.0, float("nan")])}, ingredients[1])
+    with pytest.raises(NonFiniteError, match=r"1\.safetensors"):
+        greedy_soup(ingredients, table({}, 0.5), model=Marks(2), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"scores": [1.0]}, "1 scores for 6 ingredients"),
+        ({"scores": [float("nan")] * 6}, "every score given is NaN"),
+        ({"n_orders": 2}, "order='random'"),
+        ({"jobs": 0}, "jobs 0 is below 1"),
+        ({"min_gain": -1.0}, "0 or more"),
+        ({"timeout": 0.0}, "no time"),
+        ({"timeout": 5.0}, "a given model is scored in this process"),
+    ],
+)
+def test_refused_options(
+    tmp_path: Path, paths: list[str], search: dict[str, Any], message: str
+) -> None:
+    """Options that make no sense are refused before anything is made."""
+    with pytest.raises(RecipeError, match=message):
+        greedy_soup(
+            paths,
+            networks.score,
+            model=networks.build(),
+            output=tmp_path / "out",
+            search=SearchOptions(**search),
+        )
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,118 @@
+"""The journal's law: a torn tail is dropped, any other damage is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamsoup import journal as module
+from streamsoup.errors import ResumeError
+from streamsoup.journal import Journal
+
+RECORDS = [{"fingerprint": "0123"}, {"leaves": [[0, "ab"], [1, "ÿ\n\0"]]}, {"commit": "ff"}]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a journal of three records."""
+    path = tmp_path / "journal"
+    with Journal(str(path)) as journal:
+        for record in RECORDS:
+            journal.append(record)
+    return path
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """Open a journal and give its records."""
+    with Journal(str(path)) as journal:
+        return journal.records
+
+
+def test_records_come_back(path: Path) -> None:
+    """What was appended is read, by this run and by the next."""
+    assert read(path) == RECORDS
+    with Journal(str(path)) as journal:
+        journal.append({"more": 1})
+    assert read(path) == [*RECORDS, {"more": 1}]
+
+
+def test_a_torn_tail_is_dropped(path: Path) -> None:
+    """Cut off anywhere, the whole records before the cut are left, and appending goes on there."""
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        n = sum(end <= length for end in ends)
+        assert read(path) == RECORDS[:n]
+        with Journal(str(path)) as journal:
+            journal.append({"more": 1})
+        assert read(path) == [*RECORDS[:n], {"more": 1}]
+
+
+def test_an_unwritten_tail_is_dropped(path: Path) -> None:
+    """A power cut may leave zeros where the last record was to be."""
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for begin in range(last, len(whole)):
+        for end in (len(whole) - 1, len(whole), len(whole) + 4096):
+            path.write_bytes(whole[:begin] + b"\0" * (end - begin) + whole[end:])
+            found = read(path)
+            assert found == (RECORDS if begin == end else RECORDS[:2])
+
+
+def test_other_damage_is_refused(path: Path) -> None:
+    """A record that is not as it was written is refused, wherever the damage is."""
+    whole = path.read_bytes()
+    for at in range(len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ResumeError, match=r"record \d is damaged; remove .* to start anew"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"Dear diary,", b"monday\ntuesday\n", b"\xff" * 100])
+def test_a_strangers_file_is_refused_untouched(tmp_path: Path, content: bytes) -> None:
+    """A file that is no journal is neither believed nor changed."""
+    path = tmp_path / "journal"
+    path.write_bytes(content)
+    with pytest.raises(ResumeError):
+        read(path)
+    assert path.read_bytes() == content
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """A symbolic link in the journal's place leads nowhere."""
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "journal").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        read(tmp_path / "journal")
+
+
+def test_what_was_not_synced_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record whose sync failed is not there for the next run to believe."""
+    with Journal(str(path)) as journal:
+
+        def fail(descriptor: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            journal.append({"more": 1})
+        assert journal.records == RECORDS
+    assert read(path) == RECORDS
+
+
+def test_a_planted_lack_of_a_checksum_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law fails for a journal that believes any JSON."""
+    decode = module._decode
+
+    def gullible(line: bytes) -> dict[str, object] | None:
+        try:
+            text = line.split(b" ", 2)[2]
+            return decode(module._encode(module.json.loads(text))[:-1])
+        except (IndexError, ValueError):
+            return None
+
+    monkeypatch.setattr(module, "_decode", gullible)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_other_damage_is_refused(path)

@@ -1,0 +1,487 @@
+"""Learned soups: slopes against autograd through an in-memory sum, and what a search comes to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import streamsoup
+from streamsoup.errors import RecipeError, ResumeError, TaskError
+from streamsoup.formats.shards import open_ingredients
+from streamsoup.live import ModelSink
+from streamsoup.options import Options
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.descent import AdamW, lbfgs
+from streamsoup.soups.learned import LearningOptions, learned_soup
+from streamsoup.soups.make import order
+from streamsoup.soups.mixture import make_mixture
+from streamsoup.soups.slopes import Slopes, find_common
+from streamsoup.task import load_task
+
+K = 4
+
+
+class Net(nn.Module):
+    """Two blocks, tied embedding and head, a norm with buffers, and a frozen table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.table = nn.Parameter(torch.zeros(6), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(2)
+        )
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x).mean(1) + self.table
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+def make_state(seed: int, *, tied_name: bool = True) -> dict[str, torch.Tensor]:
+    """Weights of one fine-tune: near to a common base; the norms' weights never moved."""
+    base = torch.Generator().manual_seed(0)
+    own = torch.Generator().manual_seed(100 + seed)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in Net().double().state_dict().items():
+        if not tensor.is_floating_point():
+            state[name] = tensor.clone()
+            continue
+        start = torch.randn(tensor.shape, generator=base, dtype=torch.float64)
+        moved = 0.3 * torch.randn(tensor.shape, generator=own, dtype=torch.float64)
+        state[name] = start.abs() + 0.5 if "running_var" in name else start
+        if not name.endswith("1.weight"):
+            state[name] = state[name] + (moved.abs() if "running_var" in name else moved)
+    state["head.weight"] = state["embed.weight"].clone()
+    if not tied_name:
+        del state["head.weight"]
+    return state
+
+
+def make_batches(n: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Held-out batches of different sizes."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = [5 + i % 3 for i in range(n)]
+    return [
+        (
+            torch.randint(0, 11, (size, 3), generator=generator),
+            torch.randint(0, 11, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def task_of(batches: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The task of classifying them, weighed by examples."""
+
+    def loss(model: nn.Module, split: str) -> Any:
+        for x, y in batches:
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    def build() -> nn.Module:
+        return Net().to(dtype)
+
+    def score(model: nn.Module) -> float:
+        return 0.0
+
+    return SimpleNamespace(loss=loss, build=build, score=score, splits=["val"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Keep torch to one thread: these models are small, and other tests run beside."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files of all ingredients."""
+    folder = tmp_path_factory.mktemp("learned")
+    for i in range(K):
+        save_file(make_state(i), folder / f"{i}.safetensors")
+    return [str(folder / f"{i}.safetensors") for i in range(K)]
+
+
+def make_slopes(
+    paths: list[str], task: Any, mixture_kind: dict[str, Any], guard_every: int = 0, **options: Any
+) -> Slopes:
+    """Plan the passes of a search."""
+    opts = Options(non_float="first", **options)
+    plan = order(
+        open_ingredients(paths), Coefficients.uniform(len(paths)), method="learned", options=opts
+    ).plan
+    loaded = load_task(task)
+    sink = ModelSink(loaded.build(), plan)
+    mapped = opts.io != "read"
+    common, _ = find_common(plan, mapped=mapped, options=opts)
+    assert {"blocks.0.1.weight", "blocks.1.1.weight"} <= common
+    names = [tensor.name for tensor in plan.tensors if tensor.operation == "mix"]
+    mixture = make_mixture(names, sink.tied, len(paths), **mixture_kind)
+    return Slopes(
+        loaded,
+        sink,
+        mixture,
+        common,
+        split="val",
+        guard_split=None,
+        guard_every=guard_every,
+        mapped=mapped,
+        options=opts,
+    )
+
+
+class InMemory:
+    """The learned soup as the paper's code has it: all in memory, autograd through the sum."""
+
+    def __init__(self, paths: list[str], mixture: Any) -> None:
+        self.states = [load_file(path) for path in paths]
+        self.mixture = mixture
+        self.model = Net().double().eval()
+
+    def coefficients(self, raw: torch.Tensor) -> torch.Tensor:
+        k = len(self.states)
+        n = len(self.mixture.groups) * k
+        z = raw[:n].reshape(-1, k)
+        if self.mixture.constraint == "softmax":
+            return torch.softmax(z, dim=1)
+        if self.mixture.constraint == "affine":
+            return z - z.mean(dim=1, keepdim=True) + 1 / k
+        return z
+
+    def loss(self, raw: torch.Tensor, batches: Any) -> torch.Tensor:
+        rows = self.coefficients(raw)
+        mixed = {}
+        for name, group in self.mixture.group_of.items():
+            stacked = torch.stack([state[name] for state in self.states])
+            mixed[name] = torch.tensordot(rows[group], stacked, dims=1)
+            if "running" in name:
+                mixed[name] = mixed[name].detach()
+        mixed["head.weight"] = mixed["embed.weight"]
+        beta = raw[-1] if self.mixture.temperature else 1.0
+        total, n = torch.zeros((), dtype=torch.float64), 0
+        for x, y in batches:
+            logits = torch.func.functional_call(self.model, mixed, (x,), tie_weights=False)
+            total = total + nn.functional.cross_entropy(beta * logits, y) * len(y)
+            n += len(y)
+        return total / n
+
+    def gradient(self, raw: np.ndarray, batches: Any) -> tuple[float, np.ndarray]:
+        leaf = torch.tensor(raw, requires_grad=True)
+        loss = self.loss(leaf, batches)
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.item(), leaf.grad.numpy()
+
+
+KINDS = [
+    {"granularity": g, "constraint": c, "temperature": t}
+    for g in ("global", "layer", "tensor")
+    for c in ("softmax", "affine", "free")
+    for t in ((False, True) if g == "layer" else (False,))
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+def test_slopes_are_those_of_autograd(paths: list[str], kind: dict[str, Any]) -> None:
+    """Streamed gradients equal autograd through the in-memory sum, to float64 accuracy."""
+    batches = make_batches()
+    slopes = make_slopes(paths, task_of(batches), kind)
+    mixture = slopes._mixture
+    reference = InMemory(paths, mixture)
+    raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
+    for _ in range(2):  # the second time, gradients are taken as they become ready
+        seen = slopes.look(raw, backward=True)
+        loss, gradient = reference.gradient(raw, batches)
+        assert seen.loss == pytest.approx(loss, rel=1e-13)
+        ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
+        np.testing.assert_allclose(ours, gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_a_wrong_slope_is_seen(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: a tensor whose products are dropped does not pass for autograd's."""
+    kind = {"granularity": "global", "constraint": "softmax", "temperature": False}
+    slopes = make_slopes(paths, task_of(make_batches()), kind)
+    products = slopes.products
+    monkeypatch.setattr(
+        slopes, "products", lambda v: (p for p in products(v) if p[0] != "blocks.0.0.bias")
+    )
+    raw = slopes._mixture.start()
+    seen = slopes.look(raw, backward=True)
+    _, gradient = InMemory(paths, slopes._mixture).gradient(raw, make_batches())
+    ours = slopes._mixture.gradient(raw, seen.slopes, 0.0)
+    assert not np.allclose(ours, gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 3}, {"io": "read"}], ids=str)
+def test_slopes_do_not_depend_on_how_they_are_read(
+    paths: list[str], options: dict[str, Any]
+) -> None:
+    """Threads and the way of reading leave every bit of the slopes as it is."""
+    kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
+    first = make_slopes(paths, task_of(make_batches()), kind)
+    other = make_slopes(paths, task_of(make_batches()), kind, **options)
+    raw = first._mixture.start()
+    ours, theirs = first.look(raw, backward=True), other.look(raw, backward=True)
+    assert np.array_equal(ours.slopes, theirs.slopes)
+    again = first.look(raw, backward=True)
+    assert np.array_equal(ours.slopes, again.slopes)
+
+
+def test_what_is_common_is_read_once(paths: list[str]) -> None:
+    """Bytes read are those predicted; tensors that all share are not among them."""
+    kind = {"granularity": "global", "constraint": "softmax", "temperature": False}
+    slopes = make_slopes(paths, task_of(make_batches()), kind)
+    raw = slopes._mixture.start()
+    slopes.look(raw, backward=True)
+    first = slopes.nbytes_read
+    slopes.look(raw, backward=True)
+    state = make_state(0)
+    learned = {n: t for n, t in state.items() if "running" not in n and t.is_floating_point()}
+    moved = sum(
+        t.nbytes for n, t in state.items() if not n.endswith("1.weight") and t.is_floating_point()
+    )
+    multiplied = sum(
+        t.nbytes for n, t in learned.items() if not n.endswith("1.weight") and n != "head.weight"
+    )
+    assert slopes.nbytes_read - first == K * (moved + multiplied)
+    assert slopes.nbytes_read - first <= slopes.nbytes_of_evaluation
+    assert first - (slopes.nbytes_read - first) == slopes.nbytes_once
+
+
+def test_the_model_is_left_as_it_was(paths: list[str]) -> None:
+    """Flags, modes, gradients and hooks are as before; only weights are the mixture's."""
+    kind = {"granularity": "tensor", "constraint": "free", "temperature": True}
+    slopes = make_slopes(paths, task_of(make_batches()), kind)
+    model = slopes._sink.model
+    model.train()
+    mark = torch.ones_like(model.embed.weight)
+    model.embed.weight.grad = mark
+    slopes.look(slopes._mixture.start(), backward=True)
+    assert model.training
+    assert model.blocks[0].training
+    assert not model.table.requires_grad
+    assert model.embed.weight.requires_grad
+    assert model.embed.weight.grad is mark
+    assert model.blocks[0][0].weight.grad is None
+    assert not model._forward_hooks
+    assert not model.embed.weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("constraint", ["softmax", "affine"])
+def test_adamw_goes_where_the_in_memory_one_goes(paths: list[str], constraint: str) -> None:
+    """After the same minibatch steps, the coefficients are those of the paper's code."""
+    kind = {"granularity": "tensor", "constraint": constraint, "temperature": True}
+    batches = make_batches()
+    slopes = make_slopes(paths, task_of(batches), kind)
+    mixture = slopes._mixture
+    slopes.look(mixture.start(), backward=False)
+    state, raw = AdamW(0.05), mixture.start()
+
+    def advance(raw: np.ndarray, seen: Any) -> np.ndarray:
+        return state.step(raw, mixture.gradient(raw, seen.slopes, seen.beta_slope))
+
+    for epoch in range(2):
+        raw = slopes.epoch(raw, epoch, 0, advance)
+    reference = InMemory(paths, mixture)
+    leaf = torch.tensor(mixture.start(), requires_grad=True)
+    optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
+    for batch in batches * 2:
+        optimizer.zero_grad()
+        reference.loss(leaf, [batch]).backward()
+        optimizer.step()
+    # Where a slope is zero but for rounding, Adam turns it into a full step: the tied head and
+    # the buffers have none, what never moved has none either.
+    ours, theirs = mixture.rows(raw), reference.coefficients(leaf.detach()).numpy()
+    moving = [g for g, n in enumerate(mixture.groups) if "running" not in n and "1.weight" not in n]
+    np.testing.assert_allclose(ours[moving], theirs[moving], rtol=1e-7, atol=1e-9)
+    assert mixture.beta(raw) == pytest.approx(leaf[-1].item(), rel=1e-9)
+
+
+def test_lbfgs_finds_the_bottom() -> None:
+    """On a quadratic and on Rosenbrock's valley, the gradient at the end is zero."""
+
+    def rosenbrock(x: np.ndarray) -> tuple[float, np.ndarray]:
+        loss = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+        slope = [-400 * x[0] * (x[1] - x[0] ** 2) - 2 * (1 - x[0]), 200 * (x[1] - x[0] ** 2)]
+        return float(loss), np.array(slope)
+
+    scales = np.array([1.0, 30.0, 900.0])
+
+    def quadratic(x: np.ndarray) -> tuple[float, np.ndarray]:
+        return float((scales * (x - 1) ** 2).sum()), 2 * scales * (x - 1)
+
+    for function, start in ((rosenbrock, [-1.2, 1.0]), (quadratic, [4.0, -2.0, 7.0])):
+        way = lbfgs(np.array(start), 0.5, 2.0, 1e-14)
+        point, n = next(way), 0
+        with contextlib.suppress(StopIteration):
+            while n < 100:
+                n, best = n + 1, point
+                point = way.send(function(point))
+        assert n < 100
+        np.testing.assert_allclose(best, np.ones(len(start)), atol=1e-5)
+
+
+def learn(paths: list[str], output: Path, task: Any = None, **learning: Any) -> Any:
+    """Learn a soup of all."""
+    options = Options(non_float="first", threads=1)
+    return learned_soup(
+        paths,
+        task or task_of(make_batches(10)),
+        output=output,
+        learning=LearningOptions(**learning),
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("granularity", ["global", "layer", "tensor"])
+@pytest.mark.parametrize("constraint", ["softmax", "affine"])
+def test_a_learned_soup_is_better_where_it_learned(
+    paths: list[str], tmp_path: Path, granularity: str, constraint: str
+) -> None:
+    """The watched loss never rises above the uniform soup's; the soup verifies; it is a recipe."""
+    soup = learn(
+        paths, tmp_path / "soup", granularity=granularity, constraint=constraint, evaluations=12
+    )
+    assert soup.looks[soup.best].guard <= soup.looks[0].guard
+    assert min(look.loss for look in soup.looks) < soup.looks[0].loss
+    assert soup.recipe.method == "learned"
+    assert streamsoup.verify(soup.path).rederived
+    rows = np.array(soup.rows)
+    np.testing.assert_allclose(rows.sum(axis=1), 1.0, atol=1e-12)
+    report = json.loads((tmp_path / "soup" / "streamsoup.json").read_text())["report"]
+    assert report["nbytes_read"] <= report["predicted"]["nbytes_read"]
+    assert report["n_passes"] <= report["predicted"]["passes"]
+    assert not (tmp_path / "soup.search").exists()
+
+
+def test_quasi_newton_reaches_the_in_memory_minimum(paths: list[str], tmp_path: Path) -> None:
+    """Global affine coefficients: the loss of an in-memory L-BFGS, within 1e-7."""
+    batches = make_batches(10)
+    # Statistics of norms have no slopes, so where they differ neither search is exact.
+    states = [load_file(path) for path in paths]
+    still = {name: tensor for name, tensor in states[0].items() if "running" in name}
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
+    for state, path in zip(states, paths, strict=True):
+        save_file(state | still, path)
+    soup = learn(
+        paths,
+        tmp_path / "soup",
+        task_of(batches),
+        constraint="affine",
+        guard_every=0,
+        tolerance=1e-10,
+        evaluations=80,
+    )
+    reference = InMemory(paths, make_slopes(paths, task_of(batches), KINDS[1])._mixture)
+    leaf = torch.full((K,), 1 / K, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([leaf], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = reference.loss(leaf, batches)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert soup.looks[soup.best].loss == pytest.approx(closure().item(), abs=1e-7)
+    assert len(soup.looks) < 40
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
+def test_a_search_that_was_stopped_goes_on(
+    paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after any number of batches, the same call ends with the same bits."""
+    monkeypatch.setattr("streamsoup.soups.learned.NOTE_S", 0.0)
+    settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
+    batches = make_batches(10)
+    whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
+    left = [0]
+
+    def loss(model: nn.Module, split: str) -> Any:
+        for x, y in batches:
+            if left[0] == 0:
+                raise Stop
+            left[0] -= 1
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    task = task_of(batches)
+    task.loss = loss
+    n_stops = 0
+    for budget in [3, 14, 14, 25, 25, 10_000]:
+        left[0] = budget
+        try:
+            soup = learn(paths, tmp_path / "soup", task, **settings)
+            break
+        except TaskError:
+            n_stops += 1
+    assert n_stops >= 2
+    assert soup.rows == whole.rows
+    assert [(a.loss, a.guard) for a in soup.looks] == [(a.loss, a.guard) for a in whole.looks]
+    assert soup.provenance.tensors == whole.provenance.tensors
+    left[0] = 3
+    with pytest.raises(TaskError):
+        learn(paths, tmp_path / "other", task, **settings)
+    with pytest.raises(ResumeError, match="--granularity"):
+        learn(paths, tmp_path / "other", task, **settings | {"granularity": "global"})
+
+
+def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path) -> None:
+    """Where learning hurts what watches, the uniform soup is made, bit for bit."""
+    batches = make_batches(10)
+
+    def loss(model: nn.Module, split: str) -> Any:
+        x, y = batches[0]
+        for index in range(10):
+            value = nn.functional.cross_entropy(model(x), y)
+            yield value if index % 5 < 4 else 20 - 10 * value, 1
+
+    task = task_of(batches)
+    task.loss = loss
+    soup = learn(paths, tmp_path / "soup", task, patience=3, constraint="affine")
+    assert soup.report["ended"].startswith("the watched loss has not fallen")
+    assert soup.best == 0
+    assert len(soup.looks) == 4
+    uniform = streamsoup.uniform(paths, output=tmp_path / "u", options=Options(non_float="first"))
+    assert soup.provenance.tensors == uniform.provenance.tensors
+
+
+def test_refusals(paths: list[str], tmp_path: Path) -> None:
+    """Tasks and options that make no sense are refused in words."""
+    task = task_of(make_batches())
+    del task.loss
+    with pytest.raises(TaskError, match="yield"):
+        learn(paths, tmp_path / "a", task)
+    with pytest.raises(RecipeError, match="less than two"):
+        learn(paths[:1], tmp_path / "b")
+    with pytest.raises(RecipeError, match="guard_every"):
+        learn(paths, tmp_path / "c", guard_every=1)
+    with pytest.raises(RecipeError, match="softmax, affine, free"):
+        learn(paths, tmp_path / "d", constraint="simplex")
+    task = task_of(make_batches())
+    task.loss = lambda model, split: iter([(1.0, 1)])
+    with pytest.raises(TaskError, match="scalar tensor"):
+        learn(paths, tmp_path / "e", task)
+    task.loss = lambda model, split: ((model(x).sum() * math.inf, 1) for x, _ in make_batches())
+    with pytest.raises(TaskError, match="holds a NaN"):
+        learn(paths, tmp_path / "f", task)

@@ -1,0 +1,181 @@
+"""The live-model sink puts exactly what loading the soup would, where it is, or refuses by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import streamsoup
+from streamsoup import Options
+from streamsoup.errors import MismatchError, TaskError
+from streamsoup.live import ModelSink, recalibrate, tensors_of
+from streamsoup.read import open_reader
+from streamsoup.recipe import Coefficients
+from streamsoup.reduce import Engine, Mix
+from streamsoup.soups.make import Order, order
+from streamsoup.stream import run
+
+
+def ordered(paths: list[str]) -> Order:
+    """Plan the mean of checkpoints."""
+    return order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
+
+
+def mix_into(model: nn.Module, paths: list[str]) -> ModelSink:
+    """Put the mean of checkpoints into a model."""
+    planned = ordered(paths)
+    sink = ModelSink(model, planned.plan)
+    reader = open_reader(planned.plan, planned.memory, mapped=True)
+    mix = Mix(planned.plan, planned.memory, Engine(planned.plan))
+    run(planned.plan, planned.memory, reader, mix, sink, digest=False)
+    return sink
+
+
+def save(folder: Path, states: list[dict[str, torch.Tensor]]) -> list[str]:
+    """Save states as files; give their paths."""
+    paths = []
+    for i, state in enumerate(states):
+        path = folder / f"{i}.safetensors"
+        save_file(state, path)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+def test_a_mix_in_place_is_what_loading_the_soup_gives(
+    tmp_path: Path, dtype: torch.dtype, live: torch.dtype
+) -> None:
+    """Every parameter and buffer has the bits that load_state_dict gives it from the soup."""
+    paths = networks.ingredients(tmp_path, 3, dtype)
+    soup = streamsoup.uniform(paths, output=tmp_path / "soup")
+    expected, model = networks.build().to(live), networks.build().to(live)
+    expected.load_state_dict(load_file(Path(soup.path) / "model.safetensors"))
+    places = {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
+    mix_into(model, paths)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert places == {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    """Planted fault: one element changed after the mix is seen."""
+    paths = networks.ingredients(tmp_path, 2)
+    model = networks.build()
+    mix_into(model, paths)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[3, 2] += 1e-7
+    assert not torch.equal(before, model[0].weight)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.full((3,), 9.0), persistent=False)
+
+
+@pytest.mark.parametrize(
+    "names", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]]
+)
+def test_tied_weights_are_written_once_under_any_name(tmp_path: Path, names: list[str]) -> None:
+    """Ties stay ties, whichever of the names the checkpoints use; other buffers are left alone."""
+    weights = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    paths = save(tmp_path, [{name: w.clone() for name in names} for w in weights])
+    model = Tied()
+    sink = mix_into(model, paths)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, ((weights[0].double() + weights[1]) / 2).float())
+    assert torch.equal(model.cache, torch.full((3,), 9.0))
+    assert len(sink.targets) == 1
+
+
+def test_order_of_elements_hooks_and_wrappers_do_not_matter(tmp_path: Path) -> None:
+    """Channels-last weights, hooked modules and names of torch.compile get the same values."""
+    states = [nn.Conv2d(3, 4, 3).state_dict() for _ in range(2)]
+    paths = save(tmp_path, states)
+    expected = ((states[0]["weight"].double() + states[1]["weight"]) / 2).float()
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    mix_into(model, paths)
+    assert torch.equal(model.weight, expected)
+    assert not model.weight.is_contiguous()
+
+    class OptimizedModule(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = inner
+
+    inner = nn.Conv2d(3, 4, 3)
+    mix_into(OptimizedModule(inner), paths)
+    assert torch.equal(inner.weight, expected)
+    inner = nn.Conv2d(3, 4, 3)
+    mix_into(nn.DataParallel(inner), paths)
+    assert torch.equal(inner.weight, expected)
+
+
+def test_what_cannot_be_put_in_place_is_named(tmp_path: Path) -> None:
+    """Missing, unexpected, misshapen and absent parameters are all named, before a byte is read."""
+    (path,) = save(tmp_path, [{"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}])
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(4))
+    model.b = nn.Parameter(torch.zeros(2, device="meta"))
+    model.d = nn.Parameter(torch.zeros(2))
+    with pytest.raises(MismatchError) as caught:
+        ModelSink(model, ordered([path]).plan)
+    message = str(caught.value)
+    assert "the model has 1 that no ingredient has: d" in message
+    assert "the model lacks 1 of the ingredients: c" in message
+    assert "of shape [4] where the ingredients have [3]: a" in message
+    assert "meta device" in message
+    assert "--command" in message
+
+
+def test_a_model_that_was_changed_under_us_is_named(tmp_path: Path) -> None:
+    """A parameter that the task replaced would no longer get the mix: the sink says so."""
+    paths = networks.ingredients(tmp_path, 2)
+    model = networks.build()
+    sink = mix_into(model, paths)
+    sink.check()
+    model[0].weight = nn.Parameter(torch.zeros(24, 12))
+    with pytest.raises(TaskError, match=r"0\.weight"):
+        sink.check()
+
+
+def test_what_was_in_the_model_can_be_put_back(tmp_path: Path) -> None:
+    """Keep, mix, put back: the same bits as before."""
+    paths = networks.ingredients(tmp_path, 2)
+    model = networks.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = ModelSink(model, ordered(paths).plan).keep()
+    sink = mix_into(model, paths)
+    assert not torch.equal(before["0.weight"], model[0].weight)
+    sink.put_back(kept)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_statistics_are_measured_as_torch_does() -> None:
+    """Running means and variances equal those of torch's update_bn; modes and counters stay."""
+    ours, theirs = networks.build(), networks.build()
+    theirs.load_state_dict(ours.state_dict())
+    batches = [torch.randn(16, 12) for _ in range(3)]
+    ours[1].train()
+    ours[3].eval()
+    counter = int(ours[1].num_batches_tracked)
+    assert recalibrate(ours, batches) == 1
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    assert torch.allclose(ours[1].running_mean, theirs[1].running_mean)
+    assert torch.allclose(ours[1].running_var, theirs[1].running_var)
+    assert ours[1].training
+    assert not ours[3].training
+    assert ours[1].momentum == 0.1
+    assert int(ours[1].num_batches_tracked) == counter

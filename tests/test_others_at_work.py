@@ -1,0 +1,441 @@
+"""Others at work on the same files: a second run, a stranger's folder, links, a changing shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import content, save, tensor
+
+from streamsoup.errors import OutputError
+from streamsoup.options import Options
+from streamsoup.soups.fixed import uniform
+
+COMMAND = [sys.executable, "-m", "streamsoup"]
+IS_ROOT = os.geteuid() == 0
+
+
+def small(folder: Path, seed: int = 0) -> Path:
+    """Make a checkpoint of a few kB, with a side file."""
+    rng = np.random.default_rng(seed)
+    save(folder, {"weight": tensor(rng.standard_normal((30, 30)).astype("f4"))})
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def large(folder: Path, gigabytes: float = 2) -> Path:
+    """Make a checkpoint of many zeros, which take no room on the disk, and seconds to read."""
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    n = int(gigabytes * 2**30) // 4
+    entry = {"weight": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]}}
+    text = json.dumps(entry).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + 4 * n)
+    return folder
+
+
+def start(*argv: str | Path, **options: object) -> subprocess.Popen[str]:
+    """Start a command in a group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a command; give its status and its stderr."""
+    _, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr
+    return process.returncode, stderr
+
+
+def run(*argv: str | Path, **options: object) -> tuple[int, str]:
+    """Run a command; give its status and its stderr."""
+    return finish(start(*argv, **options))
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file is there and not empty."""
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def wait_for_work(partial: Path) -> int:
+    """Wait until a run has noted something; give the process that holds the lock."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            if "leaves" in (partial / "journal").read_text():
+                return int(json.loads((partial / "lock").read_text())["pid"])
+        except (OSError, ValueError):
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def listing(folder: Path) -> dict[str, tuple[float, int, bytes]]:
+    """Read all files below a folder, with time and mode."""
+    return {
+        str(path): (path.stat().st_mtime, path.stat().st_mode, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# -- a second run ---------------------------------------------------------------------------------
+
+
+def test_one_of_several_wins(tmp_path: Path) -> None:
+    """Of several runs on one output one wins; the others say who holds it, or that it exists."""
+    a = small(tmp_path / "a")
+    for n in range(3):
+        runs = [start("uniform", a, a, "-o", tmp_path / f"soup-{n}") for _ in range(4)]
+        ends = [finish(each) for each in runs]
+        assert sorted(status for status, _ in ends) == [0, 1, 1, 1]
+        for status, stderr in ends:
+            if status:
+                assert "is being written by process" in stderr or "exists already" in stderr
+    assert sorted(os.listdir(tmp_path)) == ["a", "soup-0", "soup-1", "soup-2"]
+
+
+def test_neighbours_do_not_disturb(tmp_path: Path) -> None:
+    """Runs on different outputs in one folder all succeed."""
+    a = small(tmp_path / "a")
+    runs = [start("uniform", a, a, "-o", tmp_path / "new" / f"soup-{n}") for n in range(4)]
+    assert [finish(each)[0] for each in runs] == [0, 0, 0, 0]
+
+
+def test_the_holder_is_named_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
+    """A second run names process and host; after a SIGKILL of the first, it just goes on."""
+    a = large(tmp_path / "a")
+    first = start("uniform", a, a, "-o", tmp_path / "soup")
+    pid = wait_for_work(tmp_path / "soup.partial")
+    status, stderr = run("uniform", a, a, "-o", tmp_path / "soup")
+    assert status == 1
+    assert f"is being written by process {pid} on {os.uname().nodename} since 20" in stderr
+    first.send_signal(signal.SIGKILL)  # the parent; its child must not live on
+    second = start("uniform", a, a, "-o", tmp_path / "soup", "--threads", "2")
+    first.wait()
+    time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert wait_for_work(tmp_path / "soup.partial") != pid
+    os.killpg(second.pid, signal.SIGINT)
+    assert finish(second)[0] == 130
+    assert [stream.close() for stream in (first.stdout, first.stderr) if stream] == [None, None]
+
+
+def test_a_killed_worker_is_explained(tmp_path: Path) -> None:
+    """When the working process is killed, the command says so in one line, and can be resumed."""
+    a = large(tmp_path / "a")
+    command = start("uniform", a, a, "-o", tmp_path / "soup")
+    os.kill(wait_for_work(tmp_path / "soup.partial"), signal.SIGKILL)
+    status, stderr = finish(command)
+    assert status == 1
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("error: the working process was killed by SIGKILL")
+    assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize("whom", ["parent", "group"])
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_stopped_by_a_signal(tmp_path: Path, whom: str, name: str, status: int) -> None:
+    """Ctrl-C and its kin, twice in a row, end the run in two seconds and one line."""
+    a = large(tmp_path / "a")
+    command = start("uniform", a, a, "-o", tmp_path / "soup")
+    wait_for_work(tmp_path / "soup.partial")
+    started = time.monotonic()
+    for _ in range(2):
+        kill = os.killpg if whom == "group" else os.kill
+        kill(command.pid, getattr(signal, f"SIG{name}"))
+    end = finish(command)
+    assert time.monotonic() - started < 2
+    assert end == (status, f"interrupted by SIG{name}; the same command goes on from there\n")
+    assert not (tmp_path / "soup").exists()
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    """A signal that was ignored when the command started stays ignored."""
+    a = small(tmp_path / "a")
+    ignore = [signal.SIGHUP, signal.SIGCHLD]
+    command = start(
+        *("uniform", a, a, "-o", tmp_path / "soup"),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignore],
+    )
+    for _ in range(20):
+        command.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    assert finish(command) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| true", ">/dev/full"])
+def test_without_standard_streams(tmp_path: Path, closed: str) -> None:
+    """Closed, broken or full streams change nothing about the soup."""
+    a = small(tmp_path / "a")
+    line = f"'{sys.executable}' -m streamsoup uniform a a -o soup {closed}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == (1 if "full" in closed else 0)
+    assert "Traceback" not in done.stderr
+    assert ("error: stdout: cannot be written" in done.stderr) == ("full" in closed)
+    assert run("verify", tmp_path / "soup", "-i", a, "-i", a)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["a", "soup"]
+
+
+# -- what is in the way ---------------------------------------------------------------------------
+
+
+def test_a_strangers_folder_is_refused_untouched(tmp_path: Path) -> None:
+    """An OUT.partial that is not ours is left as it is, whatever its files are called."""
+    a = small(tmp_path / "a")
+    for number, files in enumerate(
+        [
+            {"thesis.tex": "x"},
+            {"lock": "mine"},
+            {"lock": "", "more": "x"},
+            {"journal": "Dear diary"},
+        ]
+    ):
+        partial = tmp_path / f"soup-{number}.partial"
+        partial.mkdir()
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        before = listing(partial)
+        status, stderr = run("uniform", a, a, "-o", tmp_path / f"soup-{number}")
+        assert status == 1
+        assert "not ours" in stderr or "damaged" in stderr
+        assert {p: v for p, v in listing(partial).items() if p in before} == before
+    (tmp_path / "file.partial").write_text("x")
+    assert "not ours" in run("uniform", a, a, "-o", tmp_path / "file")[1]
+
+
+def test_no_link_leads_the_writer_elsewhere(tmp_path: Path) -> None:
+    """Links in the work folder, symbolic or hard, are refused, never written through."""
+    a = small(tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("lock", "journal", "model.safetensors"):
+        (elsewhere / name).write_text("")
+    before = listing(elsewhere)
+    soup, partial = tmp_path / "soup", tmp_path / "soup.partial"
+    for name in ("", "lock", "journal", "soup"):
+        for hard in (False, True):
+            if name:
+                partial.mkdir()
+                (partial / "lock").touch()
+                (partial / name).unlink(missing_ok=True)
+            target = elsewhere / name if name in ("lock", "journal") else elsewhere
+            if not hard:
+                (partial / name).symlink_to(target)
+            elif target.is_file():
+                (partial / name).hardlink_to(target)
+            else:
+                continue
+            status, stderr = run("uniform", a, a, "-o", soup)
+            assert (status, "not ours" in stderr) == (1, True), (name, hard)
+            subprocess.run(["rm", "-rf", partial], check=True)
+            assert listing(elsewhere) == before
+    assert os.listdir(elsewhere)
+
+
+def test_an_output_that_is_a_link(tmp_path: Path) -> None:
+    """A link to a folder stands for that folder; one that leads nowhere, for what it names."""
+    a = small(tmp_path / "a")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert "exists already" in run("uniform", a, a, "-o", tmp_path / "link")[1]
+    assert run("uniform", a, a, "-o", tmp_path / "link", "--overwrite") == (0, "")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").exists()
+    (tmp_path / "nowhere").symlink_to("new")
+    assert run("uniform", a, a, "-o", tmp_path / "nowhere") == (0, "")
+    assert (tmp_path / "new" / "model.safetensors").exists()
+    (tmp_path / "loop").symlink_to("loop")
+    assert run("uniform", a, a, "-o", tmp_path / "loop")[0] == 1
+
+
+def test_never_into_an_ingredient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No output in, over or around an ingredient, by whatever path or link."""
+    a = small(tmp_path / "zoo" / "deep" / "a")
+    b = small(tmp_path / "b", seed=1)
+    (tmp_path / "link").symlink_to(a)
+    (tmp_path / "zoo" / "x.safetensors").write_bytes(b"")  # so that it could be replaced
+    (tmp_path / "hard").mkdir()
+    os.link(a / "model.safetensors", tmp_path / "hard" / "model.safetensors")
+    (tmp_path / "soft").mkdir()
+    (tmp_path / "soft" / "model.safetensors").symlink_to(a / "model.safetensors")
+    (tmp_path / "soup.partial").mkdir()
+    inside = small(tmp_path / "soup.partial" / "soup", seed=2)
+    (tmp_path / "soup.partial" / "lock").touch()
+    before = listing(tmp_path)
+    ingredients = [str(path) for path in (a, b, inside)]
+    lone = [str(a / "model.safetensors"), *ingredients[1:]]
+    monkeypatch.chdir(a)
+    for output in (
+        *(a, f"{a}/", f"{a}/.", a / "x" / "soup", tmp_path / "link", tmp_path / "link" / "soup"),
+        *(a.parent / "b" / ".." / "a", a.parent.parent, tmp_path / "hard", tmp_path / "soft"),
+        *(tmp_path / "soup", tmp_path, "/", "..", ".", "x", ""),
+    ):
+        for given in (ingredients, lone):
+            if given is lone and output in (a / "x" / "soup", tmp_path / "link" / "soup", "x"):
+                continue  # beside a lone file there is room
+            with pytest.raises(OutputError):
+                uniform(given, output=output, options=Options(overwrite=True))
+            assert listing(tmp_path) == before, output
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_never_into_an_ingredient_by_a_mount(tmp_path: Path) -> None:
+    """A bind mount of an ingredient is the ingredient."""
+    a = small(tmp_path / "zoo" / "a")
+    (tmp_path / "zoo" / "x.safetensors").write_bytes(b"")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if subprocess.run(["mount", "--bind", a, mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        for ingredient, output in [(a, mount), (a, mount / "x"), (mount, a), (mount, a.parent)]:
+            status, stderr = run("uniform", ingredient, "-o", output, "--overwrite")
+            assert status == 1
+            assert "ingredient" in stderr
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("file/soup", "Not a directory|is a file"),
+        ("x" * 300, "name too long"),
+        ("x" * 250, "name too long"),
+        ("soup.safetensors", "leave out"),
+        ("file", "is a file"),
+        ("/proc/soup", "cannot be made"),
+    ],
+)
+def test_an_impossible_output(tmp_path: Path, output: str, reason: str) -> None:
+    """An output that cannot be is refused in one line that names it, and leaves nothing."""
+    a = small(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    status, stderr = run("uniform", a, a, "-o", output, cwd=tmp_path)
+    assert status == 1
+    assert stderr.count("\n") == 1
+    assert any(word in stderr for word in reason.split("|")), stderr
+    assert output[:50] in stderr
+    assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+
+
+@pytest.mark.skipif(IS_ROOT, reason="root may write anywhere")
+def test_a_forbidden_output(tmp_path: Path) -> None:
+    """A folder that is read-only is named."""
+    a = small(tmp_path / "a")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    status, stderr = run("uniform", a, a, "-o", tmp_path / "closed" / "soup")
+    assert status == 1
+    assert "Permission denied" in stderr
+
+
+@pytest.mark.parametrize("name", ["a b", "ÿ", "new\nline", os.fsdecode(b"\xff\xfe"), "-o"])
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_names_and_modes(tmp_path: Path, name: str, umask: int) -> None:
+    """Any name that a file may have will do, and modes follow the umask."""
+    a = small(tmp_path / "a")
+    (a / "sub").mkdir()
+    (a / "sub" / "side.txt").write_text("x")
+    command = ["uniform", a, a, f"--output={name}"]
+    assert run(*command, cwd=tmp_path, umask=umask) == (0, "")
+    soup = tmp_path / name
+    for path in (soup, *soup.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", name])
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    """Where files may not grow so large, one line says so, and nothing is left."""
+    small(tmp_path / "a")
+    line = f"ulimit -f 2; exec '{sys.executable}' -m streamsoup uniform a a -o soup"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: soup: cannot be written: File too large; ")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A disk that is too full is known before the work, and nothing is left on it."""
+    a = large(tmp_path / "a", gigabytes=0.05)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        status, stderr = run("uniform", a, a, "-o", disk / "soup")
+        assert status == 1
+        assert stderr.startswith(f"error: {disk}/soup: cannot be written: the disk is too full")
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# -- an ingredient that changes -------------------------------------------------------------------
+
+
+def _shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+def _replace(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_bytes(content({"weight": tensor(np.ones(3, "f4"))}))
+    new.rename(path)
+
+
+def _rewrite(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\x80?")
+
+
+def _blink(path: Path) -> None:
+    size = path.stat().st_size
+    os.truncate(path, 4096)
+    time.sleep(0.05)
+    os.truncate(path, size)
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+@pytest.mark.parametrize("change", [_shrink, _grow, _replace, Path.unlink, _rewrite, _blink])
+def test_an_ingredient_that_changes(tmp_path: Path, io: str, change: object) -> None:
+    """A shard that changes while it is read is named; never a SIGBUS, never a mixture."""
+    a, b = large(tmp_path / "a"), large(tmp_path / "b")
+    command = start("uniform", a, b, "-o", tmp_path / "soup", "--io", io)
+    wait_for_work(tmp_path / "soup.partial")
+    assert callable(change)
+    change(b / "model.safetensors")
+    status, stderr = finish(command)
+    assert status == 1
+    assert str(b / "model.safetensors") in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "soup").exists()

@@ -1,0 +1,351 @@
+"""The plan: every byte once, in one place, and every refusal at once, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import header_text, raw, save, save_sharded, tensor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamsoup.errors import BudgetError, MismatchError, RecipeError
+from streamsoup.formats.header import parse_header
+from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
+from streamsoup.plan import (
+    LEAF,
+    MixPlan,
+    nbytes_text,
+    parse_nbytes,
+    plan_files,
+    plan_memory,
+    plan_mix,
+)
+from streamsoup.recipe import Coefficients, Provenance, Recipe
+from streamsoup.tensors import DTYPES, float_dtype
+
+Shape = tuple[int, ...]
+
+
+def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingredient:
+    """Give an ingredient of any size whose files do not exist: plans look at headers only."""
+    made = []
+    places = {}
+    for number, tensors in enumerate(shards):
+        entries, offset = {}, 0
+        for key, (dtype, shape) in tensors.items():
+            nbytes = math.prod(shape) * DTYPES[dtype].nbits // 8
+            fields = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+            entries[key] = fields
+            offset += nbytes
+        text = json.dumps(entries).encode()
+        header = parse_header(text, 8 + len(text) + offset)
+        places |= {key: (number, spec) for key, spec in header.tensors.items()}
+        path = f"/nowhere/{name}/{number}.safetensors"
+        made.append(Shard(path, Identity(0, number, header.nbytes, 0), header))
+    names = tuple(f"{number}.safetensors" for number in range(len(shards)))
+    layout = Layout(names, tuple(shard.header for shard in made), places)
+    return Ingredient(name, f"/nowhere/{name}", tuple(made), layout, "model.safetensors.index.json")
+
+
+def planned(*ingredients: Ingredient, **more: object) -> MixPlan:
+    """Plan a uniform soup."""
+    names = tuple(each.name for each in ingredients)
+    given = {"coefficients": Coefficients.uniform(len(names))} | more
+    return plan_mix(ingredients, Recipe(names, **given))  # type: ignore[arg-type]
+
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 255, 2049]), max_size=3).map(tuple)
+dtypes = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL", "U8"])
+models = st.lists(
+    st.dictionaries(
+        st.text("aß\x1b\u202e.", min_size=1, max_size=5), st.tuples(dtypes, shapes), min_size=1
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda shards: [{f"{i}{k}": v for k, v in s.items()} for i, s in enumerate(shards)])
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@quick
+@given(models)
+def test_leaves_tile_each_tensor_once(shards: list[dict[str, tuple[str, Shape]]]) -> None:
+    """The leaves of a tensor follow each other from its first unit to its last, without overlap."""
+    plan = planned(opened(shards), opened(shards, "n"))
+    reached = [0] * len(plan.tensors)
+    numbers = []
+    for leaf in sorted(plan.leaves(), key=lambda leaf: leaf.number):
+        assert leaf.start == reached[leaf.tensor]
+        assert 0 < leaf.n_units <= LEAF
+        reached[leaf.tensor] += leaf.n_units
+        numbers.append(leaf.number)
+    assert reached == [tensor.n_units for tensor in plan.tensors]
+    assert numbers == list(range(plan.n_leaves))
+    assert plan.nbytes_read == 2 * plan.nbytes_written
+
+
+@quick
+@given(models, st.none() | st.integers(1, 10**7), st.sampled_from(["same", "BF16", "F64"]))
+def test_every_output_byte_has_one_place(
+    shards: list[dict[str, tuple[str, Shape]]], shard_size: int | None, dtype: str
+) -> None:
+    """Headers and tensors fill each file from its first byte to its last; sizes are respected."""
+    plan = planned(opened(shards), shard_size=shard_size, dtype=dtype)
+    files = plan_files(plan)
+    seen = []
+    for number, file in enumerate(files.files):
+        at = len(file.header)
+        (length,) = struct.unpack("<Q", file.header[:8])
+        header = parse_header(file.header[8:], file.nbytes)
+        assert length + 8 == at
+        for t in file.tensors:
+            assert files.places[t] == (number, at)
+            if plan.tensors[t].nbytes:
+                assert header.tensors[plan.tensors[t].name].begin == at
+            at += plan.tensors[t].nbytes
+            seen.append(t)
+        assert at == file.nbytes
+        if shard_size is not None and len(file.tensors) > 1:
+            assert sum(plan.tensors[t].nbytes for t in file.tensors) <= shard_size
+    assert sorted(seen) == list(range(len(plan.tensors)))
+    assert len({file.name for file in files.files}) == len(files.files)
+    if shard_size is None:
+        assert [file.name for file in files.files] == list(plan.layouts[0].file_names)
+    else:
+        assert seen == sorted(seen)
+        assert (files.index_name is None) == (len(files.files) == 1)
+
+
+@quick
+@given(
+    models,
+    st.integers(1, 64),
+    st.booleans(),
+    st.integers(1, 64),
+    st.integers(100_000_000, 3 * 10**9),
+)
+def test_blocks_fit_the_budget(
+    shards: list[dict[str, tuple[str, Shape]]], k: int, mapped: bool, threads: int, budget: int
+) -> None:
+    """The predicted peak is within the budget, and covers at least sums, results and buffers."""
+    plan = planned(*[opened(shards)] * k)
+    try:
+        memory = plan_memory(plan, mapped=mapped, threads=threads, budget=budget)
+    except BudgetError:
+        assert budget < 250_000_000
+        return
+    assert memory.peak_nbytes <= budget
+    assert 1 <= memory.threads <= threads
+    widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    held = 8 + (0 if mapped else memory.group * widest)
+    assert memory.peak_nbytes > memory.threads * memory.block * held
+
+
+def test_a_larger_budget_is_used_and_a_smaller_one_explained() -> None:
+    """Blocks grow with the budget; one that is too small is refused with what would do."""
+    plan = planned(opened([{"a": ("F32", (10**9,))}]))
+    small = plan_memory(plan, mapped=False, threads=8, budget=130_000_000)
+    large = plan_memory(plan, mapped=False, threads=8, budget=10**9)
+    assert small.block * small.threads < large.block * large.threads
+    with pytest.raises(BudgetError, match=r"^a memory budget of 1 MB is too small: .* MB at least"):
+        plan_memory(plan, mapped=False, threads=8, budget=10**6)
+
+
+def test_memory_does_not_grow_with_ingredients_or_size() -> None:
+    """The peak of 64 ingredients of ten times the size is that of 2, but for a few digests."""
+    few = planned(*[opened([{"a": ("BF16", (10**8,))}])] * 2)
+    many = planned(*[opened([{"a": ("BF16", (10**9,))}])] * 64)
+    for mapped in (True, False):
+        a = plan_memory(few, mapped=mapped, threads=2, budget=150_000_000)
+        b = plan_memory(many, mapped=mapped, threads=2, budget=150_000_000)
+        assert b.peak_nbytes < 1.25 * a.peak_nbytes
+
+
+def test_all_disagreements_come_in_one_message() -> None:
+    """Missing, extra, misshapen and mistyped tensors of all ingredients are listed together."""
+    a = opened([{"x": ("F32", (2, 3)), "y": ("F32", (4,)), "z": ("I64", (1,))}], "A")
+    b = opened([{"x": ("F32", (3, 2)), "y": ("F16", (4,)), "w": ("F32", (1,))}], "B")
+    c = opened([{"x": ("F32", (2, 3)), "y": ("F32", (4,)), "z": ("I32", (1,))}], "C")
+    with pytest.raises(MismatchError) as refused:
+        planned(a, b, c)
+    assert str(refused.value).splitlines() == [
+        "the ingredients do not fit together:",
+        "  B lacks 1 tensor of A: z",
+        "  B has 1 tensor that A lacks: w",
+        "  B and A differ in the shape of 1 tensor: x [3, 2] and [2, 3]",
+        "  B and A differ in the dtype of 1 tensor (--dtype converts floats): y F16 and F32",
+        "  C and A differ in the dtype of 1 tensor (--dtype converts floats): z I32 and I64",
+    ]
+
+
+def test_a_thousand_disagreements_stay_readable() -> None:
+    """However much is wrong, the message is a page at most, counts the rest, and is printable."""
+    a = opened([{f"\x1blayer.{i}": ("F32", (2,)) for i in range(1000)}], "A")
+    others = [
+        opened([{f"\x1blayer.{i}": ("F32", (2, n)) for i in range(1000)}], f"B{n}")
+        for n in range(40)
+    ]
+    with pytest.raises(MismatchError) as refused:
+        planned(a, *others)
+    message = str(refused.value)
+    assert len(message.splitlines()) < 16
+    assert len(message) < 5000
+    assert "1000 tensors" in message
+    assert "28 more disagreements" in message
+    assert message.replace("\n", "").isprintable()
+
+
+def test_dtypes_may_differ_when_one_is_asked_for() -> None:
+    """With an output dtype, floats of several dtypes mix; integers still have to agree."""
+    a = opened([{"x": ("F32", (2,)), "n": ("I64", (1,))}], "A")
+    b = opened([{"x": ("F8_E4M3", (2,)), "n": ("I64", (1,))}], "B")
+    plan = planned(a, b, dtype="BF16")
+    assert [t.dtype.name for t in plan.tensors] == ["BF16", "I64"]
+    c = opened([{"x": ("F32", (2,)), "n": ("F32", (1,))}], "C")
+    with pytest.raises(MismatchError, match="n F32 and I64"):
+        planned(a, c, dtype="BF16")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"w": ("F8_E4M3", (8, 8)), "w_scale": ("F32", (1,))},
+        {"w": ("F8_E4M3", (8, 8)), "w_scale_inv": ("F32", (1, 1))},
+        {"w.weight": ("I8", (8,)), "w.weight_scale": ("BF16", (1,))},
+        {"w.qweight": ("I32", (8,)), "w.scales": ("F16", (1,))},
+        {"w_blocks": ("U8", (8,)), "w_scales": ("U8", (1,))},
+        {"w.weight": ("U8", (8,)), "w.weight.absmax": ("F32", (1,))},
+        {"w.weight": ("I8", (8,)), "w.SCB": ("F32", (1,))},
+        {"w.weight_packed": ("U8", (8,)), "w.weight_scale": ("F8_E4M3", (1,))},
+    ],
+)
+def test_quantised_weights_are_refused(tensors: dict[str, tuple[str, Shape]]) -> None:
+    """Codes with scales beside them, by whatever library, are refused with advice."""
+    with pytest.raises(MismatchError, match="averaging codes and scales apart makes no soup"):
+        planned(opened([tensors]), opened([tensors]))
+
+
+def test_plain_tensors_named_like_scales_are_fine() -> None:
+    """A `logit_scale`, or a float weight with a scale beside it, is nothing quantised."""
+    model = opened([{"logit_scale": ("F32", ()), "w": ("BF16", (2,)), "w_scale": ("BF16", (1,))}])
+    assert len(planned(model, model).tensors) == 3
+
+
+def test_coefficients_must_fit() -> None:
+    """Counts, names and values of coefficients are checked against the ingredients."""
+    m = opened([{"a": ("F32", (2,))}])
+    for coefficients, phrase in (
+        (Coefficients((1.0,)), "1 coefficients for 2 ingredients"),
+        (Coefficients((1.0, 1.0), 1.0, {"a": (1.0,)}), "1 coefficients for tensor 'a' for 2"),
+        (Coefficients((1.0, 1.0), 1.0, {"b": (1.0, 1.0)}), "tensors that no ingredient has: b"),
+        (Coefficients((1.0, math.inf)), "inf is not finite"),
+        (Coefficients((1.0, 1.0), 0.0), "divides nothing"),
+        (Coefficients((1.0, 1.0), math.nan), "divides nothing"),
+    ):
+        with pytest.raises(RecipeError, match=phrase):
+            planned(m, m, coefficients=coefficients)
+    with pytest.raises(RecipeError, match="at least one ingredient"):
+        plan_mix([], Recipe((), Coefficients(())))
+    with pytest.raises(RecipeError, match="cannot be normalized"):
+        Coefficients.given([1.0, -1.0], normalize=True)
+    with pytest.raises(RecipeError, match="nan is not finite"):
+        Coefficients.given([1.0, math.nan])
+    assert Coefficients.given([1, 3], normalize=True) == Coefficients((1.0, 3.0), 4.0)
+
+
+def test_rules_must_be_known() -> None:
+    """Unknown rules, dtypes and sizes in a recipe are refused."""
+    m = opened([{"a": ("F32", (2,))}])
+    for more, phrase in (
+        ({"non_float": "x"}, "none of same, first"),
+        ({"non_finite": "x\x1b"}, "x1b' is none of refuse"),
+        ({"shard_size": 0}, "below one byte"),
+        ({"dtype": "int8"}, "not one streamsoup averages in"),
+    ):
+        with pytest.raises(RecipeError, match=phrase):
+            planned(m, **more)
+
+
+def test_sizes_are_read_in_any_common_spelling() -> None:
+    """Decimal and binary units, any case, blanks, fractions and exponents; the rest is refused."""
+    for text, nbytes in {
+        "1": 1,
+        "4096B": 4096,
+        "150MB": 150 * 10**6,
+        "150 mb": 150 * 10**6,
+        "5G": 5 * 10**9,
+        "5GiB": 5 * 2**30,
+        "5gi": 5 * 2**30,
+        "1.5k": 1500,
+        " 0.5 KiB ": 512,
+        "1e9": 10**9,
+        "1.5e3MB": 15 * 10**8,
+        "2TB": 2 * 10**12,
+    }.items():
+        assert parse_nbytes(text) == nbytes, text
+    bad = ("", " ", "MB", "-1", "0", "0.4", "1.2.3", "nan", "inf", "1e", "5 PB", "5GBB", "1_000")
+    for text in (*bad, "0x10", "five", "5,0GB", "\x1b"):
+        with pytest.raises(RecipeError, match="is no size"):
+            parse_nbytes(text)
+    assert parse_nbytes("9" * 500) == 2**63
+
+
+def test_sizes_are_written_for_people() -> None:
+    """Three digits and a decimal unit."""
+    sizes = (0, 999, 1000, 999_499, 1_234_567, 10**9, 12_345 * 10**9)
+    words = ["0 B", "999 B", "1 kB", "999 kB", "1.23 MB", "1 GB", "12.35 TB"]
+    assert [nbytes_text(n) for n in sizes] == words
+
+
+def test_dtypes_have_many_names() -> None:
+    """The safetensors, torch and common names of a dtype are all understood."""
+    for name in ("bf16", "BF16", "bfloat16", "torch.bfloat16"):
+        assert float_dtype(name) is DTYPES["BF16"]
+    for name in ("f16", "fp16", "half", "float16"):
+        assert float_dtype(name) is DTYPES["F16"]
+    for name in ("i64", "int8", "", "f4", "bool"):
+        with pytest.raises(RecipeError):
+            float_dtype(name)
+
+
+def test_a_provenance_comes_back_as_it_was() -> None:
+    """JSON keeps every bit of a recipe's floats, and a changed file is noticed."""
+    coefficients = Coefficients((0.1, 1 / 3, 5e-324), 0.7, {"\x1bß": (1e300, -0.0, 2)})
+    recipe = Recipe(("a", "b", "c"), coefficients)
+    provenance = Provenance(recipe, (), (), (), {"a": "00"}, {}, "now", report={"n": 1})
+    text = provenance.to_json()
+    back = Provenance.from_json(text)
+    assert back.recipe == recipe
+    assert back.intact
+    assert Provenance.from_json(back.to_json()) == back
+    assert not Provenance.from_json(text.replace(b"0.7", b"0.8")).intact
+    for bad in (b"", b"[]", b"{}", text[:-5], b"\xff", text.replace(b"0.7", b'"\x1b"')):
+        with pytest.raises(RecipeError, match="is not a streamsoup provenance") as refused:
+            Provenance.from_json(bad)
+        assert str(refused.value).isprintable()
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    """A plan that is refused has read no weight: shards may even be shorter than they say."""
+    a = save(tmp_path / "a", {"x": tensor(np.zeros((2, 3), np.float32))})
+    b = save_sharded(tmp_path / "b", [{"x": tensor(np.zeros((3, 2), np.float32))}])
+    with pytest.raises(MismatchError, match=r"x \[3, 2\] and \[2, 3\]"):
+        planned(*open_ingredients([a, b]))
+
+
+def test_empty_checkpoints_make_an_empty_soup(tmp_path: Path) -> None:
+    """A file without tensors is valid, and so is the plan of its soup."""
+    (tmp_path / "e.safetensors").write_bytes(raw(header_text({})))
+    plan = planned(*open_ingredients([tmp_path / "e.safetensors"] * 2))
+    assert (plan.n_leaves, plan.nbytes_read) == (0, 0)
+    assert len(plan_files(plan).files) == 1

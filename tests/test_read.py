@@ -1,0 +1,245 @@
+"""Reading: an ingredient that changes during the pass is named; pages and descriptors are few."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from checkpoints import command, content, save, save_sharded, tensor
+
+from streamsoup import Options, plan, stream, uniform
+from streamsoup.errors import ChangedIngredientError, FormatError
+from streamsoup.formats.files import Descriptors, MappedFile, on_network, open_shard
+from streamsoup.formats.shards import open_ingredients
+
+MODEL = {"a": tensor(np.arange(5000.0)), "b": tensor(np.arange(5000.0))}
+
+
+def replaced(path: Path) -> None:
+    """Put an equal file in its place."""
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def truncated(path: Path) -> None:
+    """Cut off its end; what is still to be read stays, as a lost page is SIGBUS."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def touched(path: Path) -> None:
+    """Change its time alone."""
+    os.utime(path, ns=(1, 1))
+
+
+def grown(path: Path) -> None:
+    """Add to it."""
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def removed(path: Path) -> None:
+    """Remove it."""
+    path.unlink()
+
+
+def linked(path: Path) -> None:
+    """Make it a link to a copy."""
+    other = path.with_suffix(".copy")
+    path.rename(other)
+    path.symlink_to(other.name)
+    other.write_bytes(other.read_bytes())
+
+
+CHANGES = {
+    replaced: "was replaced by another file",
+    truncated: "changed size from",
+    touched: "was modified",
+    grown: "changed size from",
+    removed: "vanished",
+    linked: "was modified",
+}
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+@pytest.mark.parametrize("when", ["first", "last"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_during_the_pass_is_named(
+    change: Callable[[Path], None],
+    when: str,
+    io: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shard that is replaced, cut, touched or removed stops the run, named, without an output."""
+    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(3)]
+    victim = paths[1] / "model.safetensors"
+    monkeypatch.setattr(plan, "LEAF", 1000)
+    cook = stream._Pass.cook
+    n_leaves = 0
+
+    def cooking(self: Any, *arguments: Any) -> None:
+        nonlocal n_leaves
+        cook(self, *arguments)
+        n_leaves += 1
+        if n_leaves == (1 if when == "first" else 10):
+            change(victim)
+
+    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    with pytest.raises(ChangedIngredientError) as refused:
+        uniform(paths, output=tmp_path / "out", options=Options(io=io, threads=1))
+    assert str(refused.value).startswith(f"{victim}: ")
+    assert CHANGES[change] in str(refused.value)
+    assert "nothing was written" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_checks_a_change_would_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted fault: with the checks taken out, a touched file goes unseen."""
+    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
+    opened = open_ingredients(paths)
+    touched(paths[0] / "model.safetensors")
+    with pytest.raises(ChangedIngredientError):
+        opened[0].check_unchanged()
+    monkeypatch.setattr("streamsoup.formats.shards.Shard.check_unchanged", lambda self: None)
+    monkeypatch.setattr("streamsoup.formats.files.Identity.of", lambda _: opened[0].shards[0])
+    opened[0].check_unchanged()
+
+
+def test_a_file_that_ends_early_is_an_error_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that come back empty, or fail, become errors that name the shard and the byte."""
+    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(ChangedIngredientError, match=r"m0/model\.safetensors: ended at byte"):
+        uniform(paths, output=tmp_path / "out", options=Options(io="read", threads=1))
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(FormatError, match=r"cannot be read at byte \d+: Input/output error"):
+        uniform(paths, output=tmp_path / "out", options=Options(io="read", threads=1))
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that bring a few bytes at a time make the same soup."""
+    paths = [save(tmp_path / f"m{i}", {"a": tensor(np.arange(50.0) + i)}) for i in range(2)]
+    uniform(paths, output=tmp_path / "whole")
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:7]], at))
+    uniform(paths, output=tmp_path / "short", options=Options(io="read"))
+    name = "model.safetensors"
+    assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "network"),
+    [
+        *[(name, True) for name in ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs")],
+        *[(name, True) for name in ("beegfs", "ceph", "9p", "afs", "fuse.glusterfs")],
+        *[
+            (name, True)
+            for name in ("fuse.sshfs", "fuse.ceph", "NFS4", "fuse.s3fs", "fuse.gcsfuse")
+        ],
+        *[(name, False) for name in ("ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs")],
+        *[(name, False) for name in ("apfs", "ntfs", "fuseblk", "virtiofs", "vfat", "")],
+    ],
+)
+def test_network_file_systems_are_known(
+    kind: str, network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system is on a network, shards are read, not mapped; by its kernel name."""
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(tmp_path), fstype=kind),
+        SimpleNamespace(mountpoint=f"{tmp_path}/inner", fstype="ext4"),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    assert on_network([f"{tmp_path}/models/m.safetensors"]) is network
+    assert on_network([f"{tmp_path}/inner/m.safetensors"]) is False
+    assert on_network([f"{tmp_path}/inner/m.safetensors", f"{tmp_path}/m"]) is network
+    (tmp_path / "link").symlink_to(tmp_path / "inner")
+    assert on_network([f"{tmp_path}/link/m.safetensors"]) is False
+
+
+def test_a_link_into_a_network_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder of links to files on a network, such as a cache, is on a network."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "blob").write_bytes(content(MODEL))
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "m.safetensors").symlink_to(tmp_path / "far" / "blob")
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=f"{tmp_path}/far", fstype="nfs4"),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    assert on_network([f"{tmp_path}/near/m.safetensors"])
+
+
+def test_descriptors_are_few_and_closed(tmp_path: Path) -> None:
+    """A thread keeps at most its share of descriptors open, the latest used, and closes all."""
+    folder = save_sharded(tmp_path / "m", [{f"t{i}": MODEL["a"]} for i in range(9)])
+    (opened,) = open_ingredients([folder])
+    before = len(os.listdir("/proc/self/fd"))
+    files = Descriptors(3)
+    for shard in [*opened.shards, *opened.shards]:
+        files.reading(shard)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_mappings_go_with_their_last_view(tmp_path: Path) -> None:
+    """A mapping holds no descriptor, outlives its file object as long as it is seen, then goes."""
+    path = save(tmp_path / "m", MODEL) / "model.safetensors"
+    (opened,) = open_ingredients([path])
+    before = len(os.listdir("/proc/self/fd"))
+    mapped = MappedFile(opened.shards[0])
+    assert len(os.listdir("/proc/self/fd")) == before
+    view = mapped.content[8:100]
+    mapped.release(0, len(mapped.content))
+    mapped.prefetch(0, len(mapped.content))
+    del mapped
+    assert bytes(view) == path.read_bytes()[8:100]
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del view
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_replaced_shard_is_not_opened(tmp_path: Path) -> None:
+    """A path that leads to another file by now is refused when it is opened again."""
+    path = save(tmp_path / "m", MODEL) / "model.safetensors"
+    (opened,) = open_ingredients([path])
+    replaced(path)
+    with pytest.raises(ChangedIngredientError, match="was replaced"):
+        open_shard(opened.shards[0])
+
+
+def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
+    """64 ingredients of 200 shards are mixed with 64 descriptors allowed, mapped and read."""
+    shards = [{f"t{i}": tensor(np.float32(i))} for i in range(200)]
+    real = save_sharded(tmp_path / "real", shards)
+    paths = [tmp_path / f"m{i}" for i in range(64)]
+    for path in paths:
+        path.symlink_to(real)
+    for io in ("mmap", "read"):
+        words = ["uniform", *paths, "-o", tmp_path / io, "--io", io, "--threads", 8]
+        ran = command(*words, preexec_fn=_few_descriptors)
+        assert ran.returncode == 0, ran.stderr
+        assert len(list((tmp_path / io).glob("*.safetensors"))) == 200
+
+
+def _few_descriptors() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

@@ -1,0 +1,69 @@
+"""The README promises commands, rooms and targets: each of them exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from streamsoup.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """List the streamsoup commands in code blocks, without their comments."""
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("streamsoup ")]
+
+
+def parse(command: str) -> None:
+    """Read a command line as the program would, without running it."""
+    name, *arguments = shlex.split(command)[1:]
+    chosen = main.get_command(click.Context(main), name)
+    if chosen is None:
+        raise click.UsageError(f"no command {name}")
+    chosen.make_context(name, arguments, parent=click.Context(main))
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_the_commands_of_the_readme_parse(command: str) -> None:
+    """Every command in the README is one, with options it has."""
+    parse(command)
+
+
+def test_a_planted_option_is_found() -> None:
+    """A command with an option that does not exist is no command."""
+    (planted,) = commands("```\nstreamsoup uniform a b --outptu x\n```\n")
+    with pytest.raises(click.UsageError):
+        parse(planted)
+
+
+def test_the_rooms_of_the_readme_exist() -> None:
+    """The picture of the floors names all rooms, and no other."""
+    picture = README.split("Imports go down the floors only.")[1].split("```")[1]
+    named = {
+        word
+        for line in picture.strip().splitlines()
+        for word in re.split(r"\s{3,}", line[3:].strip())[0].split()
+    }
+    package = ROOT / "streamsoup"
+    rooms = {
+        path.stem
+        for path in package.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert named == rooms - {"__init__", "__main__"}
+
+
+def test_the_targets_of_the_readme_exist() -> None:
+    """Every `make` target in the README is in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    wanted = set(re.findall(r"\bmake ([a-z-]+)", README)) - {"and"}
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert wanted <= targets

@@ -1,0 +1,275 @@
+"""Reports: whole, self-contained, honest; and the paper's own 72 models through them."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import command
+from networks import ingredients
+
+from streamsoup.comparison.paths import Sweep
+from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
+from streamsoup.comparison.selection import best_first
+from streamsoup.report import charts
+from streamsoup.report.comparison import verdict, write_report
+from streamsoup.report.page import Code, Heading, Page, Table, Text
+from streamsoup.report.paths import draw_sweep, sweep_page
+
+CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
+
+published = pytest.mark.skipif(not CLIP.is_dir(), reason="the published scores are not here")
+drawn = pytest.mark.skipif(
+    not pytest.importorskip("importlib.util").find_spec("matplotlib"), reason="needs matplotlib"
+)
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """Read the published scores."""
+    return [json.loads(line) for line in (CLIP / name).read_text().splitlines()]
+
+
+def of_paper() -> Comparison:
+    """Put the published scores of 72 models, and of two soups, into a comparison."""
+    shifts = ("ImageNetV2", "ImageNetSketch", "ImageNetR", "ObjectNet", "ImageNetA")
+    splits = Splits("ImageNet2p", "ImageNet", shifts)
+
+    def row(name: str, kind: Any, scores: dict[str, Any], n: int) -> Row:
+        cells = {split: Cell(float(scores[split])) for split in splits.all}
+        cells[MEAN] = Cell(float(np.mean([scores[split] for split in shifts])))
+        return Row(name, kind, cells, n, 1)
+
+    models = lines("individual_model_results.jsonl")
+    singles = [row(each["model_name"], "ingredient", each, 1) for each in models]
+    best = singles[best_first([r.cells["ImageNet2p"].value for r in singles])[0]]
+    (uniform,) = lines("uniform_soup_results.jsonl")
+    (greedy,) = lines("greedy_soup_results.jsonl")
+    rows = (
+        *singles,
+        Row(f"best on ImageNet2p: {best.name}", "best", best.cells, 1, 1),
+        row("uniform soup", "soup", uniform, 72),
+        row("greedy soup", "soup", greedy, 5),
+    )
+    names = tuple(each["model_name"] for each in models)
+    return Comparison(splits, names, names, "accuracy", True, rows)
+
+
+@published
+def test_the_papers_order_and_its_ties() -> None:
+    """Best first by the held-out score; the models that tie exactly stay in the order given."""
+    models = lines("individual_model_results.jsonl")
+    scores = [each["ImageNet2p"] for each in models]
+    order = best_first(scores)
+    assert models[order[0]]["model_name"] == "model_43"
+    for before, after in pairwise(order):
+        assert (-scores[before], before) < (-scores[after], after)
+    ties = [(i, j) for i, j in pairwise(order) if scores[i] == scores[j]]
+    assert ties == [(4, 5)]
+
+
+@published
+@drawn
+def test_the_papers_scatter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """72 models and the published soups are in the picture, at the published places."""
+    kept: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
+    found = of_paper()
+    charts.draw_scatter(found, "unused.png")
+    (axes,) = kept[0].axes
+    points = {c.get_label(): np.asarray(c.get_offsets()) for c in axes.collections}
+    assert points["ingredients (72)"].shape == (72, 2)
+    for name in ("uniform soup", "greedy soup"):
+        (scores,) = lines(f"{name.replace(' ', '_')}_results.jsonl")
+        shifts = np.mean([scores[split] for split in found.splits.shifts])
+        assert points[name][0] == pytest.approx([100 * scores["ImageNet"], 100 * shifts])
+    assert not axes.texts
+    monkeypatch.undo()
+    page = Path(write_report(found, tmp_path)).read_text()
+    assert "81.03" in page
+    assert "wins on ImageNet2p, ImageNet" in page
+
+
+class Checker(HTMLParser):
+    """Notes tags that are not closed, and whatever would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.loaded += [v or "" for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def small(name: str = "a<b>|*c*") -> Comparison:
+    """Make a comparison with everything in it, by hand."""
+    splits = Splits("val", "test", ("far", "farther"))
+    rng = np.random.default_rng(0)
+
+    def cells(gain: float) -> dict[str, Cell]:
+        return {
+            column: Cell(0.8 + gain, 0.7, 0.9, nll=0.5, ece=0.1, nll_scaled=0.4, ece_scaled=0.05)
+            for column in splits.columns
+        }
+
+    rows = (
+        Row(name, "ingredient", cells(0.0), 1, 1, (0,), 1.5),
+        Row("run1", "ingredient", cells(-0.01), 1, 1, (1,), 1.2),
+        Row(f"best on val: {name}", "best", cells(0.0), 1, 1, (0,), 1.5),
+        Row("uniform soup", "soup", cells(0.02), 2, 1, (0, 1), 1.5),
+        Row("greedy soup", "soup", {**cells(0.0), "far": Cell(0.7)}, 1, 1, (0,), 1.5),
+        Row("ensemble of all", "ensemble", cells(0.03), 2, 2, (0, 1), 1.5),
+    )
+    curves = tuple(
+        CurvePoint(method, n, dict.fromkeys(splits.columns, 0.8))
+        for method in ("best on validation", "uniform soup", "greedy soup", "ensemble of all")
+        for n in (1, 2)
+    )
+    pairs = (Pair(0, 1, 70.0, 0.01, *rng.standard_normal(3)),)
+    return Comparison(
+        splits, (name, "run1"), (name, "run1"), "accuracy", True, rows, curves, pairs,
+        notes=("A note.",), n_examples={"val": 10}, commands=("streamsoup compare <a> b",),
+    )  # fmt: skip
+
+
+@drawn
+def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    """One HTML file with closed tags and its pictures inside; Markdown and rows beside it."""
+    page = Path(write_report(small(), tmp_path))
+    checker = Checker()
+    checker.feed(page.read_text())
+    assert checker.open == []
+    assert len(checker.loaded) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in checker.loaded)
+    for text in ("a<b>|*c*", "streamsoup compare <a> b", "A note.", "82.00 [70.00, 90.00]"):
+        assert text in checker.text
+    markdown = (tmp_path / "report.md").read_text()
+    assert r"a\<b>\|\*c\*" in markdown
+    for line in markdown.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.partition("](")[2].rstrip(")")).is_file()
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows].count("curve") == 8
+    assert rows[5]["cells"]["far"]["low"] is None
+    before = page.read_bytes()
+    write_report(small(), tmp_path)
+    assert page.read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_without_matplotlib_there_are_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report says how to get pictures, and has everything else."""
+    monkeypatch.setattr("streamsoup.report.comparison.have_matplotlib", lambda: False)
+    page = Path(write_report(small(), tmp_path)).read_text()
+    assert "<img" not in page
+    assert "streamsoup[plot]" in page
+    assert "uniform soup" in page
+
+
+def test_verdict_names_losses() -> None:
+    """Wins, ties and losses against the best on validation are told by split."""
+    found = small()
+    rows = {row.name: row for row in found.rows}
+    assert verdict(found, rows["greedy soup"]) == (
+        "Against the best on val, the greedy soup equals it on val, test, farther; loses on far."
+    )
+    assert "wins on val, test, far, farther" in verdict(found, rows["uniform soup"])
+
+
+def test_text_cannot_become_markup() -> None:
+    """Whatever names hold, it is shown and not obeyed."""
+    nasty = "<script>alert(1)</script> [x](y) `z`"
+    page = Page("t", [Heading("h"), Text(nasty), Table(["a", "b"], [[nasty, "1"]]), Code(["<x>"])])
+    html = page.to_html(".")
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert "\\<script>" in page.to_markdown()
+
+
+@drawn
+def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
+    """The chosen α stands out; both barriers are named; the picture is drawn."""
+    values = {"val": (0.5, 0.9, 0.9), "test": (0.5, 0.4, 0.8)}
+    found = Sweep(("a", "b"), Splits("val", "test", ()), "accuracy", (0.0, 0.5, 1.0), values, {})
+    assert found.best == 0.5
+    text = sweep_page(found, None, ("cmd",)).to_markdown()
+    assert "**0.5**" in text
+    assert "| test | 25.00 | 25.00 | – | – | -25.00 |" in text
+    assert "over the chord" in text.lower()
+    draw_sweep(found, str(tmp_path / "sweep.svg"))
+    assert (tmp_path / "sweep.svg").stat().st_size > 1000
+    assert math.isnan(
+        Sweep(("a", "b"), found.splits, "x", (0.5,), {"val": (1.0,), "test": (1.0,)}, {}).advantage(
+            "val"
+        )
+    )
+
+
+TASK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, networks
+torch.set_num_threads(1)
+splits = ["val", "test", "far"]
+def build():
+    return networks.build()
+def predictions(model, split):
+    inputs, labels = networks.data(splits.index(split), 60)
+    for some in torch.arange(60).split(6):
+        yield model(inputs[some]), labels[some]
+def score(model, split):
+    right = [(logits.argmax(1) == labels).sum() for logits, labels in predictions(model, split)]
+    return float(sum(right)) / 60
+"""
+
+
+@drawn
+def test_the_commands(tmp_path: Path) -> None:
+    """compare, interpolate --alphas and landscape end in pages and pictures; runs are resumed."""
+    task = tmp_path / "task.py"
+    task.write_text(TASK.format(tests=str(Path(__file__).parent)))
+    folders = ingredients(tmp_path / "in", 4)
+    run = ("compare", *folders[1:], "--base", folders[0], "--task", task, "-o", tmp_path / "out")
+    first = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "learned soup, by layer" in first.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "streamsoup compare" in page
+    assert page.count("<img") == 5
+    again = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2, "--json")
+    assert again.returncode == 0
+    kinds = {row["kind"] for row in json.loads(again.stdout)}
+    assert kinds >= {"comparison", "ingredient", "base", "oracle", "soup", "ensemble", "pair"}
+
+    swept = command(
+        "interpolate", *folders[:2], "--alphas", "0:1:0.5", "--task", task, "-o", tmp_path / "path"
+    )
+    assert (swept.returncode, swept.stderr) == (0, "")
+    assert "best α on val" in swept.stdout
+    assert (tmp_path / "path" / "sweep.png").is_file()
+    wrong = command("interpolate", *folders[:2], "--alphas", "0:1:0.5", "-o", tmp_path / "x")
+    assert wrong.returncode == 2
+    assert "--task" in wrong.stderr
+
+    picture = tmp_path / "plane.png"
+    plane = command("landscape", *folders[:3], "--task", task, "--plot", picture, "--resolution", 4)
+    assert (plane.returncode, plane.stderr) == (0, "")
+    assert picture.stat().st_size > 10_000
+    assert (tmp_path / "plane.jsonl").read_text().count('"point"') >= 8

@@ -1,0 +1,50 @@
+"""The self-test passes here, can fail, and reports in words and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from streamsoup.cli import cli
+from streamsoup.kernels import torch_blocks
+from streamsoup.kernels.device import HostDevice
+from streamsoup.selftest import checks
+
+
+def test_selftest_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """All checks pass, with a line each; the JSON has them too, and rates beside them."""
+    assert cli(["selftest", "--device", "cpu", "--size", "2MB", "--json"]) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert report["passed"]
+    assert {check["name"] for check in report["checks"]} >= {"bits", "soups", "memory", "trouble"}
+    assert report["environment"]["device"] == "cpu"
+    assert all(rate > 0 for rate in report["rates"].values())
+    assert "all is right: cpu" in err
+    assert err.count("ok   ") == len(report["checks"])
+
+
+def test_selftest_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: rounding twice, as torch itself does, fails the check of bits."""
+
+    def twice(sums, output, constants, rounded, spare, *, infinite):  # type: ignore[no-untyped-def]
+        rounded.copy_(sums.float().double())
+
+    monkeypatch.setattr(torch_blocks, "round_", twice)
+    assert checks._bits(HostDevice())[0] is False
+
+
+def test_selftest_refuses_a_device_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
+    """A missing accelerator is one line and status 1, not a failed check."""
+    assert cli(["selftest", "--device", "xpu"]) == 1
+    assert capfd.readouterr().err.startswith("error: --device xpu: torch")
+
+
+@pytest.mark.cuda
+def test_selftest_on_a_device(capfd: pytest.CaptureFixture[str]) -> None:
+    """On a device, order under delays and the model in place are checked as well."""
+    assert cli(["selftest", "--device", "cuda", "--size", "2MB", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    names = {check["name"] for check in report["checks"]}
+    assert names >= {"a model in place", "order with slow sums", "memory"}

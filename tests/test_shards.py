@@ -1,0 +1,402 @@
+"""Folders, indexes and strange files: opened by headers alone, or refused by name; never a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import as_hub_snapshot, command, content, random_model, save, save_sharded, tensor
+
+from streamsoup.errors import (
+    ChangedIngredientError,
+    CorruptFileError,
+    FormatError,
+    MissingFileError,
+    StreamsoupError,
+    UnsafePickleError,
+)
+from streamsoup.formats.shards import Pantry, open_ingredients
+
+A = {"a": tensor(np.zeros(3, np.float32))}
+B = {"b": tensor(np.ones((2, 2), np.float16))}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def index(folder: Path, weight_map: object, **more: object) -> None:
+    """Replace the index of a folder."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map, **more}))
+
+
+Breaker = Callable[[Path], None]
+
+
+def text(value: str) -> Breaker:
+    """Make the index this text."""
+    return lambda folder: (folder / INDEX).write_text(value) and None
+
+
+def placed(file: object) -> Breaker:
+    """Make the index place a tensor in this file."""
+    return lambda folder: index(folder, {"a": SHARDS[0], "b": file})
+
+
+def pipe_index(folder: Path) -> None:
+    """Put a FIFO in place of the index."""
+    (folder / INDEX).unlink()
+    os.mkfifo(folder / INDEX)
+
+
+def folder_index(folder: Path) -> None:
+    """Put a folder in place of the index."""
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
+
+
+def huge_index(folder: Path) -> None:
+    """Make the index sparse, and larger than any."""
+    os.truncate(folder / INDEX, 2_000_000_000)
+
+
+def dangling_index(folder: Path) -> None:
+    """Put a link to nothing in place of the index."""
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("nowhere")
+
+
+def pipe_shard(folder: Path) -> None:
+    """Put a FIFO in place of a shard."""
+    (folder / SHARDS[1]).unlink()
+    os.mkfifo(folder / SHARDS[1])
+
+
+def folder_shard(folder: Path) -> None:
+    """Put a folder in place of a shard."""
+    (folder / SHARDS[1]).unlink()
+    (folder / SHARDS[1]).mkdir()
+
+
+def device_shard(folder: Path) -> None:
+    """Put a link to a device in place of a shard."""
+    (folder / SHARDS[1]).unlink()
+    (folder / SHARDS[1]).symlink_to("/dev/zero")
+
+
+def no_shard(folder: Path) -> None:
+    """Remove a shard."""
+    (folder / SHARDS[1]).unlink()
+
+
+def dangling_shard(folder: Path) -> None:
+    """Put a link to nothing in place of a shard, as a pruned download cache does."""
+    (folder / SHARDS[1]).unlink()
+    (folder / SHARDS[1]).symlink_to("../../blobs/gone")
+
+
+def circular_shard(folder: Path) -> None:
+    """Put a link to itself in place of a shard."""
+    (folder / SHARDS[1]).unlink()
+    (folder / SHARDS[1]).symlink_to(SHARDS[1])
+
+
+def pointer_shard(folder: Path) -> None:
+    """Leave a shard unfetched by Git LFS."""
+    (folder / SHARDS[1]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def twice(folder: Path) -> None:
+    """Put one tensor in two shards."""
+    (folder / SHARDS[1]).write_bytes(content(A | B))
+
+
+def unlisted(folder: Path) -> None:
+    """Put a tensor in a shard that the index knows nothing of."""
+    (folder / SHARDS[1]).write_bytes(content(B | {"c": tensor(np.zeros(1, np.float32))}))
+
+
+def two_checkpoints(folder: Path) -> None:
+    """Put a whole model beside a sharded one."""
+    save(folder, A)
+
+
+def several_indexes(folder: Path) -> None:
+    """Leave two indexes, neither of the usual name."""
+    (folder / INDEX).rename(folder / "x.safetensors.index.json")
+    (folder / "y.safetensors.index.json").write_bytes(
+        (folder / "x.safetensors.index.json").read_bytes()
+    )
+
+
+def several_files(folder: Path) -> None:
+    """Lose the index."""
+    (folder / INDEX).unlink()
+
+
+def only_pickles(folder: Path) -> None:
+    """Leave nothing but pickles."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+
+
+def nothing(folder: Path) -> None:
+    """Leave an empty folder."""
+    for path in folder.iterdir():
+        path.unlink()
+
+
+HOSTILE: dict[str, tuple[Breaker, str, str]] = {
+    # What is done; the file that must be named, "" for the folder; a phrase.
+    "not JSON": (text("{"), INDEX, "not JSON"),
+    "empty": (text(" "), INDEX, "not JSON"),
+    "a list": (text("[]"), INDEX, "no weight_map"),
+    "null": (text("null"), INDEX, "no weight_map"),
+    "no weight_map": (text("{}"), INDEX, "no weight_map"),
+    "weight_map a list": (text('{"weight_map":["a"]}'), INDEX, "no weight_map"),
+    "weight_map empty": (text('{"weight_map":{}}'), INDEX, "no weight_map"),
+    "nested deep": (text('{"weight_map":' + "[" * 100_000), INDEX, "not JSON"),
+    "key twice": (text('{"weight_map":{"a":"x","\\u0061":"y"}}'), INDEX, "twice"),
+    "weight_map twice": (text('{"weight_map":{},"weight_map":{}}'), INDEX, "twice"),
+    "file null": (placed(None), INDEX, "plain name"),
+    "file a number": (placed(2), INDEX, "plain name"),
+    "file a list": (placed([SHARDS[1]]), INDEX, "plain name"),
+    "file empty": (placed(""), INDEX, "plain name"),
+    "file above": (placed(f"../{SHARDS[1]}"), INDEX, "plain name"),
+    "file below": (placed(f"sub/{SHARDS[1]}"), INDEX, "plain name"),
+    "file here": (placed(f"./{SHARDS[1]}"), INDEX, "plain name"),
+    "file absolute": (placed(f"/tmp/{SHARDS[1]}"), INDEX, "plain name"),
+    "file with a backslash": (placed(f"..\\{SHARDS[1]}"), INDEX, "plain name"),
+    "file with a NUL": (placed(f"\0{SHARDS[1]}"), INDEX, "plain name"),
+    "file hidden": (placed(".safetensors"), INDEX, "plain name"),
+    "file dots": (placed(".."), INDEX, "plain name"),
+    "file a pickle": (placed("pytorch_model.bin"), INDEX, "plain name"),
+    "file with control characters": (placed("\x1b[2J.safetensors"), "", "no such file"),
+    "file a lone surrogate": (placed("\ud800.safetensors"), "", "not Unicode"),
+    "file a raw byte": (placed("\udcff.safetensors"), "", "not Unicode"),
+    "file name too long": (placed("x" * 300 + ".safetensors"), "", "cannot be opened"),
+    "file misplaced": (lambda f: index(f, dict.fromkeys("ab", SHARDS[0])), INDEX, "no shard holds"),
+    "files exchanged": (
+        lambda f: index(f, {"a": SHARDS[1], "b": SHARDS[0]}),
+        INDEX,
+        f"places tensor 'a' in {SHARDS[1]}",
+    ),
+    "lists a tensor too many": (
+        lambda f: index(f, {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[1]}),
+        INDEX,
+        f"lists 1 tensor that no shard holds: c ({SHARDS[1]})",
+    ),
+    "lists too few": (
+        unlisted,
+        INDEX,
+        f"does not list 1 tensor that its shards hold: c ({SHARDS[1]})",
+    ),
+    "index a FIFO": (pipe_index, INDEX, "regular file"),
+    "index a folder": (folder_index, INDEX, "regular file"),
+    "index huge": (huge_index, INDEX, "too large"),
+    "index dangling": (dangling_index, INDEX, "cannot be opened"),
+    "index not UTF-8": (
+        lambda f: (f / INDEX).write_bytes(b'{"weight_map":{"\xff":"x"}}') and None,
+        INDEX,
+        "not JSON",
+    ),
+    "shard a FIFO": (pipe_shard, SHARDS[1], "regular file"),
+    "shard a folder": (folder_shard, SHARDS[1], "regular file"),
+    "shard a device": (device_shard, SHARDS[1], "regular file"),
+    "shard missing": (no_shard, SHARDS[1], "no such file"),
+    "shard dangling": (dangling_shard, SHARDS[1], "no such file"),
+    "shard circular": (circular_shard, SHARDS[1], "cannot be opened"),
+    "shard a pointer": (pointer_shard, SHARDS[1], "git lfs pull"),
+    "tensor in two shards": (twice, "", "in two shards"),
+    "two checkpoints": (two_checkpoints, "", "two checkpoints in one folder"),
+    "several indexes": (several_indexes, "", "several indexes"),
+    "several files, no index": (several_files, "", "no index"),
+    "only pickles": (only_pickles, "", "could run code"),
+    "nothing": (nothing, "", "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_folders_are_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each wrong folder is refused at once, in one line that names the file at fault."""
+    from streamsoup.cli import cli
+
+    breaker, named, phrase = HOSTILE[case]
+    folder = save_sharded(tmp_path / "model", [A, B])
+    breaker(folder)
+    with pytest.raises((FormatError, MissingFileError)) as refused:
+        open_ingredients([folder])
+    message = str(refused.value)
+    assert message.startswith(str(folder / named))
+    assert phrase in message
+    assert message.isprintable()
+    assert cli(["inspect", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {message}\n"
+    assert printed.out == ""
+
+
+def test_strange_files_are_refused(tmp_path: Path) -> None:
+    """A FIFO, socket, device, dangling or circular link, or pickle, given by name, is refused."""
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "model.bin").write_bytes(b"\x80\x02}q\x00.")
+    (tmp_path / "file").write_bytes(content(A))
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(tmp_path)  # paths of sockets are short
+    listener.bind("socket")
+    os.chdir(here)
+    listener.close()
+    for path, kind in (
+        (tmp_path / "fifo.safetensors", FormatError),
+        (tmp_path / "socket", FormatError),
+        (Path("/dev/zero"), FormatError),
+        (Path("/dev/null"), FormatError),
+        (tmp_path / "loop", FormatError),
+        (tmp_path / "gone", MissingFileError),
+        (tmp_path / "file" / "below", FormatError),
+        (tmp_path / ("x" * 300), FormatError),
+        (tmp_path / "model.bin", UnsafePickleError),
+        (tmp_path / "model\0.safetensors", FormatError),
+        (tmp_path / "model\udcff.safetensors", FormatError),
+    ):
+        with pytest.raises(kind) as refused:
+            open_ingredients([path])
+        assert isinstance(refused.value, StreamsoupError)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 400
+
+
+def test_an_unlistable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be listed is a FormatError that says why."""
+    folder = save(tmp_path / "m", A)
+
+    def deny(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", deny)
+    with pytest.raises(FormatError, match="cannot be listed: Permission denied"):
+        open_ingredients([folder])
+
+
+def test_a_hub_id_gets_advice() -> None:
+    """A name such as org/model is answered with how to get its files."""
+    with pytest.raises(MissingFileError, match="download it first"):
+        open_ingredients(["meta-llama/Llama-3"])
+
+
+def test_all_layouts_open_alike(tmp_path: Path) -> None:
+    """A file, a folder, shards with an index and a snapshot of links hold the same tensors."""
+    model = random_model(1)
+    names = list(model)
+    halves = [{n: model[n] for n in names[:4]}, {n: model[n] for n in names[4:]}]
+    single = save(tmp_path / "single", model)
+    sharded = save_sharded(tmp_path / "sharded", halves)
+    linked = as_hub_snapshot(save_sharded(tmp_path / "x", halves), tmp_path / "models--org--name")
+    odd = save(tmp_path / "odd", model, name="consolidated")
+    opened = open_ingredients([single / "model.safetensors", single, sharded, linked, odd])
+    for ingredient in opened:
+        assert list(ingredient.layout.places) == names
+        found = {
+            name: (spec.dtype.name, spec.shape)
+            for name, (_, spec) in ingredient.layout.places.items()
+        }
+        assert found == {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in model.items()}
+        for name, (number, spec) in ingredient.layout.places.items():
+            whole = Path(ingredient.shards[number].path).read_bytes()
+            assert whole[spec.begin : spec.begin + spec.nbytes] == model[name][2]
+    assert [each.folder is None for each in opened] == [True, False, False, False, False]
+
+
+def test_an_index_beside_other_weights_is_preferred(tmp_path: Path) -> None:
+    """Weights in another layout beside an index, as Mistral publishes them, do no harm."""
+    folder = save_sharded(tmp_path / "m", [A, B])
+    save(folder, A, name="consolidated")
+    (opened,) = open_ingredients([folder])
+    assert list(opened.layout.places) == ["a", "b"]
+
+
+def test_equal_headers_are_kept_once(tmp_path: Path) -> None:
+    """Fine-tunes of one model share one parsed layout; a different one has its own."""
+    paths = [save_sharded(tmp_path / f"m{i}", [A, B]) for i in range(3)]
+    other = save_sharded(tmp_path / "other", [A, {"b": tensor(np.ones(4, np.float16))}])
+    first, second, third, fourth = open_ingredients([*paths, other])
+    assert first.layout is second.layout is third.layout
+    assert fourth.layout is not first.layout
+    assert fourth.shards[0].header is first.shards[0].header
+
+
+def test_an_open_ingredient_is_checked_again(tmp_path: Path) -> None:
+    """Giving an ingredient that is already open is fine, unless its file changed meanwhile."""
+    path = save(tmp_path / "m", A)
+    (opened,) = open_ingredients([path])
+    assert open_ingredients([opened]) == [opened]
+    save(path, B)
+    with pytest.raises(ChangedIngredientError, match=r"model\.safetensors: changed size"):
+        open_ingredients([opened])
+
+
+def test_a_header_that_shrinks_while_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file cut between its length and its header is corrupt, and named."""
+    path = save(tmp_path / "m", A) / "model.safetensors"
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, n, at) if at == 0 else b"")
+    with pytest.raises(CorruptFileError, match=f"^{path}: ended while"):
+        Pantry().open(path)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header that comes in single bytes is the same header."""
+    path = save(tmp_path / "m", A | B)
+    (whole,) = open_ingredients([path])
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, n if at == 0 else 1, at))
+    (piecemeal,) = open_ingredients([path])
+    assert piecemeal.layout.places == whole.layout.places
+
+
+def test_a_name_that_is_not_unicode_is_refused_early(tmp_path: Path) -> None:
+    """A path that no provenance could note is refused before the work, not after it."""
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    os.mkdir(folder)
+    with open(folder + b"/model.safetensors", "wb") as file:
+        file.write(content(A))
+    with pytest.raises(FormatError, match=r"m\\udcff: its path is not Unicode"):
+        open_ingredients([os.fsdecode(folder)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_opening_leaves_no_descriptor(tmp_path: Path) -> None:
+    """Neither an ingredient that opens nor one that is refused keeps a descriptor."""
+    good = save_sharded(tmp_path / "good", [A, B])
+    bad = save_sharded(tmp_path / "bad", [A, B])
+    pointer_shard(bad)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = open_ingredients([good] * 20)
+    for _ in range(20):
+        with pytest.raises(FormatError):
+            open_ingredients([bad])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(kept) == 20
+
+
+def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
+    """The command line refuses with one line and status 1, and makes neither output nor staging."""
+    good = save_sharded(tmp_path / "good", [A, B])
+    bad = save_sharded(tmp_path / "bad", [A, B])
+    pipe_shard(bad)
+    ran = command("uniform", good, bad, "-o", tmp_path / "out")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == f"error: {bad / SHARDS[1]}: is not a regular file\n"
+    assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

@@ -1,0 +1,179 @@
+"""What lies beside the weights goes along: configuration, tokenizer, template; no weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import as_hub_snapshot, command, save, tensor
+
+from streamsoup import Options, uniform
+from streamsoup.errors import FormatError, MismatchError
+from streamsoup.formats import side_files
+from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.side_files import gather_side_files
+from streamsoup.tensors import DTYPES
+
+MODEL = {"w": tensor(np.zeros(3, np.float32))}
+KEPT = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
+    *("LICENSE", "modeling_custom.py", "1_Pooling/config.json", "preprocessor_config.json"),
+)
+LEFT = (
+    *("pytorch_model.bin", "model.gguf", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"),
+    *("training_args.bin", "trainer_state.json", "README.md", "streamsoup.json", ".gitattributes"),
+    *("onnx/model.onnx", "onnx/model.onnx_data", "flax_model.msgpack", "tf_model.h5"),
+    *("checkpoint-500/config.json", "checkpoint-500/model.safetensors", "runs/events.out.1"),
+    *("lora/adapter_model.safetensors", "lora/config.json", ".cache/huggingface/x.json"),
+)
+
+
+def fill(folder: Path, names: tuple[str, ...], text: str = "{}") -> Path:
+    """Make a checkpoint folder with these files."""
+    save(folder, MODEL)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def names_of(folder: Path) -> set[str]:
+    """List the files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_side_files_go_along_and_weights_do_not(tmp_path: Path) -> None:
+    """Everything that makes the model work is copied; weights and training state stay behind."""
+    a = fill(tmp_path / "a", KEPT + LEFT)
+    uniform([a, a], output=tmp_path / "out")
+    assert names_of(tmp_path / "out") == {*KEPT, "model.safetensors", "streamsoup.json"}
+    for name in KEPT:
+        assert (tmp_path / "out" / name).read_bytes() == (a / name).read_bytes()
+
+
+def test_links_are_followed_into_plain_files(tmp_path: Path) -> None:
+    """Files of a hub snapshot, which are links, arrive as plain files, with modes by the umask."""
+    save(tmp_path / "a", MODEL)
+    (tmp_path / "a" / "config.json").write_text("{}")
+    snapshot = as_hub_snapshot(tmp_path / "a", tmp_path / "cache")
+    os.chmod(snapshot / "config.json", 0o400)
+    before = os.umask(0o027)
+    try:
+        uniform([snapshot], output=tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").iterdir():
+        assert path.is_file()
+        assert not path.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_lone_file_brings_no_side_files(tmp_path: Path) -> None:
+    """A file given by itself may lie anywhere: what is beside it is not taken."""
+    a = fill(tmp_path / "a", ("config.json",))
+    uniform([a / "model.safetensors"], output=tmp_path / "out")
+    assert names_of(tmp_path / "out") == {"model.safetensors", "streamsoup.json"}
+
+
+def test_differences_between_ingredients_are_said(tmp_path: Path) -> None:
+    """Side files that differ, or are in one ingredient only, give a warning that names them."""
+    a, b = fill(tmp_path / "a", ("config.json", "only_a.txt", "x\x1b")), tmp_path / "b"
+    fill(b, ("config.json", "x\x1b"), '{"x":1}')
+    ran = command("uniform", a, b, a, "-o", tmp_path / "out")
+    assert ran.returncode == 0
+    assert ran.stderr == (
+        f"warning: side files of {b} differ from those of {a}, which are used: "
+        "config.json, only_a.txt, x\\x1b\n"
+    )
+    quiet = command("uniform", a, b, "-o", tmp_path / "out2", "--quiet")
+    assert quiet.stderr == ""
+    same = fill(tmp_path / "c", ("config.json", "only_a.txt", "x\x1b"))
+    assert gather_side_files(open_ingredients([a, same]), None)[1] == []
+
+
+def test_the_configuration_names_the_new_dtype(tmp_path: Path) -> None:
+    """With --dtype, config.json says so under the key it uses, and is otherwise as it was."""
+    for key in ("torch_dtype", "dtype"):
+        config = {"hidden": 3, key: "float32", "name": "é"}
+        a = save(tmp_path / key, MODEL)
+        (a / "config.json").write_text(json.dumps(config))
+        uniform([a, a], output=tmp_path / f"out-{key}", options=Options(dtype="bf16"))
+        found = json.loads((tmp_path / f"out-{key}" / "config.json").read_text())
+        assert found == config | {key: "bfloat16"}
+    files, _ = gather_side_files(open_ingredients([a]), None)
+    assert files[0].content is None
+
+
+def test_a_configuration_that_is_not_one_is_copied(tmp_path: Path) -> None:
+    """A config.json that is no JSON, no object, nested deep or huge is copied as it is."""
+    for number, text in enumerate(("{", "[1]", "[" * 100_000, " " * 17_000_000)):
+        a = save(tmp_path / f"a{number}", MODEL)
+        (a / "config.json").write_text(text)
+        files, _ = gather_side_files(open_ingredients([a]), DTYPES["BF16"])
+        assert [file.content for file in files] == [None]
+
+
+def test_quantised_models_are_refused(tmp_path: Path) -> None:
+    """A configuration with quantization_config, in any ingredient, is refused, named."""
+    a, b = fill(tmp_path / "a", ("config.json",)), fill(tmp_path / "b", ("config.json",))
+    (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(MismatchError, match=rf"^{b}/config\.json: the model is quantised"):
+        gather_side_files(open_ingredients([a, b]), None)
+
+
+def test_strange_side_files_never_hang(tmp_path: Path) -> None:
+    """FIFOs, devices and dangling links beside the weights are passed over, in any ingredient."""
+    a = fill(tmp_path / "a", ("x.txt", "config.json"), "")
+    b = save(tmp_path / "b", MODEL)
+    for folder, names in ((a, ("pipe.txt",)), (b, ("x.txt", "config.json"))):
+        for name in names:
+            os.mkfifo(folder / name)
+    (a / "zero").symlink_to("/dev/zero")
+    (a / "gone").symlink_to("nowhere")
+    (a / "self").symlink_to(".")
+    files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
+    assert [file.name for file in files] == ["config.json", "x.txt"]
+    assert len(warnings) == 1
+
+
+def test_what_cannot_be_noted_is_refused_early(tmp_path: Path) -> None:
+    """A side file whose name is not Unicode is refused before the work, named."""
+    a = save(tmp_path / "a", MODEL)
+    with open(os.fsencode(a) + b"/x\xff.txt", "wb"):
+        pass
+    with pytest.raises(FormatError, match=r"x\\udcff\.txt: the name of this side file"):
+        gather_side_files(open_ingredients([a]), None)
+
+
+def test_huge_files_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large for a configuration or a tokenizer is not copied, and a warning says so."""
+    monkeypatch.setattr(side_files, "LARGEST", 100)
+    a = fill(tmp_path / "a", ("config.json", "data.csv"))
+    (a / "data.csv").write_text("x" * 101)
+    files, warnings = gather_side_files(open_ingredients([a]), None)
+    assert [file.name for file in files] == ["config.json"]
+    assert warnings == [f"{a}/data.csv: left out, too large for a side file"]
+
+
+def test_a_side_file_that_vanishes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side file lost between plan and copy stops the run before the weights, named."""
+    from streamsoup.soups import make
+
+    a = fill(tmp_path / "a", ("config.json",))
+    gather = make.gather_side_files
+
+    def gathering(*arguments: object) -> object:
+        found = gather(*arguments)  # type: ignore[arg-type]
+        (a / "config.json").unlink()
+        return found
+
+    monkeypatch.setattr(make, "gather_side_files", gathering)
+    with pytest.raises(FormatError, match=rf"^{a}/config\.json: cannot be copied: No such file"):
+        uniform([a], output=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["a"]

@@ -1,0 +1,301 @@
+"""Tasks say what is missing; hostile ones are named, and harm nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from streamsoup import SearchOptions, greedy_soup
+from streamsoup.errors import TaskError
+from streamsoup.task import Score, load_task, read_score
+from streamsoup.task.command import command_task
+from streamsoup.task.harness import HarnessTask
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Give the ingredients' folders."""
+    return networks.ingredients(tmp_path_factory.mktemp("ingredients"), 2)
+
+
+def read(answer: Any, main: str | None = None, to_beat: float | None = None) -> Score:
+    """Read an answer as a task's."""
+    return read_score(answer, main=main, to_beat=to_beat, where="task.py: score")
+
+
+@pytest.mark.parametrize(
+    "answer", [1, 1.0, True, np.float32(1), torch.tensor(1.0), torch.tensor([1]), {"any": 1}]
+)
+def test_a_number_is_a_score(answer: Any) -> None:
+    """Numbers of Python, numpy and torch are scores, and so is a lone metric."""
+    assert read(answer).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "None; does the function return"),
+        ("0.9", "str '0.9'"),
+        ((0.5, 0.6), "tuple"),
+        ([0.5], "list"),
+        (np.zeros(2), "ndarray"),
+        (torch.zeros(2), "Tensor"),
+        (1j, "complex"),
+        ({}, r"the metrics \(none\)"),
+        ({"a": 1, "b": 2}, "a, b, and which one counts is not clear; name it"),
+        ({"a": "x"}, "'a': answered with str"),
+        ({"acc": 1, "examples": [[1]]}, "'examples' is no list"),
+    ],
+)
+def test_what_is_no_score_is_named(answer: Any, message: str) -> None:
+    """What a task answered instead of a score is shown."""
+    with pytest.raises(TaskError, match=f"task.py: score.*{message}"):
+        read(answer)
+
+
+def test_a_score_survives_the_journal() -> None:
+    """Every bit of a score comes back from its record, NaN and examples included."""
+    for value in (0.1, float("inf"), -0.0):
+        score = Score(value, {"b": 1 / 3}, np.array([0.1, 1.0]), False)
+        again = Score.from_record(json.loads(json.dumps(score.to_record())))
+        assert (again.value, again.metrics) == (score.value, score.metrics)
+        assert again.examples is not None
+        assert again.examples.tobytes() == np.array([0.1, 1.0]).tobytes()
+    assert np.isnan(Score.from_record(Score(float("nan")).to_record()).value)
+
+
+def test_what_is_missing_is_asked_for_with_an_example(tmp_path: Path) -> None:
+    """A task without a function that is needed gets its name and an example."""
+    (tmp_path / "task.py").write_text("splits = ['val', 'test']\ndef build(): ...\n")
+    with pytest.raises(TaskError, match=r"score is missing; add, for example:\n    def score\("):
+        load_task(tmp_path / "task.py")
+    (tmp_path / "task.py").write_text("splits = ['val', 'test']\ndef score(model): return 1\n")
+    task = load_task(tmp_path / "task.py")
+    for name in ("build", "loss", "predictions", "recalibration"):
+        assert not task.has(name)
+        with pytest.raises(TaskError, match=rf"{name} is missing; add, .*\n    def {name}\("):
+            task.need(name)
+    assert task.check_split(None) == "val"
+    with pytest.raises(TaskError, match="no split 'dev', only val, test"):
+        task.check_split("dev")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:", "cannot be loaded: SyntaxError"),
+        ("import not_there_at_all", "ModuleNotFoundError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("score = 3", "score is no function"),
+        ("splits = 'val'\ndef score(m): ...", "splits is empty or no list"),
+    ],
+)
+def test_task_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    """Errors while loading a task file name it."""
+    (tmp_path / "task.py").write_text(text)
+    with pytest.raises(TaskError, match=f"task.py.*{message}"):
+        load_task(tmp_path / "task.py")
+
+
+def test_where_tasks_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, modules, objects in modules, classes and functions are tasks; others are refused."""
+    text = "class Mine:\n    main = 'b'\n    def score(self, model, split):\n"
+    text += "        return {'a': 1, 'b': 2}\n"
+    (tmp_path / "my_soup_task.py").write_text(text + "mine = Mine()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for given in ("my_soup_task:mine", "my_soup_task:Mine", f"{tmp_path}/my_soup_task.py:mine"):
+        assert load_task(given).score(None, "val").value == 2
+    assert load_task(lambda model: 0.5).score(None, "val").value == 0.5
+    with pytest.raises(TaskError, match="no such task file"):
+        load_task("nowhere.py")
+    with pytest.raises(TaskError, match="there is no module 'nowhere_at_all'"):
+        load_task("nowhere_at_all:x")
+    with pytest.raises(TaskError, match="has no 'other'"):
+        load_task("my_soup_task:other")
+
+
+def test_the_fingerprint_follows_the_code(tmp_path: Path) -> None:
+    """The same file has the same fingerprint, a changed one another."""
+    path = tmp_path / "task.py"
+    path.write_text("def score(model): return 1\n")
+    before = load_task(path).fingerprint
+    assert load_task(path).fingerprint == before
+    path.write_text("def score(model): return 2\n")
+    assert load_task(path).fingerprint != before
+
+
+def hostile(folder: Path, body: str) -> Path:
+    """Write a task whose scoring is hostile."""
+    path, _ = networks.task_file(folder)
+    text = path.read_text()
+    path.write_text(f"{text}\ndef score(model, split):\n    import os, sys, time\n    {body}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('no')", r"score failed: ValueError: no \(line \d+ of .*, in score\)"),
+        ("return 'high'", "answered with str 'high'"),
+        ("return 1.0, 2.0", "answered with tuple"),
+        ("sys.exit(0)", r"it called sys.exit\(0\)"),
+        ("print('last', flush=True); os._exit(0)", r"ended itself with status 0.*\n  \| last"),
+        ("os.abort()", "killed by signal 6"),
+        ("print('so far', flush=True); time.sleep(60)", r"longer than 3 s.*\n  \| so far"),
+        ("[print('y' * 99) for _ in range(50000)]\n    raise KeyError", r"KeyError.*(\n  \| y+)+$"),
+        ("os.fork()\n    time.sleep(0.2)\n    return 1 / 0", "ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_hostile_tasks_in_a_process(
+    tmp_path: Path, paths: list[str], body: str, message: str
+) -> None:
+    """Whatever scoring does to its process, it is named with its output; the search survives."""
+    search = SearchOptions(isolate=True, timeout=3.0)
+    task = hostile(tmp_path, body)
+    with pytest.raises(TaskError, match=f"(?s)task.py: .*{message}"):
+        greedy_soup(paths, task, output=tmp_path / "out", search=search)
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in psutil.Process().children(recursive=True) if p.name() != "ruff"]
+
+
+def test_a_fork_does_not_answer_twice(tmp_path: Path, paths: list[str]) -> None:
+    """The child of a task that forked is not taken for the task."""
+    search = SearchOptions(isolate=True)
+    task = hostile(tmp_path, "os.fork()\n    return networks.score(model)")
+    soup = greedy_soup(paths, task, output=tmp_path / "out", search=search)
+    assert soup.singles[0].score.value == networks.mean_score(paths, [0])
+
+
+def run_command(command: str, timeout: float | None = 20.0, main: str | None = None) -> Score:
+    """Score a folder by a command."""
+    return command_task(command, main=main, timeout=timeout).run("/some where", "val", None)
+
+
+@pytest.mark.parametrize(
+    ("command", "score"),
+    [
+        ("echo 0.5 # {checkpoint}", 0.5),
+        ("echo accuracy: 93.5%; echo done {checkpoint} | tr -d /", 93.5),
+        ("echo 1; echo 2; # {checkpoint}", 2.0),
+        ("""echo '{"acc": 0.25, "model": "m"}' # {checkpoint}""", 0.25),
+        ("""printf '{\\n "acc": 0.25\\n}\\n' # {checkpoint}""", 0.25),
+        ("test {checkpoint} = '/some where' && echo -1e-3", -1e-3),
+        ("yes no | head -c 6000000; echo 7 {checkpoint}", 7.0),
+        ("sleep 60 & echo 3 # {checkpoint}", 3.0),
+    ],
+)
+def test_the_last_number_of_a_command(command: str, score: float) -> None:
+    """The last number or JSON object on standard output counts, whatever else there is."""
+    started = time.monotonic()
+    assert run_command(command).value == score
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("echo oops >&2; exit 3; {checkpoint}", r"ended with status 3.*\n  \| oops"),
+        ("kill -9 $$ # {checkpoint}", "killed by SIGKILL"),
+        ("echo nothing {checkpoint}", "printed no score"),
+        ("echo 1 2 # {checkpoint}", "has 2 of them"),
+        ("echo begun; sleep 60; {checkpoint}", r"longer than 1 s.*\n  \| begun"),
+        ("""echo '{"a": 1, "b": 2}' # {checkpoint}""", "which one counts is not clear"),
+    ],
+)
+def test_commands_that_fail(command: str, message: str) -> None:
+    """A command that fails, is late or prints no score is named, with the end of its output."""
+    with pytest.raises(TaskError, match=f"(?s){message}"):
+        run_command(command, timeout=1.0)
+
+
+def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:
+    """After a timeout no process of the command is left, not even one in a session of its own."""
+    mark = tmp_path / "pids"
+    command = f"(setsid sleep 61 & echo $! >> {mark}; sleep 62 & echo $! >> {mark}; sleep 63)"
+    command += " # {checkpoint}"
+    with pytest.raises(TaskError, match="longer than"):
+        run_command(command, timeout=1.0)
+    time.sleep(0.1)
+    for pid in map(int, mark.read_text().split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> None:
+    """Each candidate has a path of its own and the bits of the soup; ingredients are not given."""
+    script = tmp_path / "eval.py"
+    script.write_text(
+        "import sys, os\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import networks\nfrom safetensors.torch import load_file\n"
+        f"open({str(tmp_path / 'log')!r}, 'a').write(sys.argv[1] + chr(10))\n"
+        "model = networks.build()\n"
+        "model.load_state_dict(load_file(sys.argv[1] + '/model.safetensors'))\n"
+        "print('score', networks.score(model.eval()))\n"
+        "open(sys.argv[1] + '/model.safetensors', 'r+b').write(b'spoiled')\n"
+        "open(sys.argv[1] + '/stray', 'w')\n"
+    )
+    before = [Path(path, "model.safetensors").read_bytes() for path in paths]
+    task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
+    soup = greedy_soup(paths, task, output=tmp_path / "out")
+    found = [trial.score.value for trial in (*soup.singles, *soup.runs[0].trials)]
+    trials = [trial.members for trial in (*soup.singles, *soup.runs[0].trials)]
+    assert found == [networks.mean_score(paths, members) for members in trials]
+    candidates = (tmp_path / "log").read_text().splitlines()
+    assert len(set(candidates)) == len(candidates) == 3
+    assert all(str(tmp_path / "out.search") in candidate for candidate in candidates)
+    assert before == [Path(path, "model.safetensors").read_bytes() for path in paths]
+    assert not (tmp_path / "out.search").exists()
+
+
+def test_lm_eval_asks_for_what_it_needs() -> None:
+    """Without the extra dependency, the message says how to get it."""
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError:
+        task = HarnessTask(("hellaswag",), 10, None, "nowhere")
+        with pytest.raises(TaskError, match=r"pip install"):
+            task.score(None, "val")
+
+
+def streamsoup(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "streamsoup", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+
+
+def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
+    """The command prints trials and a table; refuses no task and several; names a bad one."""
+    networks.task_file(tmp_path)
+    made = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "in the soup" in made.stdout
+    assert "beyond scoring" in made.stdout
+    assert "to beat" in made.stderr
+    wrong = streamsoup("greedy", *paths, "-o", "x", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "one of --task task.py, --command" in wrong.stderr
+    hostile(tmp_path, "os._exit(0)")
+    died = streamsoup("greedy", *paths, "--task", "task.py", "-o", "x", "--json", cwd=tmp_path)
+    assert died.returncode == 1
+    assert died.stdout == ""
+    assert died.stderr.startswith("error: task.py: score: the process ended itself with status 0")
+    there = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
+    assert there.returncode == 1
+    assert "--overwrite" in there.stderr

@@ -1,0 +1,179 @@
+"""Verify finds every damage: of a shard, its header, the index, a side file, the provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import command, random_model, save, save_sharded, tensor
+
+from streamsoup import Options, uniform, verify
+from streamsoup.errors import RecipeError, StreamsoupError, VerificationError
+
+
+def damage(path: Path, at: int) -> None:
+    """Flip one bit of a file."""
+    whole = bytearray(path.read_bytes())
+    whole[at] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path) -> Path:
+    """Make a soup ``out`` of two sharded ingredients with side files."""
+    for i in range(2):
+        model = random_model(i)
+        names = list(model)
+        shards = [{n: model[n] for n in names[:3]}, {n: model[n] for n in names[3:]}]
+        folder = save_sharded(tmp_path / f"m{i}", shards)
+        (folder / "config.json").write_text('{"a": 1}')
+        (folder / "sub").mkdir()
+        (folder / "sub" / "vocab.txt").write_text("x")
+    uniform([tmp_path / "m0", tmp_path / "m1"], output=tmp_path / "out")
+    return tmp_path
+
+
+def test_a_soup_as_it_was_made_passes(kitchen: Path) -> None:
+    """Nothing changed: quick and full both pass, and say what they compared."""
+    quick = verify(kitchen / "out", quick=True)
+    assert (quick.rederived, quick.n_tensors, quick.n_files) == (False, 8, 5)
+    full = verify(kitchen / "out")
+    assert full.rederived
+    assert full.nbytes_read > 2 * quick.nbytes_read
+    for options in (Options(threads=1), Options(io="read"), Options(memory="1GB")):
+        assert verify(kitchen / "out", options=options).rederived
+
+
+def test_moved_ingredients_can_be_named(kitchen: Path) -> None:
+    """Ingredients that lie elsewhere now are given in order; the wrong order does not pass."""
+    for i in range(2):
+        (kitchen / f"m{i}").rename(kitchen / f"n{i}")
+    with pytest.raises(StreamsoupError, match="m0: no such file"):
+        verify(kitchen / "out")
+    moved = [kitchen / "n0", kitchen / "n1"]
+    assert verify(kitchen / "out", ingredients=moved).rederived
+    with pytest.raises(VerificationError, match="is not the one that was used"):
+        verify(kitchen / "out", ingredients=moved[::-1])
+    with pytest.raises(RecipeError, match="1 ingredients given for a soup of 2"):
+        verify(kitchen / "out", ingredients=moved[:1])
+
+
+def test_any_damaged_byte_is_found(kitchen: Path) -> None:
+    """One flipped bit anywhere in a soup fails the quick check, which names the file."""
+    out = kitchen / "out"
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    assert len(files) == 6
+    for path in files:
+        size = path.stat().st_size
+        kept = path.read_bytes()
+        places = sorted({0, 5, size - 1, *rng.integers(0, size, 25).tolist()} & set(range(size)))
+        if path.name == "streamsoup.json":
+            # Blanks between words carry nothing.
+            places = [at for at in places if not kept[at : at + 1].isspace()]
+        for at in places:
+            damage(path, at)
+            with pytest.raises(StreamsoupError) as found:
+                verify(out, quick=True)
+            named = path.relative_to(out).as_posix()
+            assert named in str(found.value), at
+            assert str(found.value).replace("\n", "").isprintable()
+            path.write_bytes(kept)
+    assert verify(out, quick=True).n_files == 5
+
+
+def test_lost_and_strange_files_are_found(kitchen: Path) -> None:
+    """A file that is missing, cut, or replaced by a FIFO is named; nothing hangs."""
+    out = kitchen / "out"
+    shard = "model-00002-of-00002.safetensors"
+    for name in ("config.json", "sub/vocab.txt", shard, "model.safetensors.index.json"):
+        kept = (out / name).read_bytes()
+        (out / name).unlink()
+        with pytest.raises(StreamsoupError, match=Path(name).name):
+            verify(out, quick=True)
+        os.mkfifo(out / name)
+        with pytest.raises(StreamsoupError, match=Path(name).name):
+            verify(out, quick=True)
+        (out / name).unlink()
+        (out / name).write_bytes(kept[:-1])
+        with pytest.raises(VerificationError, match=Path(name).name):
+            verify(out, quick=True)
+        (out / name).write_bytes(kept)
+    (out / "streamsoup.json").unlink()
+    with pytest.raises(RecipeError, match="only a folder made by streamsoup"):
+        verify(out, quick=True)
+    os.mkfifo(out / "streamsoup.json")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        verify(out, quick=True)
+
+
+def test_a_tensor_added_or_renamed_is_found(kitchen: Path) -> None:
+    """A valid checkpoint with other tensors than were made does not pass."""
+    out = kitchen / "out"
+    shutil.copytree(out, kitchen / "changed")
+    for path in (kitchen / "changed").glob("*.safetensors*"):
+        path.unlink()
+    save(kitchen / "changed", random_model(0, extra=tensor(np.zeros(2, np.float32))))
+    with pytest.raises(VerificationError) as found:
+        verify(kitchen / "changed", quick=True)
+    message = str(found.value)
+    assert "extra in model.safetensors was not made here" in message
+    assert "model-00001-of-00002.safetensors is missing" in message
+    assert "embed.weight in model.safetensors has changed" in message
+
+
+def test_a_changed_ingredient_is_found_by_the_full_check(kitchen: Path) -> None:
+    """One bit of one ingredient: the quick check passes, the full one names it and the tensor."""
+    path = kitchen / "m1" / "model-00001-of-00002.safetensors"
+    damage(path, path.stat().st_size - 1)
+    assert not verify(kitchen / "out", quick=True).rederived
+    with pytest.raises(VerificationError) as found:
+        verify(kitchen / "out")
+    assert f"the ingredient {kitchen}/m1 is not the one that was used" in str(found.value)
+
+
+def test_a_forged_soup_is_found_by_the_full_check(kitchen: Path) -> None:
+    """A sound soup with a sound provenance still has to follow from its ingredients."""
+    other = save(kitchen / "m2", random_model(2))
+    uniform([kitchen / "m0", other], output=kitchen / "other")
+    text = (kitchen / "other" / "streamsoup.json").read_text()
+    (kitchen / "m2").rename(kitchen / "gone")
+    shutil.copytree(kitchen / "m1", kitchen / "m2")
+    assert "m2" in text
+    assert not verify(kitchen / "other", quick=True).rederived
+    with pytest.raises(VerificationError, match="derives differently from these ingredients"):
+        verify(kitchen / "other")
+
+
+def test_messages_stay_short(kitchen: Path) -> None:
+    """However many tensors changed, a page is enough, and the rest is counted."""
+    many = {f"t{i:04}": tensor(np.float32(i)) for i in range(300)}
+    save(kitchen / "a", many)
+    uniform([kitchen / "a"], output=kitchen / "soup")
+    path = kitchen / "soup" / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1200:] = bytes(x ^ 1 for x in whole[-1200:])
+    path.write_bytes(whole)
+    with pytest.raises(VerificationError) as found:
+        verify(kitchen / "soup")
+    assert len(str(found.value).splitlines()) == 14
+    assert "and 288 more" in str(found.value)
+
+
+def test_the_command_line_says_it_in_words(kitchen: Path) -> None:
+    """Exit 0 and a line for a sound soup, 1 and one error for a damaged; --json for machines."""
+    sound = command("verify", kitchen / "out")
+    assert (sound.returncode, sound.stderr) == (0, "")
+    assert sound.stdout.startswith(f"{kitchen}/out is as it was made (8 tensors derived again")
+    machine = json.loads(command("verify", kitchen / "out", "--quick", "--json").stdout)
+    assert machine["rederived"] is False
+    assert machine["n_tensors"] == 8
+    damage(kitchen / "out" / "config.json", 0)
+    broken = command("verify", kitchen / "out", "--quick")
+    assert (broken.returncode, broken.stdout) == (1, "")
+    expected = "is not what its provenance says: config.json has changed"
+    assert broken.stderr == f"error: {kitchen}/out: {expected}\n"

@@ -1,0 +1,308 @@
+"""Law 4, whole or absent: whatever happens at whatever call, and whoever else is at it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import save_sharded, tensor
+from crash import AT_EXIT, Machine, Result, restore
+
+Tree = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """Give one machine for all tests of this file."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+class Kitchen:
+    """Ingredients, the soup of an undisturbed run, and a stage to be disturbed on."""
+
+    def __init__(self, root: Path, machine: Machine) -> None:
+        self.machine = machine
+        self.ingredients = []
+        for i in range(2):
+            rng = np.random.default_rng(i)
+            shards = [
+                {
+                    f"{n}.weight": tensor(rng.standard_normal((20, 35)).astype("f4")),
+                    f"{n}.count": tensor(np.arange(3)),
+                }
+                for n in range(2)
+            ]
+            folder = save_sharded(root / f"ingredient-{i}", shards)
+            (folder / "config.json").write_text("{}")
+            (folder / "tokenizer").mkdir()
+            (folder / "tokenizer" / "vocabulary.txt").write_text("soup\n")
+            self.ingredients.append(folder)
+        self.before = root / "before"
+        self.before.mkdir()
+        self.stage = root / "stage"
+        self.output = self.stage / "soup"
+        self.command: list[str | Path] = ["uniform", *self.ingredients, "--threads", "1"]
+        self.untouched = [tree(folder) for folder in self.ingredients]
+        self.old: Tree | None = None
+        restore(self.stage, self.before)
+        assert self.cook().status == 0
+        self.new = tree(self.output)
+        restore(self.stage, self.before)
+
+    def cook(self, at: int = 0, action: str = "kill", plant: str = "") -> Result:
+        """Run the command."""
+        command = [*self.command, "-o", self.output]
+        if self.old is not None:
+            command.append("--overwrite")
+        return self.machine.run(*command, stage=self.stage, at=at, action=action, plant=plant)
+
+    def with_old_soup(self) -> None:
+        """Let there be another soup in the output's place before each run."""
+        restore(self.stage, self.before)
+        command = ["mix", *self.ingredients, "-c", "3,4", "-o", self.output]
+        assert self.machine.run(*command, stage=self.stage).status == 0
+        self.old = tree(self.output)
+        self.keep()
+
+    def half_done(self) -> None:
+        """Let a run have been killed in the middle before each run."""
+        n_calls = self.cook().n_calls
+        journal = self.stage / "soup.partial" / "journal"
+        for at in range(n_calls // 2, n_calls):
+            restore(self.stage, self.before)
+            self.cook(at)
+            if journal.exists() and journal.read_text().count("leaves") == 3:
+                self.keep()
+                return
+        raise AssertionError("no run was killed in the middle")
+
+    def keep(self) -> None:
+        shutil.rmtree(self.before)
+        shutil.copytree(self.stage, self.before)
+
+    def check_whole_or_absent(self) -> None:
+        """Fail if the output is anything but the former one, or none, or the new one."""
+        found = tree(self.output) if os.path.lexists(self.output) else None
+        assert found in (self.old, self.new), "neither whole nor absent"
+        assert [tree(folder) for folder in self.ingredients] == self.untouched
+
+    def check_mended(self) -> None:
+        """Fail unless the same command leaves the soup, and nothing else."""
+        whole = os.path.lexists(self.output) and tree(self.output) == self.new
+        again = self.cook()
+        if not (whole and "exists already" in again.stderr):
+            assert again.status == 0, again.stderr
+        assert tree(self.output) == self.new
+        assert os.listdir(self.output.parent) == ["soup"], "debris"
+
+    def disturb(self, action: str, *, step: int = 1, plant: str = "") -> list[Result]:
+        """Run the command with a failure at its first call, its second, …, until it gets through.
+
+        After each, the output is whole or absent, and the same command run again mends all.
+        With `step`, only every so many calls are tried, unless EVERY_CALL is set.
+        """
+        results = []
+        for at in range(1, 10_000, 1 if "EVERY_CALL" in os.environ else step):
+            restore(self.stage, self.before)
+            result = self.cook(at, action, plant)
+            after = Path(f"{self.stage}.after")
+            if after.exists():
+                shutil.rmtree(self.stage)
+                os.rename(after, self.stage)
+            self.check_whole_or_absent()
+            if result.n_calls < at:
+                assert result.status == 0, result.stderr
+                return results
+            assert result.stderr.count("\n") <= 1
+            assert "Traceback" not in result.stderr
+            results.append(result)
+            self.check_mended()
+        raise AssertionError("it never gets through")
+
+
+def tree(folder: Path) -> Tree:
+    """Read all files below a folder, but for the time in a provenance."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        found[name] = b"" if path.is_dir() else path.read_bytes()
+        if path.name == "streamsoup.json":
+            try:
+                provenance = json.loads(found[name])
+            except ValueError:
+                continue
+            del provenance["created"], provenance["checksum"]
+            found[name] = json.dumps(provenance).encode()
+    return found
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path, machine: Machine) -> Kitchen:
+    """Give two small sharded ingredients with side files in subfolders."""
+    return Kitchen(tmp_path, machine)
+
+
+def test_killed_at_any_call(kitchen: Kitchen) -> None:
+    """A kill at any call leaves no output or the whole one; the same command then completes it."""
+    assert len(kitchen.disturb("kill")) > 80
+
+
+def test_killed_while_replacing(kitchen: Kitchen) -> None:
+    """A kill during an --overwrite leaves the old soup or the new one."""
+    kitchen.with_old_soup()
+    kitchen.disturb("kill", step=3)
+
+
+def test_killed_while_resuming(kitchen: Kitchen) -> None:
+    """A kill of a run that resumes another is mended like the first."""
+    kitchen.half_done()
+    kitchen.disturb("kill", step=4)
+
+
+def test_killed_without_exchange(kitchen: Kitchen) -> None:
+    """Where the file system cannot exchange folders, no kill loses the old soup for good."""
+    kitchen.with_old_soup()
+    plant = "no exchange"
+    n_calls = kitchen.cook(plant=plant).n_calls
+    for at in range(n_calls - 45, n_calls + 1):
+        restore(kitchen.stage, kitchen.before)
+        kitchen.cook(at, plant=plant)
+        if not kitchen.output.exists():
+            assert tree(kitchen.stage / "soup.partial" / "old") == kitchen.old
+            # Another recipe, which fails, still leaves the old soup behind.
+            refused = ["mix", *kitchen.ingredients, "-c", "1e300,1e300", "-o", kitchen.output]
+            failed = kitchen.machine.run(*refused, "--overwrite", stage=kitchen.stage)
+            assert "too large" in failed.stderr
+        kitchen.check_whole_or_absent()
+        kitchen.check_mended()
+
+
+def test_power_cut_at_any_call(kitchen: Kitchen) -> None:
+    """What was never synced may be lost at any call; the output is whole or absent all the same."""
+    kitchen.output = kitchen.stage / "new" / "folders" / "soup"
+    results = kitchen.disturb("power", step=3)
+    assert len(results) > 30
+
+
+def test_power_cut_while_replacing(kitchen: Kitchen) -> None:
+    """A power cut during an --overwrite leaves the old soup or the new one."""
+    kitchen.with_old_soup()
+    kitchen.disturb("power", step=4)
+
+
+def test_durable_when_it_says_so(kitchen: Kitchen) -> None:
+    """Exit status 0 means that a power cut an instant later loses nothing and leaves no debris."""
+    kitchen.output = kitchen.stage / "new" / "folders" / "soup"
+    for old in (False, True):
+        if old:
+            kitchen.with_old_soup()
+        restore(kitchen.stage, kitchen.before)
+        kitchen.cook(at=AT_EXIT, action="power")
+        after = Path(f"{kitchen.stage}.after")
+        left = after / kitchen.output.relative_to(kitchen.stage)
+        assert tree(left) == kitchen.new
+        assert os.listdir(left.parent) == ["soup"]
+
+
+@pytest.mark.parametrize("action", ["ENOSPC", "ENOSPC+", "EIO", "EIO+", "EROFS+", "EDQUOT"])
+def test_failing_calls(kitchen: Kitchen, action: str) -> None:
+    """A call that fails ends in one line naming the output, unless the soup is whole by then."""
+    for result in kitchen.disturb(action, step=7):
+        if result.status == 0:
+            continue
+        assert result.status == 1
+        assert result.stderr.startswith(f"error: {kitchen.output}"), result.stderr
+        assert any(word in result.stderr for word in ("mend", "make room", "choose", "yourself"))
+
+
+def test_a_failed_sync_is_never_believed(kitchen: Kitchen) -> None:
+    """What the kernel drops when a sync fails is made again, not taken for finished."""
+    for result in kitchen.disturb("lost", step=2):
+        # Status 0: there was no sync after that call, or only one of tidying up.
+        assert result.status == 0 or "cannot be written: Input/output error" in result.stderr
+
+
+def test_a_planted_belief_in_a_failed_sync_is_found(kitchen: Kitchen) -> None:
+    """The law fails for a writer that goes on after a failed sync."""
+    with pytest.raises(AssertionError, match="neither whole nor absent"):
+        kitchen.disturb("lost", step=2, plant="sync errors pass")
+
+
+def test_short_writes(kitchen: Kitchen) -> None:
+    """Writes that take a third of what they are given make the same soup."""
+    result = kitchen.cook(at=1, action="short")
+    assert result.status == 0
+    assert tree(kitchen.output) == kitchen.new
+
+
+@pytest.mark.parametrize(("action", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_signals(kitchen: Kitchen, action: str, status: int) -> None:
+    """A signal to stop at any call ends the run in two seconds, in one line, with its status."""
+    for result in kitchen.disturb(action, step=11):
+        assert result.seconds < 2
+        if result.status != 0:  # it was done by then
+            assert result.status == status
+            assert result.stderr == (
+                f"interrupted by SIG{action}; the same command goes on from there\n"
+            )
+
+
+def test_resumes_what_is_finished(kitchen: Kitchen) -> None:
+    """The same command run again does not read again what was finished; another starts anew."""
+    kitchen.half_done()
+    restore(kitchen.stage, kitchen.before)
+    journal = kitchen.stage / "soup.partial" / "journal"
+    begun = journal.read_text().splitlines()[:-1]  # the kill may have torn the last
+    kitchen.cook(at=60)
+    assert len(begun) > 2
+    assert journal.read_text().splitlines()[: len(begun)] == begun
+    other = ["mix", *kitchen.ingredients, "-c", "3,4", "-o", kitchen.output]
+    assert kitchen.machine.run(*other, stage=kitchen.stage).status == 0
+    assert tree(kitchen.output) != kitchen.new
+    assert os.listdir(kitchen.stage) == ["soup"]
+
+
+def test_damaged_work_is_made_again(kitchen: Kitchen) -> None:
+    """A note is believed only if the bytes match it."""
+    kitchen.half_done()
+    restore(kitchen.stage, kitchen.before)
+    _damage(kitchen)
+    assert kitchen.cook().status == 0
+    assert tree(kitchen.output) == kitchen.new
+
+
+def _damage(kitchen: Kitchen) -> None:
+    for file in (kitchen.stage / "soup.partial" / "soup").glob("*.safetensors"):
+        with open(file, "r+b") as opened:
+            opened.seek(-2800, os.SEEK_END)
+            opened.write(b"\xff" * 2800)
+
+
+def test_a_planted_write_in_place_is_found(kitchen: Kitchen) -> None:
+    """The law fails for a writer that works in the output itself."""
+    with pytest.raises(AssertionError, match="neither whole nor absent"):
+        kitchen.disturb("kill", step=3, plant="writes in place")
+
+
+@pytest.mark.parametrize("plant", ["no sync of shards", "no sync of folders"])
+def test_a_planted_lack_of_sync_is_found(kitchen: Kitchen, plant: str) -> None:
+    """The law of durability fails for a writer that does not sync."""
+    kitchen.cook(at=AT_EXIT, action="power", plant=plant)
+    left = Path(f"{kitchen.stage}.after") / "soup"
+    assert not left.exists() or tree(left) != kitchen.new
+
+
+def test_a_planted_belief_is_found(kitchen: Kitchen) -> None:
+    """Notes that are believed unseen make another soup of damaged work."""
+    kitchen.half_done()
+    restore(kitchen.stage, kitchen.before)
+    _damage(kitchen)
+    assert kitchen.cook(plant="believes its notes").status == 0
+    assert tree(kitchen.output) != kitchen.new
