@@ -64,6 +64,16 @@ _bits64 = _bitcast(types.float64, types.uint64, ir.IntType(64))
 
 
 @intrinsic
+def _to_half(typing: Any, value: Any) -> Any:
+    """Round a float32 to a float16's bits, with the processor's own conversion."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
 def _from_half(typing: Any, bits: Any) -> Any:
     """Give the value of a float16's bits, exactly, with the processor's own conversion."""
 
@@ -114,64 +124,74 @@ def _widen(bits: Any, way: int, nan: int) -> Any:
 
 
 @numba.njit(forceinline=True)
-def _from_e4m3(bits: Any) -> Any:
-    """Give 2^-8 of an E4M3 value, exactly, in float32; something else for NaN."""
+def _widen_small(bits: Any, way: int) -> Any:
+    """Give the value of a 16- or 8-bit float, exactly, in float32; of E4M3, 2^-8 of it."""
+    if way == _BF16:
+        return _as_float32(np.uint32(np.uint32(bits) << np.uint32(16)))
+    if way == _F16:
+        return _from_half(np.uint16(bits))
+    if way == _E5M2:  # the upper byte of a float16
+        return _from_half(np.uint16(np.uint16(bits) << np.uint16(8)))
     return _from_half(np.uint16((np.int32(np.int8(bits)) << np.int32(7)) & np.int32(0xBFFF)))
 
 
 @numba.njit(forceinline=True)
-def _has_nan_e4m3(address: int, n: int) -> bool:
-    """Whether one of `n` E4M3 values is NaN: its seven lower bits are all set."""
-    words = numba.carray(_pointer(address, types.uint64), (n // 8,))
-    found = np.uint64(0)
-    for j in range(n // 8):
-        found |= (words[j] & np.uint64(0x7F7F7F7F7F7F7F7F)) + np.uint64(0x0101010101010101)
-    rest = numba.carray(_pointer(address + n // 8 * 8, types.uint8), (n % 8,))
-    for j in range(n % 8):
-        found |= (np.uint64(rest[j]) & np.uint64(0x7F)) + np.uint64(1)
-    return found & np.uint64(0x8080808080808080) != np.uint64(0)
+def _narrow_small(value: Any, way: int, nbits: int, fraction: int, bias: int) -> Any:
+    """Round a float32 that is finite, and stays so, to the bits of a 16- or 8-bit float."""
+    if way == _F16:
+        return _to_half(value)
+    bits = _bits32(value)
+    shift = np.uint32(23 - fraction)
+    below_half = np.uint32((1 << (22 - fraction)) - 1)
+    if way == _BF16:  # the upper half of a float32
+        return (bits + below_half + ((bits >> shift) & np.uint32(1))) >> shift
+    sign = (bits >> np.uint32(32 - nbits)) & np.uint32(1 << (nbits - 1))
+    absolute = bits & np.uint32(0x7FFFFFFF)
+    code = (absolute + below_half + ((absolute >> shift) & np.uint32(1))) >> shift
+    code -= np.uint32((127 - bias) << fraction)
+    # Below the smallest normal the spacing is fixed: adding 2^23 leaves the rounded multiple.
+    scale = _as_float32(np.uint32((127 + bias - 1 + fraction) << 23))
+    small = _bits32(abs(value) * scale + np.float32(8388608.0)) & np.uint32((1 << 23) - 1)
+    return (small if absolute < np.uint32((127 + 1 - bias) << 23) else code) | sign
 
 
 @numba.njit(forceinline=True)
-def _sum_e4m3(addresses: Any, start: int, acc: Any, part: Any, m: int) -> bool:
-    """Start the sums, by way of float32 sums of 64 inputs; False, and nothing, if one holds NaN.
+def _sum_small(inputs: Any, m: int, sums: Any, ends: Any, word: Any, way: int, mask: int) -> None:
+    """Add up 16- or 8-bit floats in float32; find the range of each element's magnitudes.
 
-    All E4M3 values are multiples of 2^-9 below 2^9, so that sums of 64 of them are below 2^24
-    multiples: float32 holds them exactly, and in any order; twice the lanes, half the widening.
+    `inputs` holds addresses, a multiple of four. `ends` becomes the largest magnitude, as bits,
+    and, `BLOCK` further on, one less than the smallest but zero.
     """
-    k = len(addresses)
-    for i in range(k):
-        if _has_nan_e4m3(addresses[i] + start, m):
-            return False
-    for begin in range(0, k, 64):
-        end = min(begin + 64, k)
-        x0 = numba.carray(_pointer(addresses[begin] + start, types.uint8), (m,))
-        for j in range(m):
-            part[j] = _from_e4m3(x0[j])
-        i = begin + 1
-        while i + 4 <= end:
-            x0 = numba.carray(_pointer(addresses[i] + start, types.uint8), (m,))
-            x1 = numba.carray(_pointer(addresses[i + 1] + start, types.uint8), (m,))
-            x2 = numba.carray(_pointer(addresses[i + 2] + start, types.uint8), (m,))
-            x3 = numba.carray(_pointer(addresses[i + 3] + start, types.uint8), (m,))
+    one, magnitude = word(1), word(mask)
+    for i in range(0, len(inputs), 4):
+        x0 = numba.carray(_pointer(inputs[i], word), (m,))
+        x1 = numba.carray(_pointer(inputs[i + 1], word), (m,))
+        x2 = numba.carray(_pointer(inputs[i + 2], word), (m,))
+        x3 = numba.carray(_pointer(inputs[i + 3], word), (m,))
+        if i == 0:
             for j in range(m):
-                total = part[j] + _from_e4m3(x0[j])
-                total += _from_e4m3(x1[j])
-                total += _from_e4m3(x2[j])
-                part[j] = total + _from_e4m3(x3[j])
-            i += 4
-        while i < end:
-            x0 = numba.carray(_pointer(addresses[i] + start, types.uint8), (m,))
+                a0, a1 = word(x0[j] & magnitude), word(x1[j] & magnitude)
+                a2, a3 = word(x2[j] & magnitude), word(x3[j] & magnitude)
+                ends[j] = max(max(a0, a1), max(a2, a3))
+                b01 = min(word(a0 - one), word(a1 - one))
+                b23 = min(word(a2 - one), word(a3 - one))
+                ends[BLOCK + j] = min(b01, b23)
             for j in range(m):
-                part[j] += _from_e4m3(x0[j])
-            i += 1
-        if begin == 0:
-            for j in range(m):
-                acc[j] = np.float64(part[j]) * 256.0
+                total = _widen_small(x0[j], way) + _widen_small(x1[j], way)
+                sums[j] = total + _widen_small(x2[j], way) + _widen_small(x3[j], way)
         else:
             for j in range(m):
-                acc[j] += np.float64(part[j]) * 256.0
-    return True
+                a0, a1 = word(x0[j] & magnitude), word(x1[j] & magnitude)
+                a2, a3 = word(x2[j] & magnitude), word(x3[j] & magnitude)
+                ends[j] = max(max(max(a0, a1), max(a2, a3)), ends[j])
+                b01 = min(word(a0 - one), word(a1 - one))
+                b23 = min(word(a2 - one), word(a3 - one))
+                ends[BLOCK + j] = min(min(b01, b23), ends[BLOCK + j])
+            for j in range(m):
+                total = sums[j] + _widen_small(x0[j], way)
+                total += _widen_small(x1[j], way)
+                total += _widen_small(x2[j], way)
+                sums[j] = total + _widen_small(x3[j], way)
 
 
 @numba.njit(forceinline=True)
@@ -206,7 +226,10 @@ def _narrow(
 
 def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
     """Compile one kernel. It closes over plain numbers only, which are constants to LLVM."""
-    way, nbits, _, _, _, _, nan = source
+    way, nbits, fraction, bias, _, _, nan = source
+    small = source == output and nbits <= 16
+    largest_bits = (1 << (nbits - 1)) - 1
+    huge = (255 - 8) << 7 if way == _BF16 else (nan if way == _E4M3 else 31 << fraction)
     to_way, to_nbits, to_fraction, to_bias, to_largest, to_overflow, to_nan = output
     word, to_word = _WORDS[nbits], _WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
@@ -229,7 +252,10 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         factors = numba.carray(_pointer(factors_at, types.float64), (k,))
         first = numba.carray(_pointer(scratch_at + 8 * BLOCK, types.uint64), (BLOCK,))
         equal = numba.carray(_pointer(scratch_at + 16 * BLOCK, types.uint64), (BLOCK,))
-        part = numba.carray(_pointer(scratch_at + 8 * BLOCK, types.float32), (BLOCK,))
+        part = numba.carray(_pointer(scratch_at, types.float32), (BLOCK,))
+        ends = numba.carray(_pointer(scratch_at + 8 * BLOCK, word), (2 * BLOCK,))
+        zeros = numba.carray(_pointer(scratch_at + 12 * BLOCK, word), (BLOCK,))
+        here = numba.carray(_pointer(scratch_at + 16 * BLOCK, types.int64), (128,))
         plain = True
         for i in range(k):
             plain = plain and factors[i] == 1.0
@@ -239,17 +265,60 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         reciprocal = 1.0 / divisor
         mantissa = _bits64(divisor) & np.uint64((1 << 52) - 1)
         exact = mantissa == np.uint64(0) and abs(divisor) >= 1.0 and abs(divisor) <= 2.0**100
+        in_float32 = small and plain and divisor == k and k <= 128 and fresh != 0 and output != 0
+        divisor32 = np.float32(divisor * (2.0**-8 if way == _E4M3 else 1.0))
+        reciprocal32 = np.float32(1.0) / divisor32
+        if in_float32:
+            for j in range(BLOCK):
+                zeros[j] = word(largest_bits + 1)
+            for i in range(k, 128):
+                here[i] = scratch_at + 12 * BLOCK
+        n_doublings = 0
+        while (1 << n_doublings) < k:
+            n_doublings += 1
+        limit = (23 - fraction - n_doublings) << fraction
         worst = np.uint64(0)
         for start in range(0, n, BLOCK):
             m = min(BLOCK, n - start)
             acc_at = sums_at + 8 * start if sums_at != 0 else scratch_at
             acc = numba.carray(_pointer(acc_at, types.float64), (m,))
             i = 0
-            # Only from the start: sums begun by others need not be exact.
-            exact_sums = way == _E4M3 and plain and fresh != 0
-            if exact_sums and _sum_e4m3(addresses, start, acc, part, m):
-                i = k
-            elif fresh != 0:
+            if in_float32:
+                at = start * size
+                for i in range(k):
+                    here[i] = addresses[i] + at
+                _sum_small(here[:-(-k // 4) * 4], m, part, ends, word, way, largest_bits)
+                y = numba.carray(_pointer(output + at, word), (m,))
+                if exact:
+                    for j in range(m):
+                        value = part[j] * reciprocal32
+                        y[j] = word(_narrow_small(value, way, nbits, fraction, bias))
+                else:
+                    for j in range(m):
+                        value = part[j] / divisor32
+                        y[j] = word(_narrow_small(value, way, nbits, fraction, bias))
+                widest, top = word(0), word(0)
+                for j in range(m):
+                    widest = max(widest, word(ends[j] - word(ends[BLOCK + j] + word(1))))
+                    top = max(top, ends[j])
+                if widest < word(limit) and top < word(huge):
+                    continue
+                for j in range(m):
+                    spread = word(ends[j] - word(ends[BLOCK + j] + word(1)))
+                    if spread < word(limit) and ends[j] < word(huge):
+                        continue
+                    total = 0.0
+                    for i in range(k):
+                        x0 = numba.carray(_pointer(here[i], word), (m,))
+                        value64 = _widen(x0[j], way, nan)
+                        total = value64 if i == 0 else total + value64
+                    bits, magnitude = _narrow(
+                        total / divisor, to_way, to_nbits, to_fraction, to_bias, to_overflow, to_nan
+                    )
+                    y[j] = word(bits)
+                    worst = max(worst, magnitude)
+                continue
+            if fresh != 0:
                 x0 = numba.carray(_pointer(addresses[0] + start * size, word), (m,))
                 factor = factors[0]
                 if plain:
