@@ -362,20 +362,44 @@ def test_all_kernels_give_the_same_bits(source: str, output: str) -> None:
             assert (in_reference(few, a, factors, divisor, b) == ours[:300]).all()
 
 
-@pytest.mark.parametrize("k", [1, 5, 64, 65, 130])
-def test_sums_of_e4m3_in_float32_are_exact(k: int) -> None:
-    """The compiled kernel's shortcut for E4M3 gives the bits of numpy's float64 sums."""
+@by_small
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 13, 64, 127, 128, 129])
+def test_means_by_way_of_float32_are_those_of_float64(dtype: DType, k: int) -> None:
+    """The compiled kernel's shortcut gives numpy's bits, at the ends of where it is exact too."""
     rng = np.random.default_rng(k)
-    dtype = DTYPES["F8_E4M3"]
-    inputs = [rng.integers(0, 0x7F, 5003).astype(np.uint8) for _ in range(k)]
-    for x in inputs:
-        x[:3000] = 0x7E  # the largest: sums reach the most that float32 may hold
-        x[2900:] |= (rng.integers(0, 2, 2103) << 7).astype(np.uint8)
-        x[-5:] = 0x80
-    inputs[-1][4500] = 0x7F  # in a block of its own, without the shortcut
-    for output in ("F32", "F8_E4M3"):
-        ours = in_numpy(inputs, dtype, [1.0] * k, float(k), DTYPES[output])
-        assert (in_numba(inputs, dtype, [1.0] * k, float(k), DTYPES[output]) == ours).all()
+    fraction = dtype.fraction or 0
+    n, top = 9000, dtype.largest >> fraction
+    # How far exponents lie apart grows along the tensor: none, a few, and most elements are wide.
+    spread = np.linspace(0, top, n).astype(np.int64)
+    high = rng.integers(0, top + 1, n)
+    exponents = np.maximum(high - rng.integers(0, spread + 1, (k, n)), 0)
+    codes = (exponents << fraction) + rng.integers(0, 1 << fraction, (k, n))
+    codes = np.minimum(codes, dtype.largest) | (rng.integers(0, 2, (k, n)) << (dtype.nbits - 1))
+    codes[:, ::7] = codes[:1, ::7]  # the same in all
+    codes[rng.random((k, n)) < 0.05] = 0
+    codes[:, ::11] = 1 << (dtype.nbits - 1)  # -0 in all
+    codes[-1, ::997] = dtype.nan
+    codes[0, ::1993] = dtype.overflow
+    codes[:, -700:] = dtype.largest
+    inputs = list(codes.astype(WORDS[dtype.nbits]))
+    for divisor in (float(k), 3.0):
+        ours = in_numpy(inputs, dtype, [1.0] * k, divisor, dtype)
+        assert (in_numba(inputs, dtype, [1.0] * k, divisor, dtype) == ours).all()
+
+
+@pytest.mark.parametrize(("name", "tie", "tiny"), [("BF16", -6, -30), ("F16", -9, -24)])
+def test_what_float32_would_lose_decides_a_tie(name: str, tie: int, tiny: int) -> None:
+    """4 + 2ᵗ is halfway when divided by 4; a value too small for a float32 sum lifts it up."""
+    dtype = DTYPES[name]
+    values = [4.0, 2.0**tie, 2.0**tiny, 0.0]
+    assert np.float32(values[0] + values[1]) + np.float32(values[2]) == values[0] + values[1]
+    inputs = [np.full(1000, reference.narrow(value, dtype), np.uint16) for value in values]
+    for column in inputs:
+        column[1:] = inputs[0][0]  # one wide element among others that are not
+    one = reference.narrow(1.0, dtype)
+    assert in_numba(inputs, dtype, [1.0] * 4, 4.0, dtype)[0] == one + 1
+    inputs[2][0] = 0
+    assert in_numba(inputs, dtype, [1.0] * 4, 4.0, dtype)[0] == one
 
 
 def test_a_wrong_kernel_would_be_caught() -> None:

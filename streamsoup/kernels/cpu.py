@@ -141,8 +141,8 @@ def _cache_name(source: DType, output: DType) -> str:
     features: Any = llvm.get_host_cpu_features()
     parts = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features.flatten()]
     parts += [llvm.get_default_triple(), str(os.environ.get("NUMBA_CPU_NAME"))]
-    for room in (__file__, os.path.join(os.path.dirname(__file__), "loops.py")):
-        with open(room, encoding="utf-8") as file:
+    for room in ("bits.py", "cpu.py", "loops.py"):
+        with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())
     key = xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
     return f"mix-{source.name}-{output.name}-{key}.o".lower()
