@@ -186,24 +186,18 @@ def _growth(rows: Sequence[Row]) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> str:
-    cases = list(dict.fromkeys(row["case"] for row in rows if row["task"] == "kernels"))
+    mine = [row for row in rows if row["task"] == "kernels"]
+    last = max((row["session"] for row in mine), default="")
+    mine = [row for row in mine if row["session"] == last]
     lines = []
-    for case in cases:
-        found = latest(rows, "kernels", case)
-        share = ""
-        if "limit_gb_per_s" in found[0] and "memory" in case:
-            shares = [row["gb_per_s"] / row["limit_gb_per_s"] for row in found]
-            share = f"{statistics.median(shares):.2f}"
-        lines.append([case, _spread(found, "gb_per_s"), share])
-    head = ["data", "GB/s of input: median (least–most)", "share of memory bandwidth"]
-    return (
-        "### Kernels alone, 8 ingredients\n\n"
-        + _table([head, *lines])
-        + "\n\n"
-        + _about(latest(rows, "kernels", cases[-1]))
-        if lines
-        else ""
-    )
+    for case in dict.fromkeys(row["case"] for row in mine):
+        found = [row for row in mine if row["case"] == case]
+        shares = [row["gb_per_s"] / row["limit_gb_per_s"] for row in found]
+        lines.append([case, *(_spread(found, key) for key in ("gb_per_s", "limit_gb_per_s"))])
+        lines[-1].append(f"{statistics.median(shares):.2f}")
+    head = ["ingredients", "GB/s of input: median (least–most)", "memory, GB/s", "share"]
+    title = "### Kernels alone, 8 ingredients"
+    return "\n\n".join([title, _table([head, *lines]), _about(mine)]) if lines else ""
 
 
 def _startup(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
-"""How fast are the kernels alone, beside memory: data in memory, and data in a core's cache?
+"""How fast are the kernels alone, beside the bandwidth of reading memory?
 
-``memory``: all cores, inputs far larger than any cache, beside the bandwidth of reading memory.
-``cache``: one core, inputs that fit its second cache, in processor time: what the arithmetic costs.
+All cores, inputs far larger than any cache: fine-tunes of one base, as in `checkpoints`; and, for
+bfloat16, strangers to each other, whose sums are less often exact in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.limits import memory
+from benchmarks.measure import settle
 from benchmarks.rows import Session
 
 __all__ = ["run"]
@@ -34,74 +35,81 @@ def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
     n_cpus = len(os.sched_getaffinity(0))
     dtypes = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
     mixers = {name: mixer(DTYPES[name], DTYPES[name]) for name in dtypes}
-    rates: dict[tuple[str, str], list[float]] = {}
+    rates: dict[str, list[float]] = {}
     for round_ in range(rounds):
-        limit = memory(n_cpus)
-        session.add("kernels", "memory", "read by all cores", round=round_, gb_per_s=limit / 1e9)
-        for name in dtypes:
+        for name, strangers in [*((name, False) for name in dtypes), ("BF16", True)]:
+            case = name.lower() + (", strangers" if strangers else "")
             size = DTYPES[name].itemsize
-            inputs = _inputs(name, size, nbytes)
-            for where, n_threads in (("memory", n_cpus), ("cache", 1)):
-                rate = _rate(mixers[name], inputs, size, where, n_threads)
-                rates.setdefault((name, where), []).append(rate)
-                session.add(
-                    "kernels",
-                    "streamsoup",
-                    f"{name.lower()}, in {where}",
-                    round=round_,
-                    n=K,
-                    n_threads=n_threads,
-                    gb_per_s=rate / 1e9,
-                    limit_gb_per_s=limit / 1e9,
-                )
-    for (name, where), each in rates.items():
-        print(f"{name:8} {where:6} {statistics.median(each) / 1e9:6.1f} GB/s", file=sys.stderr)
+            inputs = _inputs(name, size, nbytes, strangers=strangers)
+            settle()
+            limit = memory(n_cpus)
+            rate = _rate(mixers[name], inputs, size, n_cpus)
+            rates.setdefault(case, []).append(rate / limit)
+            session.add(
+                "kernels",
+                "streamsoup",
+                case,
+                round=round_,
+                n=K,
+                n_threads=n_cpus,
+                gb_per_s=rate / 1e9,
+                limit_gb_per_s=limit / 1e9,
+            )
+    for case, each in rates.items():
+        print(f"{case:16} {statistics.median(each):6.2f} of memory bandwidth", file=sys.stderr)
 
 
-def _inputs(name: str, size: int, nbytes: int) -> list[NDArray[np.uint8]]:
-    """Make inputs of ordinary values: none is a NaN, few are subnormal."""
+def _inputs(
+    name: str, size: int, nbytes: int, *, strangers: bool = False
+) -> list[NDArray[np.uint8]]:
+    """Make ingredients of ordinary values: none is a NaN, few are subnormal."""
     n = nbytes // K // size
     rng = np.random.default_rng(0)
-    values = rng.standard_normal(1 << 20, dtype=np.float32) * np.float32(0.02)
+    base = rng.standard_normal(1 << 20, dtype=np.float32) * np.float32(0.02)
+    inputs = []
+    for i in range(K):
+        own = rng.standard_normal(len(base), dtype=np.float32) * np.float32(0.002)
+        values = np.roll(base, i) if strangers else base + own
+        inputs.append(np.resize(_words(name, values), n * size))
+    return inputs
+
+
+def _words(name: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Give the bytes of values in a dtype; where it is coarser, cut off rather than rounded."""
     if name == "F64":
-        words = values.astype(np.float64).view(np.uint8)
-    elif name == "F32":
-        words = values.view(np.uint8)
-    elif name == "BF16":
-        words = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    elif name == "F16":
-        words = values.astype(np.float16).view(np.uint8)
-    else:
-        words = rng.integers(0, 0x70, 1 << 20).astype(np.uint8)
-    return [np.resize(np.roll(words, i * size), n * size) for i in range(K)]
+        return values.astype(np.float64).view(np.uint8)
+    if name == "F32":
+        return values.view(np.uint8)
+    if name == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    halves = values.astype(np.float16)
+    if name == "F16":
+        return halves.view(np.uint8)
+    if name == "F8_E5M2":
+        return (halves.view(np.uint16) >> 8).astype(np.uint8)
+    # E4M3, whose exponents reach from 2^-6: scaled up, as whoever casts to it does.
+    bits = (values * np.float32(2.0**-112)).view(np.uint32)
+    return (((bits >> 24) & 0x80) | ((bits & 0x7FFFFFFF) >> 20)).astype(np.uint8)
 
 
 def _rate(
-    mix: Callable[..., bool], inputs: list[NDArray[np.uint8]], size: int, where: str, n_threads: int
+    mix: Callable[..., bool], inputs: list[NDArray[np.uint8]], size: int, n_threads: int
 ) -> float:
     """Give bytes of input per second."""
-    block = BLOCK if where == "memory" else (1 << 19) // (K + 1) // size
     n = len(inputs[0]) // size
-    starts = list(range(0, n - block + 1, block))
-    if where == "cache":
-        starts = [0] * len(starts)
-    todo, lock = iter(starts), threading.Lock()
+    todo, lock = iter(range(0, n - BLOCK + 1, BLOCK)), threading.Lock()
     nothing, ones = np.empty(0), np.ones(K)
     bases = np.array([each.ctypes.data for each in inputs], np.int64)
 
-    spent: list[float] = []
-
     def work() -> None:
-        began = time.thread_time()
-        output = np.empty(block * size, np.uint8)
+        output = np.empty(BLOCK * size, np.uint8)
         at = output.ctypes.data
         while True:
             with lock:
                 start = next(todo, None)
             if start is None:
-                spent.append(time.thread_time() - began)
                 return
-            mix(nothing, bases + start * size, ones, True, float(K), at, block)
+            mix(nothing, bases + start * size, ones, True, float(K), at, BLOCK)
 
     threads = [threading.Thread(target=work) for _ in range(n_threads)]
     started = time.perf_counter()
@@ -109,5 +117,4 @@ def _rate(
         thread.start()
     for thread in threads:
         thread.join()
-    elapsed = time.perf_counter() - started if where == "memory" else sum(spent)
-    return len(starts) * block * size * K / elapsed
+    return n // BLOCK * BLOCK * size * K / (time.perf_counter() - started)
