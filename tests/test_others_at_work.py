@@ -169,6 +169,17 @@ def test_stopped_by_a_signal(tmp_path: Path, whom: str, name: str, status: int) 
     assert not (tmp_path / "soup").exists()
 
 
+def test_stopped_before_it_begins(tmp_path: Path) -> None:
+    """Ctrl-C while the command line is still being imported ends in one line, too."""
+    # The first thing the command line imports: this one is interrupted.
+    (tmp_path / "click.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert run("uniform", "a", "-o", "b", env=os.environ | {"PYTHONPATH": path}) == (
+        130,
+        "interrupted\n",
+    )
+
+
 def test_nohup_is_respected(tmp_path: Path) -> None:
     """A signal that was ignored when the command started stays ignored."""
     a = small(tmp_path / "a")
