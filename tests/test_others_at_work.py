@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import content, save, tensor
 
+from streamsoup.destination import check_output
 from streamsoup.errors import OutputError
+from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.soups.fixed import uniform
 
@@ -309,6 +313,63 @@ def test_never_into_an_ingredient(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             with pytest.raises(OutputError):
                 uniform(given, output=output, options=Options(overwrite=True))
             assert listing(tmp_path) == before, output
+
+
+def test_a_disk_that_hides_something_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be looked at may be an ingredient: it is neither replaced nor cleared."""
+    a = small(tmp_path / "soup" / "deep" / "a")
+    (tmp_path / "soup" / "x.safetensors").write_bytes(b"")
+    before = listing(tmp_path)
+    opened = open_ingredients([a])
+    scandir, stat = os.scandir, os.stat
+
+    def fail(path: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    def blind_scandir(path: str) -> object:
+        return fail(path) if str(path).endswith("deep") else scandir(path)
+
+    def blind_stat(path: str, **named: Any) -> object:
+        return fail(path) if str(path).endswith("model.safetensors") else stat(path, **named)
+
+    for name, blind in (("scandir", blind_scandir), ("stat", blind_stat)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, blind)
+            with pytest.raises(OSError, match="Input/output error"):
+                check_output(str(tmp_path / "soup"), opened, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_only_a_lone_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """--overwrite spares a folder of something else, and one of several checkpoints."""
+    a = small(tmp_path / "a")
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter-1.tex").write_text("x")
+    training = small(tmp_path / "training")
+    small(training / "checkpoint-500", seed=1)
+    legacy = small(tmp_path / "legacy")
+    (legacy / "original").mkdir()
+    (legacy / "original" / "consolidated.00.pth").write_text("x")
+    before = listing(tmp_path)
+    for output, reason in (
+        (thesis, "is no checkpoint"),
+        (training, "more than one checkpoint (checkpoint-500)"),
+        (legacy, "more than one checkpoint (original)"),
+    ):
+        status, stderr = run("uniform", a, a, "-o", output, "--overwrite")
+        assert status == 1
+        assert f"{output}: " in stderr
+        assert reason in stderr
+        assert listing(tmp_path) == before
+    soup = small(tmp_path / "soup")
+    (soup / "tokenizer").mkdir()
+    (soup / "tokenizer" / "vocab.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for output in (soup, tmp_path / "empty"):
+        assert run("uniform", a, a, "-o", output, "--overwrite") == (0, "")
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
