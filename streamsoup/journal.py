@@ -93,8 +93,9 @@ class Journal:
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            # Forgotten first: even a close that fails gives the number back, for others to use.
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
     def _count(self, record: dict[str, Any]) -> None:
         self.first = self.first if self.n_records else record

@@ -291,8 +291,8 @@ class Staging:
         if self._journal is not None:
             self._journal.close()
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            lock, self._lock = self._lock, -1
+            os.close(lock)
 
 
 def remove_any(path: str) -> None:

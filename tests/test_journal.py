@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def test_what_was_not_synced_is_taken_back(path: Path, monkeypatch: pytest.Monke
             journal.append({"more": 1})
         assert list(journal) == RECORDS
     assert read(path) == RECORDS
+
+
+def test_a_failed_close_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second close could hit a file that another thread has opened meanwhile."""
+    close = os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(5, "Input/output error")
+
+    journal = Journal(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            journal.close()
+        journal.close()
 
 
 def test_a_planted_lack_of_a_checksum_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
