@@ -8,13 +8,18 @@ import sys
 
 def main() -> None:
     """Run the command line, and exit with its status."""
-    from streamsoup.cli import cli
+    try:
+        from streamsoup.cli import cli
 
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a character must not turn a finished soup into a failure.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.exit(cli())
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that lacks a character must not turn a finished soup into a failure.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        status = cli()
+    except KeyboardInterrupt:  # while the command line itself was still being imported
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
-from streamsoup.errors import OutputError, OutputExistsError, printable
+from streamsoup.errors import OutputError, OutputExistsError, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.recipe import PROVENANCE_NAME
 
 __all__ = ["check_output", "check_replaceable", "exists_already"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _Id = tuple[int, int]
 """Device and inode: the same for every path to a file or folder, bind mounts included."""
@@ -75,13 +78,23 @@ def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
 
 
 def check_replaceable(target: str) -> None:
-    """Let only a folder be replaced that is empty or a checkpoint, and that nobody stands in."""
+    """Let only a folder be replaced that is empty or one checkpoint, and that nobody stands in."""
     where = printable(target)
     names = os.listdir(target)
     if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
         raise OutputExistsError(
             f"{where}: is no checkpoint, so --overwrite does not replace it; "
             "choose another folder or remove it yourself"
+        )
+    others = [
+        os.path.relpath(at, target)
+        for at, _, files in os.walk(target, onerror=_fail)
+        if at != target and any(file.endswith(_WEIGHTS) for file in files)
+    ]
+    if others:
+        raise OutputExistsError(
+            f"{where}: holds more than one checkpoint ({some(sorted(others))}), so --overwrite "
+            "does not replace it; choose another folder or remove it yourself"
         )
     if _id(target) in _ids_above(os.getcwd()) or os.path.ismount(target):
         raise OutputExistsError(f"{where}: is in use as a folder to work in; choose another")
@@ -92,27 +105,38 @@ def _id(path: str) -> _Id:
     return status.st_dev, status.st_ino
 
 
+def _ids(paths: Sequence[str]) -> set[_Id]:
+    """Identify what `paths` lead to, where they lead to something."""
+    found = set()
+    for path in paths:
+        try:
+            found.add(_id(path))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+    return found
+
+
+def _fail(error: OSError) -> None:
+    """Stop a walk at a folder that cannot be listed: it may hold an ingredient."""
+    if error.errno != errno.ENOTDIR:
+        raise error
+
+
 def _ids_inside(folder: str) -> set[_Id]:
     """Identify all files below a folder; those that symbolic links lead to, too."""
-    found = set()
-    for at, _, names in os.walk(folder):
-        for name in names:
-            try:
-                found.add(_id(os.path.join(at, name)))
-            except OSError:
-                pass  # a link that leads nowhere
+    found: set[_Id] = set()
+    for at, _, names in os.walk(folder, onerror=_fail):
+        found |= _ids([os.path.join(at, name) for name in names])
     return found
 
 
 def _ids_above(path: str) -> set[_Id]:
     """Identify the folders that `path` lies in, itself included, as far as they exist."""
-    found = set()
+    found: set[_Id] = set()
     at = os.path.realpath(path)
     while True:
-        try:
-            found.add(_id(at))
-        except OSError:
-            pass
+        found |= _ids([at])
         above = os.path.dirname(at)
         if above == at:
             return found

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -26,19 +27,33 @@ class Journal:
     """The records of a file, and the means to add one. Not safe for several writers."""
 
     def __init__(self, path: str) -> None:
-        """Open or create the journal at `path`; read its records, and drop a torn tail.
+        """Open or create the journal at `path`, check its records, and drop a torn tail.
 
-        Raises `ResumeError` if a record is damaged. Costs a read of the whole file.
+        Raises `ResumeError` if a record is damaged. Costs a read of the whole file, and holds one
+        record at a time: those of a large soup would fill the memory.
         """
         self.path = path
+        self.n_records = 0
+        self.first: dict[str, Any] = {}
+        """The first record; empty if there is none."""
+        self.last: dict[str, Any] = {}
+        """The last record; empty if there is none."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o666)
         try:
-            self.records, nbytes = _parse(_read_all(self._descriptor), path)
+            nbytes = 0
+            for record, end in _parse(self._descriptor, path):
+                self._count(record)
+                nbytes = end
             os.ftruncate(self._descriptor, nbytes)
         except BaseException:
             os.close(self._descriptor)
             raise
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read the records again, one after the other."""
+        for record, _ in _parse(self._descriptor, self.path):
+            yield record
 
     def __enter__(self) -> Journal:
         """Give the journal itself."""
@@ -69,7 +84,7 @@ class Journal:
             # The cache would still show what is not on disk.
             os.ftruncate(self._descriptor, nbytes)
             raise
-        self.records.append(record)
+        self._count(record)
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
@@ -78,8 +93,14 @@ class Journal:
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            # Forgotten first: even a close that fails gives the number back, for others to use.
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self.first = self.first if self.n_records else record
+        self.last = record
+        self.n_records += 1
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -87,28 +108,29 @@ def _encode(record: dict[str, Any]) -> bytes:
     return b"%08x %d %b\n" % (zlib.crc32(text), len(text), text)
 
 
-def _parse(content: bytes, path: str) -> tuple[list[dict[str, Any]], int]:
-    """Give the records, and the length of the content they fill."""
-    records: list[dict[str, Any]] = []
-    position = 0
-    while position < len(content):
-        end = content.find(b"\n", position)
-        # Only a line without its end, or with unwritten (zero) bytes at the end of the file, can
-        # come from a write that was cut short.
-        torn = end < 0 or (b"\0" in content[position:end] and end == len(content) - 1)
-        if torn and _BEGINNING.match(content, position):
-            break
-        record = _decode(content[position:end])
-        if record is None:
-            if not content[position:].strip(b"\0"):
-                break
-            raise ResumeError(
-                f"{printable(path)}: record {len(records) + 1} is damaged; "
-                f"remove {printable(os.path.dirname(path) or path)} to start anew"
-            )
-        records.append(record)
-        position = end + 1
-    return records, position
+def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """Give each record, and where in the file it ends; stop at a torn tail."""
+    position = number = 0
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        line = file.readline()
+        while line:
+            following = file.readline()
+            # Only a line without its end, or with unwritten (zero) bytes at the end of the file,
+            # can come from a write that was cut short.
+            torn = not line.endswith(b"\n") or (b"\0" in line and not following)
+            if torn and _BEGINNING.match(line):
+                return
+            record = _decode(line.removesuffix(b"\n"))
+            number += 1
+            if record is None:
+                raise ResumeError(
+                    f"{printable(path)}: record {number} is damaged; "
+                    f"remove {printable(os.path.dirname(path) or path)} to start anew"
+                )
+            position += len(line)
+            yield record, position
+            line = following
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
@@ -120,10 +142,3 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         return None
     record = json.loads(parts[2])
     return record if isinstance(record, dict) else None
-
-
-def _read_all(descriptor: int) -> bytes:
-    parts: list[bytes] = []
-    while part := os.pread(descriptor, 1 << 20, sum(map(len, parts))):
-        parts.append(part)
-    return b"".join(parts)

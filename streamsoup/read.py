@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
-from streamsoup.formats.files import Bytes, Descriptors, MappedFile, on_network
-from streamsoup.formats.memory import Memory, MemoryShard
+from streamsoup.formats.files import Bytes, Descriptors, Window, on_network
+from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import Ingredient
 from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
 
 __all__ = ["MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
 
-MAPS_PER_INGREDIENT = 4
-"""Shards of one ingredient mapped at once: threads are never much further apart."""
+WINDOW = 1 << 23
+"""Bytes of an ingredient that a thread maps at once: large enough that opening and mapping cost
+nothing beside reading, small enough for any number of ingredients."""
 
 
 def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "read"]) -> bool:
@@ -51,9 +50,6 @@ class Session(Protocol):
     ) -> list[Bytes]:
         """Give units `start` to `start + n_units` of ingredients `first` to `last - 1`."""
 
-    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Let go of a range, of all ingredients, that will not be read again."""
-
     def close(self) -> None:
         """Give back what the session holds."""
 
@@ -71,12 +67,18 @@ class MappedReader:
     def __init__(self, plan: MixPlan) -> None:
         """Map nothing yet: shards are mapped when first touched."""
         self._plan = plan
-        self._maps: OrderedDict[tuple[int, int], MappedFile | Memory] = OrderedDict()
-        self._lock = threading.Lock()
 
-    def session(self) -> MappedReader:
-        """Give itself: mappings are shared by all threads."""
-        return self
+    def session(self) -> _MappedSession:
+        """Give a thread its own windows."""
+        return _MappedSession(self._plan)
+
+
+class _MappedSession:
+    """A window into each ingredient, which moves along with the stream."""
+
+    def __init__(self, plan: MixPlan) -> None:
+        self._plan = plan
+        self._windows: dict[int, tuple[int, Window]] = {}
 
     def block(
         self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
@@ -84,31 +86,23 @@ class MappedReader:
         """Give views of the mapped shards."""
         blocks = []
         for i in range(first, last):
-            shard, begin, end = _range(self._plan, tensor, i, start, n_units)
-            blocks.append(self._map(i, shard).content[begin:end])
+            number, begin, end = _range(self._plan, tensor, i, start, n_units)
+            shard = self._plan.ingredients[i].shards[number]
+            if isinstance(shard, MemoryShard):
+                blocks.append(shard.memory[begin:end])
+                continue
+            at, window = self._windows.get(i, (-1, None))
+            if window is None or at != number or not window.covers(begin, end):
+                # The former one goes first.
+                self._windows.pop(i, None)
+                window = Window(shard, begin, min(max(end, begin + WINDOW), shard.identity.size))
+                self._windows[i] = number, window
+            blocks.append(window.view(begin, end))
         return blocks
 
-    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Drop the pages from this process; they stay in the page cache."""
-        for i in range(len(self._plan.ingredients)):
-            shard, begin, end = _range(self._plan, tensor, i, start, n_units)
-            self._map(i, shard).release(begin, end)
-
     def close(self) -> None:
-        """Do nothing: mappings go with the reader."""
-
-    def _map(self, i: int, shard: int) -> MappedFile | Memory:
-        key = (i, shard)
-        with self._lock:
-            if key in self._maps:
-                self._maps.move_to_end(key)
-            else:
-                found = self._plan.ingredients[i].shards[shard]
-                memory = found.memory if isinstance(found, MemoryShard) else None
-                self._maps[key] = memory or MappedFile(found)
-                if len(self._maps) > MAPS_PER_INGREDIENT * len(self._plan.ingredients):
-                    self._maps.popitem(last=False)
-            return self._maps[key]
+        """Let go of the windows."""
+        self._windows.clear()
 
 
 class PlainReader:
@@ -158,9 +152,6 @@ class _PlainSession:
                 ) from error
             blocks.append(block)
         return blocks
-
-    def release(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Do nothing: the buffers are all there is."""
 
     def close(self) -> None:
         """Close the descriptors."""

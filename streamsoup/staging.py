@@ -156,7 +156,7 @@ class Staging:
         """Whether a later run could go on from what is here."""
         if self._journal is None:
             return os.path.lexists(os.path.join(self.root, "journal"))
-        return self._lock >= 0 and len(self._journal.records) > 1
+        return self._lock >= 0 and self._journal.n_records > 1
 
     def _take(self) -> None:
         """Make the folder, and lock it against every other run."""
@@ -241,8 +241,7 @@ class Staging:
                 remove_any(old)
             else:  # killed between the two renames that stand in for an exchange
                 os.rename(old, self.target)
-        records = self.journal.records
-        ours = bool(records) and records[0].get("fingerprint") == fingerprint
+        ours = self.journal.first.get("fingerprint") == fingerprint
         digest = self._committed()
         in_place = digest is not None and _provenance_digest(self.target) == digest
         if in_place and ours:
@@ -268,8 +267,8 @@ class Staging:
 
     def _committed(self) -> str | None:
         """Give the digest of the provenance that was about to be put in place, if one was."""
-        last = self.journal.records[-1:]
-        return str(last[0]["commit"]) if last and "commit" in last[0] else None
+        last = self.journal.last
+        return str(last["commit"]) if "commit" in last else None
 
     def _rename(self) -> None:
         """Put the folder in place, in one step wherever the file system has one."""
@@ -292,8 +291,8 @@ class Staging:
         if self._journal is not None:
             self._journal.close()
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            lock, self._lock = self._lock, -1
+            os.close(lock)
 
 
 def remove_any(path: str) -> None:

@@ -237,7 +237,6 @@ class _Pass:
                 worker.add(first, inputs)
             under_way.append(_Block(leaf, start, n_units, hashes, start + n_units == end))
             self.deliver(worker.n_ahead, reading, writing, worker, under_way)
-        reading.release(tensor, leaf.start, leaf.n_units)
 
     def deliver(
         self,

@@ -76,8 +76,6 @@ class FileSink:
             sync_file(path)
         notes = [[leaf.number, self._digests.get(leaf.number).hex()] for leaf in finished]
         self._staging.journal.append({"leaves": notes})
-        # It is on disk; a copy in memory would grow with leaves times ingredients.
-        self._staging.journal.records[-1] = {}
 
     def sync(self) -> None:
         """Wait until every shard is on disk."""
@@ -88,8 +86,8 @@ class FileSink:
         """Put what an earlier run noted into the table; give the numbers of its leaves."""
         noted: set[int] = set()
         row = SIZE * (1 + len(self._plan.ingredients))
-        for record in self._staging.journal.records:
-            for number, text in record.pop("leaves", ()):
+        for record in self._staging.journal:
+            for number, text in record.get("leaves", ()):
                 digests = bytes.fromhex(text)
                 if len(digests) == row and 0 <= number < self._plan.n_leaves:
                     self._digests.put(number, digests)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 def read(path: Path) -> list[dict[str, object]]:
     """Open a journal and give its records."""
     with Journal(str(path)) as journal:
-        return journal.records
+        return list(journal)
 
 
 def test_records_come_back(path: Path) -> None:
@@ -70,6 +72,23 @@ def test_other_damage_is_refused(path: Path) -> None:
             read(path)
 
 
+def test_records_are_not_kept_in_memory(tmp_path: Path) -> None:
+    """The notes of a large soup, of all ingredients, are opened and read one at a time."""
+    path = tmp_path / "journal"
+    with Journal(str(path)) as journal:
+        for number in range(200):
+            journal.append({"leaves": [[number, "ab" * 50_000]]}, wait=False)
+    tracemalloc.start()
+    try:
+        with Journal(str(path)) as journal:
+            journal.append({"leaves": [[200, "ab" * 50_000]]})
+            assert [record["leaves"][0][0] for record in journal] == list(range(201))
+            assert journal.n_records == 201
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000 < path.stat().st_size // 10
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("content", [b"Dear diary,", b"monday\ntuesday\n", b"\xff" * 100])
 def test_a_strangers_file_is_refused_untouched(tmp_path: Path, content: bytes) -> None:
     """A file that is no journal is neither believed nor changed."""
@@ -98,8 +117,24 @@ def test_what_was_not_synced_is_taken_back(path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="Input/output"):
             journal.append({"more": 1})
-        assert journal.records == RECORDS
+        assert list(journal) == RECORDS
     assert read(path) == RECORDS
+
+
+def test_a_failed_close_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second close could hit a file that another thread has opened meanwhile."""
+    close = os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(5, "Input/output error")
+
+    journal = Journal(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            journal.close()
+        journal.close()
 
 
 def test_a_planted_lack_of_a_checksum_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import content, save, tensor
 
+from streamsoup.destination import check_output
 from streamsoup.errors import OutputError
+from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.soups.fixed import uniform
 
@@ -169,6 +173,17 @@ def test_stopped_by_a_signal(tmp_path: Path, whom: str, name: str, status: int) 
     assert not (tmp_path / "soup").exists()
 
 
+def test_stopped_before_it_begins(tmp_path: Path) -> None:
+    """Ctrl-C while the command line is still being imported ends in one line, too."""
+    # The first thing the command line imports: this one is interrupted.
+    (tmp_path / "click.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert run("uniform", "a", "-o", "b", env=os.environ | {"PYTHONPATH": path}) == (
+        130,
+        "interrupted\n",
+    )
+
+
 def test_nohup_is_respected(tmp_path: Path) -> None:
     """A signal that was ignored when the command started stays ignored."""
     a = small(tmp_path / "a")
@@ -298,6 +313,63 @@ def test_never_into_an_ingredient(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             with pytest.raises(OutputError):
                 uniform(given, output=output, options=Options(overwrite=True))
             assert listing(tmp_path) == before, output
+
+
+def test_a_disk_that_hides_something_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be looked at may be an ingredient: it is neither replaced nor cleared."""
+    a = small(tmp_path / "soup" / "deep" / "a")
+    (tmp_path / "soup" / "x.safetensors").write_bytes(b"")
+    before = listing(tmp_path)
+    opened = open_ingredients([a])
+    scandir, stat = os.scandir, os.stat
+
+    def fail(path: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    def blind_scandir(path: str) -> object:
+        return fail(path) if str(path).endswith("deep") else scandir(path)
+
+    def blind_stat(path: str, **named: Any) -> object:
+        return fail(path) if str(path).endswith("model.safetensors") else stat(path, **named)
+
+    for name, blind in (("scandir", blind_scandir), ("stat", blind_stat)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, blind)
+            with pytest.raises(OSError, match="Input/output error"):
+                check_output(str(tmp_path / "soup"), opened, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_only_a_lone_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """--overwrite spares a folder of something else, and one of several checkpoints."""
+    a = small(tmp_path / "a")
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter-1.tex").write_text("x")
+    training = small(tmp_path / "training")
+    small(training / "checkpoint-500", seed=1)
+    legacy = small(tmp_path / "legacy")
+    (legacy / "original").mkdir()
+    (legacy / "original" / "consolidated.00.pth").write_text("x")
+    before = listing(tmp_path)
+    for output, reason in (
+        (thesis, "is no checkpoint"),
+        (training, "more than one checkpoint (checkpoint-500)"),
+        (legacy, "more than one checkpoint (original)"),
+    ):
+        status, stderr = run("uniform", a, a, "-o", output, "--overwrite")
+        assert status == 1
+        assert f"{output}: " in stderr
+        assert reason in stderr
+        assert listing(tmp_path) == before
+    soup = small(tmp_path / "soup")
+    (soup / "tokenizer").mkdir()
+    (soup / "tokenizer" / "vocab.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for output in (soup, tmp_path / "empty"):
+        assert run("uniform", a, a, "-o", output, "--overwrite") == (0, "")
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may mount")

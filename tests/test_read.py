@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,9 @@ import psutil
 import pytest
 from checkpoints import command, content, save, save_sharded, tensor
 
-from streamsoup import Options, plan, stream, uniform
+from streamsoup import Options, plan, read, stream, uniform
 from streamsoup.errors import ChangedIngredientError, FormatError
-from streamsoup.formats.files import Descriptors, MappedFile, on_network, open_shard
+from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
 
 MODEL = {"a": tensor(np.arange(5000.0)), "b": tensor(np.arange(5000.0))}
@@ -199,21 +200,59 @@ def test_descriptors_are_few_and_closed(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def mapped_nbytes(path: Path) -> int:
+    """Bytes of a file that this process has mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if line[-1] == str(path)]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in ranges)
+
+
 def test_mappings_go_with_their_last_view(tmp_path: Path) -> None:
-    """A mapping holds no descriptor, outlives its file object as long as it is seen, then goes."""
+    """A window holds no descriptor, outlives its object as long as it is seen, then goes."""
     path = save(tmp_path / "m", MODEL) / "model.safetensors"
     (opened,) = open_ingredients([path])
     before = len(os.listdir("/proc/self/fd"))
-    mapped = MappedFile(opened.shards[0])
+    window = Window(opened.shards[0], 5000, 9000)
     assert len(os.listdir("/proc/self/fd")) == before
-    view = mapped.content[8:100]
-    mapped.release(0, len(mapped.content))
-    mapped.prefetch(0, len(mapped.content))
-    del mapped
-    assert bytes(view) == path.read_bytes()[8:100]
-    assert str(path) in Path("/proc/self/maps").read_text()
+    assert window.covers(5000, 9000)
+    assert not window.covers(4000, 9000)
+    assert not window.covers(5000, 9001)
+    view = window.view(5001, 8999)
+    del window
+    assert bytes(view) == path.read_bytes()[5001:8999]
+    assert mapped_nbytes(path) == 2 * mmap.PAGESIZE
     del view
-    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert mapped_nbytes(path) == 0
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_what_was_passed_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io: Any
+) -> None:
+    """However large the ingredients, a thread has a window of each mapped, and nothing is left."""
+    monkeypatch.setattr(read, "WINDOW", 4 * mmap.PAGESIZE)
+    monkeypatch.setattr(plan, "LARGEST_BLOCK", 1000)
+    monkeypatch.setattr(plan, "SMALLEST_BLOCK", 1000)
+    model = {f"t{i}": tensor(np.arange(3e4) + i) for i in range(3)}
+    paths = [save(tmp_path / f"m{i}", model) / "model.safetensors" for i in range(2)]
+    # Read in another order than it lies in.
+    paths.append(save(tmp_path / "r", dict(reversed(model.items()))) / "model.safetensors")
+    seen = []
+    digested = stream._Pass.deliver
+
+    def delivering(*arguments: Any) -> None:
+        seen.append(max(mapped_nbytes(path) for path in paths))
+        digested(*arguments)
+
+    monkeypatch.setattr(stream._Pass, "deliver", delivering)
+    uniform(paths, output=tmp_path / "out", options=Options(io=io, threads=1))
+    most = 5 * mmap.PAGESIZE if io == "mmap" else 0
+    assert len(seen) > 90
+    assert max(seen) <= most < paths[0].stat().st_size // 10
+    assert (max(seen) > 0) == (io == "mmap")
+    assert [mapped_nbytes(path) for path in paths] == [0, 0, 0]
+    soup = tmp_path / "out" / "model.safetensors"
+    assert soup.read_bytes()[-720_000:] == paths[0].read_bytes()[-720_000:]
 
 
 def test_a_replaced_shard_is_not_opened(tmp_path: Path) -> None:

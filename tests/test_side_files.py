@@ -126,7 +126,7 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_strange_side_files_never_hang(tmp_path: Path) -> None:
-    """FIFOs, devices and dangling links beside the weights are passed over, in any ingredient."""
+    """FIFOs, devices and dangling links beside the weights are left out, with a warning."""
     a = fill(tmp_path / "a", ("x.txt", "config.json"), "")
     b = save(tmp_path / "b", MODEL)
     for folder, names in ((a, ("pipe.txt",)), (b, ("x.txt", "config.json"))):
@@ -137,7 +137,30 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     (a / "self").symlink_to(".")
     files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
     assert [file.name for file in files] == ["config.json", "x.txt"]
-    assert len(warnings) == 1
+    assert len(warnings) == 2
+    assert warnings[0] == (
+        f"{a}: left out what is no regular file, or a link that leads to none: gone, pipe.txt, zero"
+    )
+
+
+@pytest.mark.parametrize("name", ["scandir", "stat", "open"])
+def test_what_cannot_be_looked_at_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What a failing disk does not show is never taken for something that is not there."""
+    a = fill(tmp_path / "a", ("config.json", "tokenizer/vocab.txt"))
+    ingredients = open_ingredients([a])
+    real = getattr(os, name)
+    hidden = {"scandir": "tokenizer", "stat": "vocab.txt", "open": "config.json"}[name]
+
+    def failing(path: str, *arguments: object, **named: object) -> object:
+        if os.path.basename(path) == hidden:
+            raise OSError(5, "Input/output error", path)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, name, failing)
+    with pytest.raises(FormatError, match=rf"^{a}/.*{hidden}: cannot be .*Input/output error"):
+        gather_side_files(ingredients, None)
 
 
 def test_what_cannot_be_noted_is_refused_early(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Cache:
         self._logits: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, str] = {}
         self._values: dict[str, Any] = {}
-        for record in self._journal.records:
+        for record in self._journal:
             self._index(record)
 
     def __enter__(self) -> Cache:

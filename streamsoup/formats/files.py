@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.shards import Identity, Shard
 
-__all__ = ["Bytes", "Descriptors", "MappedFile", "on_network", "open_shard"]
+__all__ = ["Bytes", "Descriptors", "Window", "on_network", "open_shard"]
 
 Bytes = NDArray[np.uint8]
 
@@ -26,7 +26,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
 
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
@@ -63,37 +62,40 @@ class _Mapping:
         _LIBC.munmap(self.address, self.nbytes)
 
 
-class MappedFile:
-    """A shard in memory, read by touching it. If it shrinks meanwhile, touching it is SIGBUS."""
+class Window:
+    """A range of a shard in memory, read by touching it. If the file shrinks, that is SIGBUS.
 
-    def __init__(self, shard: Shard) -> None:
-        """Map the whole shard, read-only. It stays mapped as long as there is a view of it."""
-        nbytes = shard.identity.size
+    It is unmapped with the last view of it, and all that the kernel held for it goes then. Giving
+    pages of a whole mapped shard back would leave their page tables, a 512th of all that is read,
+    and pages that were mapped around those touched.
+    """
+
+    def __init__(self, shard: Shard, begin: int, end: int) -> None:
+        """Map bytes `begin` to `end` of the shard, read-only."""
+        self._begin = begin - begin % mmap.PAGESIZE
+        self._end = end
+        nbytes = end - self._begin
         descriptor = open_shard(shard)
         try:
-            address = _LIBC.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+            address = _LIBC.mmap(
+                None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, self._begin
+            )
         finally:
             os.close(descriptor)
         if address == _FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise FormatError(f"{printable(shard.path)}: cannot be mapped: {reason}")
-        self._address: int = address
         window = (ctypes.c_uint8 * nbytes).from_address(address)
         window.mapping = _Mapping(address, nbytes)  # type: ignore[attr-defined]
-        self.content: Bytes = np.frombuffer(memoryview(window), np.uint8)
-        """The bytes of the file."""
+        self._content: Bytes = np.frombuffer(memoryview(window), np.uint8)
 
-    def prefetch(self, begin: int, end: int) -> None:
-        """Ask for bytes `begin` to `end` to be read soon."""
-        self._advise(begin, end, mmap.MADV_WILLNEED)
+    def covers(self, begin: int, end: int) -> bool:
+        """Whether bytes `begin` to `end` of the shard are in it."""
+        return self._begin <= begin and end <= self._end
 
-    def release(self, begin: int, end: int) -> None:
-        """Let go of bytes `begin` to `end`; they stay in the page cache."""
-        self._advise(begin, end, mmap.MADV_DONTNEED)
-
-    def _advise(self, begin: int, end: int, advice: int) -> None:
-        begin -= begin % mmap.PAGESIZE
-        _LIBC.madvise(self._address + begin, end - begin, advice)
+    def view(self, begin: int, end: int) -> Bytes:
+        """Give bytes `begin` to `end` of the shard."""
+        return self._content[begin - self._begin : end - self._begin]
 
 
 class Descriptors:

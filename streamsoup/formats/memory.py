@@ -66,17 +66,6 @@ class Memory:
         """Whether no tensor was changed in place, as far as torch knows."""
         return self._versions == [_version(tensor) for tensor in self._tensors]
 
-    def prefetch(self, begin: int, end: int) -> None:
-        """Do nothing: it is all here."""
-
-    def release(self, begin: int, end: int) -> None:
-        """Do nothing: the memory is the owner's."""
-
-    @property
-    def content(self) -> Memory:
-        """Give itself, as a mapped file gives its bytes."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryShard(Shard):

@@ -219,7 +219,8 @@ class Pantry:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError("is not a regular file")
-            length = header_nbytes(os.pread(descriptor, 8, 0), status.st_size)
+            head = _read_exactly(descriptor, min(8, status.st_size), 0)
+            length = header_nbytes(head, status.st_size)
             text = _read_exactly(descriptor, length, 8)
             header = self.header(text, status.st_size)
         except FormatError as error:

@@ -7,12 +7,14 @@ Only regular files are ever opened, by small pieces: a folder may come from anyw
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import NoReturn
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
 from streamsoup.formats.shards import Ingredient
@@ -63,8 +65,13 @@ def gather_side_files(
     first = ingredients[0].folder
     if first is None:
         return [], []
-    names = _walk(first)
+    names, strange = _walk(first)
     warnings = []
+    if strange:
+        warnings.append(
+            f"{printable(first)}: left out what is no regular file, or a link that leads to none: "
+            f"{some(strange)}"
+        )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
         names.remove(name)
         warnings.append(
@@ -78,7 +85,7 @@ def gather_side_files(
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs = set(_walk(other.folder))
+        theirs = set(_walk(other.folder)[0])
         different = [
             name
             for name in sorted(theirs.union(names))
@@ -92,17 +99,37 @@ def gather_side_files(
     return files, warnings
 
 
-def _walk(folder: str) -> list[str]:
-    """List the side files below a folder, without folders that hold weights of their own."""
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """List the side files below a folder, and what has their place but is no regular file.
+
+    Folders that hold weights of their own are left out. Raises `FormatError` for what cannot be
+    looked at: it may be a tokenizer.
+    """
     names: list[str] = []
-    for at, folders, files in os.walk(folder, followlinks=False):
+    strange: list[str] = []
+    for at, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=False):
         folders[:] = sorted(name for name in folders if _is_side_folder(os.path.join(at, name)))
         for name in sorted(files):
             path = os.path.join(at, name)
             left_out = any(fnmatch(name.lower(), pattern) for pattern in LEFT_OUT)
-            if not left_out and not name.startswith(".") and os.path.isfile(path):
-                names.append(_checked(os.path.relpath(path, folder).replace(os.sep, "/"), path))
-    return names
+            if not left_out and not name.startswith("."):
+                relative = os.path.relpath(path, folder).replace(os.sep, "/")
+                (names if _is_regular(path) else strange).append(_checked(relative, path))
+    return names, strange
+
+
+def _refuse_unlisted(error: OSError) -> NoReturn:
+    path = printable(os.fsdecode(error.filename))
+    raise FormatError(f"{path}: cannot be listed: {error.strerror}") from None
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
+            return False
+        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
 
 
 def _checked(name: str, path: str) -> str:
@@ -123,7 +150,7 @@ def _is_side_folder(path: str) -> bool:
     try:
         files = os.listdir(path)
     except OSError as error:
-        raise FormatError(f"{printable(path)}: cannot be listed: {error.strerror}") from None
+        _refuse_unlisted(error)
     return not any(file.endswith((".safetensors", ".bin", ".pt")) for file in files)
 
 
@@ -158,11 +185,13 @@ def _equal(a: str, b: str) -> bool:
 
 
 def _config(path: str) -> dict[str, object] | None:
+    if not _is_regular(path) or _size(path) > CONFIG_LIMIT:
+        return None
     try:
-        if _size(path) > CONFIG_LIMIT:
-            return None
         config = json.loads(b"".join(pieces(path)))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 

@@ -36,7 +36,7 @@ class Notebook:
             os.close(self._lock)
             raise
         try:
-            records = self._journal.records
+            records = list(self._journal)
             if records:
                 _check_same(self.root, records[0].get("search"), dict(bound_to))
             else:
@@ -69,7 +69,7 @@ class Notebook:
 
     def find(self, key: str) -> dict[str, Any] | None:
         """Give the last note that has `key`."""
-        found = [record for record in self._journal.records if key in record]
+        found = [record for record in self._journal if key in record]
         return found[-1] if found else None
 
     def look(self, number: int) -> dict[str, Any] | None:

@@ -143,7 +143,7 @@ class Scorebook:
 
     def _begin(self, bound_to: dict[str, Any]) -> None:
         """Check what the journal belongs to, and read its scores."""
-        records = self._journal.records
+        records = list(self._journal)
         if not records:
             self._journal.append({"search": bound_to})
             _sync(self.root)
