@@ -15,6 +15,7 @@ from typing import Literal
 
 from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
 from streamsoup.formats.header import make_header
+from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
 from streamsoup.tensors import DType, TensorSpec, float_dtype
@@ -188,9 +189,9 @@ class MemoryPlan:
 def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     """Match the tensors of all ingredients, in the order of the first.
 
-    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and
-    `RecipeError` for coefficients that do not fit. Costs a look at each tensor of each distinct
-    layout; reads nothing.
+    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and where
+    tensors are only parts of weights (`formats.parts`); `RecipeError` for coefficients that do not
+    fit. Costs a look at each tensor of each distinct layout; reads nothing.
     """
     recipe.check()
     output = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
@@ -198,7 +199,10 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
     problems = _disagreements(owners, output is not None)
-    problems += _quantised(layouts[0])
+    for owner in owners:
+        # A lone adapter as it is stays one; a factor of its factors would count twice.
+        parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
+        problems += [part for part in parts if part is not None]
     if problems:
         raise MismatchError(_bounded(problems))
     strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
@@ -353,28 +357,6 @@ def _disagreements(owners: Sequence[Ingredient], convert: bool) -> list[str]:
     return problems
 
 
-_SCALES = re.compile(r"^(.*)(_scale|_scale_inv|_scale_2|_scales|[._]absmax)$")
-_CODES = (".qweight", ".SCB", ".weight_packed")
-"""How GPTQ and AWQ, bitsandbytes, and compressed-tensors name what needs a scale to be a weight."""
-
-
-def _quantised(layout: Layout) -> list[str]:
-    """Find weights stored as codes beside their scales, which cannot be averaged apart."""
-    found = []
-    for name in layout.places:
-        match = _SCALES.match(name)
-        bases = (match[1], f"{match[1]}_blocks") if match else ()
-        codes = [layout.places[base][1] for base in bases if base in layout.places]
-        if any(spec.dtype.nbits <= 8 for spec in codes) or name.endswith(_CODES):
-            found.append(name)
-    if not found:
-        return []
-    return [
-        f"block-quantised weights in {_count(found)} ({some(found, 3)}); averaging codes "
-        "and scales apart makes no soup: dequantise the ingredients first"
-    ]
-
-
 def _count(items: Sequence[object]) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
 
@@ -384,8 +366,8 @@ def _bounded(problems: list[str]) -> str:
     if len(problems) > len(shown):
         shown.append(f"… and {len(problems) - len(shown)} more disagreements")
     if len(shown) == 1:
-        return f"the ingredients do not fit together: {shown[0]}"
-    return "the ingredients do not fit together:\n" + "\n".join(f"  {line}" for line in shown)
+        return f"these ingredients cannot be averaged: {shown[0]}"
+    return "these ingredients cannot be averaged:\n" + "\n".join(f"  {line}" for line in shown)
 
 
 def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:

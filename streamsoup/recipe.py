@@ -73,6 +73,11 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True):
             raise RecipeError(f"coefficients that sum to {total} cannot be normalized")
         return cls(factors, total)
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the soup is the one ingredient there is."""
+        return (self.values, self.divisor, self.per_tensor) == ((1.0,), 1.0, {})
+
     def of(self, tensor: str) -> tuple[tuple[float, ...], float]:
         """Give the factors and the divisor of one tensor."""
         own = self.per_tensor.get(tensor)

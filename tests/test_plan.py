@@ -179,7 +179,7 @@ def test_all_disagreements_come_in_one_message() -> None:
     with pytest.raises(MismatchError) as refused:
         planned(a, b, c)
     assert str(refused.value).splitlines() == [
-        "the ingredients do not fit together:",
+        "these ingredients cannot be averaged:",
         "  B lacks 1 tensor of A: z",
         "  B has 1 tensor that A lacks: w",
         "  B and A differ in the shape of 1 tensor: x [3, 2] and [2, 3]",
@@ -214,31 +214,6 @@ def test_dtypes_may_differ_when_one_is_asked_for() -> None:
     c = opened([{"x": ("F32", (2,)), "n": ("F32", (1,))}], "C")
     with pytest.raises(MismatchError, match="n F32 and I64"):
         planned(a, c, dtype="BF16")
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"w": ("F8_E4M3", (8, 8)), "w_scale": ("F32", (1,))},
-        {"w": ("F8_E4M3", (8, 8)), "w_scale_inv": ("F32", (1, 1))},
-        {"w.weight": ("I8", (8,)), "w.weight_scale": ("BF16", (1,))},
-        {"w.qweight": ("I32", (8,)), "w.scales": ("F16", (1,))},
-        {"w_blocks": ("U8", (8,)), "w_scales": ("U8", (1,))},
-        {"w.weight": ("U8", (8,)), "w.weight.absmax": ("F32", (1,))},
-        {"w.weight": ("I8", (8,)), "w.SCB": ("F32", (1,))},
-        {"w.weight_packed": ("U8", (8,)), "w.weight_scale": ("F8_E4M3", (1,))},
-    ],
-)
-def test_quantised_weights_are_refused(tensors: dict[str, tuple[str, Shape]]) -> None:
-    """Codes with scales beside them, by whatever library, are refused with advice."""
-    with pytest.raises(MismatchError, match="averaging codes and scales apart makes no soup"):
-        planned(opened([tensors]), opened([tensors]))
-
-
-def test_plain_tensors_named_like_scales_are_fine() -> None:
-    """A `logit_scale`, or a float weight with a scale beside it, is nothing quantised."""
-    model = opened([{"logit_scale": ("F32", ()), "w": ("BF16", (2,)), "w_scale": ("BF16", (1,))}])
-    assert len(planned(model, model).tensors) == 3
 
 
 def test_coefficients_must_fit() -> None:

@@ -287,7 +287,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
                 at = start * size
                 for i in range(k):
                     here[i] = addresses[i] + at
-                _sum_small(here[:-(-k // 4) * 4], m, part, ends, word, way, largest_bits)
+                _sum_small(here[: -(-k // 4) * 4], m, part, ends, word, way, largest_bits)
                 y = numba.carray(_pointer(output + at, word), (m,))
                 if exact:
                     for j in range(m):
