@@ -250,7 +250,8 @@ def plan_files(plan: MixPlan) -> FilePlan:
 def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
     """Choose the largest blocks whose peak stays within `budget` bytes.
 
-    Raises `BudgetError` when the smallest blocks do not fit; says how much would.
+    There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
+    the smallest blocks do not fit; says how much would.
     """
     k = len(plan.ingredients)
     widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
@@ -264,10 +265,10 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
     compiles = fixed + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else COMPILER_NBYTES
     block = LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
     while block > SMALLEST_BLOCK and fixed + threads * block * per_element > budget:
         block //= 2
-    while threads > 1 and fixed + threads * block * per_element > budget:
-        threads -= 1
+    threads = max(1, min(threads, (budget - fixed) // (block * per_element)))
     peak = fixed + threads * block * per_element
     if peak > budget:
         raise BudgetError(

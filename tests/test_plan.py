@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
+from streamsoup.inner import plan_inner_memory
 from streamsoup.plan import (
     LEAF,
     MixPlan,
@@ -159,6 +161,19 @@ def test_a_larger_budget_is_used_and_a_smaller_one_explained() -> None:
     assert small.block * small.threads < large.block * large.threads
     with pytest.raises(BudgetError, match=r"^a memory budget of 1 MB is too small: .* MB at least"):
         plan_memory(plan, mapped=False, threads=8, budget=10**6)
+
+
+def test_any_number_of_threads_is_cut_to_what_there_is_to_do() -> None:
+    """However many threads are asked for, as many as leaves, and as fit, are planned, at once."""
+    two = planned(opened([{"a": ("F32", (LEAF + 1,))}]))
+    many = planned(opened([{"a": ("F32", (10**6 * LEAF,))}]))
+    for asked in (3, 10**6, 10**20):
+        for plan in (plan_memory, partial(plan_inner_memory, n_values=1)):
+            assert plan(two, mapped=True, threads=asked, budget=10**9).threads == 2
+            fits = plan(many, mapped=True, threads=asked, budget=2 * 10**9)
+            assert fits.peak_nbytes <= 2 * 10**9
+            assert asked == fits.threads or fits.threads > 99
+    assert plan_memory(planned(opened([{}])), mapped=True, threads=9, budget=10**9).threads == 1
 
 
 def test_memory_does_not_grow_with_ingredients_or_size() -> None:
