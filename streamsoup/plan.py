@@ -229,10 +229,11 @@ def plan_files(plan: MixPlan) -> FilePlan:
     else:
         groups = _cut(plan, plan.recipe.shard_size)
         count = len(groups)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        index_name = "model.safetensors.index.json"
+        stem = _stem(plan.ingredients[0])
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        index_name = plan.ingredients[0].index_name or f"{stem}.safetensors.index.json"
         if count == 1:
-            names, index_name = ["model.safetensors"], None
+            names, index_name = [f"{stem}.safetensors"], None
     places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
     files: list[PlannedFile] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
@@ -369,6 +370,17 @@ def _bounded(problems: list[str]) -> str:
     if len(shown) == 1:
         return f"these ingredients cannot be averaged: {shown[0]}"
     return "these ingredients cannot be averaged:\n" + "\n".join(f"  {line}" for line in shown)
+
+
+def _stem(ingredient: Ingredient) -> str:
+    """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
+    if ingredient.folder is None:
+        return "model"
+    name = ingredient.layout.file_names[0].removesuffix(".safetensors")
+    stem, n_numbers = re.subn(r"[-_]\d+-of-\d+", "", name)
+    if ingredient.index_name is not None and not n_numbers:
+        stem = ingredient.index_name.partition(".safetensors.index.")[0]
+    return stem or "model"
 
 
 def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:

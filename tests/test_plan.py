@@ -128,6 +128,46 @@ def test_every_output_byte_has_one_place(
         assert (files.index_name is None) == (len(files.files) == 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("model.fp16", "model.fp16"),
+        ("model-00001-of-00001", "model"),
+        ("model-00001-of-000163.fp16", "model.fp16"),
+        ("-00001-of-00001", "model"),
+    ],
+)
+def test_new_shards_are_named_like_the_old(name: str, stem: str, tmp_path: Path) -> None:
+    """Libraries look for their own file names: with a shard size, the first ingredient's stay."""
+    tensors = {n: tensor(np.zeros(4, np.float32)) for n in "ab"}
+    folder = save(tmp_path / "m", tensors, name=name)
+    several = plan_files(planned(*open_ingredients([folder]), shard_size=16))
+    assert [f.name for f in several.files] == [
+        f"{stem}-{i}-of-00002.safetensors" for i in ("00001", "00002")
+    ]
+    assert several.index_name == f"{stem}.safetensors.index.json"
+    whole = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
+    assert [f.name for f in whole.files] == [f"{stem}.safetensors"]
+    assert whole.index_name is None
+    lone = open_ingredients([folder / f"{name}.safetensors"])
+    assert plan_files(planned(*lone, shard_size=1000)).files[0].name == "model.safetensors"
+
+
+def test_the_stem_of_shards_with_odd_names_is_the_index_s(tmp_path: Path) -> None:
+    """Where shards are not numbered, the index says what the model is called."""
+    folder = save_sharded(tmp_path / "m", [{n: tensor(np.zeros(4, np.float32))} for n in "ab"])
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    for i, name in enumerate(("text", "vision")):
+        old = f"model-{i + 1:05}-of-00002.safetensors"
+        (folder / old).rename(folder / f"{name}.safetensors")
+        text = text.replace(old, f"{name}.safetensors")
+    index.write_text(text)
+    files = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
+    assert [f.name for f in files.files] == ["model.safetensors"]
+
+
 @quick
 @given(
     models,

@@ -22,7 +22,16 @@ __all__ = ["SideFile", "gather_side_files", "pieces"]
 
 LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.gguf", "*.npz", "*.tflite", "*.ot", "*.index.json", "*.onnx_data", "*.onnx.data"),
+    *(
+        "*.gguf",
+        "*.npz",
+        "*.tflite",
+        "*.ot",
+        "*.index.json",
+        "*.index.*.json",
+        "*.onnx_data",
+        "*.onnx.data",
+    ),
     *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args*"),
     *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
 )
