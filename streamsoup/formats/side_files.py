@@ -72,8 +72,13 @@ def gather_side_files(
     first = ingredients[0].folder
     if first is None:
         return [], []
-    names = _walk(first)
+    names, strange = _walk(first)
     warnings = []
+    if strange:
+        warnings.append(
+            f"{printable(first)}: left out what is neither a plain file nor a link to one: "
+            f"{some(strange)}"
+        )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
         names.remove(name)
         warnings.append(
@@ -87,10 +92,10 @@ def gather_side_files(
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs = set(_walk(other.folder))
+        theirs, _ = _walk(other.folder)
         different = [
             name
-            for name in sorted(theirs.union(names))
+            for name in sorted({*theirs, *names})
             if not _equal(os.path.join(first, name), os.path.join(other.folder, name))
         ]
         if different:
@@ -101,17 +106,24 @@ def gather_side_files(
     return files, warnings
 
 
-def _walk(folder: str) -> list[str]:
-    """List the side files below a folder, without folders that hold weights of their own."""
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """List the side files below a folder, and what stands in for one but is none.
+
+    Folders that hold weights of their own are passed over.
+    """
     names: list[str] = []
+    strange: list[str] = []
     for at, folders, files in os.walk(folder, followlinks=False):
         folders[:] = sorted(name for name in folders if _is_side_folder(os.path.join(at, name)))
-        for name in sorted(files):
+        linked = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        for name in sorted(files + linked):
             path = os.path.join(at, name)
             left_out = any(fnmatch(name.lower(), pattern) for pattern in LEFT_OUT)
-            if not left_out and not name.startswith(".") and os.path.isfile(path):
-                names.append(_checked(os.path.relpath(path, folder).replace(os.sep, "/"), path))
-    return names
+            if left_out or name.startswith("."):
+                continue
+            relative = _checked(os.path.relpath(path, folder).replace(os.sep, "/"), path)
+            (names if os.path.isfile(path) else strange).append(relative)
+    return names, strange
 
 
 def _checked(name: str, path: str) -> str:
