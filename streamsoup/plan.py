@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, is_plain, printable, some
 from streamsoup.formats.header import make_header
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
@@ -415,7 +415,8 @@ def parse_nbytes(text: str) -> int:
     >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
     (5000000000, 1536)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", text.lower())
+    pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
+    match = re.fullmatch(pattern, text.lower()) if is_plain(text) else None
     unit = _UNITS.get(match[2]) if match else None
     size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
     if size < 1:

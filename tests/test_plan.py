@@ -324,7 +324,7 @@ def test_sizes_are_read_in_any_common_spelling() -> None:
     }.items():
         assert parse_nbytes(text) == nbytes, text
     bad = ("", " ", "MB", "-1", "0", "0.4", "1.2.3", "nan", "inf", "1e", "5 PB", "5GBB", "1_000")
-    for text in (*bad, "0x10", "five", "5,0GB", "\x1b"):
+    for text in (*bad, "0x10", "five", "5,0GB", "\x1b", "٣", "３", "1\u212a", "1\xa0kB"):
         with pytest.raises(RecipeError, match="is no size"):
             parse_nbytes(text)
     assert parse_nbytes("9" * 500) == 2**63
@@ -343,6 +343,8 @@ def test_dtypes_have_many_names() -> None:
         assert float_dtype(name) is DTYPES["BF16"]
     for name in ("f16", "fp16", "half", "float16"):
         assert float_dtype(name) is DTYPES["F16"]
+    assert float_dtype("float") is float_dtype("torch.float32") is DTYPES["F32"]
+    assert float_dtype("double") is DTYPES["F64"]
     for name in ("i64", "int8", "", "f4", "bool"):
         with pytest.raises(RecipeError):
             float_dtype(name)

@@ -33,17 +33,23 @@ RECALIBRATE = click.option(
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
 @click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
 @click.option(
-    "--orders", type=click.IntRange(0), default=3, show_default=True, help="Random greedy orders."
+    "--orders", type=common.Integer(0), default=3, show_default=True, help="Random greedy orders."
 )
 @click.option(
-    "--curve", type=click.IntRange(0), default=8, show_default=True, help="Points of the curves."
+    "--curve", type=common.Integer(0), default=8, show_default=True, help="Points of the curves."
 )
 @click.option(
-    "--pairs", type=click.IntRange(0), default=45, show_default=True, help="Most pairs to look at."
+    "--pairs", type=common.Integer(0), default=45, show_default=True, help="Most pairs to look at."
 )
 @click.option("--no-theory", is_flag=True, help="Leave out soup and ensemble in theory.")
 @click.option("--no-learned", is_flag=True, help="Leave out learned soups.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, pairs, intervals.")
+@click.option(
+    "--seed",
+    type=common.Integer(),
+    default=0,
+    show_default=True,
+    help="Of orders, pairs, intervals.",
+)
 @RECALIBRATE
 @common.RUNNING
 @common.REPORTING
@@ -115,11 +121,11 @@ def compare(
 @click.option("--plot", required=True, metavar="PNG", help="The picture; rows go beside it.")
 @click.option("--split", "splits", multiple=True, help="Default: the first one of the task.")
 @click.option(
-    "--resolution", type=click.IntRange(2, 1000), default=21, show_default=True,
+    "--resolution", type=common.Integer(2, 1000), default=21, show_default=True,
     help="Points along the longer side.",
 )  # fmt: skip
 @click.option(
-    "--margin", type=click.FloatRange(0, 10), default=0.25, show_default=True,
+    "--margin", type=common.Number(0, 10), default=0.25, show_default=True,
     help="Beyond the checkpoints, as a part of the longer side.",
 )  # fmt: skip
 @RECALIBRATE
