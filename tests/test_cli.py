@@ -290,6 +290,30 @@ def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> No
     assert ran.stderr == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever a command has to say: if stdout takes it no more, that is the one line of error."""
+    a, b = pair
+    out = tmp_path / "out"
+    streamsoup.uniform([a], output=out)
+    with open("/dev/full", "w") as full:
+        for words in (
+            ["inspect", a],
+            ["inspect", a, "--json"],
+            ["plan", a, b],
+            ["verify", out],
+            ["geometry", a, b, "--quiet"],
+            ["uniform", a, b, "-o", tmp_path / "out2"],
+        ):
+            call = [sys.executable, "-m", "streamsoup", *words]
+            ran = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, check=False)
+            assert ran.returncode == 1
+            assert ran.stderr.decode() == (
+                "error: stdout: cannot be written: No space left on device; all work is done, "
+                "but its result is not printed\n"
+            )
+
+
 def imported(words: list[str], cwd: Path) -> set[str]:
     """Run a command in a process that says which packages it imported, its children's too."""
     script = (

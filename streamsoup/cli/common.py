@@ -274,10 +274,10 @@ def _explain(number: int, started: float, paths: Sequence[str]) -> str:
 def print_description(description: dict[str, Any]) -> None:
     """Print what the commands that only look have found, a line for each entry."""
     width = max(len(key) for key in description)
+    lines: list[str] = []
     for key, value in description.items():
-        if isinstance(value, list):
-            print(f"{key.replace('_', ' '):{width}}  {value[0] if len(value) == 1 else ''}")
-            for line in value if len(value) > 1 else ():
-                print(f"  {line}")
-        else:
-            print(f"{key.replace('_', ' '):{width}}  {value}")
+        values = value if isinstance(value, list) else [value]
+        alone = values[0] if len(values) == 1 else ""
+        lines.append(f"{key.replace('_', ' '):{width}}  {alone}")
+        lines += [f"  {each}" for each in values] if len(values) > 1 else []
+    tell(lines)

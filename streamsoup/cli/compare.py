@@ -103,12 +103,11 @@ def compare(
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
-        for each in _table(found):
-            print(each)
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
-        print(f"{found.n_measured} answers measured, {known}; the report is {printable(page)}")
+        said = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
+        common.tell([*_table(found), said])
 
     return common.supervise(work, "compare", ingredients, settings)
 
@@ -174,10 +173,10 @@ def landscape(
         rows = f"{os.path.splitext(plot)[0]}.jsonl"
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         n = len(found.xs) * len(found.ys)
-        print(f"{n} points in {printable(plot)}, and as rows in {printable(rows)}")
+        common.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
 
     return common.supervise(work, "landscape", (base, first, second), settings)
 
@@ -210,12 +209,13 @@ def sweep(
         write_text(os.path.join(output, "report.md"), page.to_markdown())
         write_text(os.path.join(output, "report.html"), page.to_html(output))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
         path = os.path.join(output, "report.html")
-        print(f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}")
+        said = f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}"
+        common.tell([said])
 
     return common.supervise(work, "interpolate", ends, settings)
 

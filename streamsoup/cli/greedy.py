@@ -100,10 +100,10 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
         watcher.close()
         if as_json:
-            print(json.dumps(common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}))
+            found = common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}
+            common.tell([json.dumps(found)])
             return
-        for line in lines(soup):
-            print(line)
+        common.tell(lines(soup))
 
     return common.supervise(work, "soup", ingredients, settings)
 

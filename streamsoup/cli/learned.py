@@ -130,11 +130,10 @@ def learned(
             names = short_names(soup.recipe.ingredients, 24)
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
         if as_json:
-            report = dict(soup.report)
-            print(json.dumps({"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | report))
+            found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
+            common.tell([json.dumps(found)])
             return
-        for line in describe(soup):
-            print(line)
+        common.tell(describe(soup))
 
     return common.supervise(work, "learned", ingredients, settings)
 
