@@ -12,9 +12,10 @@ import json
 
 import xxhash
 
+from streamsoup.formats.side_files import pieces
 from streamsoup.plan import MixPlan
 
-__all__ = ["Digests", "digest_bytes"]
+__all__ = ["Digests", "digest_bytes", "digest_file"]
 
 SIZE = 16
 
@@ -22,6 +23,14 @@ SIZE = 16
 def digest_bytes(content: bytes) -> str:
     """Give the hexadecimal digest of some bytes."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def digest_file(path: str) -> str:
+    """Give the hexadecimal digest of a file, piece by piece. Raises `OSError`."""
+    whole = xxhash.xxh3_128()
+    for piece in pieces(path):
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 class Digests:

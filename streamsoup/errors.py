@@ -1,4 +1,4 @@
-"""The exceptions of streamsoup, and the words their messages share.
+"""The exceptions of streamsoup, and the words its messages share and its users give.
 
 ::
 
@@ -49,6 +49,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsupportedDtypeError",
     "VerificationError",
+    "is_plain",
     "printable",
     "some",
 ]
@@ -143,6 +144,15 @@ def printable(text: object, limit: int = 200) -> str:
         half = limit // 2
         raw = f"{raw[:half]}…{raw[-half:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a number in `text` means to people what it does to Python.
+
+    >>> [is_plain(text) for text in (".5", "1_0", "٣")]
+    [True, False, False]
+    """
+    return text.isascii() and "_" not in text
 
 
 def some(items: Iterable[object], limit: int = 5) -> str:

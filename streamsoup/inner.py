@@ -69,10 +69,10 @@ def plan_inner_memory(
         return fixed + workers * (each + int(block * per_element))
 
     block = LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
     while block > SMALLEST_BLOCK and peak(block, threads) > budget:
         block //= 2
-    while threads > 1 and peak(block, threads) > budget:
-        threads -= 1
+    threads = max(1, min(threads, (budget - fixed) // (peak(block, 1) - fixed)))
     if peak(block, threads) > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "

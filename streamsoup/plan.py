@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, is_plain, printable, some
 from streamsoup.formats.header import make_header
+from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
 from streamsoup.tensors import DType, TensorSpec, float_dtype
@@ -188,9 +189,9 @@ class MemoryPlan:
 def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     """Match the tensors of all ingredients, in the order of the first.
 
-    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and
-    `RecipeError` for coefficients that do not fit. Costs a look at each tensor of each distinct
-    layout; reads nothing.
+    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and where
+    tensors are only parts of weights (`formats.parts`); `RecipeError` for coefficients that do not
+    fit. Costs a look at each tensor of each distinct layout; reads nothing.
     """
     recipe.check()
     output = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
@@ -198,7 +199,10 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
     problems = _disagreements(owners, output is not None)
-    problems += _quantised(layouts[0])
+    for owner in owners:
+        # A lone adapter as it is stays one; a factor of its factors would count twice.
+        parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
+        problems += [part for part in parts if part is not None]
     if problems:
         raise MismatchError(_bounded(problems))
     strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
@@ -225,10 +229,11 @@ def plan_files(plan: MixPlan) -> FilePlan:
     else:
         groups = _cut(plan, plan.recipe.shard_size)
         count = len(groups)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        index_name = "model.safetensors.index.json"
+        stem = _stem(plan.ingredients[0])
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        index_name = plan.ingredients[0].index_name or f"{stem}.safetensors.index.json"
         if count == 1:
-            names, index_name = ["model.safetensors"], None
+            names, index_name = [f"{stem}.safetensors"], None
     places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
     files: list[PlannedFile] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
@@ -246,7 +251,8 @@ def plan_files(plan: MixPlan) -> FilePlan:
 def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
     """Choose the largest blocks whose peak stays within `budget` bytes.
 
-    Raises `BudgetError` when the smallest blocks do not fit; says how much would.
+    There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
+    the smallest blocks do not fit; says how much would.
     """
     k = len(plan.ingredients)
     widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
@@ -260,10 +266,10 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
     compiles = fixed + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else COMPILER_NBYTES
     block = LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
     while block > SMALLEST_BLOCK and fixed + threads * block * per_element > budget:
         block //= 2
-    while threads > 1 and fixed + threads * block * per_element > budget:
-        threads -= 1
+    threads = max(1, min(threads, (budget - fixed) // (block * per_element)))
     peak = fixed + threads * block * per_element
     if peak > budget:
         raise BudgetError(
@@ -353,28 +359,6 @@ def _disagreements(owners: Sequence[Ingredient], convert: bool) -> list[str]:
     return problems
 
 
-_SCALES = re.compile(r"^(.*)(_scale|_scale_inv|_scale_2|_scales|[._]absmax)$")
-_CODES = (".qweight", ".SCB", ".weight_packed")
-"""How GPTQ and AWQ, bitsandbytes, and compressed-tensors name what needs a scale to be a weight."""
-
-
-def _quantised(layout: Layout) -> list[str]:
-    """Find weights stored as codes beside their scales, which cannot be averaged apart."""
-    found = []
-    for name in layout.places:
-        match = _SCALES.match(name)
-        bases = (match[1], f"{match[1]}_blocks") if match else ()
-        codes = [layout.places[base][1] for base in bases if base in layout.places]
-        if any(spec.dtype.nbits <= 8 for spec in codes) or name.endswith(_CODES):
-            found.append(name)
-    if not found:
-        return []
-    return [
-        f"block-quantised weights in {_count(found)} ({some(found, 3)}); averaging codes "
-        "and scales apart makes no soup: dequantise the ingredients first"
-    ]
-
-
 def _count(items: Sequence[object]) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
 
@@ -384,8 +368,19 @@ def _bounded(problems: list[str]) -> str:
     if len(problems) > len(shown):
         shown.append(f"… and {len(problems) - len(shown)} more disagreements")
     if len(shown) == 1:
-        return f"the ingredients do not fit together: {shown[0]}"
-    return "the ingredients do not fit together:\n" + "\n".join(f"  {line}" for line in shown)
+        return f"these ingredients cannot be averaged: {shown[0]}"
+    return "these ingredients cannot be averaged:\n" + "\n".join(f"  {line}" for line in shown)
+
+
+def _stem(ingredient: Ingredient) -> str:
+    """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
+    if ingredient.folder is None:
+        return "model"
+    name = ingredient.layout.file_names[0].removesuffix(".safetensors")
+    stem, n_numbers = re.subn(r"[-_]\d+-of-\d+", "", name)
+    if ingredient.index_name is not None and not n_numbers:
+        stem = ingredient.index_name.partition(".safetensors.index.")[0]
+    return stem or "model"
 
 
 def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:
@@ -420,7 +415,8 @@ def parse_nbytes(text: str) -> int:
     >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
     (5000000000, 1536)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", text.lower())
+    pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
+    match = re.fullmatch(pattern, text.lower()) if is_plain(text) else None
     unit = _UNITS.get(match[2]) if match else None
     size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
     if size < 1:

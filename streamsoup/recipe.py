@@ -37,7 +37,7 @@ PROVENANCE_NAME = "streamsoup.json"
 """The file of an output that says what it is made of."""
 
 
-class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True):
+class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The factors of the ingredients, for all tensors or for each.
 
     A tensor's soup is ``(Σᵢ values[i]·θᵢ) / divisor``; the division is a true one, so that a
@@ -72,6 +72,11 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True):
         if total == 0 or not math.isfinite(total):
             raise RecipeError(f"coefficients that sum to {total} cannot be normalized")
         return cls(factors, total)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the soup is the one ingredient there is."""
+        return (self.values, self.divisor, self.per_tensor) == ((1.0,), 1.0, {})
 
     def of(self, tensor: str) -> tuple[tuple[float, ...], float]:
         """Give the factors and the divisor of one tensor."""
@@ -127,7 +132,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
             raise RecipeError(f"shard size {self.shard_size} is below one byte")
 
 
-class FileRecord(msgspec.Struct, frozen=True):
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file as it was: name, size in bytes, and digest."""
 
     name: str
@@ -136,7 +141,7 @@ class FileRecord(msgspec.Struct, frozen=True):
     """Of the header for a shard, of the whole content for a side file; hex xxh3-128."""
 
 
-class IngredientRecord(msgspec.Struct, frozen=True):
+class IngredientRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One ingredient as it was read."""
 
     path: str
@@ -146,7 +151,7 @@ class IngredientRecord(msgspec.Struct, frozen=True):
     """Over its tensors' names, dtypes, shapes and digests; not over file layout or metadata."""
 
 
-class Provenance(msgspec.Struct, frozen=True):
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was made, out of what, by what: the file ``streamsoup.json`` of a soup."""
 
     recipe: Recipe

@@ -357,11 +357,10 @@ def _made_meanwhile(target: str) -> OutputExistsError:
 
 
 def _provenance_digest(folder: str) -> str | None:
-    from streamsoup.digest import digest_bytes
+    from streamsoup.digest import digest_file
 
     try:
-        with open(os.path.join(folder, PROVENANCE_NAME), "rb") as file:
-            return digest_bytes(file.read())
+        return digest_file(os.path.join(folder, PROVENANCE_NAME))
     except OSError:
         return None
 

@@ -74,7 +74,10 @@ DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _FLOATS} | {
     name: DType(name, nbits) for name, nbits in _COPIED.items()
 }
 
-_SPELLINGS = {"float64": "F64", "float32": "F32", "float16": "F16", "half": "F16"} | {
+_SPELLINGS = {"float64": "F64", "float32": "F32", "float16": "F16"} | {
+    "double": "F64",
+    "float": "F32",
+    "half": "F16",
     "fp64": "F64",
     "fp32": "F32",
     "fp16": "F16",

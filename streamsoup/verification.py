@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from streamsoup.digest import Digests, digest_bytes
+from streamsoup.digest import Digests, digest_bytes, digest_file
 from streamsoup.errors import (
     FormatError,
     MissingFileError,
@@ -28,7 +28,10 @@ from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
 from streamsoup.tensors import TensorSpec
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "read_provenance", "verify"]
+
+PROVENANCE_LIMIT = 500_000_000
+"""Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,13 @@ def verify(
 def read_provenance(folder: str) -> Provenance:
     """Read the provenance of a soup. Raises `RecipeError` if the folder holds none."""
     where = os.path.join(folder, PROVENANCE_NAME)
+    text = bytearray()
     try:
-        return Provenance.from_json(b"".join(pieces(where)))
+        for piece in pieces(where):
+            text += piece
+            if len(text) > PROVENANCE_LIMIT:
+                raise RecipeError("is too large for a provenance")
+        return Provenance.from_json(bytes(text))
     except OSError as error:
         raise RecipeError(
             f"{printable(where)}: cannot be read ({error.strerror}); "
@@ -93,7 +101,7 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
         problems.append(f"{PROVENANCE_NAME} has changed")
     for record in provenance.side_files:
         try:
-            digest = _digest_file(os.path.join(folder, record.name))
+            digest = digest_file(os.path.join(folder, record.name))
         except (OSError, ValueError) as error:
             problems.append(f"{printable(record.name)} cannot be read ({_reason(error)})")
             continue
@@ -154,13 +162,6 @@ def _digest_tensor(descriptor: int, spec: TensorSpec) -> str:
             leaf.update(part)
             begin += len(part)
         whole.update(leaf.digest())
-    return whole.hexdigest()
-
-
-def _digest_file(path: str) -> str:
-    whole = xxhash.xxh3_128()
-    for piece in pieces(path):
-        whole.update(piece)
     return whole.hexdigest()
 
 

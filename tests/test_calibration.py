@@ -149,7 +149,19 @@ def test_alphas_are_read_with_both_ends() -> None:
     assert parse_alphas("0:1:0.1") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
     assert parse_alphas("-0.5:1.5:0.5") == [-0.5, 0, 0.5, 1, 1.5]
     assert parse_alphas("1,0,.5") == [0, 0.5, 1]
-    for text in ("", "0:1", "0:1:0", "0:1:0.3", "nan", "a,b", "0:1:-1", "0:1e9:1"):
+    for text in (
+        "",
+        "0:1",
+        "0:1:0",
+        "0:1:0.3",
+        "nan",
+        "a,b",
+        "0:1:-1",
+        "0:1e9:1",
+        "0:inf:1",
+        "0:1_0:1",
+        "٣",
+    ):
         with pytest.raises(RecipeError, match="range"):
             parse_alphas(text)
 

@@ -87,6 +87,24 @@ def test_wrong_usage_has_status_2(
         assert "Error: " in printed.err
 
 
+@pytest.mark.parametrize("number", ["1_0", "٣", "３", "1e٣", " 1_000 "])
+def test_numbers_are_plain(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What only Python takes for a number, in any option of any command, is refused as usage."""
+    out = ["-o", "out"]
+    asked = 0
+    for words in (["mix", "a", "b", *out, "-c", f"1,{number}"], ["slerp", "a", *out, "-w", number]):
+        assert cli(words) == 2, words
+        assert "is no list of numbers" in capsys.readouterr().err
+    for name, each in main.commands.items():
+        for option in each.params:
+            if isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
+                arguments = ["x"] * sum(isinstance(p, click.Argument) for p in each.params)
+                assert cli([name, *arguments, option.opts[0], number]) == 2, (name, option.name)
+                assert "is no number in plain digits" in capsys.readouterr().err
+                asked += 1
+    assert asked > 20
+
+
 def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """What the library refuses ends with status 1, one error on stderr, and no output."""
     a, b = map(str, pair)
@@ -131,6 +149,42 @@ def test_a_soup_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path) -
     assert "--overwrite" in again.stderr
     assert command("uniform", b, b, "-o", tmp_path / "out", "--overwrite").returncode == 0
     assert (load_array(tmp_path / "out", "embed.weight") == load_array(b, "embed.weight")).all()
+
+
+def test_a_soup_of_nothing_is_one_too(tmp_path: Path) -> None:
+    """Checkpoints without a tensor make one without: nothing is read, and nothing was finished."""
+    a = save(tmp_path / "a", {})
+    ran = command("uniform", a, a, "-o", tmp_path / "out")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "0 B read in" in ran.stdout
+    assert not streamsoup.uniform([a], output=tmp_path / "out2").finished
+
+
+def test_a_soup_that_only_lacked_its_name_is_said_to_be(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Killed just before the rename, or just after: the next run reads nothing, and says so."""
+    from streamsoup import staging
+
+    rename = staging.Staging._rename
+
+    def killed_before(self: staging.Staging) -> None:
+        raise KeyboardInterrupt
+
+    def killed_after(self: staging.Staging) -> None:
+        rename(self)
+        raise KeyboardInterrupt
+
+    for number, killed in enumerate((killed_before, killed_after)):
+        words = ["uniform", *map(str, pair), "-o", str(tmp_path / f"out{number}")]
+        monkeypatch.setattr(staging.Staging, "_rename", killed)
+        assert cli(words) == 130
+        monkeypatch.setattr(staging.Staging, "_rename", rename)
+        assert cli(words) == 0
+        assert capfd.readouterr().out.endswith(": an earlier run had finished it\n")
 
 
 def test_the_three_recipes_mean_what_they_say(tmp_path: Path) -> None:
@@ -236,6 +290,30 @@ def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> No
     assert ran.stderr == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever a command has to say: if stdout takes it no more, that is the one line of error."""
+    a, b = pair
+    out = tmp_path / "out"
+    streamsoup.uniform([a], output=out)
+    with open("/dev/full", "w") as full:
+        for words in (
+            ["inspect", a],
+            ["inspect", a, "--json"],
+            ["plan", a, b],
+            ["verify", out],
+            ["geometry", a, b, "--quiet"],
+            ["uniform", a, b, "-o", tmp_path / "out2"],
+        ):
+            call = [sys.executable, "-m", "streamsoup", *words]
+            ran = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, check=False)
+            assert ran.returncode == 1
+            assert ran.stderr.decode() == (
+                "error: stdout: cannot be written: No space left on device; all work is done, "
+                "but its result is not printed\n"
+            )
+
+
 def imported(words: list[str], cwd: Path) -> set[str]:
     """Run a command in a process that says which packages it imported, its children's too."""
     script = (
@@ -292,3 +370,24 @@ def test_import_does_nothing_heavy() -> None:
         assert getattr(streamsoup, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = streamsoup.nothing
+
+
+def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No home, or a cache that is not an absolute path: compiled kernels are kept nowhere."""
+    import pwd
+
+    from streamsoup.kernels.cpu import _cache_folder
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert _cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert _cache_folder() == str(tmp_path / "cache" / "streamsoup")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert _cache_folder() is None
+    assert os.listdir(tmp_path) == ["cache"]

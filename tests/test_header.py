@@ -197,7 +197,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an HTML page": (b"<!DOCTYPE html><html>not found</html>", "not a safetensors"),
     "text": (b"Hello, world! This is no model.\n", "not a safetensors"),
     "zeros": (bytes(1000), "'{'"),
-    "JSON alone": (b'{"t":' + ENTRY + b"}", "not a safetensors"),
+    "JSON alone": (b'{"t":' + ENTRY + b"}", "is JSON text (give the folder it lies in), not saf"),
+    "a length that looks like JSON": (b"{" + bytes(7) + b"{}", "is truncated"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
+from streamsoup.inner import plan_inner_memory
 from streamsoup.plan import (
     LEAF,
     MixPlan,
@@ -126,6 +128,46 @@ def test_every_output_byte_has_one_place(
         assert (files.index_name is None) == (len(files.files) == 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("model.fp16", "model.fp16"),
+        ("model-00001-of-00001", "model"),
+        ("model-00001-of-000163.fp16", "model.fp16"),
+        ("-00001-of-00001", "model"),
+    ],
+)
+def test_new_shards_are_named_like_the_old(name: str, stem: str, tmp_path: Path) -> None:
+    """Libraries look for their own file names: with a shard size, the first ingredient's stay."""
+    tensors = {n: tensor(np.zeros(4, np.float32)) for n in "ab"}
+    folder = save(tmp_path / "m", tensors, name=name)
+    several = plan_files(planned(*open_ingredients([folder]), shard_size=16))
+    assert [f.name for f in several.files] == [
+        f"{stem}-{i}-of-00002.safetensors" for i in ("00001", "00002")
+    ]
+    assert several.index_name == f"{stem}.safetensors.index.json"
+    whole = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
+    assert [f.name for f in whole.files] == [f"{stem}.safetensors"]
+    assert whole.index_name is None
+    lone = open_ingredients([folder / f"{name}.safetensors"])
+    assert plan_files(planned(*lone, shard_size=1000)).files[0].name == "model.safetensors"
+
+
+def test_the_stem_of_shards_with_odd_names_is_the_index_s(tmp_path: Path) -> None:
+    """Where shards are not numbered, the index says what the model is called."""
+    folder = save_sharded(tmp_path / "m", [{n: tensor(np.zeros(4, np.float32))} for n in "ab"])
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    for i, name in enumerate(("text", "vision")):
+        old = f"model-{i + 1:05}-of-00002.safetensors"
+        (folder / old).rename(folder / f"{name}.safetensors")
+        text = text.replace(old, f"{name}.safetensors")
+    index.write_text(text)
+    files = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
+    assert [f.name for f in files.files] == ["model.safetensors"]
+
+
 @quick
 @given(
     models,
@@ -161,6 +203,19 @@ def test_a_larger_budget_is_used_and_a_smaller_one_explained() -> None:
         plan_memory(plan, mapped=False, threads=8, budget=10**6)
 
 
+def test_any_number_of_threads_is_cut_to_what_there_is_to_do() -> None:
+    """However many threads are asked for, as many as leaves, and as fit, are planned, at once."""
+    two = planned(opened([{"a": ("F32", (LEAF + 1,))}]))
+    many = planned(opened([{"a": ("F32", (10**6 * LEAF,))}]))
+    for asked in (3, 10**6, 10**20):
+        for plan in (plan_memory, partial(plan_inner_memory, n_values=1)):
+            assert plan(two, mapped=True, threads=asked, budget=10**9).threads == 2
+            fits = plan(many, mapped=True, threads=asked, budget=2 * 10**9)
+            assert fits.peak_nbytes <= 2 * 10**9
+            assert asked == fits.threads or fits.threads > 99
+    assert plan_memory(planned(opened([{}])), mapped=True, threads=9, budget=10**9).threads == 1
+
+
 def test_memory_does_not_grow_with_ingredients_or_size() -> None:
     """The peak of 64 ingredients of ten times the size is that of 2, but for a few digests."""
     few = planned(*[opened([{"a": ("BF16", (10**8,))}])] * 2)
@@ -179,7 +234,7 @@ def test_all_disagreements_come_in_one_message() -> None:
     with pytest.raises(MismatchError) as refused:
         planned(a, b, c)
     assert str(refused.value).splitlines() == [
-        "the ingredients do not fit together:",
+        "these ingredients cannot be averaged:",
         "  B lacks 1 tensor of A: z",
         "  B has 1 tensor that A lacks: w",
         "  B and A differ in the shape of 1 tensor: x [3, 2] and [2, 3]",
@@ -214,31 +269,6 @@ def test_dtypes_may_differ_when_one_is_asked_for() -> None:
     c = opened([{"x": ("F32", (2,)), "n": ("F32", (1,))}], "C")
     with pytest.raises(MismatchError, match="n F32 and I64"):
         planned(a, c, dtype="BF16")
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"w": ("F8_E4M3", (8, 8)), "w_scale": ("F32", (1,))},
-        {"w": ("F8_E4M3", (8, 8)), "w_scale_inv": ("F32", (1, 1))},
-        {"w.weight": ("I8", (8,)), "w.weight_scale": ("BF16", (1,))},
-        {"w.qweight": ("I32", (8,)), "w.scales": ("F16", (1,))},
-        {"w_blocks": ("U8", (8,)), "w_scales": ("U8", (1,))},
-        {"w.weight": ("U8", (8,)), "w.weight.absmax": ("F32", (1,))},
-        {"w.weight": ("I8", (8,)), "w.SCB": ("F32", (1,))},
-        {"w.weight_packed": ("U8", (8,)), "w.weight_scale": ("F8_E4M3", (1,))},
-    ],
-)
-def test_quantised_weights_are_refused(tensors: dict[str, tuple[str, Shape]]) -> None:
-    """Codes with scales beside them, by whatever library, are refused with advice."""
-    with pytest.raises(MismatchError, match="averaging codes and scales apart makes no soup"):
-        planned(opened([tensors]), opened([tensors]))
-
-
-def test_plain_tensors_named_like_scales_are_fine() -> None:
-    """A `logit_scale`, or a float weight with a scale beside it, is nothing quantised."""
-    model = opened([{"logit_scale": ("F32", ()), "w": ("BF16", (2,)), "w_scale": ("BF16", (1,))}])
-    assert len(planned(model, model).tensors) == 3
 
 
 def test_coefficients_must_fit() -> None:
@@ -294,7 +324,7 @@ def test_sizes_are_read_in_any_common_spelling() -> None:
     }.items():
         assert parse_nbytes(text) == nbytes, text
     bad = ("", " ", "MB", "-1", "0", "0.4", "1.2.3", "nan", "inf", "1e", "5 PB", "5GBB", "1_000")
-    for text in (*bad, "0x10", "five", "5,0GB", "\x1b"):
+    for text in (*bad, "0x10", "five", "5,0GB", "\x1b", "٣", "３", "1\u212a", "1\xa0kB"):
         with pytest.raises(RecipeError, match="is no size"):
             parse_nbytes(text)
     assert parse_nbytes("9" * 500) == 2**63
@@ -313,6 +343,8 @@ def test_dtypes_have_many_names() -> None:
         assert float_dtype(name) is DTYPES["BF16"]
     for name in ("f16", "fp16", "half", "float16"):
         assert float_dtype(name) is DTYPES["F16"]
+    assert float_dtype("float") is float_dtype("torch.float32") is DTYPES["F32"]
+    assert float_dtype("double") is DTYPES["F64"]
     for name in ("i64", "int8", "", "f4", "bool"):
         with pytest.raises(RecipeError):
             float_dtype(name)

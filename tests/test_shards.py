@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import as_hub_snapshot, command, content, random_model, save, save_sharded, tensor
 
+from streamsoup import uniform, verify
 from streamsoup.errors import (
     ChangedIngredientError,
     CorruptFileError,
@@ -155,6 +156,7 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     # What is done; the file that must be named, "" for the folder; a phrase.
     "not JSON": (text("{"), INDEX, "not JSON"),
     "empty": (text(" "), INDEX, "not JSON"),
+    "a number without end": (text('{"n":' + "9" * 10_000 + "}"), INDEX, "no weight_map"),
     "a list": (text("[]"), INDEX, "no weight_map"),
     "null": (text("null"), INDEX, "no weight_map"),
     "no weight_map": (text("{}"), INDEX, "no weight_map"),
@@ -315,6 +317,54 @@ def test_all_layouts_open_alike(tmp_path: Path) -> None:
             whole = Path(ingredient.shards[number].path).read_bytes()
             assert whole[spec.begin : spec.begin + spec.nbytes] == model[name][2]
     assert [each.folder is None for each in opened] == [True, False, False, False, False]
+
+
+def test_an_index_is_an_ingredient_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of an index stands for the checkpoint of its folder, side files and all."""
+    folder = save_sharded(tmp_path / "m", [A, B])
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    (whole,) = open_ingredients([folder])
+    for given, at in ((folder / INDEX, tmp_path), (INDEX, folder)):
+        monkeypatch.chdir(at)
+        (opened,) = open_ingredients([given])
+        assert opened.name == str(given)
+        assert list(opened.layout.places) == list(whole.layout.places)
+        assert opened.index_name == INDEX
+    out = uniform([folder / INDEX], output=tmp_path / "out").path
+    assert verify(out).n_files == 4
+    with pytest.raises(FormatError, match=r"config\.json: is JSON text \(give the folder"):
+        open_ingredients([folder / "config.json"])
+    os.truncate(folder / INDEX, 5)
+    with pytest.raises(CorruptFileError, match=rf"^{folder / INDEX}: is not JSON"):
+        open_ingredients([folder / INDEX])
+
+
+def test_an_index_of_a_variant_is_one(tmp_path: Path) -> None:
+    """An index named for a variant of the weights opens, and the soup's is named alike."""
+    variant = "model.safetensors.index.fp16.json"
+    folder = save_sharded(tmp_path / "m", [A, B])
+    (folder / INDEX).rename(folder / variant)
+    for given in (folder, folder / variant):
+        assert open_ingredients([given])[0].index_name == variant
+    out = uniform([folder], output=tmp_path / "out").path
+    assert {*os.listdir(out)} == {*SHARDS, variant, "streamsoup.json"}
+    assert verify(out).n_files == 3
+    save(folder, A, name="model.fp16")
+    with pytest.raises(FormatError, match=r"has both model\.fp16\.safetensors and model\.saf"):
+        open_ingredients([folder])
+
+
+def test_an_index_may_hold_any_number(tmp_path: Path) -> None:
+    """What else an index says is not read: a number of any length is no reason to refuse it."""
+    folder = save_sharded(tmp_path / "m", [A, B])
+    written = json.loads((folder / INDEX).read_text())["weight_map"]
+    digits = "9" * 10_000
+    (folder / INDEX).write_text(f'{{"n":{digits},"weight_map":{json.dumps(written)}}}')
+    assert len(open_ingredients([folder])[0].layout.places) == 2
+    (folder / INDEX).write_text(f'{{"weight_map":{{"a":{digits}}}}}')
+    with pytest.raises(CorruptFileError, match="not the plain name") as refused:
+        open_ingredients([folder])
+    assert len(str(refused.value)) < 500
 
 
 def test_an_index_beside_other_weights_is_preferred(tmp_path: Path) -> None:

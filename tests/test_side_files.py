@@ -126,7 +126,7 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_strange_side_files_never_hang(tmp_path: Path) -> None:
-    """FIFOs, devices and dangling links beside the weights are left out, with a warning."""
+    """FIFOs, devices, dangling links and linked folders are passed over, and named once."""
     a = fill(tmp_path / "a", ("x.txt", "config.json"), "")
     b = save(tmp_path / "b", MODEL)
     for folder, names in ((a, ("pipe.txt",)), (b, ("x.txt", "config.json"))):
@@ -135,12 +135,18 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     (a / "zero").symlink_to("/dev/zero")
     (a / "gone").symlink_to("nowhere")
     (a / "self").symlink_to(".")
+    (a / "sub").mkdir()
+    (a / "sub" / "tokenizer.json").symlink_to("../../blobs/pruned")
+    (tmp_path / "elsewhere").mkdir()
+    (a / "1_Pooling").symlink_to("../elsewhere")
+    (a / ".hidden").symlink_to("nowhere")
     files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
     assert [file.name for file in files] == ["config.json", "x.txt"]
-    assert len(warnings) == 2
-    assert warnings[0] == (
-        f"{a}: left out what is no regular file, or a link that leads to none: gone, pipe.txt, zero"
-    )
+    assert warnings == [
+        f"{a}: left out what is neither a plain file nor a link to one: "
+        "1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
+        f"side files of {b} differ from those of {a}, which are used: config.json, x.txt",
+    ]
 
 
 @pytest.mark.parametrize("name", ["scandir", "stat", "open"])

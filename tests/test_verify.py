@@ -13,6 +13,7 @@ from checkpoints import command, random_model, save, save_sharded, tensor
 
 from streamsoup import Options, uniform, verify
 from streamsoup.errors import RecipeError, StreamsoupError, VerificationError
+from streamsoup.recipe import Provenance
 
 
 def damage(path: Path, at: int) -> None:
@@ -86,6 +87,20 @@ def test_any_damaged_byte_is_found(kitchen: Path) -> None:
     assert verify(out, quick=True).n_files == 5
 
 
+def test_every_byte_of_a_provenance_counts(kitchen: Path) -> None:
+    """One flipped bit in any word of a provenance, names of fields included, is found."""
+    path = kitchen / "out" / "streamsoup.json"
+    kept = path.read_bytes()
+    assert Provenance.from_json(kept).intact
+    for at, byte in enumerate(kept):
+        if not bytes([byte]).isspace():
+            flipped = kept[:at] + bytes([byte ^ 1]) + kept[at + 1 :]
+            try:
+                assert not Provenance.from_json(flipped).intact, at
+            except RecipeError:
+                pass
+
+
 def test_lost_and_strange_files_are_found(kitchen: Path) -> None:
     """A file that is missing, cut, or replaced by a FIFO is named; nothing hangs."""
     out = kitchen / "out"
@@ -109,6 +124,13 @@ def test_lost_and_strange_files_are_found(kitchen: Path) -> None:
     os.mkfifo(out / "streamsoup.json")
     with pytest.raises(RecipeError, match="cannot be read"):
         verify(out, quick=True)
+
+
+def test_an_endless_provenance_is_refused(kitchen: Path) -> None:
+    """A provenance too large for memory is refused before it is all read, and named."""
+    os.truncate(kitchen / "out" / "streamsoup.json", 10**12)
+    with pytest.raises(RecipeError, match=r"out/streamsoup\.json: is too large for a provenance"):
+        verify(kitchen / "out", quick=True)
 
 
 def test_a_tensor_added_or_renamed_is_found(kitchen: Path) -> None:

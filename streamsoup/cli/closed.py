@@ -20,7 +20,9 @@ BASE = click.option(
 
 @click.command()
 @common.INGREDIENTS
-@click.option("--decay", type=float, default=0.9, show_default=True, help="Kept at each step.")
+@click.option(
+    "--decay", type=common.Number(), default=0.9, show_default=True, help="Kept at each step."
+)
 @SOUP
 def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
     """Take the exponential moving average of checkpoints, oldest first."""
@@ -35,7 +37,9 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
 
 @click.command()
 @common.INGREDIENTS
-@click.option("--window", type=int, required=True, metavar="K", help="How many of the latest.")
+@click.option(
+    "--window", type=common.Integer(), required=True, metavar="K", help="How many of the latest."
+)
 @SOUP
 def lawa(ingredients: tuple[str, ...], window: int, output: str, **settings: Any) -> int:
     """Average the latest K checkpoints of a run, given oldest first (LAWA)."""
@@ -122,7 +126,9 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
 @click.command()
 @common.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights.")
-@click.option("-t", "t", type=float, help="For two: 0 is the first, 1 the second; default .5.")
+@click.option(
+    "-t", "t", type=common.Number(), help="For two: 0 is the first, 1 the second; default .5."
+)
 @click.option("--weights", "-w", metavar="W,W,…", help="For more: a weight for each.")
 @SOUP
 def slerp(

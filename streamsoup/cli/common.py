@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.errors import OutputError, StreamsoupError, printable
+from streamsoup.errors import OutputError, StreamsoupError, is_plain, printable
 from streamsoup.supervise import supervised
 
 if TYPE_CHECKING:
@@ -31,6 +31,33 @@ def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comm
         return command
 
     return apply
+
+
+class Integer(click.IntRange):
+    """A whole number, in a range if one is given."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it as click does, once it is plain."""
+        return super().convert(_plain(value, param, ctx), param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number, in a range if one is given."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it as click does, once it is plain."""
+        return super().convert(_plain(value, param, ctx), param, ctx)
+
+
+def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    """Refuse what Python alone takes for a number: 1_0 for ten, and the digits of all scripts."""
+    if isinstance(value, str) and not is_plain(value):
+        raise click.BadParameter(f"{printable(value)!r} is no number in plain digits", ctx, param)
+    return value
 
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
@@ -73,7 +100,7 @@ RUNNING = stack(
     click.option(
         "--memory", default="150MB", show_default=True, metavar="SIZE", help="Of the whole process."
     ),
-    click.option("--threads", type=click.IntRange(1), help="Default: one per CPU, 8 at most."),
+    click.option("--threads", type=Integer(1), help="Default: one per CPU, 8 at most."),
     click.option(
         "--io",
         type=click.Choice(["auto", "mmap", "read"]),
@@ -91,9 +118,11 @@ WRITING = stack(
 def numbers(text: str) -> list[float]:
     """Read a list of numbers, separated by commas."""
     try:
-        return [float(part) for part in text.split(",")]
+        if is_plain(text):
+            return [float(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3") from None
+        pass
+    raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3")
 
 
 def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:
@@ -124,7 +153,7 @@ def make_soup(
             return
         n = len(soup.recipe.ingredients)
         what = f"{soup.recipe.method} soup of {n} in {printable(soup.path)}"
-        if not soup.nbytes_read:
+        if soup.finished:
             tell([f"{what}: an earlier run had finished it"])
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
@@ -245,10 +274,10 @@ def _explain(number: int, started: float, paths: Sequence[str]) -> str:
 def print_description(description: dict[str, Any]) -> None:
     """Print what the commands that only look have found, a line for each entry."""
     width = max(len(key) for key in description)
+    lines: list[str] = []
     for key, value in description.items():
-        if isinstance(value, list):
-            print(f"{key.replace('_', ' '):{width}}  {value[0] if len(value) == 1 else ''}")
-            for line in value if len(value) > 1 else ():
-                print(f"  {line}")
-        else:
-            print(f"{key.replace('_', ' '):{width}}  {value}")
+        values = value if isinstance(value, list) else [value]
+        alone = values[0] if len(values) == 1 else ""
+        lines.append(f"{key.replace('_', ' '):{width}}  {alone}")
+        lines += [f"  {each}" for each in values] if len(values) > 1 else []
+    tell(lines)

@@ -33,17 +33,23 @@ RECALIBRATE = click.option(
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
 @click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
 @click.option(
-    "--orders", type=click.IntRange(0), default=3, show_default=True, help="Random greedy orders."
+    "--orders", type=common.Integer(0), default=3, show_default=True, help="Random greedy orders."
 )
 @click.option(
-    "--curve", type=click.IntRange(0), default=8, show_default=True, help="Points of the curves."
+    "--curve", type=common.Integer(0), default=8, show_default=True, help="Points of the curves."
 )
 @click.option(
-    "--pairs", type=click.IntRange(0), default=45, show_default=True, help="Most pairs to look at."
+    "--pairs", type=common.Integer(0), default=45, show_default=True, help="Most pairs to look at."
 )
 @click.option("--no-theory", is_flag=True, help="Leave out soup and ensemble in theory.")
 @click.option("--no-learned", is_flag=True, help="Leave out learned soups.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, pairs, intervals.")
+@click.option(
+    "--seed",
+    type=common.Integer(),
+    default=0,
+    show_default=True,
+    help="Of orders, pairs, intervals.",
+)
 @RECALIBRATE
 @common.RUNNING
 @common.REPORTING
@@ -97,12 +103,11 @@ def compare(
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
-        for each in _table(found):
-            print(each)
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
-        print(f"{found.n_measured} answers measured, {known}; the report is {printable(page)}")
+        said = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
+        common.tell([*_table(found), said])
 
     return common.supervise(work, "compare", ingredients, settings)
 
@@ -115,11 +120,11 @@ def compare(
 @click.option("--plot", required=True, metavar="PNG", help="The picture; rows go beside it.")
 @click.option("--split", "splits", multiple=True, help="Default: the first one of the task.")
 @click.option(
-    "--resolution", type=click.IntRange(2, 1000), default=21, show_default=True,
+    "--resolution", type=common.Integer(2, 1000), default=21, show_default=True,
     help="Points along the longer side.",
 )  # fmt: skip
 @click.option(
-    "--margin", type=click.FloatRange(0, 10), default=0.25, show_default=True,
+    "--margin", type=common.Number(0, 10), default=0.25, show_default=True,
     help="Beyond the checkpoints, as a part of the longer side.",
 )  # fmt: skip
 @RECALIBRATE
@@ -168,10 +173,10 @@ def landscape(
         rows = f"{os.path.splitext(plot)[0]}.jsonl"
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         n = len(found.xs) * len(found.ys)
-        print(f"{n} points in {printable(plot)}, and as rows in {printable(rows)}")
+        common.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
 
     return common.supervise(work, "landscape", (base, first, second), settings)
 
@@ -204,12 +209,13 @@ def sweep(
         write_text(os.path.join(output, "report.md"), page.to_markdown())
         write_text(os.path.join(output, "report.html"), page.to_html(output))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
         path = os.path.join(output, "report.html")
-        print(f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}")
+        said = f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}"
+        common.tell([said])
 
     return common.supervise(work, "interpolate", ends, settings)
 

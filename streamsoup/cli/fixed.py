@@ -61,7 +61,9 @@ def mix(
 @click.command()
 @click.argument("base")
 @click.argument("fine_tuned", metavar="FT")
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="0 is BASE, 1 is FT.")
+@click.option(
+    "--alpha", type=common.Number(), default=0.5, show_default=True, help="0 is BASE, 1 is FT."
+)
 @click.option("--alphas", metavar="A:B:STEP", help="Measure a sweep, such as 0:1:0.1; with --task.")
 @click.option("--task", metavar="TASK", help="For --alphas: task.py, or module:object.")
 @common.WRITING

@@ -49,19 +49,17 @@ def geometry(
             from streamsoup.plot import plot_geometry
 
             plot_geometry(found, plot)
+        notes = [] if settings_quiet else [f"note: {note}" for note in found.notes]
         if as_json:
-            print(json.dumps(found.to_builtins()))
-        else:
-            for line in describe(found, shutil.get_terminal_size().columns):
-                print(line)
-            for line in describe_tensors(found) if tensors else ():
-                print(line)
-        if not settings_quiet:
-            for note in found.notes:
-                print(f"note: {note}", file=sys.stderr if as_json else sys.stdout)
-        if not as_json:
-            n = len(found.names)
-            print(summary(f"geometry of {n}", found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes))
+            for note in notes:
+                print(note, file=sys.stderr)
+            common.tell([json.dumps(found.to_builtins())])
+            return
+        what = f"geometry of {len(found.names)}"
+        last = summary(what, found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)
+        rows = [*describe(found, shutil.get_terminal_size().columns)]
+        rows += describe_tensors(found) if tensors else []
+        common.tell([*rows, *notes, last])
 
     settings_quiet = bool(settings["quiet"])
     paths = ingredients if base is None else (base, *ingredients)

@@ -22,7 +22,7 @@ TASK = common.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
     click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
     click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness: a,b,…"),
-    click.option("--limit", type=click.IntRange(1), help="Examples per task of --lm-eval."),
+    click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
 )
@@ -35,8 +35,8 @@ SEARCHING = common.stack(
         show_default=True,
         help="What to try first.",
     ),
-    click.option("--orders", "n_orders", type=click.IntRange(1), default=1, help="Random orders."),
-    click.option("--seed", type=int, default=0, help="Of the random orders."),
+    click.option("--orders", "n_orders", type=common.Integer(1), default=1, help="Random orders."),
+    click.option("--seed", type=common.Integer(), default=0, help="Of the random orders."),
     click.option(
         "--ties",
         type=click.Choice(["accept", "reject"]),
@@ -44,13 +44,17 @@ SEARCHING = common.stack(
         show_default=True,
         help="Keep at equal score (the paper), or not (its code).",
     ),
-    click.option("--min-gain", type=float, default=0.0, help="How much better it has to get."),
-    click.option("--z", type=float, default=0.0, help="Standard errors of a paired comparison."),
+    click.option(
+        "--min-gain", type=common.Number(), default=0.0, help="How much better it has to get."
+    ),
+    click.option(
+        "--z", type=common.Number(), default=0.0, help="Standard errors of a paired comparison."
+    ),
     click.option("--backward", is_flag=True, help="Start from all, and drop the worst."),
-    click.option("--passes", type=click.IntRange(1), default=1, help="Over those left out."),
+    click.option("--passes", type=common.Integer(1), default=1, help="Over those left out."),
     click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
-    click.option("--jobs", type=click.IntRange(1), default=1, help="Candidates scored at once."),
-    click.option("--timeout", type=float, metavar="S", help="Seconds a score may take."),
+    click.option("--jobs", type=common.Integer(1), default=1, help="Candidates scored at once."),
+    click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take."),
     click.option(
         "--sums",
         type=click.Choice(["reread", "memory", "file"]),
@@ -96,10 +100,10 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
         watcher.close()
         if as_json:
-            print(json.dumps(common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}))
+            found = common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}
+            common.tell([json.dumps(found)])
             return
-        for line in lines(soup):
-            print(line)
+        common.tell(lines(soup))
 
     return common.supervise(work, "soup", ingredients, settings)
 
@@ -170,7 +174,7 @@ def lines(soup: GreedySoup) -> list[str]:
     from streamsoup.plan import nbytes_text
 
     report = soup.report
-    if not soup.nbytes_read and not soup.runs:
+    if soup.finished and not soup.runs:
         return [f"greedy soup of {len(soup.members)} in {printable(soup.path)}: already finished"]
     singles = {single["ingredient"]: single["score"] for single in report["singles"]}
     kept = [report["ingredients"][i] for i in report["members"]]

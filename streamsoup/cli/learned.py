@@ -43,15 +43,23 @@ if TYPE_CHECKING:
     show_default=True,
     help="Few looks at all batches, or the paper's minibatches.",
 )
-@click.option("--evaluations", type=int, default=40, show_default=True, help="At most, for lbfgs.")
-@click.option("--epochs", type=int, default=5, show_default=True, help="For adamw.")
-@click.option("--lr", type=float, default=0.05, show_default=True, help="For adamw.")
-@click.option("--patience", type=int, default=6, show_default=True, help="Looks without gain.")
+@click.option(
+    "--evaluations",
+    type=common.Integer(),
+    default=40,
+    show_default=True,
+    help="At most, for lbfgs.",
+)
+@click.option("--epochs", type=common.Integer(), default=5, show_default=True, help="For adamw.")
+@click.option("--lr", type=common.Number(), default=0.05, show_default=True, help="For adamw.")
+@click.option(
+    "--patience", type=common.Integer(), default=6, show_default=True, help="Looks without gain."
+)
 @click.option("--split", metavar="NAME", help="To learn on; default: the task's first.")
 @click.option("--guard", metavar="NAME", help="A split that watches for overfitting.")
 @click.option(
     "--guard-every",
-    type=int,
+    type=common.Integer(),
     default=5,
     show_default=True,
     metavar="N",
@@ -122,11 +130,10 @@ def learned(
             names = short_names(soup.recipe.ingredients, 24)
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
         if as_json:
-            report = dict(soup.report)
-            print(json.dumps({"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | report))
+            found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
+            common.tell([json.dumps(found)])
             return
-        for line in describe(soup):
-            print(line)
+        common.tell(describe(soup))
 
     return common.supervise(work, "learned", ingredients, settings)
 

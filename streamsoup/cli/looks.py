@@ -35,7 +35,7 @@ def plan(
     method = "uniform" if coefficients is None else "mix"
     ordered = order(ingredients, given, method=method, options=common.make_options(settings))
     if as_json:
-        print(json.dumps(record_order(ordered)))
+        common.tell([json.dumps(record_order(ordered))])
     else:
         common.print_description(describe_order(ordered))
     return 0
@@ -52,7 +52,7 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
 
     (ingredient,) = open_ingredients([checkpoint])
     if as_json:
-        print(json.dumps(record_ingredient(ingredient, tensors=tensors)))
+        common.tell([json.dumps(record_ingredient(ingredient, tensors=tensors))])
     else:
         common.print_description(describe_ingredient(ingredient, tensors=tensors))
     return 0
@@ -85,11 +85,11 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
         watcher.close()
         if as_json:
             fields = ("path", "n_tensors", "n_files", "rederived", "nbytes_read")
-            print(json.dumps({name: getattr(result, name) for name in fields}))
+            common.tell([json.dumps({name: getattr(result, name) for name in fields})])
             return
         how = "derived again, and equal" if result.rederived else "digests are equal"
         what = f"{printable(soup)} is as it was made ({result.n_tensors} tensors {how})"
         elapsed_s = time.monotonic() - started
-        print(summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes))
+        common.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
 
     return common.supervise(work, "verify", (soup, *ingredients), settings)

@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from streamsoup.cli import common
+
 
 @click.command()
 @click.option(
@@ -46,5 +48,5 @@ def selftest(device: str, size: str, folder: str | None, as_json: bool) -> int:
         f"torch {about['torch']}, streamsoup {about['streamsoup']}"
     )
     if as_json:
-        print(json.dumps(report.as_json()))
+        common.tell([json.dumps(report.as_json())])
     return 0 if report.passed else 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, is_plain
 
 __all__ = ["Barrier", "advantage", "barrier", "parse_alphas"]
 
@@ -65,6 +65,8 @@ def parse_alphas(text: str) -> list[float]:
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     try:
+        if not is_plain(text):
+            raise ValueError
         if ":" not in text:
             alphas = [float(part) for part in text.split(",")]
         else:
@@ -74,7 +76,7 @@ def parse_alphas(text: str) -> list[float]:
                 raise ValueError
             # By division, so that 0.1 · 3 is 0.3 and the last one is `high`.
             alphas = [float(round(low + (high - low) * i / n, 12)) for i in range(n + 1)]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         alphas = [float("nan")]
     if not np.isfinite(alphas).all():
         raise RecipeError(f"{text!r} is no range of α such as 0:1:0.1, and no list such as 0,0.5,1")

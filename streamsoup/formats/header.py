@@ -114,6 +114,8 @@ def _recognise(prefix: bytes) -> str | None:
         return "a GGUF file, whose weights are quantised for inference"
     if prefix.startswith(b"version "):
         return "a Git LFS pointer, whose content was never fetched (run `git lfs pull`)"
+    if prefix.startswith(b"{") and b"\0" not in prefix:
+        return "JSON text (give the folder it lies in)"
     if prefix.startswith(b"\x89HDF"):
         return "an HDF5 file"
     return None

@@ -2,7 +2,8 @@
 
 An ingredient is a ``.safetensors`` file, a folder that holds one, or a folder whose
 ``*.safetensors.index.json`` says which shard holds which tensor (the Hugging Face layout;
-the symlinked folders of its download cache included). Nothing but headers and the index is read.
+the symlinked folders of its download cache included), or that index. Nothing but headers and the
+index is read.
 
 Fine-tunes of one model have the same headers, byte for byte. A `Pantry` keeps one parsed copy of
 each, so that 64 ingredients of 200 shards take the memory of one.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,9 @@ __all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredie
 
 INDEX_LIMIT = 100_000_000
 """The largest index in bytes, as for a header: ten times what any published model has."""
+
+_INDEX = re.compile(r"(.+)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
+"""What an index is called; the second part is a variant of the weights, such as ``.fp16``."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -186,19 +191,26 @@ class Pantry:
             ) from None
         except OSError as error:
             raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
-        if not stat.S_ISDIR(mode):
-            shards: tuple[Shard, ...] = (self._open_shard(given),)
-            return Ingredient(given, None, shards, self.layout(shards, given), None)
-        index = _find_weights(given)
-        if not index.endswith(".json"):
-            shards = (self._open_shard(os.path.join(given, index)),)
+        if stat.S_ISDIR(mode):
+            name = _find_weights(given)
+            if _INDEX.fullmatch(name):
+                return self._open_index(given, given, name)
+            shards: tuple[Shard, ...] = (self._open_shard(os.path.join(given, name)),)
             return Ingredient(given, given, shards, self.layout(shards, given), None)
-        weight_map = _read_index(os.path.join(given, index))
+        folder, name = os.path.split(given)
+        if _INDEX.fullmatch(name):
+            return self._open_index(given, folder or os.curdir, name)
+        shards = (self._open_shard(given),)
+        return Ingredient(given, None, shards, self.layout(shards, given), None)
+
+    def _open_index(self, given: str, folder: str, name: str) -> Ingredient:
+        """Open the shards that the index `name` of a folder lists."""
+        weight_map = _read_index(os.path.join(folder, name))
         files = sorted(set(weight_map.values()))
-        shards = tuple(self._open_shard(os.path.join(given, file)) for file in files)
+        shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
         layout = self.layout(shards, given)
-        _check_index(os.path.join(given, index), weight_map, layout)
-        return Ingredient(given, given, shards, layout, index)
+        _check_index(os.path.join(folder, name), weight_map, layout)
+        return Ingredient(given, folder, shards, layout, name)
 
     def _open_shard(self, path: str) -> Shard:
         """Read one header, with errors that name the file."""
@@ -281,7 +293,7 @@ def _find_weights(folder: str) -> str:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise FormatError(f"{printable(folder)}: cannot be listed: {error.strerror}") from None
-    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    indexes = [name for name in names if _INDEX.fullmatch(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)
     if "model.safetensors.index.json" in indexes:
@@ -292,7 +304,7 @@ def _find_weights(folder: str) -> str:
         )
     if indexes:
         listed = set(_read_index(os.path.join(folder, indexes[0])).values())
-        single = indexes[0].removesuffix(".index.json")
+        single = _INDEX.sub(r"\1\2.safetensors", indexes[0])
         if single in files and single not in listed:
             raise FormatError(
                 f"{where}: has both {printable(single)} and {printable(indexes[0])}, two "
@@ -334,7 +346,10 @@ def _read_index(path: str) -> dict[str, str]:
     finally:
         os.close(descriptor)
     try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        # No number in it is used, and as text it may have any length.
+        index = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str
+        )
     except CorruptFileError as error:
         raise CorruptFileError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:

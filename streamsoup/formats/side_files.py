@@ -24,7 +24,16 @@ __all__ = ["SideFile", "gather_side_files", "pieces"]
 
 LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.gguf", "*.npz", "*.tflite", "*.ot", "*.index.json", "*.onnx_data", "*.onnx.data"),
+    *(
+        "*.gguf",
+        "*.npz",
+        "*.tflite",
+        "*.ot",
+        "*.index.json",
+        "*.index.*.json",
+        "*.onnx_data",
+        "*.onnx.data",
+    ),
     *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args*"),
     *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
 )
@@ -69,7 +78,7 @@ def gather_side_files(
     warnings = []
     if strange:
         warnings.append(
-            f"{printable(first)}: left out what is no regular file, or a link that leads to none: "
+            f"{printable(first)}: left out what is neither a plain file nor a link to one: "
             f"{some(strange)}"
         )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
@@ -85,10 +94,10 @@ def gather_side_files(
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs = set(_walk(other.folder)[0])
+        theirs, _ = _walk(other.folder)
         different = [
             name
-            for name in sorted(theirs.union(names))
+            for name in sorted({*theirs, *names})
             if not _equal(os.path.join(first, name), os.path.join(other.folder, name))
         ]
         if different:
@@ -109,12 +118,14 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
     strange: list[str] = []
     for at, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=False):
         folders[:] = sorted(name for name in folders if _is_side_folder(os.path.join(at, name)))
-        for name in sorted(files):
+        linked = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        for name in sorted(files + linked):
             path = os.path.join(at, name)
             left_out = any(fnmatch(name.lower(), pattern) for pattern in LEFT_OUT)
-            if not left_out and not name.startswith("."):
-                relative = os.path.relpath(path, folder).replace(os.sep, "/")
-                (names if _is_regular(path) else strange).append(_checked(relative, path))
+            if left_out or name.startswith("."):
+                continue
+            relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            (names if _is_regular(path) else strange).append(_checked(relative, path))
     return names, strange
 
 

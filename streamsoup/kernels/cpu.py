@@ -151,6 +151,8 @@ def _cache_name(source: DType, output: DType) -> str:
 def _cache_folder() -> str | None:
     """Give the folder of the cache, made if need be, if only this user may write to it."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(home):
+        return None  # no home is known, or the variable is to be ignored, as its specification says
     folder = os.path.join(home, "streamsoup")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

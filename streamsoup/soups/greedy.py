@@ -580,6 +580,7 @@ def _finished(target: str, identity: str) -> GreedySoup | None:
         nbytes_read=0,
         nbytes_written=0,
         elapsed_s=0.0,
+        finished=True,
         members=tuple(members) if isinstance(members, (list, tuple)) else (),
         score=float(score) if isinstance(score, (int, float, str)) else math.nan,
         report=report,

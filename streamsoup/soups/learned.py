@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
-from streamsoup.errors import RecipeError, ResumeError, StreamsoupError, TaskError, printable
+from streamsoup.errors import RecipeError, ResumeError, TaskError, printable
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.plan import nbytes_text
-from streamsoup.recipe import PROVENANCE_NAME, Coefficients, Provenance
+from streamsoup.recipe import Coefficients
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.make import AnyIngredient, Soup, make, order
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
@@ -43,6 +43,7 @@ from streamsoup.soups.scorebook import fingerprint_of
 from streamsoup.soups.scoring import contained
 from streamsoup.soups.slopes import Evaluation, Slopes, find_common
 from streamsoup.task import AnyTask, Task, load_task
+from streamsoup.verification import read_provenance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -484,14 +485,13 @@ def _known(target: str, identity: str) -> LearnedSoup | None:
     """Give the soup that an earlier run of this very search had put in place."""
     started = time.monotonic()
     try:
-        with open(os.path.join(target, PROVENANCE_NAME), "rb") as file:
-            provenance = Provenance.from_json(file.read())
-    except (OSError, StreamsoupError):
+        provenance = read_provenance(target)
+    except RecipeError:
         return None
     if provenance.report.get("search") != identity:
         return None
     elapsed_s = time.monotonic() - started
-    return _described(Soup(target, provenance.recipe, provenance, 0, 0, elapsed_s))
+    return _described(Soup(target, provenance.recipe, provenance, 0, 0, elapsed_s, finished=True))
 
 
 def _described(soup: Soup) -> LearnedSoup:

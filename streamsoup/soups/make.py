@@ -42,6 +42,7 @@ from streamsoup.recipe import (
 )
 from streamsoup.staging import Staging, sync_folder
 from streamsoup.tensors import float_dtype
+from streamsoup.verification import read_provenance
 
 if TYPE_CHECKING:
     from streamsoup.device_mix import OnDevice
@@ -66,6 +67,8 @@ class Soup:
     """Bytes of weights read for it; 0 if it was finished before."""
     nbytes_written: int
     elapsed_s: float
+    finished: bool = False
+    """Whether an earlier run had finished it, and nothing but the last step was left to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +211,8 @@ def _not_written(output: str, error: OSError) -> OutputError:
 
 def _finished(target: str, plan: MixPlan, started: float) -> Soup:
     """Describe a soup that an earlier run had made, all but for the last step."""
-    with open(os.path.join(target, PROVENANCE_NAME), "rb") as file:
-        provenance = Provenance.from_json(file.read())
-    return Soup(target, plan.recipe, provenance, 0, 0, time.monotonic() - started)
+    elapsed_s = time.monotonic() - started
+    return Soup(target, plan.recipe, read_provenance(target), 0, 0, elapsed_s, finished=True)
 
 
 def _fingerprint(ordered: Order) -> str:

@@ -1,0 +1,223 @@
+"""Codes and factors are parts of weights: no mean is taken of them, whoever named them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import command, load, save, tensor
+
+from streamsoup import Options, geometry, mix, uniform
+from streamsoup.errors import MismatchError
+from streamsoup.formats.shards import open_ingredients
+from streamsoup.plan import MixPlan, plan_mix
+from streamsoup.recipe import Coefficients, Recipe
+
+Model = dict[str, tuple[str, tuple[int, ...]]]
+F8, W = ("F8_E4M3", (8, 8)), ("BF16", (8, 8))
+
+CODES: dict[str, tuple[str, Model]] = {
+    # By the library that writes them: the code that is named first, and what is stored.
+    "bare": ("w", {"w": F8, "w_scale": ("F32", (1,))}),
+    "DeepSeek": ("m.weight", {"m.weight": F8, "m.weight_scale_inv": ("F32", (1, 1))}),
+    "DeepSeek, its own code": ("m.weight", {"m.weight": F8, "m.scale": ("F32", (1, 1))}),
+    "DeepSeek, E8M0": ("m.weight", {"m.weight": F8, "m.scale": ("F8_E8M0", (1, 1))}),
+    "MXFP8": ("m.weight", {"m.weight": F8, "m.weight_scale": ("U8", (8,))}),
+    "ComfyUI": ("m.weight", {"m.weight": F8, "m.scale_weight": ("F32", ())}),
+    "Mistral": (
+        "m.weight",
+        {"m.weight": F8, "m.qscale_act": ("BF16", ()), "m.qscale_weight": ("BF16", ())},
+    ),
+    "AutoFP8": ("m.weight", {"m.weight": F8, "m.input_scale": ("F32", ())}),
+    "TensorRT-LLM": ("m.weight", {"m.weight": F8, "m.weights_scaling_factor": ("F32", (1,))}),
+    "E5M2": ("m.weight", {"m.weight": ("F8_E5M2", (8,)), "m.weight_scale": ("F16", ())}),
+    "compressed-tensors": (
+        "m.weight_packed",
+        {"m.weight_packed": ("U8", (8,)), "m.weight_scale": ("F8_E4M3", (1,))},
+    ),
+    "ModelOpt": (
+        "m.weight",
+        {"m.weight": ("U8", (8,)), "m.weight_scale": F8, "m.weight_scale_2": ("F32", ())},
+    ),
+    "int8": ("m.weight", {"m.weight": ("I8", (8,)), "m.weight_scale": ("BF16", (1,))}),
+    "EETQ": ("m.weight", {"m.weight": ("I8", (8,)), "m.weight_scales": ("F16", (1,))}),
+    "bitsandbytes": ("m.weight", {"m.weight": ("U8", (8,)), "m.weight.absmax": ("F32", (1,))}),
+    "bitsandbytes, 8 bits": ("m.weight", {"m.weight": ("I8", (8,)), "m.SCB": ("F32", (1,))}),
+    "GPTQ": ("m.qweight", {"m.qweight": ("I32", (8,)), "m.scales": ("F16", (1,))}),
+    "MLX": ("m.weight", {"m.weight": ("U32", (8,)), "m.scales": W, "m.biases": W}),
+    "gpt-oss": ("m.down_blocks", {"m.down_blocks": ("U8", (8,)), "m.down_scales": ("U8", (1,))}),
+    "quanto": (
+        "m.weight._data",
+        {"m.weight._data": ("I8", (8,)), "m.weight._scale": ("BF16", (8,))},
+    ),
+    "torchao": (
+        "m.weight:qdata",
+        {"m.weight:qdata": ("I8", (8,)), "m.weight:scale": ("F32", (8,))},
+    ),
+    "torchao, flat": (
+        "m._weight_qdata",
+        {"m._weight_qdata": F8, "m._weight_scale": ("F32", (8,))},
+    ),
+    "HQQ": ("m.W_q", {"m.W_q": ("U8", (8,)), "m.scale": ("F16", (1,)), "m.zero": ("F16", (1,))}),
+    "AQLM": ("m.codes", {"m.codes": ("I16", (8,)), "m.codebooks": W, "m.scales": ("F16", (1,))}),
+    "Nunchaku": ("m.qweight", {"m.qweight": ("I8", (8,)), "m.wscales": ("BF16", (1,))}),
+    "QuIP#": ("m.Qidxs", {"m.Qidxs": ("I16", (8,)), "m.Wscale": ("F32", ())}),
+}
+
+PLAIN: dict[str, Model] = {
+    "CLIP": {"logit_scale": ("F32", ()), "text_projection": W},
+    "CLIP in 8 bits": {"logit_scale": ("F32", ()), "text_projection": F8, "visual.proj": F8},
+    "a weight with a scale": {"m.weight": W, "m.weight_scale": ("F32", (8,)), "m.scale": W},
+    "Flux in 8 bits": {"b.img_in.weight": F8, "b.norm.key_norm.scale": ("F32", (8,))},
+    "all in 8 bits": {"m.weight": F8, "m.scale": F8, "m.weight_scale": F8},
+    "Wan in 8 bits": {"b.scale_shift_table": ("F32", (2, 8)), "b.weight": F8, "b.bias": F8},
+    "Swin": {"attn.logit_scale": ("F32", (4,)), "attn.relative_position_index": ("I64", (8,))},
+    "masks": {"attn.scale": ("F32", ()), "attn.bias": ("U8", (8,)), "attn.mask": ("BOOL", (8,))},
+    "layer scale": {"b.layer_scale_1.gamma": W, "b.weight": F8, "b.layer_scale": ("F32", (8,))},
+    "counters": {"bn.num_batches_tracked": ("I64", ()), "bn.weight": W, "bn.scale": W},
+}
+
+FACTORS = (
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "base_model.model.model.embed_tokens.lora_embedding_B",
+    "layers.0.q_proj.lora_B.default.weight",
+    "layers.0.q_proj.lora_magnitude_vector",
+    "model.layers.0.self_attn.q_proj.lora_a",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+    "lora_unet_mid_block.lora_mid.weight",
+    "lora_unet_mid_block.dora_scale",
+    "unet.up_blocks.0.attn1.processor.to_q_lora.down.weight",
+    "unet.mid.to_k.lora_linear_layer.up.weight",
+    "double_blocks.0.processor.qkv_lora1.up.weight",
+    "lora_unet_x.hada_w1_a",
+    "lora_unet_x.lokr_w2",
+    "lora_unet_x.oft_blocks",
+    "layers.0.q_proj.oft_r.weight",
+    "layers.0.vera_lambda_d",
+)
+NO_FACTORS = (
+    "model.layers.0.attn.w_lora.lora.0.weight",  # RWKV-7: a part of the network, not linear
+    "model.layers.0.self_attn.q_a_proj.weight",
+    "color_a.weight",
+    "exploration_b",
+    "soft.weight",
+    "explora_a",
+)
+
+
+def store(folder: Path, model: Model) -> Path:
+    """Save zeros."""
+    whole = {}
+    for name, (dtype, shape) in model.items():
+        width = {"F32": 4, "I32": 4, "U32": 4, "I64": 8, "BF16": 2, "F16": 2, "I16": 2}
+        nbytes = int(np.prod(shape)) * width.get(dtype, 1)
+        whole[name] = (dtype, shape, bytes(nbytes))
+    return save(folder, whole)
+
+
+def planned(paths: list[Path]) -> MixPlan:
+    """Plan a uniform soup."""
+    names = tuple(map(str, paths))
+    return plan_mix(open_ingredients(paths), Recipe(names, Coefficients.uniform(len(names))))
+
+
+@pytest.mark.parametrize("library", CODES)
+def test_codes_beside_their_scales_are_refused(library: str, tmp_path: Path) -> None:
+    """Codes of any library, equal or not, are refused with file, tensor and advice."""
+    named, model = CODES[library]
+    paths = [store(tmp_path / name, model | {"z.weight": W}) for name in "ab"]
+    with pytest.raises(MismatchError) as refused:
+        planned(paths)
+    assert str(refused.value) == (
+        f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {named} is a code "
+        "that a scale stands beside; averaging codes and scales apart makes no soup: dequantise "
+        "the ingredients first"
+    )
+
+
+@pytest.mark.parametrize("model", PLAIN)
+def test_what_is_merely_called_a_scale_is_no_alarm(model: str, tmp_path: Path) -> None:
+    """Parameters called scale, also in checkpoints cast to 8 bits, are averaged as all others."""
+    paths = [store(tmp_path / name, PLAIN[model]) for name in "ab"]
+    assert len(planned(paths).tensors) == len(PLAIN[model])
+
+
+def test_each_layout_with_codes_is_named(tmp_path: Path) -> None:
+    """Codes in any ingredient are found, and counted in the first that has such a layout."""
+    plain = store(tmp_path / "a", {f"{i}.weight": W for i in range(3)})
+    codes = {f"{i}.weight": F8 for i in range(3)} | {f"{i}.scale": ("F32", ()) for i in range(3)}
+    coded = store(tmp_path / "b", codes)
+    with pytest.raises(MismatchError, match=rf"{coded}/model\.safetensors: 0\.weight \(and 2 more"):
+        planned([plain, coded])
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_are_refused(name: str, tmp_path: Path) -> None:
+    """An adapter's factors, by whatever library, are refused with file, tensor and advice."""
+    paths = [store(tmp_path / letter, {name: W}) for letter in "ab"]
+    with pytest.raises(MismatchError) as refused:
+        planned(paths)
+    assert str(refused.value) == (
+        f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {name} belongs to an "
+        "adapter, whose factors mean nothing apart: merge each adapter into its base first"
+    )
+
+
+def test_parts_of_networks_are_no_factors(tmp_path: Path) -> None:
+    """Names that only sound like factors are averaged."""
+    paths = [store(tmp_path / letter, dict.fromkeys(NO_FACTORS, W)) for letter in "ab"]
+    assert len(planned(paths).tensors) == len(NO_FACTORS)
+
+
+def test_the_mean_of_factors_is_another_model() -> None:
+    """Why they are refused: the product of the mean factors is not the mean of the products."""
+    rng = np.random.default_rng(0)
+    b, a = rng.standard_normal((2, 6, 2)), rng.standard_normal((2, 2, 6))
+    wanted, made = (b @ a).mean(0), b.mean(0) @ a.mean(0)
+    assert np.abs(wanted - made).max() > 0.5 * np.abs(wanted).max()
+
+
+def test_a_lone_adapter_stays_as_it_is_or_is_refused(tmp_path: Path) -> None:
+    """One adapter may be copied, but neither scaled nor measured against another."""
+    rng = np.random.default_rng(0)
+    lora = {f"q.lora_{x}.weight": tensor(rng.standard_normal((2, 3))) for x in "AB"}
+    a = save(tmp_path / "a", lora, name="adapter_model")
+    (a / "adapter_config.json").write_text("{}")
+    uniform([a], output=tmp_path / "copy")
+    assert load(tmp_path / "copy" / "adapter_model.safetensors") == load(a)
+    assert (tmp_path / "copy" / "adapter_config.json").exists()
+    uniform([a], output=tmp_path / "half", options=Options(dtype="f32"))
+    for refused in (
+        lambda: mix([a], [0.5], output=tmp_path / "out"),
+        lambda: geometry([a, a]),
+    ):
+        with pytest.raises(ValueError, match="belongs to an adapter"):
+            refused()
+    ran = command("plan", a, a)
+    assert ran.returncode == 1
+    assert f"{a}/adapter_model.safetensors: q.lora_A.weight (and 1 more) belongs" in ran.stderr
+
+
+def test_an_adapter_file_is_one_whatever_it_holds(tmp_path: Path) -> None:
+    """PEFT has many products, and one file name."""
+    paths = [
+        save(tmp_path / x, {"q.miss_block": tensor(np.ones(3))}, name="adapter_model") for x in "ab"
+    ]
+    with pytest.raises(MismatchError, match="belongs to an adapter"):
+        planned(paths)
+
+
+def test_all_refusals_come_in_one_message(tmp_path: Path) -> None:
+    """Codes, factors and disagreements are listed together."""
+    a = store(tmp_path / "a", {"m.weight": F8, "m.scale": ("F32", ()), "m.lora_A": W})
+    b = store(tmp_path / "b", {"m.weight": F8, "m.scale": ("F32", ())})
+    with pytest.raises(MismatchError) as refused:
+        planned([a, b])
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 5
+    assert "lacks 1 tensor" in lines[1]
+    assert f"{a}/model.safetensors: m.weight is a code" in lines[2]
+    assert f"{a}/model.safetensors: m.lora_A belongs" in lines[3]
+    assert f"{b}/model.safetensors: m.weight is a code" in lines[4]
