@@ -73,6 +73,11 @@ class Memory:
         """Do nothing: the memory is the owner's."""
 
     @property
+    def addresses(self) -> set[int]:
+        """Where the storages of the tensors begin, to tell whether others share them."""
+        return {t.untyped_storage().data_ptr() for t in self._tensors if t.numel()}
+
+    @property
     def content(self) -> Memory:
         """Give itself, as a mapped file gives its bytes."""
         return self

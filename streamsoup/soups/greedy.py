@@ -24,6 +24,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ from streamsoup.soups.scorebook import Members, Scorebook, fingerprint_of
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
 from streamsoup.soups.search import search as go_through
-from streamsoup.soups.search_report import report_of
+from streamsoup.soups.search_report import RULES, report_of
 from streamsoup.soups.workers import Alone, Crew, Scorers, Work, candidates_of
 from streamsoup.task import AnyTask, Score, Task, load_task
 from streamsoup.task.command import CommandTask
@@ -101,8 +102,10 @@ def greedy_soup(
     kitchen = _Kitchen(ordered, task, model, search, options, target)
     try:
         bound_to = kitchen.bound_to()
-        identity = digest_bytes(json.dumps(bound_to, sort_keys=True).encode())
-        with Scorebook(target, bound_to, restart=search.restart) as book:
+        rules = [getattr(search, name) for name in RULES if name != "jobs"]
+        about = [bound_to, rules, repr(search.scores), ordered.plan.recipe.shard_size]
+        identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
+        with Scorebook(target, bound_to, restart=search.restart) as book, closing(kitchen):
             finished = _finished(target, identity) if resumed else None
             if finished is not None:
                 book.finish()
@@ -114,7 +117,7 @@ def greedy_soup(
             found = go_through([ingredient.name for ingredient in opened], ask, search)
             best = best_run(found.runs)
             report: dict[str, Any] = {**kitchen.described, "split": kitchen.split}
-            report |= report_of(found, search, n_resumed=book.n_resumed)
+            report |= report_of(found, search, paid=book.paid, n_resumed=len(book.resumed))
             report["seconds"]["before"] = time.monotonic() - started - found.elapsed_s
             report |= {"search": identity, "bound_to": bound_to}
             kitchen.leave(best.members)
@@ -142,12 +145,15 @@ def _asking(
 ) -> Ask:
     """Give what a search asks: given scores, those in the book, or else the scorers."""
     keep = search.direction == "forward"
+    asked = set(book.resumed)
 
     def ask(wanted: Sequence[Members], to_beat: float | None) -> tuple[Outcome, bool]:
         members = wanted[0]
         if len(members) == 1 and given is not None and search.z == 0:
             return Outcome(Score(float(given[members[0]])), None, Moved(0, 0, 0.0), 0.0), True
-        known = book.get(members, to_beat) is not None
+        # Not what jobs have scored ahead: that is paid for here, and used for the first time.
+        known = members in asked and book.get(members, to_beat) is not None
+        asked.add(members)
         return scorers.ask(wanted, to_beat, keep=keep), known
 
     return ask
@@ -212,15 +218,15 @@ class _Kitchen:
                 raise RecipeError("a command cannot recalibrate; give a task file")
             self.split = self._command.check_split(search.split)
             self.described = {"task": self._command.name, "code": self._command.fingerprint}
+            if n_jobs > 1:
+                self._crew = self._start(self._command, timeout=None)  # it has one of its own
         elif isolated:
             if model is not None:
                 raise RecipeError(
                     "a given model is scored in this process: leave out jobs, timeout and isolate, "
                     "or let the task build it"
                 )
-            works = [self._work(task, number) for number in range(n_jobs)]
-            names = [ingredient.name for ingredient in ordered.plan.ingredients]
-            self._crew = Crew(works, timeout=search.timeout, names=names)
+            self._crew = self._start(task, timeout=search.timeout)
             self.split = self._crew.task["split"]
             self.described = {name: self._crew.task[name] for name in ("task", "code")}
         else:
@@ -290,6 +296,11 @@ class _Kitchen:
         elif self._crew is not None:
             self._crew.close()
         self._scorers = self._crew = None
+
+    def _start(self, task: Any, *, timeout: float | None) -> Crew:
+        works = [self._work(task, number) for number in range(self.search.jobs)]
+        names = [ingredient.name for ingredient in self.ordered.plan.ingredients]
+        return Crew(works, timeout=timeout, names=names)
 
     def _work(self, task: Any, number: int) -> Work:
         budget = self.options.memory

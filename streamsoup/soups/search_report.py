@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from streamsoup.errors import printable
+from streamsoup.soups.scoring import Outcome
 from streamsoup.soups.search import Found, Run, SearchOptions, Trial, best_run
 
-__all__ = ["report_of"]
+__all__ = ["RULES", "report_of"]
 
 RULES = (
     *("ties", "min_gain", "z", "order", "n_orders", "seed", "direction", "passes"),
@@ -18,14 +20,15 @@ RULES = (
 """The options that say how a search decided."""
 
 
-def report_of(found: Found, options: SearchOptions, *, n_resumed: int) -> dict[str, Any]:
+def report_of(
+    found: Found, options: SearchOptions, *, paid: Sequence[Outcome], n_resumed: int
+) -> dict[str, Any]:
     """Put all that was found out into plain JSON.
 
-    `n_resumed` is the number of scores that an earlier run had paid for.
+    `paid` is every candidate that was scored, also those that several jobs scored ahead and nobody
+    asked for; `n_resumed` is the number of scores that an earlier run had paid for.
     """
     best = best_run(found.runs)
-    trials = [*found.singles, *(trial for run in found.runs for trial in run.trials)]
-    scored = [trial for trial in trials if not trial.known]
     report: dict[str, Any] = {
         "rules": {name: getattr(options, name) for name in RULES},
         "ingredients": list(found.names),
@@ -42,14 +45,14 @@ def report_of(found: Found, options: SearchOptions, *, n_resumed: int) -> dict[s
             }
             for run in found.runs
         ],
-        "n_scored": len(scored),
+        "n_scored": len(paid),
         "n_resumed": n_resumed,
-        "nbytes_read": sum(trial.moved.nbytes_read for trial in scored),
-        "nbytes_sums": sum(trial.moved.nbytes_sums for trial in scored),
+        "nbytes_read": sum(outcome.moved.nbytes_read for outcome in paid),
+        "nbytes_sums": sum(outcome.moved.nbytes_sums for outcome in paid),
         "seconds": {
             "search": found.elapsed_s,
-            "scoring": sum(trial.scoring_s for trial in scored),
-            "mixing": sum(trial.moved.elapsed_s for trial in scored),
+            "scoring": sum(outcome.scoring_s for outcome in paid),
+            "mixing": sum(outcome.moved.elapsed_s for outcome in paid),
         },
     }
     if len(found.runs) > 1:
