@@ -571,3 +571,23 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
         with pytest.raises(Killed):
             search("accept", overwrite=True)
     assert search("reject", overwrite=True).members == (0,)
+
+
+def test_scores_may_be_infinite(tmp_path: Path) -> None:
+    """Minus infinity is the worst of scores, and no error; the report is JSON all the same."""
+    ingredients = marks(tmp_path / "in", 3)
+    worst = float("-inf")
+    search = SearchOptions(order="random", n_orders=2)
+    scores = {(0,): worst, (1,): worst, (2,): worst, (1, 2): 0.5}
+    soup = greedy_soup(
+        ingredients, table(scores, worst), model=Marks(3), output=tmp_path / "out", search=search
+    )
+    assert soup.score in (0.5, worst)
+    text = (tmp_path / "out" / "streamsoup.json").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads(text, parse_constant=refuse)["report"]
+    assert report["runs"][0]["trials"][1]["to_beat"] == "-inf"
+    assert "over_orders" not in report

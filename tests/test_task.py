@@ -150,7 +150,8 @@ def hostile(folder: Path, body: str) -> Path:
         ("return 1.0, 2.0", "answered with tuple"),
         ("sys.exit(0)", r"it called sys.exit\(0\)"),
         ("print('last', flush=True); os._exit(0)", r"ended itself with status 0.*\n  \| last"),
-        ("os.abort()", "killed by signal 6"),
+        ("os.abort()", "killed by signal 6;"),
+        ("os.closerange(3, 64)", r"ended itself with status 1.*\n  \| OSError: "),
         ("print('so far', flush=True); time.sleep(60)", r"longer than 3 s.*\n  \| so far"),
         ("[print('y' * 99) for _ in range(50000)]\n    raise KeyError", r"KeyError.*(\n  \| y+)+$"),
         ("os.fork()\n    time.sleep(0.2)\n    return 1 / 0", "ZeroDivisionError"),
@@ -228,6 +229,40 @@ def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:
     time.sleep(0.1)
     for pid in map(int, mark.read_text().split()):
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        with open({mark!r}, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+    os._exit(0)
+while not (os.path.exists({mark!r}) and os.path.getsize({mark!r})):
+    time.sleep(0.01)
+"""
+
+
+def is_alive(mark: Path) -> bool:
+    """Whether the process that left its number is there yet."""
+    pid = int(mark.read_text())
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+
+
+def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) -> None:
+    """What left its group and its parent is killed too, by the mark in its environment."""
+    mark = tmp_path / "command"
+    (tmp_path / "daemon.py").write_text(DAEMON.format(mark=str(mark)))
+    command = f"{sys.executable} {tmp_path}/daemon.py; echo 3 # {{checkpoint}}"
+    assert run_command(command).value == 3
+    assert not is_alive(mark)
+    mark = tmp_path / "task"
+    task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    os._exit(3)")
+    with pytest.raises(TaskError, match="ended itself with status 3"):
+        greedy_soup(paths, task, output=tmp_path / "out", search=SearchOptions(isolate=True))
+    assert not is_alive(mark)
 
 
 def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from streamsoup.errors import printable
 from streamsoup.soups.scoring import Outcome
 from streamsoup.soups.search import Found, Run, SearchOptions, Trial, best_run
+from streamsoup.task import Score
 
 __all__ = ["RULES", "report_of"]
 
@@ -55,8 +56,8 @@ def report_of(
             "mixing": sum(outcome.moved.elapsed_s for outcome in paid),
         },
     }
-    if len(found.runs) > 1:
-        scores = [run.score.value for run in found.runs]
+    scores = [run.score.value for run in found.runs]
+    if len(scores) > 1 and all(map(math.isfinite, scores)):
         report["over_orders"] = {"mean": statistics.fmean(scores), "sd": statistics.stdev(scores)}
     if len(best.members) == 1 and len(found.names) > 1:
         report["advice"] = _why_one(found, best)
@@ -80,7 +81,7 @@ def _trial_record(trial: Trial) -> dict[str, Any]:
         "scoring_s": trial.scoring_s,
     }
     if trial.to_beat is not None:
-        record["to_beat"] = trial.to_beat
+        record["to_beat"] = Score(trial.to_beat).to_record()["value"]
     if trial.averaged is not None:
         record["score_with_averaged_statistics"] = trial.averaged.to_record()["value"]
     return record

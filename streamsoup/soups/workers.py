@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -29,7 +31,7 @@ from streamsoup.options import Options
 from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, Scorer, contained
-from streamsoup.task.command import CommandTask, Tail, die_with_parent, kill_group
+from streamsoup.task.command import CommandTask, Family, Tail, die_with_parent
 
 if TYPE_CHECKING:
     from streamsoup.soups.make import Order
@@ -205,14 +207,14 @@ class _Worker:
             f"import sys; sys.path[:] = {sys.path!r}; from streamsoup.soups.workers import serve; "
             f"serve({theirs.fileno()}, {os.getpid()}, {self._is_live})"
         )
-        self._process = subprocess.Popen(
+        self._family = Family(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,
         )
+        self._process = self._family.leader
         theirs.close()
         self.connection = Connection(ours.detach())
         self.died = os.pidfd_open(self._process.pid)
@@ -273,7 +275,7 @@ class _Worker:
 
     def close(self) -> None:
         """Kill it, with its children."""
-        kill_group(self._process)
+        self._family.kill()
         self._listener.join(1.0)
         if self._process.stdout is not None and not self._listener.is_alive():
             self._process.stdout.close()
@@ -302,7 +304,8 @@ class _Worker:
         if status is None:
             return f"took longer than {self._timeout:g} s (--timeout)"
         if status < 0:
-            return f"the process was killed by signal {-status}; out of memory?"
+            why = "; out of memory?" if -status == signal.SIGKILL else ""
+            return f"the process was killed by signal {-status}{why}"
         return f"the process ended itself with status {status}"
 
     def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
@@ -345,12 +348,25 @@ def serve(descriptor: int, parent: int, is_live: bool) -> None:
         os._exit(1)
     connection = Connection(descriptor)
     mine = os.getpid()
+    status = 1
 
     def say(kind: str, content: Any = None) -> None:
         if os.getpid() != mine:
             os._exit(0)  # a task forked, and its child came back here
         connection.send_bytes(pickle.dumps((kind, content)))
 
+    try:
+        _serve(connection, say, is_live)
+        status = 0
+    except BaseException:
+        traceback.print_exc()  # the last it printed
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> None:
     try:
         (_serve_live if is_live else _serve_command)(connection, say)
     except EOFError:
@@ -359,10 +375,6 @@ def serve(descriptor: int, parent: int, is_live: bool) -> None:
         say("error", (type(error).__name__, str(error)))
     except MemoryError:
         say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _serve_command(connection: Connection, say: Callable[..., None]) -> None:
