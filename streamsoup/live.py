@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from streamsoup.errors import MismatchError, TaskError, some
 from streamsoup.formats.files import Bytes
+from streamsoup.formats.memory import MemoryShard
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 
 __all__ = ["TORCH_DTYPES", "ModelSink", "Target", "recalibrate", "tensors_of"]
@@ -148,6 +149,21 @@ class ModelSink:
 
     def close(self) -> None:
         """Do nothing: the sink holds nothing but the model."""
+
+    def check_apart(self) -> None:
+        """Raise `MismatchError` if an ingredient is this very model.
+
+        For a search: the first candidate would overwrite it. A single mix may be made in place.
+        """
+        tensors = self.live.values()
+        own = {t.untyped_storage().data_ptr() for t in tensors if type(t) in _PLAIN and t.numel()}
+        for ingredient in self.plan.ingredients:
+            for shard in ingredient.shards:
+                if isinstance(shard, MemoryShard) and own & shard.memory.addresses:
+                    raise MismatchError(
+                        f"{ingredient.name}: shares memory with the model that candidates are put "
+                        "into, which would overwrite it; give a copy, or another model"
+                    )
 
     def check(self) -> None:
         """Raise `TaskError` if the model's tensors are no longer the ones that were matched."""

@@ -17,6 +17,7 @@ from torch import nn
 import streamsoup
 from streamsoup import Options, SearchOptions, greedy_soup
 from streamsoup.errors import (
+    MismatchError,
     NonFiniteError,
     OutputBusyError,
     OutputExistsError,
@@ -523,3 +524,70 @@ def test_refused_options(
             search=SearchOptions(**search),
         )
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_is_an_ingredient_is_refused(tmp_path: Path) -> None:
+    """Candidates would overwrite it; a copy of it is taken."""
+    model, other = networks.teacher(), networks.teacher()
+    with torch.no_grad():
+        other.get_parameter("0.weight").add_(0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError, match="shares memory with the model"):
+        greedy_soup([other, model], networks.score, model=model, output=tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    soup = greedy_soup([other, before], networks.score, model=model, output=tmp_path / "out")
+    assert soup.singles[1].score.value == 1.0
+
+
+def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the soup was in place: the same call takes it, one with other rules does not."""
+    ingredients = marks(tmp_path / "in", 2)
+    scores = {(0,): 0.5, (1,): 0.4, (0, 1): 0.5}
+
+    def search(ties: Any, overwrite: bool = False) -> Any:
+        return greedy_soup(
+            ingredients,
+            table(scores),
+            model=Marks(2),
+            output=tmp_path / "out",
+            search=SearchOptions(ties=ties),
+            options=Options(overwrite=overwrite),
+        )
+
+    def killed(self: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorebook, "finish", killed)
+        with pytest.raises(Killed):
+            search("accept")
+    with pytest.raises(OutputExistsError):
+        search("reject")
+    assert search("accept").members == (0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorebook, "finish", killed)
+        with pytest.raises(Killed):
+            search("accept", overwrite=True)
+    assert search("reject", overwrite=True).members == (0,)
+
+
+def test_scores_may_be_infinite(tmp_path: Path) -> None:
+    """Minus infinity is the worst of scores, and no error; the report is JSON all the same."""
+    ingredients = marks(tmp_path / "in", 3)
+    worst = float("-inf")
+    search = SearchOptions(order="random", n_orders=2)
+    scores = {(0,): worst, (1,): worst, (2,): worst, (1, 2): 0.5}
+    soup = greedy_soup(
+        ingredients, table(scores, worst), model=Marks(3), output=tmp_path / "out", search=search
+    )
+    assert soup.score in (0.5, worst)
+    text = (tmp_path / "out" / "streamsoup.json").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads(text, parse_constant=refuse)["report"]
+    assert report["runs"][0]["trials"][1]["to_beat"] == "-inf"
+    assert "over_orders" not in report

@@ -20,7 +20,6 @@ from streamsoup import SearchOptions, greedy_soup
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
 from streamsoup.task.command import command_task
-from streamsoup.task.harness import HarnessTask
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,8 @@ def hostile(folder: Path, body: str) -> Path:
         ("return 1.0, 2.0", "answered with tuple"),
         ("sys.exit(0)", r"it called sys.exit\(0\)"),
         ("print('last', flush=True); os._exit(0)", r"ended itself with status 0.*\n  \| last"),
-        ("os.abort()", "killed by signal 6"),
+        ("os.abort()", "killed by signal 6;"),
+        ("os.closerange(3, 64)", r"ended itself with status 1.*\n  \| OSError: "),
         ("print('so far', flush=True); time.sleep(60)", r"longer than 3 s.*\n  \| so far"),
         ("[print('y' * 99) for _ in range(50000)]\n    raise KeyError", r"KeyError.*(\n  \| y+)+$"),
         ("os.fork()\n    time.sleep(0.2)\n    return 1 / 0", "ZeroDivisionError"),
@@ -231,6 +231,40 @@ def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
 
 
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        with open({mark!r}, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+    os._exit(0)
+while not (os.path.exists({mark!r}) and os.path.getsize({mark!r})):
+    time.sleep(0.01)
+"""
+
+
+def is_alive(mark: Path) -> bool:
+    """Whether the process that left its number is there yet."""
+    pid = int(mark.read_text())
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+
+
+def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) -> None:
+    """What left its group and its parent is killed too, by the mark in its environment."""
+    mark = tmp_path / "command"
+    (tmp_path / "daemon.py").write_text(DAEMON.format(mark=str(mark)))
+    command = f"{sys.executable} {tmp_path}/daemon.py; echo 3 # {{checkpoint}}"
+    assert run_command(command).value == 3
+    assert not is_alive(mark)
+    mark = tmp_path / "task"
+    task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    os._exit(3)")
+    with pytest.raises(TaskError, match="ended itself with status 3"):
+        greedy_soup(paths, task, output=tmp_path / "out", search=SearchOptions(isolate=True))
+    assert not is_alive(mark)
+
+
 def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> None:
     """Each candidate has a path of its own and the bits of the soup; ingredients are not given."""
     script = tmp_path / "eval.py"
@@ -256,16 +290,6 @@ def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> 
     assert all(str(tmp_path / "out.search") in candidate for candidate in candidates)
     assert before == [Path(path, "model.safetensors").read_bytes() for path in paths]
     assert not (tmp_path / "out.search").exists()
-
-
-def test_lm_eval_asks_for_what_it_needs() -> None:
-    """Without the extra dependency, the message says how to get it."""
-    try:
-        import lm_eval  # noqa: F401
-    except ModuleNotFoundError:
-        task = HarnessTask(("hellaswag",), 10, None, "nowhere")
-        with pytest.raises(TaskError, match=r"pip install"):
-            task.score(None, "val")
 
 
 def streamsoup(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

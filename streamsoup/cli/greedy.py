@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TASK = common.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
     click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
-    click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness: a,b,…"),
+    click.option("--lm-eval", metavar="TASKS", help="Of lm-evaluation-harness: a,b.yaml,…"),
     click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
@@ -117,7 +117,7 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
     if told["lm_eval"] is not None:
         from streamsoup.task.harness import HarnessTask
 
-        tasks = tuple(name.strip() for name in told["lm_eval"].split(","))
+        tasks = tuple(filter(None, map(str.strip, told["lm_eval"].split(","))))
         return HarnessTask(tasks, told["limit"], told["metric"], os.path.abspath(first))
     if told["metric"] is not None:
         raise RecipeError("--metric goes with --command and --lm-eval; a task file says main = …")

@@ -66,6 +66,11 @@ class Memory:
         """Whether no tensor was changed in place, as far as torch knows."""
         return self._versions == [_version(tensor) for tensor in self._tensors]
 
+    @property
+    def addresses(self) -> set[int]:
+        """Where the storages of the tensors begin, to tell whether others share them."""
+        return {t.untyped_storage().data_ptr() for t in self._tensors if t.numel()}
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryShard(Shard):

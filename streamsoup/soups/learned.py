@@ -226,6 +226,7 @@ class _Search:
                 model = task.build()
         plan = ordered.plan
         sink: ModelSink = ModelSink(model, plan)
+        sink.check_apart()
         found = notebook.find("common")
         if found is None:
             common, n = find_common(plan, mapped=ordered.mapped, options=options)

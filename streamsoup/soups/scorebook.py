@@ -50,8 +50,10 @@ class Scorebook:
         self.root = target + ".search"
         self.scores: dict[Members, Outcome] = {}
         """What is known by now."""
-        self.n_resumed = 0
-        """How many of them an earlier run had paid for."""
+        self.resumed: frozenset[Members] = frozenset()
+        """Those of them that an earlier run had paid for."""
+        self.paid: list[Outcome] = []
+        """What this run paid for, also where nothing came of it."""
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="streamsoup-sync")
         self._syncing: Future[None] | None = None
         self._lock = _take(self.root)
@@ -103,6 +105,7 @@ class Scorebook:
         self._journal.append(record, wait=False)
         self._syncing = self._syncer.submit(self._journal.sync)
         self.scores[members] = outcome
+        self.paid.append(outcome)
 
     def get(self, members: Members, to_beat: float | None) -> Outcome | None:
         """Give a score that is known, and serves: a bound does only while it is below `to_beat`."""
@@ -132,6 +135,8 @@ class Scorebook:
         self._syncer.shutdown()
         self._journal.close()
         if self._lock >= 0:
+            if os.path.isdir(self.root):
+                self._clear()
             os.close(self._lock)
             self._lock = -1
 
@@ -162,7 +167,7 @@ class Scorebook:
                     "--restart forgets all scores of this search"
                 )
             self.scores[members] = outcome
-        self.n_resumed = len(self.scores)
+        self.resumed = frozenset(self.scores)
 
     def _clear(self) -> None:
         """Remove candidates that a killed run left."""

@@ -70,6 +70,7 @@ class LiveScorer:
         self._split = split
         self._recalibrate = recalibrate
         self.sink = ModelSink(model, candidates.plan)
+        self.sink.check_apart()
         self._candidates = beside(candidates, self.sink)
         self._training = [(module, module.training) for module in model.modules()]
 

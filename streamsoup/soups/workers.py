@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -28,8 +30,8 @@ from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable
 from streamsoup.options import Options
 from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
 from streamsoup.soups.scorebook import Members, Scorebook
-from streamsoup.soups.scoring import LiveScorer, Outcome, Scorer, contained
-from streamsoup.task.command import Tail, die_with_parent, kill_group
+from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, Scorer, contained
+from streamsoup.task.command import CommandTask, Family, Tail, die_with_parent
 
 if TYPE_CHECKING:
     from streamsoup.soups.make import Order
@@ -120,8 +122,11 @@ class Crew:
         Raises `TaskError` if the task cannot be loaded.
         """
         self._names = names
+        self._timeout = timeout
         self._book: Scorebook | None = None
         self._workers: list[_Worker] = []
+        self._failed: dict[Members, StreamsoupError] = {}
+        """How candidates failed that may never be asked for."""
         try:
             for work in works:
                 self._workers.append(_Worker(work, timeout))
@@ -136,20 +141,40 @@ class Crew:
         self._book = book
 
     def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
-        """Give the outcome of the first of `wanted`; idle workers take up the others."""
+        """Give the outcome of the first of `wanted`; idle workers take up the others.
+
+        One of the others that fails is told only if it comes to be the first: one worker alone
+        would not have tried it before.
+        """
         book = self._book
         assert book is not None
         while (outcome := book.get(wanted[0], to_beat)) is None:
-            busy = {worker.members for worker in self._workers}
-            todo = [m for m in wanted if m not in busy and book.get(m, to_beat) is None]
+            if wanted[0] in self._failed:
+                raise self._failed[wanted[0]]
+            done_with = {worker.members for worker in self._workers} | self._failed.keys()
+            todo = [m for m in wanted if m not in done_with and book.get(m, to_beat) is None]
             for worker in self._workers:
                 if worker.members is None and todo:
                     worker.begin(todo.pop(0), to_beat, keep)
             for worker in _ready(self._workers):
-                done = worker.receive(self._names)
+                members = worker.members
+                try:
+                    done = worker.receive(self._names)
+                except StreamsoupError as error:
+                    if members in (None, wanted[0]):
+                        raise
+                    self._failed[members] = error
+                    self._replace(worker)
+                    continue
                 if done is not None:
                     book.put(*done)
         return outcome
+
+    def _replace(self, worker: _Worker) -> None:
+        """Put a new worker in the place of one that failed."""
+        worker.close()
+        place = self._workers.index(worker)
+        self._workers[place] = _Worker(worker.work, self._timeout)
 
     def close(self) -> None:
         """Kill all workers, with their children."""
@@ -161,6 +186,7 @@ class _Worker:
     """One worker process, seen from here."""
 
     def __init__(self, work: Work, timeout: float | None) -> None:
+        self.work = work
         self.members: Members | None = None
         """What it works on."""
         self._to_beat: float | None = None
@@ -176,18 +202,19 @@ class _Worker:
                 "task file and checkpoints on disk, or leave out jobs, timeout and isolate"
             ) from None
         ours, theirs = socket.socketpair()
+        self._is_live = not isinstance(work.task, CommandTask)
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from streamsoup.soups.workers import serve; serve({theirs.fileno()}, {os.getpid()})"
+            f"import sys; sys.path[:] = {sys.path!r}; from streamsoup.soups.workers import serve; "
+            f"serve({theirs.fileno()}, {os.getpid()}, {self._is_live})"
         )
-        self._process = subprocess.Popen(
+        self._family = Family(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,
         )
+        self._process = self._family.leader
         theirs.close()
         self.connection = Connection(ours.detach())
         self.died = os.pidfd_open(self._process.pid)
@@ -248,7 +275,7 @@ class _Worker:
 
     def close(self) -> None:
         """Kill it, with its children."""
-        kill_group(self._process)
+        self._family.kill()
         self._listener.join(1.0)
         if self._process.stdout is not None and not self._listener.is_alive():
             self._process.stdout.close()
@@ -277,13 +304,15 @@ class _Worker:
         if status is None:
             return f"took longer than {self._timeout:g} s (--timeout)"
         if status < 0:
-            return f"the process was killed by signal {-status}; out of memory?"
+            why = "; out of memory?" if -status == signal.SIGKILL else ""
+            return f"the process was killed by signal {-status}{why}"
         return f"the process ended itself with status {status}"
 
     def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
         time.sleep(0.05)  # for the listener to catch up
         error = getattr(errors, kind, TaskError)
-        tail = self._tail.text() if error is TaskError else ""
+        # What a command printed is in its error.
+        tail = self._tail.text() if error is TaskError and self._is_live else ""
         raise error(f"{text}{_of(self.members, names)}{tail}")
 
     def _listen(self) -> None:
@@ -312,13 +341,14 @@ def _of(members: Members | None, names: Sequence[str]) -> str:
     return f"; the candidate is the mean of {some(chosen, 8)}"
 
 
-def serve(descriptor: int, parent: int) -> None:
+def serve(descriptor: int, parent: int, is_live: bool) -> None:
     """Be a worker: load the task, then score what comes, until nothing more does."""
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     connection = Connection(descriptor)
     mine = os.getpid()
+    status = 1
 
     def say(kind: str, content: Any = None) -> None:
         if os.getpid() != mine:
@@ -326,20 +356,42 @@ def serve(descriptor: int, parent: int) -> None:
         connection.send_bytes(pickle.dumps((kind, content)))
 
     try:
-        _serve(connection, say)
+        _serve(connection, say, is_live)
+        status = 0
+    except BaseException:
+        traceback.print_exc()  # the last it printed
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> None:
+    try:
+        (_serve_live if is_live else _serve_command)(connection, say)
     except EOFError:
         pass
     except StreamsoupError as error:
         say("error", (type(error).__name__, str(error)))
     except MemoryError:
         say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
-def _serve(connection: Connection, say: Callable[..., None]) -> None:
+def _serve_command(connection: Connection, say: Callable[..., None]) -> None:
+    work: Work = pickle.loads(connection.recv_bytes())
+    task, folder = work.task, os.path.dirname(work.scratch)
+    split = task.check_split(work.split)
+    say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
+    scorer: FolderScorer | None = None
+    while True:
+        members, to_beat, keep = pickle.loads(connection.recv_bytes())
+        scorer = scorer or FolderScorer(
+            task, work.ordered, candidates_of(work), split=split, folder=folder
+        )
+        say("done", scorer.score(members, to_beat, keep=keep))
+
+
+def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
     # Before the clock starts: every live task needs it.
     import torch  # noqa: F401
 

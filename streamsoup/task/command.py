@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ import psutil
 from streamsoup.errors import TaskError, printable
 from streamsoup.task.scores import Score, read_score
 
-__all__ = ["CommandTask", "Tail", "command_task", "kill_group"]
+__all__ = ["CommandTask", "Family", "Tail", "command_task"]
 
 OUTPUT_NBYTES = 1 << 16
 """How much of the end of the output is searched for a score."""
@@ -37,6 +39,9 @@ TAIL_NBYTES = 2000
 
 DIGESTED_NBYTES = 10_000_000
 """Files named in a command, up to this size, are part of what its scores depend on."""
+
+_ROUNDS = 5
+"""How often to look again for processes that were born meanwhile."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -137,25 +142,47 @@ class Tail:
         return "; the last it printed:\n" + "\n".join(f"  | {printable(line)}" for line in lines)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads its own group, and all its children, also those that moved out."""
-    children: list[psutil.Process] = []
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    except PermissionError:
-        process.kill()
-    for child in children:
+class Family:
+    """A process that leads its own group, and all that come of it.
+
+    A child may leave the group, and a daemon has no parent any more either; but its environment
+    still has the mark that it was born with.
+    """
+
+    def __init__(self, arguments: Sequence[str], **settings: Any) -> None:
+        """Start a process, with what `subprocess.Popen` would be told."""
+        self._mark = f"STREAMSOUP_{uuid.uuid4().hex}"
+        self.leader: subprocess.Popen[bytes] = subprocess.Popen(
+            arguments, start_new_session=True, env=os.environ | {self._mark: "1"}, **settings
+        )
+
+    def kill(self) -> None:
+        """Kill all of them. Costs a look at each process of the machine."""
+        found: list[psutil.Process] = []
         try:
-            child.kill()
+            found = psutil.Process(self.leader.pid).children(recursive=True)
         except psutil.Error:
             pass
-    process.wait()
+        try:
+            os.killpg(self.leader.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            self.leader.kill()
+        self.leader.wait()
+        for _ in range(_ROUNDS):
+            for process in found:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    pass
+            psutil.wait_procs(found, timeout=1.0)
+            found = [p for p in psutil.process_iter(["environ"]) if self._is_ours(p)]
+            if not found:
+                break
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        return self._mark in (process.info["environ"] or {})
 
 
 def die_with_parent() -> None:
@@ -166,20 +193,20 @@ def die_with_parent() -> None:
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, bytes, Tail]:
     """Run a shell command; give its status (None: too late), standard output and both ends."""
-    process = subprocess.Popen(
+    family = Family(
         ["/bin/sh", "-c", line],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
         preexec_fn=die_with_parent,
     )
+    process = family.leader
     deadline = None if timeout is None else time.monotonic() + timeout
     output, tail = Tail(OUTPUT_NBYTES), Tail()
     try:
         status = _follow(process, deadline, output, tail)
     finally:
-        kill_group(process)
+        family.kill()
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()

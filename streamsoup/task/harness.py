@@ -1,21 +1,27 @@
 """Tasks of lm-evaluation-harness, scored on one model that stays loaded.
 
-The harness is told to take the model object as it is, so weights that were changed in place are
-what it scores; a candidate takes as long as its evaluation, and nothing is loaded again.
+The harness loads the first ingredient as it would load any model, and keeps the object. Weights
+that are changed in place are what it scores then: a candidate takes as long as its evaluation.
 
 * No cache of the harness's own: it returned the scores of the previous weights
   (EleutherAI/lm-evaluation-harness#4063).
-* No bootstrap of standard errors, and one index of tasks: they would cost more than the scoring.
+* Its index of built-in tasks is made only where one is asked for: that takes 15 s or more. Task
+  files of the user's own are loaded by their paths.
+* Not its `simple_evaluate`: that lists all installed packages for each score, which takes 3 s. What
+  it does besides is done here: each score starts from the same few-shot seed.
 
-Needs the extra ``streamsoup[lm-eval]``, and transformers. Source: Gao et al.,
+Needs the extra ``streamsoup[lm-eval]``. Source: Gao et al.,
 https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from streamsoup.errors import TaskError, printable, some
@@ -25,20 +31,30 @@ __all__ = ["HarnessTask", "pick"]
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mcc", "bleu")
 """Metrics that count, the first that a task has, unless one is named."""
 
+FEWSHOT_SEED = 1234
+"""The harness's own default, so that scores are those of its command line."""
+
 
 @dataclass(slots=True)
 class HarnessTask:
     """Some tasks of the harness; their mean is the score."""
 
     tasks: tuple[str, ...]
+    """Names of tasks, groups and tags, and paths of task files (YAML)."""
     limit: int | None
     """Examples per task; None for all."""
     metric: str | None
-    """The metric that counts; None for the usual one of each task."""
+    """The metric that counts, such as ``acc`` or ``exact_match,strict-match``; None for the usual
+    one of each task."""
     checkpoint: str
     """Where configuration and tokenizer come from: the first ingredient."""
     splits: tuple[str, ...] = ("val",)
     _loaded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def __name__(self) -> str:
+        """Say what it is called in messages."""
+        return "lm-eval"
 
     @property
     def version(self) -> str:
@@ -49,53 +65,98 @@ class HarnessTask:
             harness = version("lm-eval")
         except PackageNotFoundError:
             harness = "absent"
-        return f"lm-eval {harness}: {self.tasks} limit {self.limit} metric {self.metric}"
+        digest = hashlib.sha256()
+        for path in _code_of(self.tasks):
+            digest.update(path.read_bytes())
+        files = digest.hexdigest()
+        return f"lm-eval {harness}: {self.tasks} {files} limit {self.limit} metric {self.metric}"
 
     def build(self) -> Any:
-        """Load the first ingredient with transformers."""
+        """Load the tasks, and the first ingredient on CUDA where there is one."""
+        import torch
+
         try:
-            import transformers
-        except ModuleNotFoundError:
-            raise TaskError("--lm-eval needs transformers: pip install transformers") from None
-        self._harness()
-        self._loaded["tokenizer"] = transformers.AutoTokenizer.from_pretrained(self.checkpoint)
-        return transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint)
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ModuleNotFoundError as error:
+            raise TaskError(
+                "--lm-eval needs lm-evaluation-harness with transformers "
+                f"(there is no module {error.name}): pip install 'streamsoup[lm-eval]'"
+            ) from None
+        all_files = all(map(_is_file, self.tasks))
+        manager = TaskManager(include_defaults=not all_files)
+        try:
+            self._loaded["tasks"] = manager.load(list(self.tasks))
+        except KeyError as error:
+            raise TaskError(
+                f"lm-eval: {printable(error.args[0], 500)}; give names that `lm-eval ls tasks` "
+                "shows, or the path of a task file"
+            ) from None
+        path = self.checkpoint
+        folder = os.path.dirname(path) if os.path.isfile(path) else path
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._loaded["model"] = HFLM(pretrained=folder, device=device)
+        return self._loaded["model"].model
 
     def score(self, model: Any, split: str) -> dict[str, float]:
         """Evaluate all tasks; give the mean, and each."""
-        harness = self._harness()
-        if "model" not in self._loaded:
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
+        from lm_eval.evaluator import evaluate
 
-            self._loaded["model"] = HFLM(pretrained=model, tokenizer=self._loaded.get("tokenizer"))
-            self._loaded["manager"] = TaskManager()
-        found = harness.simple_evaluate(
-            model=self._loaded["model"],
-            tasks=list(self.tasks),
+        loaded = self._loaded["tasks"]
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        found = evaluate(
+            self._loaded["model"],
+            loaded,
             limit=self.limit,
             bootstrap_iters=0,
-            task_manager=self._loaded["manager"],
-            use_cache=None,
             log_samples=False,
         )
-        scores = {
-            name: pick(name, results, found.get("higher_is_better", {}).get(name), self.metric)
-            for name, results in found["results"].items()
-            if name in self.tasks
-        }
-        if not scores:
-            raise TaskError(f"lm-eval: gave no results for {some(self.tasks)}")
+        children: Mapping[str, list[str]] = loaded["group_map"]
+        inner = {child for names in children.values() for child in names}
+        scores: dict[str, float] = {}
+        for name in (*loaded["groups"], *loaded["tasks"]):
+            if name not in inner:
+                metric, value = _score_of(name, found, children, self.metric)
+                scores[f"{name} {metric}"] = value
         return {"score": statistics.fmean(scores.values()), **scores}
 
-    def _harness(self) -> Any:
-        try:
-            import lm_eval
-        except ModuleNotFoundError:
-            raise TaskError(
-                "--lm-eval needs lm-evaluation-harness: pip install 'streamsoup[lm-eval]'"
-            ) from None
-        return lm_eval
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _code_of(tasks: tuple[str, ...]) -> list[Path]:
+    """List task files, and what they may include or call: files of their kind beside them."""
+    folders = sorted({os.path.dirname(os.path.abspath(t)) for t in tasks if _is_file(t)})
+    return [
+        path
+        for folder in folders
+        for path in sorted(Path(folder).glob("*"))
+        if path.suffix in (".yaml", ".yml", ".py") and path.is_file()
+    ]
+
+
+def _score_of(
+    name: str, found: Mapping[str, Any], children: Mapping[str, list[str]], metric: str | None
+) -> tuple[str, float]:
+    """Score a task or a group. A group that says not how to aggregate is the mean of its parts."""
+    results = found["results"].get(name, {})
+    if name in children and not _numbers(results):
+        parts = [_score_of(child, found, children, metric)[1] for child in children[name]]
+        return "mean", statistics.fmean(parts)
+    return pick(name, results, found.get("higher_is_better", {}).get(name), metric)
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """Give the metrics among results, named as ``metric,filter``."""
+    return {
+        key: float(value)
+        for key, value in results.items()
+        if "," in key
+        and isinstance(value, (int, float))
+        and not key.partition(",")[0].endswith("_stderr")
+    }
 
 
 def pick(
@@ -103,25 +164,25 @@ def pick(
     results: Mapping[str, Any],
     higher_is_better: Mapping[str, bool] | None,
     metric: str | None,
-) -> float:
+) -> tuple[str, float]:
     """Choose the metric that counts among a task's results; where less is better, its negative.
 
+    Where answers are filtered in several ways, the first counts, unless `metric` names another.
+
     >>> pick("t", {"acc,none": 0.5, "acc_norm,none": 0.75}, {"acc": True}, None)
-    0.75
+    ('acc_norm', 0.75)
     >>> pick("t", {"word_perplexity,none": 9.0}, {"word_perplexity": False}, "word_perplexity")
-    -9.0
+    ('word_perplexity', -9.0)
+    >>> pick("t", {"exact_match,strict": 0.5, "exact_match,lax": 0.75}, None, "exact_match,lax")
+    ('exact_match,lax', 0.75)
     """
-    numbers = {
-        key.partition(",")[0]: float(value)
-        for key, value in results.items()
-        if isinstance(value, (int, float)) and not key.partition(",")[0].endswith("_stderr")
-    }
+    numbers = _numbers(results)
     names = METRICS if metric is None else (metric,)
-    name = next((name for name in names if name in numbers), None)
-    if name is None:
+    keys = [key for name in names for key in numbers if name in (key, key.partition(",")[0])]
+    if not keys:
         raise TaskError(
             f"lm-eval: {printable(task)} has none of the metrics {some(names, 8)}, but "
-            f"{some(numbers, 8)}; choose one with --metric"
+            f"{some(numbers, 8) or '(none)'}; choose one with --metric"
         )
-    better = (higher_is_better or {}).get(name, True)
-    return numbers[name] if better else -numbers[name]
+    better = (higher_is_better or {}).get(keys[0].partition(",")[0], True)
+    return keys[0].removesuffix(",none"), numbers[keys[0]] if better else -numbers[keys[0]]

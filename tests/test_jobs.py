@@ -1,0 +1,128 @@
+"""Several scorers at once: the outcome is that of one, also where candidates fail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
+from streamsoup.errors import TaskError
+from streamsoup.task.command import command_task
+
+N = 5
+
+TASK = """
+import os, time, torch
+from torch import nn
+
+SCORES = {scores}
+POISON = {poison}
+
+class Marks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(5))
+
+def build():
+    return Marks()
+
+def score(model, split, to_beat):
+    found = tuple(int(i) for i in model.w.detach().nonzero().flatten())
+    if found == POISON:
+        {body}
+    time.sleep(0.02 * (5 - found[-1]))
+    value = SCORES.get(found, 0.0)
+    if to_beat is not None and value < to_beat - 0.3:
+        return {{"at_most": value + 0.1}}
+    return value
+"""
+SCORES = {(0,): 0.5, (0, 1): 0.6, (0, 1, 2): 0.2, (0, 1, 3): 0.6, (0, 1, 3, 4): 0.4}
+"""What one scorer asks for; (0, 2) and the like are asked for by several only."""
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> list[Path]:
+    """Make ingredients that are unit vectors, so that a mean shows its members."""
+    for i in range(N):
+        save_file({"w": torch.eye(N)[i]}, tmp_path / f"{i}.safetensors")
+    return [tmp_path / f"{i}.safetensors" for i in range(N)]
+
+
+def search(marks: list[Path], *, jobs: int, **task: Any) -> GreedySoup:
+    """Search in the order given, with a task that fails for one candidate."""
+    folder = marks[0].parent
+    file = folder / "task.py"
+    file.write_text(TASK.format(**{"scores": SCORES, "poison": None, "body": "pass"} | task))
+    search = SearchOptions(order="given", jobs=jobs, isolate=True, passes=2, restart=True)
+    return greedy_soup(
+        marks, file, output=folder / "out", search=search, options=Options(overwrite=True)
+    )
+
+
+def trials(soup: GreedySoup) -> list[tuple[Any, ...]]:
+    """Give what was decided, and why."""
+    return [(t.members, t.score.value, t.decision, t.known) for t in soup.runs[0].trials]
+
+
+def test_what_one_would_not_try_may_fail(marks: list[Path]) -> None:
+    """A candidate that was tried ahead and is not wanted any more fails for nobody."""
+    one = search(marks, jobs=1)
+    assert one.members == (0, 1, 3)
+    for body in ("raise ValueError('no')", "os._exit(3)", "return float('nan')"):
+        several = search(marks, jobs=3, poison=(0, 2), body=body)
+        assert trials(several) == trials(one)
+        assert several.members == one.members
+        assert several.report["n_scored"] >= one.report["n_scored"] == len(SCORES) + 1
+
+
+def test_what_one_would_try_fails_alike(marks: list[Path]) -> None:
+    """A candidate that one scorer would try fails with the same message for several."""
+    said = []
+    for jobs in (1, 3):
+        with pytest.raises(TaskError, match="ValueError: no") as error:
+            search(marks, jobs=jobs, poison=(0, 1, 2), body="raise ValueError('no')")
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_commands_run_at_once(tmp_path: Path, marks: list[Path]) -> None:
+    """Commands have a candidate each, and find what one finds; nothing of theirs is left."""
+    script, log = tmp_path / "eval.py", tmp_path / "log"
+    script.write_text(
+        "import sys\nfrom safetensors.numpy import load_file\n"
+        f"open({str(log)!r}, 'a').write(sys.argv[1] + chr(10))\n"
+        "marks = load_file(sys.argv[1] + '/model.safetensors')['w']\n"
+        f"print({SCORES}.get(tuple(map(int, marks.nonzero()[0])), 0.1))\n"
+    )
+    task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
+    soups = [
+        greedy_soup(marks, task, output=tmp_path / f"out{jobs}", search=SearchOptions(jobs=jobs))
+        for jobs in (1, 2)
+    ]
+    assert trials(soups[0]) == trials(soups[1])
+    candidates = [line for line in log.read_text().splitlines() if "out2.search" in line]
+    assert len(set(candidates)) == len(candidates)
+    makers = {Path(line).name.split("-")[1] for line in candidates}
+    assert len(makers) == 2
+    assert not (tmp_path / "out2.search").exists()
+
+
+def test_a_failing_command_says_the_same_and_leaves_its_scores_only(tmp_path: Path) -> None:
+    """With several at once, a failure reads as that of one; candidates are removed."""
+    paths = networks.ingredients(tmp_path / "in", 2)
+    task = command_task("echo why >&2; exit 3; {checkpoint}", main=None, timeout=60)
+    said = []
+    for jobs in (1, 2):
+        search = SearchOptions(jobs=jobs)
+        with pytest.raises(TaskError, match=r"ended with status 3.*\n  \| why") as error:
+            greedy_soup(paths, task, output=tmp_path / "out", search=search)
+        said.append(str(error.value))
+        left = sorted(path.name for path in (tmp_path / "out.search").iterdir())
+        assert left == ["journal", "lock"]
+    assert said[0] == said[1]
