@@ -142,7 +142,7 @@ def test_the_ratio_for_two_is_the_papers(tmp_path: Path) -> None:
     rows = np.zeros((3, 3))
     rows[1:, 1:] = gram
     cosine = 1 / 2
-    ratio = stock_ratio(Place("w", 3, rows, np.zeros(2, np.int64)))
+    ratio = stock_ratio(Place("w", 3, rows[np.triu_indices(3)], np.zeros(2, np.int64)))
     assert ratio == pytest.approx(2 * cosine / (1 + cosine))
     for i, w in enumerate(([0.0, 0.0], [1.0, 0.2], [-1.0, 0.2])):
         save_file({"w": np.array(w)}, tmp_path / f"{i}.safetensors")

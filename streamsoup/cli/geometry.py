@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -50,7 +51,7 @@ def geometry(
 
             plot_geometry(found, plot)
         if as_json:
-            print(json.dumps(found.to_builtins()))
+            write_json(found, sys.stdout)
         else:
             for line in describe(found, shutil.get_terminal_size().columns):
                 print(line)
@@ -66,6 +67,17 @@ def geometry(
     settings_quiet = bool(settings["quiet"])
     paths = ingredients if base is None else (base, *ingredients)
     return common.supervise(work, "geometry", paths, settings)
+
+
+def write_json(found: Geometry, file: TextIO) -> None:
+    """Write all as JSON, a tensor at a time: of 64 ingredients each has 4096 products."""
+    file.write(json.dumps(found.summary())[:-1] + ', "tensors": [')
+    separators = itertools.chain([""], itertools.repeat(", "))
+    file.writelines(
+        separator + json.dumps(tensor.to_builtins())
+        for separator, tensor in zip(separators, found.tensors, strict=False)
+    )
+    file.write("]}\n")
 
 
 def describe(found: Geometry, width: int) -> list[str]:
