@@ -37,7 +37,7 @@ def check_plot(path: str) -> None:
 def plot_geometry(found: Geometry, path: str) -> None:
     """Draw the angles of all pairs, or without a base their distances, as a heat map."""
     total = found.total
-    names = [f"{n}  {i + 1}" for i, n in enumerate(short_names(found.names, 22))]
+    names = [f"{n}  {i + 1}" for i, n in enumerate(short_names(found.names, 36))]
     if found.base is not None:
         values, unit, title = total.angles, "degrees", "Angles between task vectors"
         text = "{:.0f}"

@@ -35,7 +35,10 @@ def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
 COEFFICIENTS = click.option(
-    "--coefficients", "-c", metavar="C,C,…", help="One factor for each, such as .7,.3."
+    "--coefficients",
+    "-c",
+    metavar="C,C,…|SOUP",
+    help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
 )
 REPORTING = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
@@ -94,6 +97,16 @@ def numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3") from None
+
+
+def factors(text: str) -> list[float] | str:
+    """Read a list of numbers; or give the path of what holds them, as it is."""
+    if os.path.exists(text):
+        return text
+    try:
+        return numbers(text)
+    except click.UsageError as error:
+        raise click.UsageError(f"{error.message}, and no such file") from None
 
 
 def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:
