@@ -22,7 +22,8 @@ from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.descent import AdamW, lbfgs
-from streamsoup.soups.learned import LearningOptions, learned_soup
+from streamsoup.soups.learned import learned_soup
+from streamsoup.soups.learning import LearningOptions
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
 from streamsoup.soups.slopes import Slopes, find_common
@@ -412,7 +413,7 @@ def test_a_search_that_was_stopped_goes_on(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after any number of batches, the same call ends with the same bits."""
-    monkeypatch.setattr("streamsoup.soups.learned.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.soups.learning.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
     batches = make_batches(10)
     whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
