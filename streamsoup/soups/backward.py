@@ -68,7 +68,7 @@ class Work:
         model = sink.model
         self._training = [(module, module.training) for module in model.modules()]
         model.eval()
-        wanted = set(learned) if backward else set()
+        self._wanted = wanted = set(learned) if backward else set()
         self._parameters: dict[int, tuple[torch.nn.Parameter, str, bool, Any]] = {}
         for name, tensor in sink.live.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf:
@@ -93,13 +93,18 @@ class Work:
         self._scale = 1.0
 
     def learn(self, loss: Any, n_examples: float) -> float:
-        """Take a batch that is learned from by itself."""
+        """Take a batch that is learned from by itself. Raises `TaskError` if its loss is none."""
         value = _value(loss)
-        loss.backward()
+        if not math.isfinite(value):
+            raise TaskError(f"the loss of a batch is {value}; a lower learning rate may help")
+        self._descend(loss)
         return value
 
     def sweep(self, batches: Iterator[tuple[Any, float]]) -> tuple[float, float, int]:
-        """Take all batches: give the mean loss, that of the watching ones, and their number."""
+        """Take all batches: give the mean loss, that of the watching ones, and their number.
+
+        A loss that is not finite has no gradient worth the time: from there on none is taken.
+        """
         slopes = self._slopes
         sums = [0.0, 0.0]
         weights = [0.0, 0.0]
@@ -107,15 +112,17 @@ class Work:
         index = -1
         last = max((i for i in range(slopes.n_batches or 0) if not slopes.watches(i)), default=-1)
         for index, (loss, n_examples) in enumerate(batches):
+            if not n_examples:
+                continue  # the mean over none is a NaN
             watches = slopes.watches(index)
-            sums[watches] += float(n_examples) * _value(loss)
-            weights[watches] += float(n_examples)
-            if watches or not self._backward:
+            sums[watches] += n_examples * _value(loss)
+            weights[watches] += n_examples
+            if watches or not self._backward or not math.isfinite(sums[False]):
                 continue
             # Relative to the first batch, so that no gradient outgrows a narrow dtype.
-            first = first or float(n_examples)
+            first = first or n_examples
             self._last = index == last
-            (loss * (float(n_examples) / first)).backward()
+            self._descend(loss * (n_examples / first))
         self._last = True
         if not weights[False] > 0:
             raise TaskError("loss gave no batch to learn from")
@@ -130,16 +137,24 @@ class Work:
         total = weight = 0.0
         with torch.no_grad():
             for loss, n_examples in batches:
-                total += float(n_examples) * _value(loss)
-                weight += float(n_examples)
+                total += n_examples * _value(loss)
+                weight += n_examples
         return total / weight if weight > 0 else math.nan
 
     def take(self) -> tuple[Floats, float]:
-        """Give the slopes ``(group, ingredient)`` and that of β, and forget the gradients."""
+        """Give the slopes ``(group, ingredient)`` and that of β, and forget the gradients.
+
+        Raises `TaskError` where no parameter has got any.
+        """
         for tensor, _, _, _ in self._parameters.values():
             if tensor.requires_grad and tensor.grad is not None:
                 self._hook(tensor)
         self._flush()
+        if self._wanted and not self._by_name:
+            raise TaskError(
+                "the loss depends on no parameter of the model; compute it from the `model` that "
+                "loss(model, split) is given"
+            )
         mixture = self._mixture
         slopes = np.zeros((len(mixture.groups), mixture.n_ingredients))
         for name, group in mixture.group_of.items():  # in one order, whatever autograd's is
@@ -164,6 +179,17 @@ class Work:
             tensor.grad = gradient
         for module, training in self._training:
             module.training = training
+
+    def _descend(self, loss: Any) -> None:
+        """Go backward, unless nothing that differs between ingredients could be reached."""
+        if not self._wanted and not self._mixture.temperature:
+            return
+        if not loss.requires_grad:
+            raise TaskError(
+                "loss gave a tensor without a gradient; compute it from the `model` it is given, "
+                "without detach(), item() or no_grad()"
+            )
+        loss.backward()
 
     def _hook(self, tensor: torch.Tensor) -> None:
         """Take a gradient that is complete, and free it."""
@@ -203,9 +229,9 @@ def _value(loss: Any) -> float:
     import torch
 
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise TaskError(
-            f"loss gave {printable(type(loss).__name__)} where it has to yield a scalar tensor"
-        )
+        what = printable(type(loss).__name__)
+        shape = f" of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+        raise TaskError(f"loss gave a {what}{shape} where it has to yield a scalar tensor")
     return float(loss.detach())
 
 
@@ -215,6 +241,7 @@ def _vector(gradient: torch.Tensor, name: str) -> Vector:
 
     from streamsoup.live import TORCH_DTYPES
 
+    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
     if not bool(torch.isfinite(gradient).all()):
         raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")
     flat = gradient.detach().to("cpu").contiguous().view(-1)

@@ -7,8 +7,9 @@ Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, appendix I::
 
 The paper holds all ingredients in memory (its code asks for 490 GB). Here a step mixes from disk
 into one live model, takes one backward pass, and streams ⟨∇L, θᵢ⟩ (`slopes`, `backward`). As each
-step reads all ingredients twice, few steps are worth more than cheap ones: `lbfgs` looks at all held-out
-batches at each of some tens of steps; `adamw` is the paper's minibatch way (lr 0.05, 5 epochs).
+step reads all ingredients twice, few steps are worth more than cheap ones: `lbfgs` looks at all
+held-out batches at each of some tens of steps; `adamw` is the paper's minibatch way (lr 0.05, 5
+epochs).
 
 Every fifth held-out batch, or a split of its own, is not learned from: it watches. The soup is the
 mixture with the lowest loss there, and the search ends when that has stopped falling.

@@ -291,28 +291,38 @@ class Search:
         else:
             seen = _remember(known)
             self.slopes.count(seen.n_batches)
-        if not number and not math.isfinite(seen.loss):
-            raise TaskError(f"the loss of the uniform soup is {seen.loss}: nothing to start from")
+        if not number:
+            self._check_first(seen)
         self.raws.append(raw.copy())
         self.looks.append(Look(seen.loss, seen.guard))
         again = " (known)" if known is not None else ""
         watched = "" if math.isnan(seen.guard) else f", watched {seen.guard:.6g}"
         mark = "  best so far" if self.best == number else ""
         self._say(f"look {number + 1}: loss {seen.loss:.6g}{watched}{again}{mark}")
-        unguarded = math.isnan(seen.guard) and self._learning.guard_every > 0
-        if number == 0 and unguarded and self._learning.guard is None:
-            log.warning(
-                "%d batches are too few for every %dth to watch: nothing guards against "
-                "overfitting; smaller batches, or another guard, would",
-                seen.n_batches,
-                self._learning.guard_every,
-            )
         if number == 0:
             self._first_s = time.monotonic() - started
             if self.predicted and known is None:
                 most = self.predicted["looks"] * self._first_s
                 self._say(f"it took {self._first_s:.2g} s, so all take {most:.3g} s at most")
         return seen
+
+    def _check_first(self, seen: Evaluation) -> None:
+        """Refuse to start from nothing; warn where nothing watches."""
+        learning = self._learning
+        if not math.isfinite(seen.loss):
+            raise TaskError(f"the loss of the uniform soup is {seen.loss}: nothing to start from")
+        watched = any(map(self.slopes.watches, range(seen.n_batches)))
+        if (watched or learning.guard is not None) and not math.isfinite(seen.guard):
+            raise TaskError(
+                f"the watched loss of the uniform soup is {seen.guard}: it cannot guard"
+            )
+        if not watched and learning.guard is None and learning.guard_every > 0:
+            log.warning(
+                "%d batches are too few for every %dth to watch: nothing guards against "
+                "overfitting; smaller batches, or another guard, would",
+                seen.n_batches,
+                learning.guard_every,
+            )
 
     def _check_end(self, most: int) -> None:
         """End when the looks are used up, or the watched loss has stopped falling."""

@@ -53,7 +53,7 @@ class Evaluation:
     guard: float
     """Mean over the examples that only watch; NaN where none do."""
     slopes: Floats
-    """∂loss/∂c ``(group, ingredient)``; empty if only the losses were asked for."""
+    """∂loss/∂c ``(group, ingredient)``; zero if only the losses were asked for, or not finite."""
     beta_slope: float
     n_batches: int
     """Batches seen, watching ones included."""
@@ -149,8 +149,13 @@ class Slopes:
                     "a search needs the same ones each time"
                 )
             self._n_batches = n
-            slopes, beta_slope = work.take() if backward else (np.zeros((0, 0)), 0.0)
-            self.n_passes += backward
+            slopes, beta_slope = (
+                np.zeros((len(self._mixture.groups), self._mixture.n_ingredients)),
+                0.0,
+            )
+            if backward and math.isfinite(loss):
+                slopes, beta_slope = work.take()
+                self.n_passes += 1
             if self._guard_split is not None:
                 guard = work.watch(self._task.losses(self._sink.model, self._guard_split))
         return Evaluation(loss, guard, slopes, beta_slope, n)
