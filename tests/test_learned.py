@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from streamsoup.soups.learned import learned_soup
 from streamsoup.soups.learning import LearningOptions
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
+from streamsoup.soups.notebook import Notebook
 from streamsoup.soups.slopes import Slopes, find_common
 from streamsoup.task import load_task
 
@@ -576,3 +578,19 @@ def test_nothing_to_learn_is_the_uniform_soup(paths: list[str], tmp_path: Path) 
     task.build = build
     sparse = learn(paths, tmp_path / "sparse", task, evaluations=2)
     np.testing.assert_allclose(sparse.rows, dense.rows, rtol=1e-12)
+
+
+def test_notes_are_kept_on_disk_alone(tmp_path: Path) -> None:
+    """A long search takes notes every ten seconds, each as large as all it learns."""
+    target = str(tmp_path / "soup")
+    tracemalloc.start()
+    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+        for number in range(200):
+            notebook.put({"adamw": 0, "done": number, "raw": [0.1 + number] * 1000})
+        held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 300_000
+    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+        found = notebook.find("adamw")
+    assert found is not None
+    assert found["done"] == 199
