@@ -21,6 +21,7 @@ from streamsoup.errors import RecipeError, ResumeError, TaskError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
+from streamsoup.plot import plot_coefficients
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.learned import learned_soup
@@ -594,3 +595,16 @@ def test_notes_are_kept_on_disk_alone(tmp_path: Path) -> None:
         found = notebook.find("adamw")
     assert found is not None
     assert found["done"] == 199
+
+
+def test_layers_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 2 above layer 10, each with its own coefficients."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr("streamsoup.plot._save", lambda figure, path: drawn.append(figure))
+    layers = ["layers.0", "layers.10", "layers.2", "norm"]
+    rows = np.arange(8.0).reshape(4, 2)
+    plot_coefficients(rows, layers, ["a", "b"], str(tmp_path / "x.png"))
+    axes = drawn[0].axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [layers[i] for i in (0, 2, 1, 3)]
+    assert np.array_equal(axes.images[0].get_array(), rows[[0, 2, 1, 3]])
