@@ -48,8 +48,8 @@ twelfth of a squared spacing, averaged over significands that are log-uniform.""
 STATISTICS = ("running_mean", "running_var")
 """Last parts of the names of what BatchNorm has seen, rather than learned."""
 
-BIAS = 0.005
-"""Change of a cosine by rounding, from which it is worth a note."""
+BIAS = 0.02
+"""Change of a cosine by rounding, from which it is worth a note: a right angle looks like 89°."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -351,14 +351,17 @@ def _about_base(
     same = [printable(names[i]) for i in range(len(names)) if norms[i] == 0]
     if same:
         notes.append(f"{', '.join(same)}: equal to the base, so it has no angles")
-    moved = norms[norms > 0]
+    moved = [i for i in range(len(names)) if norms[i] > 0]
+    shortest = min(moved, key=lambda i: float(norms[i]), default=0)
     bits = min((_fraction(plan, 0)), default=52)
     least = min(
         (b for i in range(1, len(plan.ingredients)) for b in _fraction(plan, i)), default=52
     )
-    # Rounding that all differences share: of the base, or of weights that training left alone.
+    # Rounding that all differences share: of the base, or of weights that training left alone. What
+    # was rounded to the base's own value has no difference, and no part in it.
     error = ROUNDING * total.reference_norm**2 * 4.0 ** -min(bits, least)
-    bias = error / float(moved.min()) ** 2 if len(moved) else 0.0
+    error *= float(total.shares[shortest])
+    bias = error / float(norms[shortest]) ** 2 if moved else 0.0
     if bias > BIAS and bits <= 10:
         turned = float(np.degrees(np.arccos(min(bias, 1.0))))
         notes.append(

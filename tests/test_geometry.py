@@ -249,6 +249,28 @@ def test_a_coarse_base_is_said_to_be_one(tmp_path: Path) -> None:
     assert said == pytest.approx(coarse.total.angles[0, 1], abs=2)
 
 
+@pytest.mark.parametrize("step", [2e-4, 4e-3])
+def test_rounding_to_the_base_itself_turns_nothing(tmp_path: Path, step: float) -> None:
+    """Where runs are stored as coarsely as the base, few elements move, and only those turn.
+
+    Steps that are far longer than the rounding are worth no note.
+    """
+    rng = np.random.default_rng(2)
+    exact = rng.normal(size=400_000).astype("f4")
+    for name in ("base", "0", "1"):
+        moved = np.float32(0 if name == "base" else step) * rng.standard_normal(len(exact), "f4")
+        save_file({"w": (exact + moved).astype("f2")}, tmp_path / f"{name}.safetensors")
+    base, *runs = (str(tmp_path / f"{n}.safetensors") for n in ("base", "0", "1"))
+    found = geometry(runs, base=base)
+    if step > 1e-3:
+        assert found.notes == ()
+        return
+    (note,) = found.notes
+    said = float(note.split("as close as ")[1].split("°")[0])
+    assert found.total.shares[0] < 0.6
+    assert said == pytest.approx(found.total.angles[0, 1], abs=4)
+
+
 def test_refusals(files: list[str], tmp_path: Path) -> None:
     """What cannot be measured is refused, by name."""
     with pytest.raises(RecipeError):
