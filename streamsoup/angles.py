@@ -33,9 +33,10 @@ __all__ = ["Geometry", "Place", "geometry"]
 Floats = NDArray[np.float64]
 AnyIngredient = str | os.PathLike[str] | Ingredient | Any
 
-FAR = 0.7
-"""Distance, in norms of the weights, from which two models hardly share an initialisation: models
-of different seeds are √2 apart, fine-tunes of one base some hundredths."""
+FAR = 1.0
+"""Distance, in norms of the weights, from which two models hardly share an initialisation: their
+weights then have a cosine below a half. Models of different seeds are √2 apart, fine-tunes of one
+base some hundredths, and 0.7 where the learning rate was as high as it can be."""
 
 NEAR = 0.05
 """Distance, in norms of the task vectors, below which two ingredients are near-duplicates; seeds
@@ -342,7 +343,7 @@ def _about_base(
     if far and len(far) == len(names) and not strangers:
         notes.append(
             f"{printable(base)} is as far from every ingredient as its weights are large: it is "
-            "not their base, and the angles mean nothing"
+            "not their base, or nothing of it is left in them; the angles mean little"
         )
     elif far and not strangers:
         listed = ", ".join(printable(names[i]) for i in far)

@@ -398,6 +398,22 @@ def test_strangers_are_told_by_their_matrices(tmp_path: Path) -> None:
     assert found.strangers == ((0, 1),)
 
 
+def test_fine_tunes_that_went_far_are_no_strangers(tmp_path: Path) -> None:
+    """High learning rates took these half their length away, at right angles: 0.7 apart."""
+    rng = np.random.default_rng(8)
+    base = rng.normal(size=(200, 200))
+    paths = []
+    for i in range(3):
+        moved = base + (0.0 if i == 0 else 0.55) * rng.normal(size=base.shape)
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        save_file({"w": moved}, paths[-1])
+    found = geometry(paths[1:], base=paths[0])
+    assert found.total.distances[0, 1] > 0.65 * found.total.weight_norms[0]
+    assert found.total.angles[0, 1] == pytest.approx(90, abs=2)
+    assert found.strangers == ()
+    assert found.notes == ()
+
+
 def test_no_floats_lie_nowhere(tmp_path: Path) -> None:
     """Checkpoints of integers alone have norms of zero."""
     save_file({"steps": np.arange(3)}, tmp_path / "a.safetensors")
