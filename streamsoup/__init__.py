@@ -16,7 +16,7 @@ _HOMES = {
     "GreedySoup": "soups.greedy",
     "Ingredient": "formats.shards",
     "LearnedSoup": "soups.learned",
-    "LearningOptions": "soups.learned",
+    "LearningOptions": "soups.learning",
     "Options": "options",
     "Provenance": "recipe",
     "Recipe": "recipe",
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from streamsoup.soups.greedy import SearchOptions as SearchOptions
     from streamsoup.soups.greedy import greedy_soup as greedy_soup
     from streamsoup.soups.learned import LearnedSoup as LearnedSoup
-    from streamsoup.soups.learned import LearningOptions as LearningOptions
     from streamsoup.soups.learned import learned_soup as learned_soup
+    from streamsoup.soups.learning import LearningOptions as LearningOptions
     from streamsoup.soups.live_mix import mix_into as mix_into
     from streamsoup.soups.make import Soup as Soup
     from streamsoup.verification import verify as verify

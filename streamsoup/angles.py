@@ -4,6 +4,9 @@ With a base θ₀ the angles are those between task vectors, cos φᵢⱼ = ⟨�
 ‖θⱼ−θ₀‖): Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4 and its figure of
 angles. Without one, all is measured from the mean of the ingredients, and angles say little.
 Everything follows from the Gram matrix of the differences, in total and for each tensor.
+
+The running statistics of BatchNorm are measured like any tensor, but are no part of the total: they
+are no weights, and of a size of their own (a variance of 10⁴ would drown every angle).
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.digest import Digests
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import Ingredient, open_ingredients
-from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory
+from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, parse_nbytes, plan_mix
+from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import Coefficients, Recipe
 
@@ -29,9 +33,10 @@ __all__ = ["Geometry", "Place", "geometry"]
 Floats = NDArray[np.float64]
 AnyIngredient = str | os.PathLike[str] | Ingredient | Any
 
-FAR = 0.7
-"""Distance, in norms of the weights, from which two models hardly share an initialisation: models
-of different seeds are √2 apart, fine-tunes of one base some hundredths."""
+FAR = 1.0
+"""Distance, in norms of the weights, from which two models hardly share an initialisation: their
+weights then have a cosine below a half. Models of different seeds are √2 apart, fine-tunes of one
+base some hundredths, and 0.7 where the learning rate was as high as it can be."""
 
 NEAR = 0.05
 """Distance, in norms of the task vectors, below which two ingredients are near-duplicates; seeds
@@ -41,8 +46,11 @@ ROUNDING = 0.045
 """Mean square of a rounding error, in squares of (value / 2ᶠ) for f stored fraction bits: a
 twelfth of a squared spacing, averaged over significands that are log-uniform."""
 
-BIAS = 0.005
-"""Change of a cosine by rounding, from which it is worth a note."""
+STATISTICS = ("running_mean", "running_var")
+"""Last parts of the names of what BatchNorm has seen, rather than learned."""
+
+BIAS = 0.02
+"""Change of a cosine by rounding, from which it is worth a note: a right angle looks like 89°."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,10 +60,15 @@ class Place:
     name: str
     """The tensor's name; empty for all tensors together."""
     n_elements: int
-    rows: Floats
-    """``(1 + ingredient, 1 + ingredient)``: products of the reference and of the differences."""
+    products: Floats
+    """``(pair,)``: of the reference and the differences, each with itself and all that follow."""
     n_changed: NDArray[np.int64]
     """``(ingredient,)``: elements that differ from the base, or else from the first ingredient."""
+
+    @property
+    def rows(self) -> Floats:
+        """Products of the reference and the differences ``(1 + ingredient, 1 + ingredient)``."""
+        return symmetric(self.products)
 
     @property
     def gram(self) -> Floats:
@@ -71,12 +84,13 @@ class Place:
     @property
     def reference_norm(self) -> float:
         """‖θ₀‖."""
-        return float(np.sqrt(self.rows[0, 0]))
+        return float(np.sqrt(self.products[0]))
 
     @property
     def weight_norms(self) -> Floats:
         """‖θᵢ‖ ``(ingredient,)``."""
-        squares = self.rows[0, 0] + 2 * self.rows[0, 1:] + np.diag(self.gram)
+        rows = self.rows
+        squares = rows[0, 0] + 2 * rows[0, 1:] + np.diag(rows)[1:]
         norms: Floats = np.sqrt(np.maximum(squares, 0.0))
         return norms
 
@@ -98,11 +112,13 @@ class Place:
 
     @property
     def distances(self) -> Floats:
-        """‖θᵢ−θⱼ‖ ``(ingredient, ingredient)``; exactly 0 for equal ingredients."""
-        squares = np.diag(self.gram)
-        distances: Floats = np.sqrt(
-            np.maximum(squares[:, None] + squares[None, :] - 2 * self.gram, 0.0)
-        )
+        """‖θᵢ−θⱼ‖ ``(ingredient, ingredient)``; exactly 0 for equal ingredients.
+
+        Differences below some 10⁻⁸ of the norms are lost, and may be 0 too.
+        """
+        gram = self.gram
+        squares = np.diag(gram)
+        distances: Floats = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0.0))
         return distances
 
     @property
@@ -137,13 +153,13 @@ class Geometry:
     base: str | None
     """Path of the base; None where all is measured from the mean."""
     total: Place
-    """All tensors of floats together."""
+    """All tensors of floats together, but for running statistics."""
     tensors: tuple[Place, ...]
     """Each of them, in the order of the first checkpoint."""
     notes: tuple[str, ...]
     """What a reader should know: duplicates, strangers, precision."""
     duplicates: tuple[tuple[int, int], ...]
-    """Pairs of ingredients whose values are all equal."""
+    """Pairs of ingredients whose floats are equal, bit for bit."""
     near_duplicates: tuple[tuple[int, int], ...]
     strangers: tuple[tuple[int, int], ...]
     """Pairs that are as far apart as their weights are large."""
@@ -151,6 +167,10 @@ class Geometry:
 
     def to_builtins(self) -> dict[str, Any]:
         """Give plain data for JSON: the total in full, and the Gram matrix of each tensor."""
+        return self.summary() | {"tensors": [tensor.to_builtins() for tensor in self.tensors]}
+
+    def summary(self) -> dict[str, Any]:
+        """Give plain data for JSON, all but the single tensors."""
         total = self.total.to_builtins() | {
             "cosines": _plain(self.total.cosines),
             "angles_deg": _plain(self.total.angles),
@@ -165,7 +185,6 @@ class Geometry:
             "near_duplicates": [list(pair) for pair in self.near_duplicates],
             "strangers": [list(pair) for pair in self.strangers],
             "notes": list(self.notes),
-            "tensors": [tensor.to_builtins() for tensor in self.tensors],
             "nbytes_read": self.nbytes_read,
         }
 
@@ -224,47 +243,67 @@ def measure(
     from streamsoup.stream import run
 
     gram = Gram(plan, memory, base=base)
-    sums = Sums(plan, gram.n_values)
+    sums = _Sums(plan, gram.n_values)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, gram, sums, digest=False, on_progress=options.on_progress)
-    tensors, total = [], np.zeros(gram.n_values)
-    for planned, values in zip(plan.tensors, sums.of_tensors, strict=True):
-        matrix, changed = gram.unpack(values)
-        tensors.append(Place(planned.name, planned.n_units, matrix, changed.astype(np.int64)))
-        total += values
-    matrix, changed = gram.unpack(total)
-    n_elements = sum(tensor.n_elements for tensor in tensors)
-    whole = Place("", n_elements, matrix, changed.astype(np.int64))
-    names = plan.recipe.ingredients
-    return _conclude(plan, names[1:] if base else names, names[0] if base else None, whole, tensors)
+    run(plan, memory, reader, gram, sums, on_progress=options.on_progress)
+    n = gram.n_products(gram.n_rows)
+    tensors = [
+        Place(planned.name, planned.n_units, values[:n], values[n:].astype(np.int64))
+        for planned, values in zip(plan.tensors, sums.of_tensors, strict=True)
+    ]
+    return _conclude(plan, tensors, sums.digests, base=base)
 
 
-def _conclude(
-    plan: MixPlan, names: tuple[str, ...], base: str | None, total: Place, tensors: list[Place]
-) -> Geometry:
+class _Sums(Sums):
+    """The sums of all tensors, and digests, as rounded sums do not tell whether two are equal."""
+
+    def __init__(self, plan: MixPlan, n_values: int) -> None:
+        super().__init__(plan, n_values)
+        self.digests = Digests(plan)
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Keep the digests of a leaf."""
+        self.digests.put(leaf.number, digests)
+
+
+def _conclude(plan: MixPlan, tensors: list[Place], digests: Digests, *, base: bool) -> Geometry:
     """Look for duplicates, for strangers, and for what the precision of the files hides."""
+    everyone = plan.recipe.ingredients
+    names = everyone[1:] if base else everyone
+    of_base = everyone[0] if base else None
+    weights = [
+        (place, len(planned.shape))
+        for place, planned in zip(tensors, plan.tensors, strict=True)
+        if place.name.rpartition(".")[2] not in STATISTICS
+    ]
+    total = _together([place for place, _ in weights], 1 + len(names))
+    # Gains of norms are near 1 whatever a model started from.
+    matrices = [place for place, rank in weights if rank > 1]
+    judged = _together(matrices, 1 + len(names)) if matrices else total
     distances = total.distances
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    duplicates = [pair for pair in pairs if distances[pair] == 0]
-    near = _near_duplicates(total, distances, pairs, base is not None)
-    norms = total.weight_norms
-    strangers = [p for p in pairs if distances[p] >= FAR * np.sqrt(norms[p[0]] * norms[p[1]]) > 0]
+    contents = [digests.of_ingredient(base + i) for i in range(len(names))]
+    duplicates = [(i, j) for i, j in pairs if contents[i] == contents[j]]
+    others = [pair for pair in pairs if pair not in set(duplicates)]
+    near = _near_duplicates(total, distances, others, base)
+    norms, apart = judged.weight_norms, judged.distances
+    strangers = [p for p in pairs if apart[p] >= FAR * np.sqrt(norms[p[0]] * norms[p[1]]) > 0]
     notes = [_of_pairs("are equal, value for value", duplicates, names)] if duplicates else []
     if near:
         notes.append(_of_pairs("are near-duplicates", near, names))
     if strangers:
-        worst = max(strangers, key=lambda pair: float(distances[pair]))
-        angle = "" if base is None else f", at an angle of {total.angles[worst]:.0f}°"
+        worst = max(strangers, key=lambda pair: float(apart[pair]))
+        angle = f", at an angle of {judged.angles[worst]:.0f}°" if base else ""
         notes.append(
             _of_pairs("can hardly share an initialisation", strangers, names)
-            + f": they are {distances[worst]:.3g} apart{angle}, where the weights themselves have "
+            + f": they are {apart[worst]:.3g} apart{angle}, where the weights themselves have "
             f"a norm of {norms[worst[0]]:.3g}. The average of such models is usually worthless"
         )
-    if base is not None:
-        notes += _about_base(plan, names, base, total, strangers)
+    if of_base is not None:
+        notes += _about_base(plan, names, of_base, total, judged, strangers)
     return Geometry(
         names,
-        base,
+        of_base,
         total,
         tuple(tensors),
         tuple(notes),
@@ -278,13 +317,13 @@ def _conclude(
 def _near_duplicates(
     total: Place, distances: Floats, pairs: list[tuple[int, int]], based: bool
 ) -> list[tuple[int, int]]:
-    """Find pairs much closer to each other than to the base, or else than most pairs are."""
+    """Find those of `pairs` much closer to each other than to the base, or than most are."""
     norms = total.norms
     usual = float(np.median([distances[pair] for pair in pairs])) if len(pairs) > 1 else 0.0
     near = []
     for i, j in pairs:
         scale = float(min(norms[i], norms[j])) if based else usual
-        if 0 < distances[i, j] <= NEAR * scale:
+        if distances[i, j] <= NEAR * scale:
             near.append((i, j))
     return near
 
@@ -294,31 +333,36 @@ def _about_base(
     names: tuple[str, ...],
     base: str,
     total: Place,
+    judged: Place,
     strangers: list[tuple[int, int]],
 ) -> list[str]:
     """Say where the base is in doubt: far from all, equal to one, or stored too coarsely."""
     notes = []
-    norms, weights = total.norms, total.weight_norms
-    far = [i for i in range(len(names)) if norms[i] >= FAR * np.sqrt(weights[i] * _one(total)) > 0]
+    apart, theirs, own = judged.norms, judged.weight_norms, max(judged.reference_norm, 1e-300)
+    far = [i for i in range(len(names)) if apart[i] >= FAR * np.sqrt(theirs[i] * own) > 0]
     if far and len(far) == len(names) and not strangers:
         notes.append(
             f"{printable(base)} is as far from every ingredient as its weights are large: it is "
-            "not their base, and the angles mean nothing"
+            "not their base, or nothing of it is left in them; the angles mean little"
         )
     elif far and not strangers:
         listed = ", ".join(printable(names[i]) for i in far)
         notes.append(f"{printable(base)} can hardly be the base of {listed}")
+    norms = total.norms
     same = [printable(names[i]) for i in range(len(names)) if norms[i] == 0]
     if same:
         notes.append(f"{', '.join(same)}: equal to the base, so it has no angles")
-    moved = norms[norms > 0]
+    moved = [i for i in range(len(names)) if norms[i] > 0]
+    shortest = min(moved, key=lambda i: float(norms[i]), default=0)
     bits = min((_fraction(plan, 0)), default=52)
-    theirs = min(
+    least = min(
         (b for i in range(1, len(plan.ingredients)) for b in _fraction(plan, i)), default=52
     )
-    # Rounding that all differences share: of the base, or of weights that training left alone.
-    error = ROUNDING * total.reference_norm**2 * 4.0 ** -min(bits, theirs)
-    bias = error / float(moved.min()) ** 2 if len(moved) else 0.0
+    # Rounding that all differences share: of the base, or of weights that training left alone. What
+    # was rounded to the base's own value has no difference, and no part in it.
+    error = ROUNDING * total.reference_norm**2 * 4.0 ** -min(bits, least)
+    error *= float(total.shares[shortest])
+    bias = error / float(norms[shortest]) ** 2 if moved else 0.0
     if bias > BIAS and bits <= 10:
         turned = float(np.degrees(np.arccos(min(bias, 1.0))))
         notes.append(
@@ -326,17 +370,22 @@ def _about_base(
             "weights than these, its rounding is a part of every difference, and two runs at 90° "
             f"can look as close as {turned:.0f}°"
         )
-    elif bias > BIAS and theirs <= 10 < bits:
+    elif bias > BIAS and least <= 10 < bits:
         notes.append(
-            f"the ingredients are stored with {theirs} fraction bits, the base with {bits}: the "
+            f"the ingredients are stored with {least} fraction bits, the base with {bits}: the "
             "rounding of weights that training hardly moved is a part of every difference, about "
             f"{min(np.sqrt(bias), 1.0):.0%} of the shortest; give a base stored as they are"
         )
     return notes
 
 
-def _one(total: Place) -> float:
-    return max(total.reference_norm, 1e-300)
+def _together(places: Sequence[Place], n_rows: int) -> Place:
+    """Add places up, in order; `n_rows` are the reference and the ingredients."""
+    products, changed = np.zeros(Gram.n_products(n_rows)), np.zeros(n_rows - 1, np.int64)
+    for place in places:
+        products += place.products
+        changed += place.n_changed
+    return Place("", sum(place.n_elements for place in places), products, changed)
 
 
 def _fraction(plan: MixPlan, i: int) -> set[int]:

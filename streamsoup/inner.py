@@ -11,6 +11,7 @@ result is a row of numbers for each of its grains.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from streamsoup.plan import (
 )
 from streamsoup.tensors import DType
 
-__all__ = ["Differ", "Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory"]
+__all__ = ["Differ", "Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory", "symmetric"]
 
 Floats = NDArray[np.float64]
 Widened = NDArray[np.float64] | NDArray[np.float32]
@@ -104,14 +105,19 @@ class Gram:
         """Give a thread its own worker."""
         return _GramWorker(self)
 
-    def unpack(self, values: Floats) -> tuple[Floats, Floats]:
-        """Give the symmetric matrix ``(row, row)`` and the counts ``(row - 1,)`` of a sum."""
-        n = self.n_products(self.n_rows)
-        matrix = np.zeros((self.n_rows, self.n_rows))
-        upper = np.triu_indices(self.n_rows)
-        matrix[upper] = values[:n]
-        matrix.T[upper] = values[:n]
-        return matrix, values[n:]
+
+def symmetric(products: Floats) -> Floats:
+    """Give the matrix ``(row, row)`` of the products that a Gram pass gives: those of ``j >= i``.
+
+    >>> symmetric(np.array([1.0, 2.0, 3.0])).tolist()
+    [[1.0, 2.0], [2.0, 3.0]]
+    """
+    n_rows = (math.isqrt(8 * len(products) + 1) - 1) // 2
+    upper = np.triu_indices(n_rows)
+    matrix = np.zeros((n_rows, n_rows))
+    matrix[upper] = products
+    matrix.T[upper] = products
+    return matrix
 
 
 class _Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def short_names(paths: Sequence[str], limit: int) -> list[str]:
 
     >>> short_names(("runs/a/model.safetensors", "runs/b/model.safetensors"), 20)
     ['a', 'b']
+    >>> short_names(("runs/llama-sft-lr1e-5-seed1", "runs/llama-sft-lr3e-5-seed2"), 20)
+    ['…lr1e-5-seed1', '…lr3e-5-seed2']
     """
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     if len(set(paths)) > 1:
@@ -134,6 +137,11 @@ def short_names(paths: Sequence[str], limit: int) -> list[str]:
     else:
         parts = [p[-1:] for p in parts]
     names = [printable("/".join(p).removesuffix(".safetensors")) for p in parts]
+    if len(names) > 1 and max(map(len, names)) > limit:
+        # What they have in common goes first: the middle may be where they differ.
+        shared = os.path.commonprefix(names)  # noqa: RUF071 - of characters, not of folders
+        alike = re.sub(r"[^\W_]+$", "", shared)
+        names = [f"…{n[len(alike) :]}" for n in names] if len(alike) > 1 else names
     half = (limit - 1) // 2
     return [n if len(n) <= limit else f"{n[:half]}…{n[-half:]}" for n in names]
 

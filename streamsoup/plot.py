@@ -6,6 +6,7 @@ Colours run from dark to light alone, so that a picture says the same in grey.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def check_plot(path: str) -> None:
 def plot_geometry(found: Geometry, path: str) -> None:
     """Draw the angles of all pairs, or without a base their distances, as a heat map."""
     total = found.total
-    names = [f"{n}  {i + 1}" for i, n in enumerate(short_names(found.names, 22))]
+    names = [f"{n}  {i + 1}" for i, n in enumerate(short_names(found.names, 36))]
     if found.base is not None:
         values, unit, title = total.angles, "degrees", "Angles between task vectors"
         text = "{:.0f}"
@@ -50,7 +51,12 @@ def plot_geometry(found: Geometry, path: str) -> None:
 def plot_coefficients(
     rows: NDArray[np.float64], layers: Sequence[str], names: Sequence[str], path: str
 ) -> None:
-    """Draw coefficients ``(layer, ingredient)`` as a heat map, layers from top to bottom."""
+    """Draw coefficients ``(layer, ingredient)`` as a heat map, layers from top to bottom.
+
+    They come by name, but with numbers counted: a checkpoint has layer 10 before layer 2.
+    """
+    order = sorted(range(len(layers)), key=lambda i: _counted(layers[i]))
+    rows, layers = rows[order], [layers[i] for i in order]
     figure = _figure_class()(figsize=(_span(len(names), 0.35, 4.5), _span(len(layers), 0.17, 2.5)))
     axes = figure.add_subplot()
     low, high = min(0.0, float(rows.min())), float(rows.max())
@@ -65,6 +71,13 @@ def plot_coefficients(
     if rows.size <= 200:
         _write_numbers(axes, rows, low, high, "{:.2f}", size)
     _save(figure, path)
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    """Give a key that sorts by name, and numbers in a name as numbers."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _heat_map(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import command
 from safetensors.numpy import load_file, save_file
 
 import streamsoup
@@ -142,7 +144,7 @@ def test_the_ratio_for_two_is_the_papers(tmp_path: Path) -> None:
     rows = np.zeros((3, 3))
     rows[1:, 1:] = gram
     cosine = 1 / 2
-    ratio = stock_ratio(Place("w", 3, rows, np.zeros(2, np.int64)))
+    ratio = stock_ratio(Place("w", 3, rows[np.triu_indices(3)], np.zeros(2, np.int64)))
     assert ratio == pytest.approx(2 * cosine / (1 + cosine))
     for i, w in enumerate(([0.0, 0.0], [1.0, 0.2], [-1.0, 0.2])):
         save_file({"w": np.array(w)}, tmp_path / f"{i}.safetensors")
@@ -210,3 +212,43 @@ def test_weights_on_a_sphere_are_shares(paths: list[str], tmp_path: Path) -> Non
     for weights in ([1.0, -1.0], [1.0], [0.0, 0.0], [1.0, math.inf]):
         with pytest.raises(RecipeError, match="weights"):
             streamsoup.slerp(paths[:2], weights, output=tmp_path / "soup")
+
+
+def test_a_soups_coefficients_make_another(states: Any, paths: list[str], tmp_path: Path) -> None:
+    """Those of a Model Stock, tensor by tensor, from its folder, its JSON, or written by hand."""
+    stock = streamsoup.stock(paths[1:], base=paths[0], output=tmp_path / "stock")
+    record = tmp_path / "stock" / "streamsoup.json"
+    whole = json.loads(record.read_text())
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(whole["recipe"]["coefficients"]))
+    for number, given in enumerate(
+        (tmp_path / "stock", record, str(bare), stock.recipe.coefficients)
+    ):
+        soup = streamsoup.mix(paths, given, output=tmp_path / f"{number}")
+        assert soup.provenance.tensors == stock.provenance.tensors
+        assert soup.recipe.method == "mix"
+        assert streamsoup.verify(soup.path).rederived
+    done = command("mix", *paths, "-c", tmp_path / "stock", "-o", tmp_path / "cli", "--json")
+    assert json.loads(done.stdout)["recipe"]["coefficients"] == whole["recipe"]["coefficients"]
+    assert command("plan", *paths, "-c", bare).returncode == 0
+    done = command("mix", *paths[1:], "-c", bare, "-o", tmp_path / "few")
+    assert "5 coefficients for 4 ingredients" in done.stderr
+    done = command("mix", *paths, "-c", bare, "--normalize", "-o", tmp_path / "few")
+    assert "only a list of factors can be normalized" in done.stderr
+    assert "no such file" in command("mix", *paths, "-c", "stok", "-o", tmp_path / "few").stderr
+    given = np.array([0.5, 0.5])
+    assert streamsoup.mix(paths[:2], given, output=tmp_path / "np").recipe.coefficients.divisor == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[1, 2]", "{}", '{"recipe": 1}', '{"values": ["a"]}', '{"values": [NaN]}']
+)
+def test_a_file_without_coefficients_is_refused(
+    paths: list[str], tmp_path: Path, text: str, states: Any
+) -> None:
+    """Whatever else it holds, it is named, and the message says what to give."""
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"c\.json: holds no coefficients .*give a soup"):
+        streamsoup.mix(paths[:1], tmp_path / "c.json", output=tmp_path / "soup")
+    with pytest.raises(RecipeError, match=r"streamsoup\.json: cannot be read"):
+        streamsoup.mix(paths[:1], tmp_path, output=tmp_path / "soup")

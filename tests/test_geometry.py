@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 import streamsoup
 from streamsoup.angles import geometry, plan_geometry
 from streamsoup.cli import main
-from streamsoup.cli.geometry import describe
+from streamsoup.cli.geometry import describe, write_json
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
 from streamsoup.inner import GRAIN
 from streamsoup.kernels.inner import LANES, inner
@@ -248,6 +249,28 @@ def test_a_coarse_base_is_said_to_be_one(tmp_path: Path) -> None:
     assert said == pytest.approx(coarse.total.angles[0, 1], abs=2)
 
 
+@pytest.mark.parametrize("step", [2e-4, 4e-3])
+def test_rounding_to_the_base_itself_turns_nothing(tmp_path: Path, step: float) -> None:
+    """Where runs are stored as coarsely as the base, few elements move, and only those turn.
+
+    Steps that are far longer than the rounding are worth no note.
+    """
+    rng = np.random.default_rng(2)
+    exact = rng.normal(size=400_000).astype("f4")
+    for name in ("base", "0", "1"):
+        moved = np.float32(0 if name == "base" else step) * rng.standard_normal(len(exact), "f4")
+        save_file({"w": (exact + moved).astype("f2")}, tmp_path / f"{name}.safetensors")
+    base, *runs = (str(tmp_path / f"{n}.safetensors") for n in ("base", "0", "1"))
+    found = geometry(runs, base=base)
+    if step > 1e-3:
+        assert found.notes == ()
+        return
+    (note,) = found.notes
+    said = float(note.split("as close as ")[1].split("°")[0])
+    assert found.total.shares[0] < 0.6
+    assert said == pytest.approx(found.total.angles[0, 1], abs=4)
+
+
 def test_refusals(files: list[str], tmp_path: Path) -> None:
     """What cannot be measured is refused, by name."""
     with pytest.raises(RecipeError):
@@ -319,3 +342,89 @@ def test_measuring_loads_no_torch(files: list[str]) -> None:
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_duplicate_is_equal_in_every_bit(tmp_path: Path) -> None:
+    """Two that differ in the last bit of one element are near-duplicates, as far as sums can tell.
+
+    The squared distance, 1e-14, is lost beside squared norms of a million.
+    """
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=GRAIN * 50).astype("f4")
+    one = base + rng.normal(size=len(base)).astype("f4")
+    other = one.copy()
+    other[777] = np.nextafter(other[777], np.float32(9))
+    for name, row in {"base": base, "one": one, "other": other, "again": one}.items():
+        save_file({"w": row}, tmp_path / f"{name}.safetensors")
+    base_path, *paths = (str(tmp_path / f"{n}.safetensors") for n in ("base", "one", "other"))
+    found = geometry(paths, base=base_path)
+    assert found.total.distances[0, 1] == 0
+    assert (found.duplicates, found.near_duplicates) == ((), ((0, 1),))
+    found = geometry([paths[0], str(tmp_path / "again.safetensors")], base=base_path)
+    assert (found.duplicates, found.near_duplicates) == (((0, 1),), ())
+
+
+def test_running_statistics_are_no_weights(tmp_path: Path) -> None:
+    """Variances of 10⁴ neither turn the angles, nor make fine-tunes look like strangers."""
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(300, 30)).astype("f4")
+    paths = []
+    for name, moved in (("base", 0.0), ("a", 0.01), ("b", 0.01)):
+        weight = base + np.float32(moved) * rng.standard_normal((300, 30), "f4")
+        variance = np.full(300, 1e4 if name == "base" else 4e4, "f4")
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+        save_file({"conv.weight": weight, "norm.running_var": variance}, paths[-1])
+    found = geometry(paths[1:], base=paths[0])
+    assert found.total.angles[0, 1] == pytest.approx(90, abs=3)
+    assert found.total.n_elements == 9000
+    assert [place.name for place in found.tensors] == ["conv.weight", "norm.running_var"]
+    assert found.tensors[1].angles[0, 1] == pytest.approx(0, abs=1e-4)
+    assert found.notes == ()
+
+
+def test_strangers_are_told_by_their_matrices(tmp_path: Path) -> None:
+    """Large gains, alike in all models, do not hide that two began apart."""
+    rng = np.random.default_rng(6)
+    paths = []
+    for i in range(2):
+        state = {
+            "mlp.weight": (0.02 * rng.normal(size=(64, 64))).astype("f4"),
+            "norm.weight": np.full(64, 9, "f4"),
+        }
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        save_file(state, paths[-1])
+    found = geometry(paths)
+    assert found.total.distances[0, 1] < 0.1 * found.total.weight_norms[0]
+    assert found.strangers == ((0, 1),)
+
+
+def test_fine_tunes_that_went_far_are_no_strangers(tmp_path: Path) -> None:
+    """High learning rates took these half their length away, at right angles: 0.7 apart."""
+    rng = np.random.default_rng(8)
+    base = rng.normal(size=(200, 200))
+    paths = []
+    for i in range(3):
+        moved = base + (0.0 if i == 0 else 0.55) * rng.normal(size=base.shape)
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        save_file({"w": moved}, paths[-1])
+    found = geometry(paths[1:], base=paths[0])
+    assert found.total.distances[0, 1] > 0.65 * found.total.weight_norms[0]
+    assert found.total.angles[0, 1] == pytest.approx(90, abs=2)
+    assert found.strangers == ()
+    assert found.notes == ()
+
+
+def test_no_floats_lie_nowhere(tmp_path: Path) -> None:
+    """Checkpoints of integers alone have norms of zero."""
+    save_file({"steps": np.arange(3)}, tmp_path / "a.safetensors")
+    found = geometry([str(tmp_path / "a.safetensors")] * 2)
+    assert found.tensors == ()
+    assert found.total.norms.tolist() == [0, 0]
+
+
+def test_json_is_written_a_tensor_at_a_time(files: list[str]) -> None:
+    """What is printed is all of it."""
+    found = geometry(files[1:], base=files[0])
+    printed = io.StringIO()
+    write_json(found, printed)
+    assert json.loads(printed.getvalue()) == found.to_builtins()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,14 @@ from streamsoup.errors import RecipeError, ResumeError, TaskError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
+from streamsoup.plot import plot_coefficients
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.descent import AdamW, lbfgs
-from streamsoup.soups.learned import LearningOptions, learned_soup
+from streamsoup.soups.learned import learned_soup
+from streamsoup.soups.learning import LearningOptions
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
+from streamsoup.soups.notebook import Notebook
 from streamsoup.soups.slopes import Slopes, find_common
 from streamsoup.task import load_task
 
@@ -412,7 +416,7 @@ def test_a_search_that_was_stopped_goes_on(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after any number of batches, the same call ends with the same bits."""
-    monkeypatch.setattr("streamsoup.soups.learned.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.soups.learning.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
     batches = make_batches(10)
     whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
@@ -478,10 +482,129 @@ def test_refusals(paths: list[str], tmp_path: Path) -> None:
         learn(paths, tmp_path / "c", guard_every=1)
     with pytest.raises(RecipeError, match="softmax, affine, free"):
         learn(paths, tmp_path / "d", constraint="simplex")
-    task = task_of(make_batches())
-    task.loss = lambda model, split: iter([(1.0, 1)])
-    with pytest.raises(TaskError, match="scalar tensor"):
-        learn(paths, tmp_path / "e", task)
-    task.loss = lambda model, split: ((model(x).sum() * math.inf, 1) for x, _ in make_batches())
-    with pytest.raises(TaskError, match="holds a NaN"):
-        learn(paths, tmp_path / "f", task)
+
+
+def ce(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Give the loss of a batch."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+ODD: list[tuple[str, Any, str]] = [
+    ("a float", lambda m, b: [(1.0, 1)], "gave a float where .* scalar tensor"),
+    ("a row", lambda m, b: [ce(m, b[0]).repeat(3)], r"Tensor of shape \[3\] where"),
+    ("one loss", lambda m, b: ce(m, b[0]), "gave one Tensor; yield"),
+    ("nothing", lambda m, b: None, "gave one NoneType; yield"),
+    ("no batch", lambda m, b: [], "no batch to learn from"),
+    ("a triple", lambda m, b: [(ce(m, b[0]), 1, 2)], "or a pair of it"),
+    ("no number", lambda m, b: [(ce(m, b[0]), None)], "or a pair of it"),
+    ("less than none", lambda m, b: [(ce(m, b[0]), -1)], "or a pair of it"),
+    ("no examples", lambda m, b: [(ce(m, b[0]), 0)], "no batch to learn from"),
+    ("no gradient", lambda m, b: [ce(m, b[0]).detach()], "without a gradient; .* detach"),
+    ("another model", lambda m, b: [ce(Net().double(), b[0])], "depends on no parameter"),
+    ("a NaN", lambda m, b: [ce(m, x) * math.nan for x in b], "uniform soup is nan"),
+    ("an infinity", lambda m, b: (ce(m, x) * math.inf for x in b), "uniform soup is inf"),
+    (
+        "a NaN that watches",
+        lambda m, b: [ce(m, x) * (math.nan if i == 4 else 1) for i, x in enumerate(b)],
+        "watched loss of the uniform soup is nan",
+    ),
+    (
+        "a slope that is none",
+        lambda m, b: [torch.where(m.table[0] > 99, m.table.sqrt().sum(), ce(m, x)) for x in b],
+        "gradient of table holds a NaN",
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "message"), [odd[1:] for odd in ODD], ids=[o[0] for o in ODD])
+def test_answers_that_are_no_losses(
+    paths: list[str], tmp_path: Path, loss: Any, message: str
+) -> None:
+    """Each is refused in words that say what to give instead."""
+    batches = make_batches(10)
+    task = task_of(batches)
+    task.loss = lambda model, split: loss(model, batches)
+    with pytest.raises(TaskError, match=message):
+        learn(paths, tmp_path / "soup", task)
+
+
+def test_an_empty_batch_weighs_nothing(paths: list[str], tmp_path: Path) -> None:
+    """Though the mean loss over no example is a NaN."""
+    batches = make_batches(6)
+    empty = (batches[0][0][:0], batches[0][1][:0])
+    softly = {"evaluations": 2, "guard_every": 0}
+    soup = learn(paths, tmp_path / "soup", task_of([empty, *batches, empty]), **softly)
+    without = learn(paths, tmp_path / "without", task_of(batches), **softly)
+    assert soup.looks == pytest.approx(without.looks)
+
+
+def test_a_step_too_far_is_taken_back(paths: list[str], tmp_path: Path) -> None:
+    """Where a look's loss is no number, a shorter step follows, also after a resume."""
+    batches = make_batches(10)
+    task, n_looks = task_of(batches), [0]
+
+    def loss(model: nn.Module, split: str) -> Any:
+        n_looks[0] += 1
+        for number, (x, y) in enumerate(batches):
+            if n_looks[0] == 4:
+                raise Stop
+            value = nn.functional.cross_entropy(model(x), y)
+            yield value * math.nan if n_looks[0] == 2 and number == 3 else value, len(y)
+
+    task.loss = loss
+    with pytest.raises(TaskError):
+        learn(paths, tmp_path / "soup", task, constraint="affine", evaluations=8)
+    soup = learn(paths, tmp_path / "soup", task, constraint="affine", evaluations=8)
+    assert math.isnan(soup.looks[1].loss)
+    assert soup.best > 1
+
+
+def test_nothing_to_learn_is_the_uniform_soup(paths: list[str], tmp_path: Path) -> None:
+    """Equal ingredients, and a task that gives sparse gradients for those that are not."""
+    soup = learn([paths[0]] * 2, tmp_path / "soup")
+    assert soup.report["ended"] == "the gradient is zero"
+    assert soup.rows == ((0.5, 0.5),)
+    batches = make_batches(6)
+
+    def build() -> nn.Module:
+        net = Net().double()
+        net.embed.sparse = True
+        net.head.weight = nn.Parameter(net.embed.weight.detach().clone())
+        return net
+
+    task, net = task_of(batches), build()
+    net.embed.sparse = False
+    task.build = lambda: net
+    dense = learn(paths, tmp_path / "untied", task, evaluations=2)
+    task.build = build
+    sparse = learn(paths, tmp_path / "sparse", task, evaluations=2)
+    np.testing.assert_allclose(sparse.rows, dense.rows, rtol=1e-12)
+
+
+def test_notes_are_kept_on_disk_alone(tmp_path: Path) -> None:
+    """A long search takes notes every ten seconds, each as large as all it learns."""
+    target = str(tmp_path / "soup")
+    tracemalloc.start()
+    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+        for number in range(200):
+            notebook.put({"adamw": 0, "done": number, "raw": [0.1 + number] * 1000})
+        held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 300_000
+    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+        found = notebook.find("adamw")
+    assert found is not None
+    assert found["done"] == 199
+
+
+def test_layers_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 2 above layer 10, each with its own coefficients."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr("streamsoup.plot._save", lambda figure, path: drawn.append(figure))
+    layers = ["layers.0", "layers.10", "layers.2", "norm"]
+    rows = np.arange(8.0).reshape(4, 2)
+    plot_coefficients(rows, layers, ["a", "b"], str(tmp_path / "x.png"))
+    axes = drawn[0].axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [layers[i] for i in (0, 2, 1, 3)]
+    assert np.array_equal(axes.images[0].get_array(), rows[[0, 2, 1, 3]])

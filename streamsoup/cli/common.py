@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,7 +63,10 @@ def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None)
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
 COEFFICIENTS = click.option(
-    "--coefficients", "-c", metavar="C,C,…", help="One factor for each, such as .7,.3."
+    "--coefficients",
+    "-c",
+    metavar="C,C,…|SOUP",
+    help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
 )
 REPORTING = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
@@ -125,6 +129,16 @@ def numbers(text: str) -> list[float]:
     raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3")
 
 
+def factors(text: str) -> list[float] | str:
+    """Read a list of numbers; or give the path of what holds them, as it is."""
+    if os.path.exists(text):
+        return text
+    try:
+        return numbers(text)
+    except click.UsageError as error:
+        raise click.UsageError(f"{error.message}, and no such file") from None
+
+
 def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:
     """Make options of what click gave for `MAKING`, `RUNNING` and `WRITING`."""
     from streamsoup.options import Options
@@ -164,8 +178,16 @@ def make_soup(
 
 def tell(lines: Sequence[str]) -> None:
     """Print the result of work that is done. Nobody may be there to read it."""
+    with telling():
+        print("\n".join(lines))
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Print the result of work that is done, and say in one line if stdout cannot take it."""
     try:
-        print("\n".join(lines), flush=True)
+        yield
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -48,7 +48,7 @@ def mix(
     """Add checkpoints up, each times its coefficient."""
     if coefficients is None:
         raise click.UsageError("mix needs --coefficients, one for each checkpoint")
-    factors = common.numbers(coefficients)
+    factors = common.factors(coefficients)
 
     def make(options: Options) -> Soup:
         from streamsoup.soups.fixed import mix

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -53,7 +54,8 @@ def geometry(
         if as_json:
             for note in notes:
                 print(note, file=sys.stderr)
-            common.tell([json.dumps(found.to_builtins())])
+            with common.telling():
+                write_json(found, sys.stdout)
             return
         what = f"geometry of {len(found.names)}"
         last = summary(what, found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)
@@ -64,6 +66,17 @@ def geometry(
     settings_quiet = bool(settings["quiet"])
     paths = ingredients if base is None else (base, *ingredients)
     return common.supervise(work, "geometry", paths, settings)
+
+
+def write_json(found: Geometry, file: TextIO) -> None:
+    """Write all as JSON, a tensor at a time: of 64 ingredients each has 4096 products."""
+    file.write(json.dumps(found.summary())[:-1] + ', "tensors": [')
+    separators = itertools.chain([""], itertools.repeat(", "))
+    file.writelines(
+        separator + json.dumps(tensor.to_builtins())
+        for separator, tensor in zip(separators, found.tensors, strict=False)
+    )
+    file.write("]}\n")
 
 
 def describe(found: Geometry, width: int) -> list[str]:

@@ -98,7 +98,8 @@ def learned(
             print(line, file=sys.stderr, flush=True)
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from streamsoup.soups.learned import LearningOptions, learned_soup
+        from streamsoup.soups.learned import learned_soup
+        from streamsoup.soups.learning import LearningOptions
 
         if plot is not None:
             from streamsoup.plot import check_plot

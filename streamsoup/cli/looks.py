@@ -27,11 +27,12 @@ def plan(
     """Show what a soup would take: layout, bytes, peak memory. Reads headers only."""
     from streamsoup.inspection import describe_order, record_order
     from streamsoup.recipe import Coefficients
+    from streamsoup.soups.fixed import find_coefficients
     from streamsoup.soups.make import order
 
     given = Coefficients.uniform(len(ingredients))
     if coefficients is not None:
-        given = Coefficients.given(common.numbers(coefficients))
+        given = find_coefficients(common.factors(coefficients))
     method = "uniform" if coefficients is None else "mix"
     ordered = order(ingredients, given, method=method, options=common.make_options(settings))
     if as_json:

@@ -38,7 +38,8 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
     key = f"learned:{granularity}:{bench.task.fingerprint}:{bench.plan.recipe.dtype}:{digests}"
     known = bench.cache.value(key)
     if known is None:
-        from streamsoup.soups.learned import LearningOptions, learned_soup
+        from streamsoup.soups.learned import learned_soup
+        from streamsoup.soups.learning import LearningOptions
 
         output = os.path.join(bench.cache.folder, f"learned-{granularity}")
         soup = learned_soup(

@@ -2,7 +2,7 @@
 
 * Uniform: the mean of all. Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 2;
   and of checkpoints of one run, Izmailov et al. 2018 (SWA), https://arxiv.org/abs/1803.05407.
-* Weighted: any given factors.
+* Weighted: any given factors, or those that another soup was made with.
 * Interpolation: (1-α)·θ₀ + α·θ₁. Wortsman et al. 2022 (WiSE-FT), https://arxiv.org/abs/2109.01903.
 """
 
@@ -12,12 +12,18 @@ import math
 import os
 from collections.abc import Sequence
 
-from streamsoup.errors import RecipeError
+import msgspec
+
+from streamsoup.errors import RecipeError, printable
+from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
-from streamsoup.recipe import Coefficients
+from streamsoup.recipe import PROVENANCE_NAME, Coefficients
 from streamsoup.soups.make import AnyIngredient, Soup, make, order
 
-__all__ = ["interpolate", "mix", "uniform"]
+__all__ = ["AnyCoefficients", "find_coefficients", "interpolate", "mix", "uniform"]
+
+AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
+"""A factor for each ingredient, or a file or soup that holds them, for each tensor too."""
 
 
 def uniform(
@@ -39,7 +45,7 @@ def uniform(
 
 def mix(
     ingredients: Sequence[AnyIngredient],
-    coefficients: Sequence[float] | Coefficients,
+    coefficients: AnyCoefficients,
     *,
     output: str | os.PathLike[str],
     normalize: bool = False,
@@ -48,12 +54,41 @@ def mix(
     """Write Σᵢ cᵢ·θᵢ into the folder `output`.
 
     `coefficients` holds one finite factor for each ingredient; they are used as they are, or
-    divided by their sum with `normalize`. Costs and errors as for `uniform`.
+    divided by their sum with `normalize`. The path of a soup stands for those it was made with,
+    such as learned ones, tensor by tensor. Costs and errors as for `uniform`.
     """
-    if not isinstance(coefficients, Coefficients):
-        coefficients = Coefficients.given(coefficients, normalize=normalize)
-    ordered = order(ingredients, coefficients, method="mix", options=options)
+    found = find_coefficients(coefficients, normalize=normalize)
+    ordered = order(ingredients, found, method="mix", options=options)
     return make(ordered, output=output, options=options)
+
+
+def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
+    """Take factors as they are, or read them.
+
+    A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
+    under ``recipe.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``. Raises
+    `RecipeError` for a file without them, and if `normalize` is to divide anything but a list.
+    """
+    if not isinstance(given, (str, os.PathLike, Coefficients)):
+        return Coefficients.given(given, normalize=normalize)
+    if normalize:
+        raise RecipeError("only a list of factors can be normalized, one for each ingredient")
+    return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
+
+
+def _read_coefficients(path: str) -> Coefficients:
+    where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
+    try:
+        whole = msgspec.json.decode(b"".join(pieces(where)))
+        inner = whole["recipe"]["coefficients"] if "recipe" in whole else whole
+        return msgspec.convert(inner, Coefficients)
+    except OSError as error:
+        raise RecipeError(f"{printable(where)}: cannot be read: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, RecursionError) as error:
+        raise RecipeError(
+            f"{printable(where)}: holds no coefficients ({printable(error)}); give a soup, its "
+            f'{PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
+        ) from None
 
 
 def interpolate(

@@ -47,6 +47,7 @@ class Notebook:
             self.close()
             raise
         self._looks = {record["look"]: record for record in records if "look" in record}
+        self._last = {key: record for record in records for key in record}
 
     def __enter__(self) -> Notebook:
         """Give the notebook itself."""
@@ -62,18 +63,15 @@ class Notebook:
         self.close()
 
     def put(self, record: dict[str, Any]) -> None:
-        """Take a note. It is on disk when this returns."""
+        """Take a note. It is on disk when this returns, and there alone: notes may be many."""
         self._journal.append(record)
-        if "look" in record:
-            self._looks[record["look"]] = record
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """Give the last note that has `key`."""
-        found = [record for record in self._journal if key in record]
-        return found[-1] if found else None
+        """Give the last note of an earlier run that has `key`."""
+        return self._last.get(key)
 
     def look(self, number: int) -> dict[str, Any] | None:
-        """Give the note of a look, by its number."""
+        """Give what an earlier run noted of a look, by its number."""
         return self._looks.get(number)
 
     def finish(self) -> None:

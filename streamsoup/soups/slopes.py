@@ -2,8 +2,7 @@
 
 With θ(c) = Σᵢ cᵢ·θᵢ and g = ∇L at θ(c), ∂L/∂cᵢ = ⟨g, θᵢ⟩, tensor by tensor. So one model and one
 gradient are all that is held, whatever the number of ingredients: a pass over the files mixes,
-a backward pass gives g, and another pass multiplies. As soon as the last backward pass has
-finished a tensor's gradient, its products are taken, and it is freed.
+a backward pass gives g, and another pass multiplies, tensor by tensor (`backward`).
 
 What is the same in all ingredients is read from the first alone: with coefficients that sum to 1
 its slopes cancel, and it is put into the model once.
@@ -23,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import TaskError, printable
+from streamsoup.errors import TaskError
 from streamsoup.formats.files import Bytes
 from streamsoup.inner import Differ, Dot, Sums, Vector, floats_of, plan_inner_memory
 from streamsoup.options import Options
@@ -31,23 +30,18 @@ from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine
+from streamsoup.soups.backward import Work
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
 from streamsoup.stream import run
 from streamsoup.task import Task
-from streamsoup.tensors import DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
     from streamsoup.live import ModelSink
 
 __all__ = ["Evaluation", "Slopes", "find_common"]
 
 Floats = NDArray[np.float64]
-
-BUNDLE = 1 << 22
-"""Elements of gradients that wait for each other, as a pass of its own costs a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,7 @@ class Evaluation:
     guard: float
     """Mean over the examples that only watch; NaN where none do."""
     slopes: Floats
-    """∂loss/∂c ``(group, ingredient)``; empty if only the losses were asked for."""
+    """∂loss/∂c ``(group, ingredient)``; zero if only the losses were asked for, or not finite."""
     beta_slope: float
     n_batches: int
     """Batches seen, watching ones included."""
@@ -155,8 +149,13 @@ class Slopes:
                     "a search needs the same ones each time"
                 )
             self._n_batches = n
-            slopes, beta_slope = work.take() if backward else (np.zeros((0, 0)), 0.0)
-            self.n_passes += backward
+            slopes, beta_slope = (
+                np.zeros((len(self._mixture.groups), self._mixture.n_ingredients)),
+                0.0,
+            )
+            if backward and math.isfinite(loss):
+                slopes, beta_slope = work.take()
+                self.n_passes += 1
             if self._guard_split is not None:
                 guard = work.watch(self._task.losses(self._sink.model, self._guard_split))
         return Evaluation(loss, guard, slopes, beta_slope, n)
@@ -195,7 +194,7 @@ class Slopes:
         return self._guard_every > 0 and index % self._guard_every == self._guard_every - 1
 
     @contextmanager
-    def _at_work(self, *, backward: bool, seed: int) -> Iterator[_Work]:
+    def _at_work(self, *, backward: bool, seed: int) -> Iterator[Work]:
         """Make the model ready for the task's code, and put all back afterwards."""
         import torch
 
@@ -203,7 +202,7 @@ class Slopes:
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002 - tasks may use it
             random.seed(seed)
-            work = _Work(self, self._sink, self._mixture, self._learned, backward)
+            work = Work(self, self._sink, self._mixture, self._learned, backward)
             try:
                 with torch.set_grad_enabled(backward):
                     yield work
@@ -279,154 +278,6 @@ class Slopes:
                 yield tensor.name, slopes
 
 
-class _Work:
-    """The model while the task computes losses: what requires gradients, and what takes them."""
-
-    def __init__(
-        self, slopes: Slopes, sink: ModelSink, mixture: Mixture, learned: list[str], backward: bool
-    ) -> None:
-        import torch
-
-        self._slopes, self._mixture, self._backward = slopes, mixture, backward
-        self._by_name: dict[str, Floats] = {}
-        self._pending: dict[str, Vector] = {}
-        self._n_pending = 0
-        self._last = True
-        self._scale = 1.0
-        self._beta = torch.ones((), dtype=torch.float64, requires_grad=backward)
-        model = sink.model
-        self._training = [(module, module.training) for module in model.modules()]
-        model.eval()
-        wanted = set(learned) if backward else set()
-        self._parameters: dict[int, tuple[torch.nn.Parameter, str, bool, Any]] = {}
-        for name, tensor in sink.live.items():
-            if isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf:
-                kept = tensor, sink.tied.get(name, name), tensor.requires_grad, tensor.grad
-                self._parameters.setdefault(id(tensor), kept)
-        self._hooks: list[Any] = []
-        for tensor, name, _, _ in self._parameters.values():
-            if not tensor.is_floating_point():
-                continue
-            tensor.grad = None
-            tensor.requires_grad_(name in wanted)
-            if name in wanted:
-                self._hooks.append(tensor.register_post_accumulate_grad_hook(self._hook))
-        if mixture.temperature:
-            self._hooks.append(model.register_forward_hook(self._heat))
-
-    def begin(self, raw: Floats) -> None:
-        """Begin a look at the mixture of these raw numbers."""
-        self._by_name.clear()
-        self._beta.data.fill_(self._mixture.beta(raw))
-        self._beta.grad = None
-        self._scale = 1.0
-
-    def learn(self, loss: Any, n_examples: float) -> float:
-        """Take a batch that is learned from by itself."""
-        value = _value(loss)
-        loss.backward()
-        return value
-
-    def sweep(self, batches: Iterator[tuple[Any, float]]) -> tuple[float, float, int]:
-        """Take all batches: give the mean loss, that of the watching ones, and their number."""
-        slopes = self._slopes
-        sums = [0.0, 0.0]
-        weights = [0.0, 0.0]
-        first = 0.0
-        index = -1
-        last = max((i for i in range(slopes.n_batches or 0) if not slopes.watches(i)), default=-1)
-        for index, (loss, n_examples) in enumerate(batches):
-            watches = slopes.watches(index)
-            sums[watches] += float(n_examples) * _value(loss)
-            weights[watches] += float(n_examples)
-            if watches or not self._backward:
-                continue
-            # Relative to the first batch, so that no gradient outgrows a narrow dtype.
-            first = first or float(n_examples)
-            self._last = index == last
-            (loss * (float(n_examples) / first)).backward()
-        self._last = True
-        if not weights[False] > 0:
-            raise TaskError("loss gave no batch to learn from")
-        self._scale = first / weights[False]
-        guard = sums[True] / weights[True] if weights[True] > 0 else math.nan
-        return sums[False] / weights[False], guard, index + 1
-
-    def watch(self, batches: Iterator[tuple[Any, float]]) -> float:
-        """Give the mean loss over batches of another split."""
-        import torch
-
-        total = weight = 0.0
-        with torch.no_grad():
-            for loss, n_examples in batches:
-                total += float(n_examples) * _value(loss)
-                weight += float(n_examples)
-        return total / weight if weight > 0 else math.nan
-
-    def take(self) -> tuple[Floats, float]:
-        """Give the slopes ``(group, ingredient)`` and that of β, and forget the gradients."""
-        for tensor, _, _, _ in self._parameters.values():
-            if tensor.requires_grad and tensor.grad is not None:
-                self._hook(tensor)
-        self._flush()
-        mixture = self._mixture
-        slopes = np.zeros((len(mixture.groups), mixture.n_ingredients))
-        for name, group in mixture.group_of.items():  # in one order, whatever autograd's is
-            if name in self._by_name:
-                slopes[group] += self._by_name[name]
-        beta_slope = 0.0
-        if mixture.temperature:
-            if self._beta.grad is None:
-                raise TaskError(
-                    "the loss does not depend on the model's output, so its logits have no "
-                    "temperature; compute the loss from model(x) outside of the model"
-                )
-            beta_slope = float(self._beta.grad)
-        return slopes * self._scale, beta_slope * self._scale
-
-    def close(self) -> None:
-        """Put the model back as it was, but for its weights."""
-        for hook in self._hooks:
-            hook.remove()
-        for tensor, _, requires_grad, gradient in self._parameters.values():
-            tensor.requires_grad_(requires_grad)
-            tensor.grad = gradient
-        for module, training in self._training:
-            module.training = training
-
-    def _hook(self, tensor: torch.Tensor) -> None:
-        """Take a gradient that is complete, and free it."""
-        if not self._last or tensor.grad is None:
-            return
-        name = self._parameters[id(tensor)][1]
-        if name in self._pending:
-            self._flush()
-        self._pending[name] = _vector(tensor.grad, name)
-        tensor.grad = None
-        self._n_pending += tensor.numel()
-        if self._n_pending >= BUNDLE:
-            self._flush()
-
-    def _flush(self) -> None:
-        pending, self._pending, self._n_pending = self._pending, {}, 0
-        for name, slopes in self._slopes.products(pending):
-            self._by_name[name] = self._by_name.get(name, 0.0) + slopes
-
-    def _heat(self, model: Any, inputs: Any, output: Any) -> Any:
-        """Multiply logits, wherever a model puts them, by β."""
-        if hasattr(output, "logits"):
-            output.logits = self._heated(output.logits)
-            return output
-        if isinstance(output, dict) and "logits" in output:
-            return {**output, "logits": self._heated(output["logits"])}
-        if isinstance(output, (tuple, list)):
-            return type(output)([self._heated(output[0]), *output[1:]])
-        return self._heated(output)
-
-    def _heated(self, logits: Any) -> Any:
-        return logits * self._beta.to(logits)
-
-
 class _Renumbered:
     """The live model as a sink for a part of its plan."""
 
@@ -469,27 +320,3 @@ def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPla
 
 def _budget(options: Options) -> int:
     return parse_nbytes(options.memory) if isinstance(options.memory, str) else options.memory
-
-
-def _value(loss: Any) -> float:
-    """Read a loss. Raises `TaskError` for what is none."""
-    import torch
-
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise TaskError(
-            f"loss gave {printable(type(loss).__name__)} where it has to yield a scalar tensor"
-        )
-    return float(loss.detach())
-
-
-def _vector(gradient: torch.Tensor, name: str) -> Vector:
-    """Give a gradient's elements in order, as raw bytes in CPU memory."""
-    import torch
-
-    from streamsoup.live import TORCH_DTYPES
-
-    if not bool(torch.isfinite(gradient).all()):
-        raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")
-    flat = gradient.detach().to("cpu").contiguous().view(-1)
-    (dtype,) = [key for key, value in TORCH_DTYPES.items() if value == flat.dtype]
-    return Vector(flat.view(torch.uint8).numpy(), DTYPES[dtype])

@@ -39,6 +39,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -126,10 +127,25 @@ class Task:
     def losses(self, model: Any, split: str) -> Iterator[tuple[Any, float]]:
         """Give the loss of each held-out batch, with a gradient, and its number of examples.
 
-        A task that does not say how many examples a batch has weighs all batches alike (1).
+        A task that does not say how many examples a batch has weighs all batches alike (1). Raises
+        `TaskError` for an answer of another form.
         """
-        for each in self.need("loss")(model, split):
-            yield each if isinstance(each, tuple) else (each, 1.0)
+        found = self.need("loss")(model, split)
+        if hasattr(found, "backward") or not isinstance(found, Iterable):
+            kind = printable(type(found).__name__)
+            raise TaskError(f"{self.name}: loss gave one {kind}; yield the loss of each batch")
+        for each in found:
+            pair = each if isinstance(each, (tuple, list)) else (each, 1.0)
+            try:
+                loss, n_examples = pair[0], float(pair[1])
+            except (TypeError, ValueError, IndexError):
+                n_examples = math.nan
+            if len(pair) != 2 or not 0 <= n_examples < math.inf:
+                raise TaskError(
+                    f"{self.name}: loss gave {printable(each, 200)}; yield the loss of a batch, or "
+                    "a pair of it and the number of examples in the batch"
+                )
+            yield loss, n_examples
 
     def predictions(self, model: Any, split: str) -> Iterator[tuple[Any, Any]]:
         """Give logits ``(example, class)`` and labels ``(example,)``, batch by batch.
