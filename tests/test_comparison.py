@@ -316,6 +316,8 @@ def test_examples_in_another_order_are_refused(folders: list[str], tmp_path: Pat
     ("spoil", "message"),
     [
         (lambda z, y: (z[0], y), "shapes"),
+        (lambda z, y: (z[:, 0], y.double()), "a task without classes has a score"),
+        (lambda z, y: (z[:, : len(y) // 15], y), r"\[20, 1\] and \[20\]; the first batch had 3"),
         (lambda z, y: (z, y.double()), "not numbers of classes"),
         (lambda z, y: (z, y + 4), "there are 4 classes"),
     ],
@@ -332,6 +334,62 @@ def test_predictions_that_are_none(
 
     with pytest.raises(TaskError, match=message):
         compare(folders, Wrong(), output=tmp_path / "out", settings=SMALL)
+
+
+class Deaf(Counting):
+    """A task whose predictions have no gradient: as most are written."""
+
+    def __init__(self, how: str, **more: Any) -> None:
+        super().__init__(**more)
+        self._how = how
+
+    def predictions(self, model: Any, split: str) -> Iterator[Any]:
+        if self._how == "context":
+            with torch.no_grad():
+                yield from super().predictions(model, split)
+            return
+        for logits, labels in super().predictions(model, split):
+            yield logits.detach().numpy(), labels.numpy()
+
+
+@pytest.mark.parametrize("how", ["context", "numpy"])
+def test_predictions_without_a_gradient(folders: list[str], tmp_path: Path, how: str) -> None:
+    """Nothing can be learned from them: that is said, and the rest is compared; once."""
+    settings = replace(SMALL, learned=("global",))
+    found = compare(folders, Deaf(how), output=tmp_path / "out", settings=settings)
+    assert any("carry no gradient" in note for note in found.notes)
+    assert "learned soup" not in by_name(found)
+    again = Deaf(how)
+    compare(folders, again, output=tmp_path / "out", settings=settings)
+    assert (again.asked, again.n_built) == ([], 0)
+
+
+def test_a_frozen_model_can_still_be_learned_in(folders: list[str], tmp_path: Path) -> None:
+    """A task may build its model without gradients; learned soups turn them on, and off again."""
+    model = build().requires_grad_(False)
+    settings = replace(SMALL, learned=("global",))
+    out = tmp_path / "out"
+    found = compare(folders, Counting(), output=out, model=model, settings=settings)
+    assert "learned soup" in by_name(found)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_learning_that_was_killed(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learned search that was killed is no obstacle to one over other ingredients."""
+    from streamsoup.soups import learned
+
+    def killed(search: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = replace(SMALL, learned=("global",))
+    with monkeypatch.context() as patch:
+        patch.setattr(learned._Search, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
+    found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)
+    assert by_name(found)["learned soup"].n_ingredients == 6
 
 
 def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:

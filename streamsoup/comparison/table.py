@@ -21,7 +21,7 @@ from streamsoup.comparison.bootstrap import interval, resampled_means
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate, fit_beta
 from streamsoup.comparison.curves import draw_curves, values_of
-from streamsoup.comparison.learning import can_learn, learn
+from streamsoup.comparison.learning import learn, why_not
 from streamsoup.comparison.pairs import choose_pairs, look_between
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, Pair, Row, Splits
 from streamsoup.comparison.selection import Ensemble, best_first, grow_ensemble, grow_soup
@@ -202,7 +202,7 @@ class _Table:
             )
         if self.splits.test is None:
             self.notes.append(
-                f"The task has one split, {val!r}: what was chosen on it is judged on it too, "
+                f"The task has no test split: what was chosen on {val!r} is judged on it too, "
                 "which flatters every choice."
             )
         self._add_intervals()
@@ -334,8 +334,8 @@ class _Table:
     def _add_learned(self, everyone: Members) -> None:
         if self.n < 2 or not self.settings.learned:
             return
-        if not can_learn(self.bench.task):
-            self.notes.append("The task has neither a loss nor predictions: no learned soups.")
+        if reason := why_not(self.bench):
+            self.notes.append(reason)
             return
         for granularity in self.settings.learned:
             coefficients = learn(self.bench, self.n, granularity)
