@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from networks import build, data, ingredients
+from networks import build, data, ingredients, shuffled
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import streamsoup
 from streamsoup.comparison.cache import Cache
+from streamsoup.comparison.curves import choose_counts
 from streamsoup.comparison.landscape import landscape
+from streamsoup.comparison.pairs import choose_pairs
 from streamsoup.comparison.paths import sweep
 from streamsoup.comparison.rows import MEAN, Comparison
 from streamsoup.comparison.table import CompareOptions, compare, splits_of
 from streamsoup.errors import OutputBusyError, OutputError, RecipeError, TaskError
+from streamsoup.soups.greedy import random_order
 from streamsoup.task import load_task
 
 SPLITS = ["val", "test", "far", "farther"]
@@ -141,9 +144,7 @@ def test_table_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
     kept, grown = greedy(order, soup), greedy(order, ensemble)
     orders = []
     for seed in range(2):
-        shuffled = list(range(6))
-        random.Random(seed).shuffle(shuffled)
-        orders.append(greedy(shuffled, soup))
+        orders.append(greedy(shuffled(6, seed), soup))
     assert rows["greedy soup"].members == tuple(kept)
     assert rows["ensemble, greedily grown"].members == tuple(grown)
     assert found.metric == "accuracy"
@@ -218,6 +219,35 @@ def test_one_more_ingredient_costs_what_is_new(folders: list[str], tmp_path: Pat
     assert [what for what, _ in task.asked].count("score") == 1
     on_test = [what for what, split in task.asked if split == "test"]
     assert len(on_test) <= 3
+
+
+def test_what_is_drawn_stays_drawn() -> None:
+    """One ingredient more leaves random orders, drawn pairs and the points of curves in place."""
+    assert {tuple(random_order(4, seed)) for seed in range(400)} == set(permutations(range(4)))
+    for n in range(2, 80):
+        fewer, more = random_order(n, 3), random_order(n + 1, 3)
+        assert [i for i in more if i != n] == fewer
+        fewer_pairs, more_pairs = choose_pairs(n, 20, 3), choose_pairs(n + 1, 20, 3)
+        assert len(more_pairs) == min(20, n * (n + 1) // 2)
+        assert all(n in pair for pair in set(more_pairs) - set(fewer_pairs))
+        few, many = choose_counts(n, 8), choose_counts(n + 1, 8)
+        assert set(many) - set(few) <= {n + 1}
+        assert len(many) <= 8
+        assert (many[0], many[-1]) == (1, n + 1)
+    assert choose_counts(6, 8) == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_more_costs_little_whatever_is_drawn(tmp_path: Path) -> None:
+    """Orders, curves and pairs ask for a part of what they would ask for from nothing."""
+    paths = ingredients(tmp_path / "in", 12)
+    settings = CompareOptions(learned=(), orders=2, curve=4, pairs=10)
+    counts = []
+    for n, out in ((11, "out"), (10, "new"), (11, "new")):
+        task = Counting()
+        where = tmp_path / out
+        compare(paths[:n], task, output=where, base=paths[11], settings=settings)
+        counts.append(len(task.asked))
+    assert counts[2] < counts[0] / 2
 
 
 def test_a_killed_run_goes_on(folders: list[str], tmp_path: Path) -> None:

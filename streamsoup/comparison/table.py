@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +36,7 @@ from streamsoup.formats.shards import Ingredient
 from streamsoup.inspection import short_names
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
+from streamsoup.soups.greedy import random_order
 from streamsoup.soups.make import AnyIngredient
 from streamsoup.soups.mixture import Granularity
 from streamsoup.task import AnyTask, Task, load_task
@@ -189,7 +189,7 @@ class _Table:
         self._add_model("uniform soup", "soup", Mixture.uniform(everyone))
         greedy = grow_soup(self.bench, order, self.splits.val)
         self._add_model("greedy soup", "soup", Mixture.uniform(greedy))
-        self._add_random_orders(everyone)
+        self._add_random_orders()
         self._add_learned(everyone)
         for name, coefficients in self.settings.coefficients.items():
             self._add_model(name, "soup", Mixture(everyone, coefficients))
@@ -310,16 +310,14 @@ class _Table:
         note = "the best ingredient of each column, chosen by that column itself"
         self.rows.append(Row("oracle best", "oracle", cells, 1, 1, note=note))
 
-    def _add_random_orders(self, everyone: Members) -> None:
+    def _add_random_orders(self) -> None:
         orders = self.settings.orders if self.n > 2 else 0
         if not orders:
             return
         found: list[dict[str, float]] = []
         counts: list[int] = []
         for number in range(orders):
-            order = list(everyone)
-            # As `soups.greedy` draws them.
-            random.Random(self.settings.seed + number).shuffle(order)
+            order = random_order(self.n, self.settings.seed + number)
             members = grow_soup(self.bench, order, self.splits.val)
             counts.append(len(members))
             found.append(values_of(self.bench, self.splits, Mixture.uniform(members)))
