@@ -122,8 +122,12 @@ def record_order(ordered: Order) -> dict[str, Any]:
 def short_names(paths: Sequence[str], limit: int) -> list[str]:
     """Leave out what all paths begin and end with, and the middle of what is still too long.
 
+    Names that come out alike are told apart by their numbers, from 1.
+
     >>> short_names(("runs/a/model.safetensors", "runs/b/model.safetensors"), 20)
     ['a', 'b']
+    >>> short_names(("tuned-lr1e-4-seed0", "tuned-lr1e-5-seed0"), 11)
+    ['tun…ed0 #1', 'tun…ed0 #2']
     """
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     if len(set(paths)) > 1:
@@ -134,8 +138,18 @@ def short_names(paths: Sequence[str], limit: int) -> list[str]:
     else:
         parts = [p[-1:] for p in parts]
     names = [printable("/".join(p).removesuffix(".safetensors")) for p in parts]
+    counts = Counter(_cut(name, limit) for name in names)
+    return [
+        _cut(name, limit)
+        if counts[_cut(name, limit)] == 1
+        else f"{_cut(name, limit - len(str(i)) - 2)} #{i}"
+        for i, name in enumerate(names, start=1)
+    ]
+
+
+def _cut(name: str, limit: int) -> str:
     half = (limit - 1) // 2
-    return [n if len(n) <= limit else f"{n[:half]}…{n[-half:]}" for n in names]
+    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
 
 
 def _device_text(ordered: Order) -> str:
