@@ -498,6 +498,38 @@ def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None
     assert [mark.name for mark in found.marks[:3]] == ["run0", "run1", "run2"]
     np.testing.assert_array_equal(draw(again).values["test"], found.values["test"])
     assert again.asked == []
+    with pytest.raises(RecipeError, match="on one line"):
+        landscape(*folders[:2], folders[1], again, cache=tmp_path / "none")
+    assert again.asked == []
+
+
+def test_recalibrated_points_equal_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """BatchNorm statistics are those of the mixture: of each point of a path, but its ends."""
+
+    class Recalibrating(Counting):
+        def recalibration(self) -> Iterator[torch.Tensor]:
+            yield PARTS["val"][0]
+
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:2]]
+    found = sweep(
+        *folders[:2], Recalibrating(), [0, 0.25, 1], cache=tmp_path / "cache", recalibrate=True
+    )
+    model = build()
+    for alpha, nll in zip((0, 0.25, 1), found.losses["test"], strict=True):
+        model.load_state_dict(
+            {
+                n: ((1 - alpha) * t.double() + alpha * states[1][n].double()).float()
+                if t.is_floating_point()
+                else t
+                for n, t in states[0].items()
+            }
+        )
+        if alpha == 0.25:
+            torch.optim.swa_utils.update_bn([PARTS["val"][0]], model)
+        model.eval()
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(PARTS["test"][0]), PARTS["test"][1])
+        assert nll == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_what_splits_are_for() -> None:

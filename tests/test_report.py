@@ -14,14 +14,16 @@ import pytest
 from checkpoints import command
 from networks import ingredients
 
+from streamsoup.comparison.landscape import Landscape, Mark
 from streamsoup.comparison.paths import Sweep
+from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
 from streamsoup.comparison.selection import best_first
 from streamsoup.inspection import short_names
 from streamsoup.report import charts
 from streamsoup.report.comparison import verdict, write_report
 from streamsoup.report.page import Code, Heading, Page, Table, Text
-from streamsoup.report.paths import draw_sweep, sweep_page
+from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
 
 CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
 
@@ -272,6 +274,20 @@ def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
     )
 
 
+@drawn
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_a_plane_without_hills(tmp_path: Path, value: float) -> None:
+    """What is nowhere a number, or the same everywhere, is drawn too; its rows are JSON."""
+    plane = Plane(2.0, 0.5, 1.5)
+    xs, ys = plane.grid(3, 0.1)
+    values = {"val": np.full((len(ys), len(xs)), value)}
+    found = Landscape(plane, xs, ys, values, values, (Mark("base", 0.0, 0.0, False),))
+    draw_landscape(found, str(tmp_path / "plane.png"))
+    assert (tmp_path / "plane.png").stat().st_size > 1000
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in found.to_lines()]
+    assert rows[1]["nll"] == (None if math.isnan(value) else value)
+
+
 TASK = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -317,8 +333,17 @@ def test_the_commands(tmp_path: Path) -> None:
     wrong = command("interpolate", *folders[:2], "--alphas", "0:1:0.5", "-o", tmp_path / "x")
     assert wrong.returncode == 2
     assert "--task" in wrong.stderr
+    wrong = command("interpolate", *folders[:2], "--recalibrate", "-o", tmp_path / "x")
+    assert wrong.returncode == 2
+    assert "for a sweep" in wrong.stderr
 
-    picture = tmp_path / "plane.png"
+    picture, thesis = tmp_path / "plane.png", tmp_path / "plane.jsonl"
+    thesis.write_text("mine")
+    taken = command("landscape", *folders[:3], "--task", task, "--plot", picture)
+    assert taken.returncode == 1
+    assert "no landscape of ours" in taken.stderr
+    assert thesis.read_text() == "mine"
+    thesis.unlink()
     plane = command("landscape", *folders[:3], "--task", task, "--plot", picture, "--resolution", 4)
     assert (plane.returncode, plane.stderr) == (0, "")
     assert picture.stat().st_size > 10_000

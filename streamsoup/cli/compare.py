@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import printable
+from streamsoup.errors import OutputExistsError, printable
 
 if TYPE_CHECKING:
     from streamsoup.comparison.rows import Comparison
@@ -97,12 +97,11 @@ def compare(
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
-        for each in _table(found):
-            print(each)
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
-        print(f"{found.n_measured} answers measured, {known}; the report is {printable(page)}")
+        last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
+        common.tell([*_table(found), last])
 
     return common.supervise(work, "compare", ingredients, settings)
 
@@ -150,12 +149,19 @@ def landscape(
         from streamsoup.report.paths import draw_landscape
 
         check_picture(plot)
+        cache, rows = f"{plot}.cache", f"{os.path.splitext(plot)[0]}.jsonl"
+        for each in () if os.path.exists(os.path.join(cache, "lock")) else (plot, rows):
+            if os.path.lexists(each):
+                raise OutputExistsError(
+                    f"{printable(each)}: is there already, and no landscape of ours; "
+                    "choose another name for --plot"
+                )
         found = measure(
             base,
             first,
             second,
             task,
-            cache=f"{plot}.cache",
+            cache=cache,
             resolution=resolution,
             margin=margin,
             splits=splits,
@@ -165,19 +171,23 @@ def landscape(
         )
         line.close()
         draw_landscape(found, plot)
-        rows = f"{os.path.splitext(plot)[0]}.jsonl"
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         n = len(found.xs) * len(found.ys)
-        print(f"{n} points in {printable(plot)}, and as rows in {printable(rows)}")
+        common.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
 
     return common.supervise(work, "landscape", (base, first, second), settings)
 
 
 def sweep(
-    ends: tuple[str, str], alphas: str, task: str, output: str, settings: dict[str, Any]
+    ends: tuple[str, str],
+    alphas: str,
+    task: str,
+    output: str,
+    recalibrate: bool,
+    settings: dict[str, Any],
 ) -> int:
     """Measure the path between two checkpoints, and report it in the folder `output`."""
     line = _Line(settings["quiet"])
@@ -193,7 +203,9 @@ def sweep(
         at = parse_alphas(alphas)
         check_folder(output, ends)
         cache = os.path.join(output, "cache")
-        found = measure(*ends, task, at, cache=cache, options=options, watch=line)
+        found = measure(
+            *ends, task, at, cache=cache, recalibrate=recalibrate, options=options, watch=line
+        )
         line.close()
         picture = "sweep.png" if have_matplotlib() else None
         if picture is not None:
@@ -204,12 +216,13 @@ def sweep(
         write_text(os.path.join(output, "report.md"), page.to_markdown())
         write_text(os.path.join(output, "report.html"), page.to_html(output))
         if as_json:
-            print(json.dumps([json.loads(each) for each in found.to_lines()]))
+            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
         path = os.path.join(output, "report.html")
-        print(f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}")
+        said = f"best α on {printable(val)}: {best:g} ({found.metric} {score:.4g})"
+        common.tell([f"{said}; see {printable(path)}"])
 
     return common.supervise(work, "interpolate", ends, settings)
 

@@ -117,7 +117,8 @@ def draw_landscape(found: Landscape, path: str) -> None:
     """Draw error and loss of each split as contours, with the checkpoints and soups marked."""
     panels: list[tuple[str, Any]] = []
     for split, values in found.values.items():
-        is_share = bool(np.nanmin(values) >= 0 and np.nanmax(values) <= 1)
+        known = values[np.isfinite(values)]
+        is_share = bool(((known >= 0) & (known <= 1)).all())
         panels.append(
             (f"error on {split} (%)", 100 * (1 - values))
             if is_share
@@ -143,20 +144,12 @@ def draw_landscape(found: Landscape, path: str) -> None:
 
 
 def _contours(figure: Any, axes: Any, found: Landscape, values: Any, label: str) -> None:
-    finite = values[np.isfinite(values)]
-    low, high = float(finite.min()), float(finite.max())
-    # Levels that lie close where the values do: what matters is at the bottom of the valley.
-    levels = np.unique(np.quantile(finite, np.linspace(0, 1, 13)))
-    if len(levels) < 3:
-        levels = np.linspace(low, max(high, low + 1e-9), 3)
-    from matplotlib.colors import BoundaryNorm
-
-    norm = BoundaryNorm(levels, 256)
-    filled = axes.contourf(found.xs, found.ys, values, levels=levels, cmap="cividis", norm=norm)
-    axes.contour(found.xs, found.ys, values, levels=levels, colors="white", linewidths=0.5)
-    bar = figure.colorbar(filled, ax=axes, shrink=0.9)
-    bar.set_ticks(list(levels), labels=[f"{level:.3g}" for level in levels])
-    bar.ax.tick_params(labelsize=8)
+    if np.isfinite(values).any():
+        _fill(figure, axes, found, values)
+    else:
+        label += ": a number nowhere"
+        axes.set_xlim(found.xs[0], found.xs[-1])
+        axes.set_ylim(found.ys[0], found.ys[-1])
     for mark in found.marks:
         axes.scatter(
             [mark.x], [mark.y], s=90 if mark.is_soup else 55, marker="*" if mark.is_soup else "o",
@@ -166,3 +159,21 @@ def _contours(figure: Any, axes: Any, found: Landscape, values: Any, label: str)
     axes.set_title(plain(label), fontsize=10)
     axes.set_xlabel("distance in weights along the first axis", fontsize=9)
     axes.set_ylabel("along the second", fontsize=9)
+
+
+def _fill(figure: Any, axes: Any, found: Landscape, values: Any) -> None:
+    """Draw the contours and their scale; what is not finite stays white."""
+    from matplotlib.colors import BoundaryNorm
+
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min()), float(finite.max())
+    # Levels that lie close where the values do: what matters is at the bottom of the valley.
+    levels = np.unique(np.quantile(finite, np.linspace(0, 1, 13)))
+    if len(levels) < 3:
+        levels = np.linspace(low, max(high, low + 1e-9), 3)
+    norm = BoundaryNorm(levels, 256)
+    filled = axes.contourf(found.xs, found.ys, values, levels=levels, cmap="cividis", norm=norm)
+    axes.contour(found.xs, found.ys, values, levels=levels, colors="white", linewidths=0.5)
+    bar = figure.colorbar(filled, ax=axes, shrink=0.9)
+    bar.set_ticks(list(levels), labels=[f"{level:.3g}" for level in levels])
+    bar.ax.tick_params(labelsize=8)
