@@ -123,10 +123,14 @@ def record_order(ordered: Order) -> dict[str, Any]:
 def short_names(paths: Sequence[str], limit: int) -> list[str]:
     """Leave out what all paths begin and end with, and the middle of what is still too long.
 
+    Names that come out alike are told apart by their numbers, from 1.
+
     >>> short_names(("runs/a/model.safetensors", "runs/b/model.safetensors"), 20)
     ['a', 'b']
     >>> short_names(("runs/llama-sft-lr1e-5-seed1", "runs/llama-sft-lr3e-5-seed2"), 20)
     ['…lr1e-5-seed1', '…lr3e-5-seed2']
+    >>> short_names(("runs/x1-aaaaaaaaaaaa-z", "runs/x1-aaaabbaaaaaa-z"), 11)
+    ['…aa…a-z #1', '…aa…a-z #2']
     """
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     if len(set(paths)) > 1:
@@ -142,8 +146,18 @@ def short_names(paths: Sequence[str], limit: int) -> list[str]:
         shared = os.path.commonprefix(names)  # noqa: RUF071 - of characters, not of folders
         alike = re.sub(r"[^\W_]+$", "", shared)
         names = [f"…{n[len(alike) :]}" for n in names] if len(alike) > 1 else names
+    counts = Counter(_cut(name, limit) for name in names)
+    return [
+        _cut(name, limit)
+        if counts[_cut(name, limit)] == 1
+        else f"{_cut(name, limit - len(str(i)) - 2)} #{i}"
+        for i, name in enumerate(names, start=1)
+    ]
+
+
+def _cut(name: str, limit: int) -> str:
     half = (limit - 1) // 2
-    return [n if len(n) <= limit else f"{n[:half]}…{n[-half:]}" for n in names]
+    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
 
 
 def _device_text(ordered: Order) -> str:

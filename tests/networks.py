@@ -113,8 +113,11 @@ def plain_backward(
 
 def shuffled(n: int, seed: int) -> list[int]:
     """Give the random order that a seed stands for."""
-    numbers = list(range(n))
-    random.Random(seed).shuffle(numbers)
+    draw = random.Random(seed)
+    numbers: list[int] = []
+    for i in range(n):
+        place = draw.randint(0, i)
+        numbers = [*numbers[:place], i, *numbers[place:]]
     return numbers
 
 

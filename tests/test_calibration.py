@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -95,6 +96,34 @@ def test_fitted_temperature_is_the_minimum(beta: float) -> None:
     lowest = min(float(losses(logits, labels, b).mean()) for b in grid)
     assert float(losses(logits, labels, found).mean()) <= lowest + 1e-12
     assert found == pytest.approx(beta, rel=0.1)
+
+
+def test_large_logits_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temperature and theory hold blocks, and blocks do not change them: logits may be mapped."""
+    logits, labels = answers(2000, 300, 9)
+    others = [logits * (1 + 0.1 * k) for k in range(4)]
+
+    def both() -> list[float]:
+        found = compare_with_ensemble(
+            (logits, *others),
+            labels,
+            alpha=0.5,
+            step=0.1,
+            beta=1.2,  # type: ignore[arg-type]
+        )
+        return [fit_beta(logits, labels), found.approximation, found.measured]
+
+    whole = both()
+    monkeypatch.setattr(calibration, "CACHED", 7000)
+    monkeypatch.setattr("streamsoup.comparison.theory.HELD", 7000)
+    tracemalloc.start()
+    try:
+        cut = both()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert cut == pytest.approx(whole, rel=1e-9, abs=1e-12)
+    assert peak < logits.nbytes / 4
 
 
 def test_temperature_of_perfect_and_of_worthless_answers() -> None:

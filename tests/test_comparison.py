@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from networks import build, data, ingredients
+from networks import build, data, ingredients, shuffled
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import streamsoup
 from streamsoup.comparison.cache import Cache
+from streamsoup.comparison.curves import choose_counts
 from streamsoup.comparison.landscape import landscape
+from streamsoup.comparison.pairs import choose_pairs
 from streamsoup.comparison.paths import sweep
 from streamsoup.comparison.rows import MEAN, Comparison
 from streamsoup.comparison.table import CompareOptions, compare, splits_of
 from streamsoup.errors import OutputBusyError, OutputError, RecipeError, TaskError
+from streamsoup.soups.search import random_order
 from streamsoup.task import load_task
 
 SPLITS = ["val", "test", "far", "farther"]
@@ -141,9 +144,7 @@ def test_table_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
     kept, grown = greedy(order, soup), greedy(order, ensemble)
     orders = []
     for seed in range(2):
-        shuffled = list(range(6))
-        random.Random(seed).shuffle(shuffled)
-        orders.append(greedy(shuffled, soup))
+        orders.append(greedy(shuffled(6, seed), soup))
     assert rows["greedy soup"].members == tuple(kept)
     assert rows["ensemble, greedily grown"].members == tuple(grown)
     assert found.metric == "accuracy"
@@ -218,6 +219,35 @@ def test_one_more_ingredient_costs_what_is_new(folders: list[str], tmp_path: Pat
     assert [what for what, _ in task.asked].count("score") == 1
     on_test = [what for what, split in task.asked if split == "test"]
     assert len(on_test) <= 3
+
+
+def test_what_is_drawn_stays_drawn() -> None:
+    """One ingredient more leaves random orders, drawn pairs and the points of curves in place."""
+    assert {tuple(random_order(4, seed)) for seed in range(400)} == set(permutations(range(4)))
+    for n in range(2, 80):
+        fewer, more = random_order(n, 3), random_order(n + 1, 3)
+        assert [i for i in more if i != n] == fewer
+        fewer_pairs, more_pairs = choose_pairs(n, 20, 3), choose_pairs(n + 1, 20, 3)
+        assert len(more_pairs) == min(20, n * (n + 1) // 2)
+        assert all(n in pair for pair in set(more_pairs) - set(fewer_pairs))
+        few, many = choose_counts(n, 8), choose_counts(n + 1, 8)
+        assert set(many) - set(few) <= {n + 1}
+        assert len(many) <= 8
+        assert (many[0], many[-1]) == (1, n + 1)
+    assert choose_counts(6, 8) == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_more_costs_little_whatever_is_drawn(tmp_path: Path) -> None:
+    """Orders, curves and pairs ask for a part of what they would ask for from nothing."""
+    paths = ingredients(tmp_path / "in", 12)
+    settings = CompareOptions(learned=(), orders=2, curve=4, pairs=10)
+    counts = []
+    for n, out in ((11, "out"), (10, "new"), (11, "new")):
+        task = Counting()
+        where = tmp_path / out
+        compare(paths[:n], task, output=where, base=paths[11], settings=settings)
+        counts.append(len(task.asked))
+    assert counts[2] < counts[0] / 2
 
 
 def test_a_killed_run_goes_on(folders: list[str], tmp_path: Path) -> None:
@@ -316,6 +346,8 @@ def test_examples_in_another_order_are_refused(folders: list[str], tmp_path: Pat
     ("spoil", "message"),
     [
         (lambda z, y: (z[0], y), "shapes"),
+        (lambda z, y: (z[:, 0], y.double()), "a task without classes has a score"),
+        (lambda z, y: (z[:, : len(y) // 15], y), r"\[20, 1\] and \[20\]; the first batch had 3"),
         (lambda z, y: (z, y.double()), "not numbers of classes"),
         (lambda z, y: (z, y + 4), "there are 4 classes"),
     ],
@@ -332,6 +364,62 @@ def test_predictions_that_are_none(
 
     with pytest.raises(TaskError, match=message):
         compare(folders, Wrong(), output=tmp_path / "out", settings=SMALL)
+
+
+class Deaf(Counting):
+    """A task whose predictions have no gradient: as most are written."""
+
+    def __init__(self, how: str, **more: Any) -> None:
+        super().__init__(**more)
+        self._how = how
+
+    def predictions(self, model: Any, split: str) -> Iterator[Any]:
+        if self._how == "context":
+            with torch.no_grad():
+                yield from super().predictions(model, split)
+            return
+        for logits, labels in super().predictions(model, split):
+            yield logits.detach().numpy(), labels.numpy()
+
+
+@pytest.mark.parametrize("how", ["context", "numpy"])
+def test_predictions_without_a_gradient(folders: list[str], tmp_path: Path, how: str) -> None:
+    """Nothing can be learned from them: that is said, and the rest is compared; once."""
+    settings = replace(SMALL, learned=("global",))
+    found = compare(folders, Deaf(how), output=tmp_path / "out", settings=settings)
+    assert any("carry no gradient" in note for note in found.notes)
+    assert "learned soup" not in by_name(found)
+    again = Deaf(how)
+    compare(folders, again, output=tmp_path / "out", settings=settings)
+    assert (again.asked, again.n_built) == ([], 0)
+
+
+def test_a_frozen_model_can_still_be_learned_in(folders: list[str], tmp_path: Path) -> None:
+    """A task may build its model without gradients; learned soups turn them on, and off again."""
+    model = build().requires_grad_(False)
+    settings = replace(SMALL, learned=("global",))
+    out = tmp_path / "out"
+    found = compare(folders, Counting(), output=out, model=model, settings=settings)
+    assert "learned soup" in by_name(found)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_learning_that_was_killed(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learned search that was killed is no obstacle to one over other ingredients."""
+    from streamsoup.soups import learned
+
+    def killed(search: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = replace(SMALL, learned=("global",))
+    with monkeypatch.context() as patch:
+        patch.setattr(learned._Search, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
+    found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)
+    assert by_name(found)["learned soup"].n_ingredients == 6
 
 
 def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:
@@ -411,6 +499,38 @@ def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None
     assert [mark.name for mark in found.marks[:3]] == ["run0", "run1", "run2"]
     np.testing.assert_array_equal(draw(again).values["test"], found.values["test"])
     assert again.asked == []
+    with pytest.raises(RecipeError, match="on one line"):
+        landscape(*folders[:2], folders[1], again, cache=tmp_path / "none")
+    assert again.asked == []
+
+
+def test_recalibrated_points_equal_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """BatchNorm statistics are those of the mixture: of each point of a path, but its ends."""
+
+    class Recalibrating(Counting):
+        def recalibration(self) -> Iterator[torch.Tensor]:
+            yield PARTS["val"][0]
+
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:2]]
+    found = sweep(
+        *folders[:2], Recalibrating(), [0, 0.25, 1], cache=tmp_path / "cache", recalibrate=True
+    )
+    model = build()
+    for alpha, nll in zip((0, 0.25, 1), found.losses["test"], strict=True):
+        model.load_state_dict(
+            {
+                n: ((1 - alpha) * t.double() + alpha * states[1][n].double()).float()
+                if t.is_floating_point()
+                else t
+                for n, t in states[0].items()
+            }
+        )
+        if alpha == 0.25:
+            torch.optim.swa_utils.update_bn([PARTS["val"][0]], model)
+        model.eval()
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(PARTS["test"][0]), PARTS["test"][1])
+        assert nll == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_what_splits_are_for() -> None:

@@ -14,13 +14,16 @@ import pytest
 from checkpoints import command
 from networks import ingredients
 
+from streamsoup.comparison.landscape import Landscape, Mark
 from streamsoup.comparison.paths import Sweep
+from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
 from streamsoup.comparison.selection import best_first
+from streamsoup.inspection import short_names
 from streamsoup.report import charts
 from streamsoup.report.comparison import verdict, write_report
 from streamsoup.report.page import Code, Heading, Page, Table, Text
-from streamsoup.report.paths import draw_sweep, sweep_page
+from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
 
 CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
 
@@ -183,24 +186,73 @@ def test_without_matplotlib_there_are_tables(
     assert "uniform soup" in page
 
 
+def test_short_names_are_distinct() -> None:
+    """Checkpoints whose names differ in the middle alone are told apart."""
+    paths = [f"runs/vit-b32-lr1e-{lr}-wd0.1-seed3-ep10/checkpoint-1000" for lr in range(3, 15)]
+    names = short_names([*paths, "runs/other/checkpoint-1000", paths[0]], 24)
+    assert len(set(names)) == 14
+    assert max(map(len, names)) <= 24
+    assert names[12] == "other"
+
+
 def test_verdict_names_losses() -> None:
     """Wins, ties and losses against the best on validation are told by split."""
     found = small()
     rows = {row.name: row for row in found.rows}
     assert verdict(found, rows["greedy soup"]) == (
-        "Against the best on val, the greedy soup equals it on val, test, farther; loses on far."
+        "greedy soup, against the best on val: equals it on val, test, farther; loses on far."
     )
     assert "wins on val, test, far, farther" in verdict(found, rows["uniform soup"])
 
 
 def test_text_cannot_become_markup() -> None:
     """Whatever names hold, it is shown and not obeyed."""
-    nasty = "<script>alert(1)</script> [x](y) `z`"
-    page = Page("t", [Heading("h"), Text(nasty), Table(["a", "b"], [[nasty, "1"]]), Code(["<x>"])])
+    nasty = "<script>alert(1)</script> [x](y) `z` &lt; ~~a~~ $b$"
+    code = Code(["<x>", "```", "a"])
+    page = Page("t", [Heading("h"), Text(nasty), Table(["a", "b"], [[nasty, "1"]]), code])
     html = page.to_html(".")
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
-    assert "\\<script>" in page.to_markdown()
+    markdown = page.to_markdown()
+    assert r"\<script>alert(1)\</script> \[x](y) \`z\` \&lt; \~\~a\~\~ \$b\$" in markdown
+    assert markdown.endswith("````\n<x>\n```\na\n````\n")
+
+
+@drawn
+@pytest.mark.parametrize("name", ["$\\frac$", "_a$", "模型"])
+def test_names_are_drawn_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No name is taken for a formula or left out, and one that no font has draws no warning."""
+    found = small(name)
+    charts.draw_scatter(found, str(tmp_path / "scatter.png"))
+    charts.draw_intervals(found, str(tmp_path / "intervals.png"))
+    kept: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
+    charts.draw_scatter(found, "unused.png")
+    labels = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert labels[1].replace("\\$", "$") == f"best on val: {name}"
+
+
+@drawn
+def test_names_cover_nothing(tmp_path: Path) -> None:
+    """Names beside points cover neither names nor points; without room they are left out."""
+    from streamsoup.report.figures import new_figure, place_names
+
+    rng = np.random.default_rng(0)
+    named = [(f"a-long-name-{i}", *rng.normal(size=2)) for i in range(14)]
+    for always in (False, True):
+        figure = new_figure(6, 4)
+        axes = figure.add_subplot()
+        axes.scatter(*zip(*(spot[1:] for spot in named), strict=True))
+        place_names(figure, axes, named, always=always, fontsize=8)
+        boxes = [text.get_window_extent() for text in axes.texts]
+        overlaps = sum(box.count_overlaps(boxes) - 1 for box in boxes)
+        points = axes.transData.transform([spot[1:] for spot in named])
+        covered = sum(box.contains(*point) for box in boxes for point in points)
+        assert (len(boxes) == 14) == always
+        assert (overlaps + covered == 0) != always
+        assert len(boxes) > 7
 
 
 @drawn
@@ -220,6 +272,20 @@ def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
             "val"
         )
     )
+
+
+@drawn
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_a_plane_without_hills(tmp_path: Path, value: float) -> None:
+    """What is nowhere a number, or the same everywhere, is drawn too; its rows are JSON."""
+    plane = Plane(2.0, 0.5, 1.5)
+    xs, ys = plane.grid(3, 0.1)
+    values = {"val": np.full((len(ys), len(xs)), value)}
+    found = Landscape(plane, xs, ys, values, values, (Mark("base", 0.0, 0.0, False),))
+    draw_landscape(found, str(tmp_path / "plane.png"))
+    assert (tmp_path / "plane.png").stat().st_size > 1000
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in found.to_lines()]
+    assert rows[1]["nll"] == (None if math.isnan(value) else value)
 
 
 TASK = """
@@ -267,8 +333,17 @@ def test_the_commands(tmp_path: Path) -> None:
     wrong = command("interpolate", *folders[:2], "--alphas", "0:1:0.5", "-o", tmp_path / "x")
     assert wrong.returncode == 2
     assert "--task" in wrong.stderr
+    wrong = command("interpolate", *folders[:2], "--recalibrate", "-o", tmp_path / "x")
+    assert wrong.returncode == 2
+    assert "for a sweep" in wrong.stderr
 
-    picture = tmp_path / "plane.png"
+    picture, thesis = tmp_path / "plane.png", tmp_path / "plane.jsonl"
+    thesis.write_text("mine")
+    taken = command("landscape", *folders[:3], "--task", task, "--plot", picture)
+    assert taken.returncode == 1
+    assert "no landscape of ours" in taken.stderr
+    assert thesis.read_text() == "mine"
+    thesis.unlink()
     plane = command("landscape", *folders[:3], "--task", task, "--plot", picture, "--resolution", 4)
     assert (plane.returncode, plane.stderr) == (0, "")
     assert picture.stat().st_size > 10_000

@@ -245,7 +245,8 @@ def supervise(
 
     status = supervised(child, lambda number, started: _explain(number, started, paths))
     if status > 128:
-        after = "; the same command goes on from there" if label == "soup" else ""
+        looks = label in ("geometry", "verify")
+        after = "" if looks else "; the same command goes on from there"
         print(f"interrupted by {signal.Signals(status - 128).name}{after}", file=sys.stderr)
     return status
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import printable
+from streamsoup.errors import OutputExistsError, printable
 
 if TYPE_CHECKING:
     from streamsoup.comparison.rows import Comparison
@@ -106,8 +106,8 @@ def compare(
             common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
             return
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
-        said = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
-        common.tell([*_table(found), said])
+        last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
+        common.tell([*_table(found), last])
 
     return common.supervise(work, "compare", ingredients, settings)
 
@@ -155,12 +155,19 @@ def landscape(
         from streamsoup.report.paths import draw_landscape
 
         check_picture(plot)
+        cache, rows = f"{plot}.cache", f"{os.path.splitext(plot)[0]}.jsonl"
+        for each in () if os.path.exists(os.path.join(cache, "lock")) else (plot, rows):
+            if os.path.lexists(each):
+                raise OutputExistsError(
+                    f"{printable(each)}: is there already, and no landscape of ours; "
+                    "choose another name for --plot"
+                )
         found = measure(
             base,
             first,
             second,
             task,
-            cache=f"{plot}.cache",
+            cache=cache,
             resolution=resolution,
             margin=margin,
             splits=splits,
@@ -170,7 +177,6 @@ def landscape(
         )
         line.close()
         draw_landscape(found, plot)
-        rows = f"{os.path.splitext(plot)[0]}.jsonl"
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
             common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
@@ -182,7 +188,12 @@ def landscape(
 
 
 def sweep(
-    ends: tuple[str, str], alphas: str, task: str, output: str, settings: dict[str, Any]
+    ends: tuple[str, str],
+    alphas: str,
+    task: str,
+    output: str,
+    recalibrate: bool,
+    settings: dict[str, Any],
 ) -> int:
     """Measure the path between two checkpoints, and report it in the folder `output`."""
     line = _Line(settings["quiet"])
@@ -198,7 +209,9 @@ def sweep(
         at = parse_alphas(alphas)
         check_folder(output, ends)
         cache = os.path.join(output, "cache")
-        found = measure(*ends, task, at, cache=cache, options=options, watch=line)
+        found = measure(
+            *ends, task, at, cache=cache, recalibrate=recalibrate, options=options, watch=line
+        )
         line.close()
         picture = "sweep.png" if have_matplotlib() else None
         if picture is not None:
@@ -214,8 +227,8 @@ def sweep(
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
         path = os.path.join(output, "report.html")
-        said = f"best α on {val}: {best:g} ({found.metric} {score:.4g}); see {printable(path)}"
-        common.tell([said])
+        said = f"best α on {printable(val)}: {best:g} ({found.metric} {score:.4g})"
+        common.tell([f"{said}; see {printable(path)}"])
 
     return common.supervise(work, "interpolate", ends, settings)
 

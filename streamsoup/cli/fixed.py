@@ -66,6 +66,9 @@ def mix(
 )
 @click.option("--alphas", metavar="A:B:STEP", help="Measure a sweep, such as 0:1:0.1; with --task.")
 @click.option("--task", metavar="TASK", help="For --alphas: task.py, or module:object.")
+@click.option(
+    "--recalibrate", is_flag=True, help="For --alphas: measure BatchNorm statistics anew for each."
+)
 @common.WRITING
 @common.MAKING
 @common.RUNNING
@@ -76,6 +79,7 @@ def interpolate(
     alpha: float,
     alphas: str | None,
     task: str | None,
+    recalibrate: bool,
     output: str,
     **settings: Any,
 ) -> int:
@@ -88,7 +92,9 @@ def interpolate(
     if alphas is not None and task is not None:
         from streamsoup.cli.compare import sweep
 
-        return sweep((base, fine_tuned), alphas, task, output, settings)
+        return sweep((base, fine_tuned), alphas, task, output, recalibrate, settings)
+    if recalibrate:
+        raise click.UsageError("--recalibrate is for a sweep, with --alphas and --task")
 
     def make(options: Options) -> Soup:
         from streamsoup.soups.fixed import interpolate

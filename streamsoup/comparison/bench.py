@@ -37,6 +37,8 @@ __all__ = ["EQUAL", "Bench", "Mixture"]
 
 Watch = Callable[[str], None]
 
+_NO_CLASSES = "a task without classes has a score, and no predictions"
+
 EQUAL = 1e-6
 """Difference up to which the task's score and the accuracy of its predictions are one thing."""
 
@@ -330,14 +332,19 @@ class Bench:
         where = f"{self.task.name}: predictions on {split!r}"
         if not logits:
             raise TaskError(f"{where}: there are none")
-        if any(z.ndim != 2 or y.shape != z.shape[:1] for z, y in zip(logits, labels, strict=True)):
-            shapes = f"{list(logits[0].shape)} and {list(labels[0].shape)}"
-            raise TaskError(
-                f"{where}: logits (example, class) and labels (example,) have the shapes {shapes}"
-            )
+        for z, y in zip(logits, labels, strict=True):
+            if z.ndim != 2 or y.shape != z.shape[:1] or z.shape[1] != logits[0].shape[1]:
+                what = f"{where}: logits and labels of a batch are to have the shapes"
+                found = f"{list(z.shape)} and {list(y.shape)}"
+                advice = _NO_CLASSES
+                if z.ndim == logits[0].ndim == 2:
+                    advice = f"the first batch had {logits[0].shape[1]} classes"
+                raise TaskError(f"{what} (example, class) and (example,), not {found}; {advice}")
         answers, truth = np.concatenate(logits), np.concatenate(labels)
         if not np.issubdtype(truth.dtype, np.integer):
-            raise TaskError(f"{where}: labels are {truth.dtype}, not numbers of classes")
+            raise TaskError(
+                f"{where}: labels are {truth.dtype}, not numbers of classes; {_NO_CLASSES}"
+            )
         if len(truth) and not 0 <= truth.min() <= truth.max() < answers.shape[1]:
             raise TaskError(
                 f"{where}: labels go from {truth.min()} to {truth.max()}, "

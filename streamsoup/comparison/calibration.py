@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BINS",
+    "HELD",
     "Calibration",
+    "blocks",
     "calibrate",
     "equal_mass_error",
     "fit_beta",
@@ -38,6 +41,9 @@ BETA_RANGE = (1e-3, 1e3)
 
 HELD = 4_000_000
 """Logits worked on at once: some 100 MB in float64."""
+
+CACHED = 100_000
+"""Logits worked on at once where they are read many times: what fits into a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +84,7 @@ def calibrate(
     """
     n = len(labels)
     right, confidence, loss = np.empty(n), np.empty(n), np.empty(n)
-    at_once = max(1, HELD // max(logits.shape[1], 1))
-    for first in range(0, n, at_once):
-        part = slice(first, min(first + at_once, n))
+    for part in blocks(logits, HELD):
         logs = log_softmax(logits[part], beta)
         rows = np.arange(len(logs))
         # Of the logits themselves: a small β must not make ties, and with them other answers.
@@ -110,19 +114,12 @@ def fit_beta(logits: AnyFloats, labels: Labels) -> float:
     """Find the inverse temperature β that minimises the mean loss; within `BETA_RANGE`.
 
     Newton's method on the convex loss, kept inside a bracket. Costs some ten passes over the
-    logits.
+    logits, which may be mapped from a file, and holds a block of them.
     """
     low, high = BETA_RANGE
-    z = logits.astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    target = z[np.arange(len(labels)), labels].mean()
     beta = 1.0
     for _ in range(100):
-        p = np.exp(beta * z)
-        p /= p.sum(axis=1, keepdims=True)
-        mean = (p * z).sum(axis=1)
-        slope = float(mean.mean() - target)
-        curvature = float(((p * z * z).sum(axis=1) - mean * mean).mean())
+        slope, curvature = _slopes(logits, labels, beta)
         low, high = (low, beta) if slope > 0 else (beta, high)
         step = beta - slope / curvature if curvature > 0 else np.inf
         # Outside the bracket, or nowhere: halve it, on a logarithmic scale.
@@ -131,3 +128,31 @@ def fit_beta(logits: AnyFloats, labels: Labels) -> float:
             return following
         beta = following
     return beta
+
+
+def _slopes(logits: AnyFloats, labels: Labels, beta: float) -> tuple[float, float]:
+    """Give the first and second derivative of the mean loss by β.
+
+    With p = softmax(β·z) they are E[Σp·z − z_y] and E[Σp·z² − (Σp·z)²]; neither depends on a
+    constant added to z.
+    """
+    first = second = 0.0
+    for part in blocks(logits, CACHED):
+        z = logits[part].astype(np.float64)
+        z -= z.max(axis=1, keepdims=True)
+        p = np.exp(beta * z)
+        total = p.sum(axis=1)
+        p *= z
+        mean = p.sum(axis=1) / total
+        square = np.einsum("ij,ij->i", p, z) / total
+        chosen = z[np.arange(len(z)), labels[part]]
+        first += float((mean - chosen).sum())
+        second += float((square - mean * mean).sum())
+    return first / len(labels), second / len(labels)
+
+
+def blocks(logits: AnyFloats, size: int) -> Iterator[slice]:
+    """Cut the examples into blocks of about `size` logits."""
+    n, at_once = len(logits), max(1, size // max(logits.shape[1], 1))
+    for first in range(0, n, at_once):
+        yield slice(first, min(first + at_once, n))

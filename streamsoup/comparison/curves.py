@@ -6,6 +6,7 @@ the ensemble of all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.rows import MEAN, CurvePoint, Row, Splits
 from streamsoup.comparison.selection import Ensemble, best_first, grow_soup
 
-__all__ = ["draw_curves", "values_of"]
+__all__ = ["choose_counts", "draw_curves", "values_of"]
 
 
 def values_of(bench: Bench, splits: Splits, mixture: Mixture) -> dict[str, float]:
@@ -32,8 +33,7 @@ def draw_curves(
     if not n_points or len(singles) < 2:
         return []
     points = []
-    spaced = np.geomspace(1, len(singles), min(n_points, len(singles)))
-    counts = sorted({1, len(singles), *(round(float(n)) for n in spaced)})
+    counts = choose_counts(len(singles), n_points)
     for n in counts:
         order = best_first([row.cells[splits.val].value for row in singles[:n]])
         best = {column: cell.value for column, cell in singles[order[0]].cells.items()}
@@ -46,6 +46,24 @@ def draw_curves(
     if bench.predicts and not bench.asks_score:
         points += _of_ensembles(bench, splits, counts)
     return points
+
+
+def choose_counts(n: int, most: int) -> list[int]:
+    """Give `most` counts from 1 to `n`, or a few less, evenly spaced on a logarithmic scale.
+
+    With one ingredient more, all but `n` itself stay, or some are left out: nothing between is
+    measured anew.
+
+    >>> choose_counts(10, 8), choose_counts(11, 8), choose_counts(72, 8)
+    ([1, 2, 3, 4, 6, 8, 10], [1, 2, 3, 4, 6, 8, 11], [1, 2, 4, 8, 16, 32, 64, 72])
+    """
+    step = 1 / 16  # of an octave; each twice as large step takes every second count
+    while True:
+        n_steps = int(math.log2(n) / step)
+        counts = {n, *(round(2.0 ** (k * step)) for k in range(n_steps + 1))}
+        if len(counts) <= max(most, 2):
+            return sorted(counts)
+        step *= 2
 
 
 def _of_ensembles(bench: Bench, splits: Splits, counts: Sequence[int]) -> list[CurvePoint]:

@@ -7,7 +7,6 @@ figure: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.plane import Plane
+from streamsoup.comparison.rows import to_line
 from streamsoup.errors import RecipeError
 from streamsoup.inspection import short_names
 from streamsoup.options import Options
@@ -56,7 +56,7 @@ class Landscape:
     def to_lines(self) -> Iterator[str]:
         """Give a JSON line for each mark and each grid point."""
         for mark in self.marks:
-            yield json.dumps({"kind": "mark", "name": mark.name, "x": mark.x, "y": mark.y})
+            yield to_line({"kind": "mark", "name": mark.name, "x": mark.x, "y": mark.y})
         for split, values in self.values.items():
             for row, y in enumerate(self.ys):
                 for column, x in enumerate(self.xs):
@@ -65,7 +65,7 @@ class Landscape:
                     line["value"] = float(values[row, column])
                     if split in self.losses:
                         line["nll"] = float(self.losses[split][row, column])
-                    yield json.dumps(line)
+                    yield to_line(line)
 
 
 def landscape(
@@ -108,8 +108,8 @@ def landscape(
             watch=watch,
         )
         try:
-            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             plane = Plane.from_gram(_gram(bench))
+            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             xs, ys = plane.grid(resolution, margin)
             values = {split: np.empty((len(ys), len(xs))) for split in wanted}
             losses = {split: np.full((len(ys), len(xs)), np.nan) for split in wanted}

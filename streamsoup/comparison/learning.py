@@ -13,18 +13,59 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import xxhash
 
 from streamsoup.comparison.bench import Bench
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.mixture import Granularity
 from streamsoup.task import Task
 
-__all__ = ["can_learn", "learn"]
+__all__ = ["learn", "why_not"]
 
 
-def can_learn(task: Task) -> bool:
-    """Whether there is a loss to learn on: the task's own, or that of its predictions."""
-    return task.has("loss") or task.has("predictions")
+def why_not(bench: Bench) -> str:
+    """Say why nothing can be learned on the task; nothing if it can.
+
+    What is learned on is the task's loss, or the cross-entropy of its predictions, if they have a
+    gradient: many a task takes them under `torch.no_grad`, or gives arrays of numpy. Costs one
+    batch of predictions, once.
+    """
+    task = bench.task
+    if task.has("loss"):
+        return ""
+    if not bench.predicts:
+        return "The task has neither a loss nor predictions: no learned soups."
+    key = f"gradient:{task.fingerprint}"
+    known = bench.cache.value(key)
+    if known is None:
+        known = _have_gradient(task, bench.borrow())
+        bench.cache.put_value(key, known)
+    if known:
+        return ""
+    return (
+        "The task has no loss, and its predictions carry no gradient (are they made under "
+        "torch.no_grad, or turned into numpy?): no learned soups."
+    )
+
+
+def _have_gradient(task: Task, model: Any) -> bool:
+    """Whether a gradient would come back from the predictions of a model."""
+    import torch
+
+    from streamsoup.soups.scoring import contained
+
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with contained(task.name, "predictions"), torch.enable_grad():
+            model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(parameter.is_floating_point())
+            answers = task.predictions(model, task.splits[0])
+            logits = next(iter(answers), (None, None))[0]
+            return bool(getattr(logits, "requires_grad", False))
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
@@ -41,7 +82,9 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
         from streamsoup.soups.learned import learned_soup
         from streamsoup.soups.learning import LearningOptions
 
-        output = os.path.join(bench.cache.folder, f"learned-{granularity}")
+        # By its key, so that a search that was killed is gone on with by the same one alone.
+        name = f"learned-{xxhash.xxh3_64_hexdigest(key.encode())}"
+        output = os.path.join(bench.cache.folder, name)
         soup = learned_soup(
             bench.plan.ingredients[:n],
             _with_loss(bench.task),

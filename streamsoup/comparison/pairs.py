@@ -6,9 +6,11 @@ between them: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+
+import xxhash
 
 from streamsoup.comparison.barriers import advantage
 from streamsoup.comparison.bench import Bench, Mixture
@@ -23,11 +25,16 @@ STEP = 0.1
 
 
 def choose_pairs(n: int, most: int, seed: int) -> list[tuple[int, int]]:
-    """Give all pairs of `n`, or `most` of them drawn at random, in order."""
-    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
-    if len(pairs) > most:
-        pairs = sorted(random.Random(seed).sample(pairs, most))
-    return pairs
+    """Give all pairs of `n`, or `most` of them drawn at random, in order.
+
+    Each pair draws a number of its own, and the smallest are taken: of one ingredient more, few
+    pairs come in, and the others stay.
+    """
+
+    def drawn(pair: tuple[int, int]) -> int:
+        return xxhash.xxh3_64_intdigest(f"{seed} {pair}".encode())
+
+    return sorted(sorted(itertools.combinations(range(n), 2), key=drawn)[:most])
 
 
 def look_between(

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2109.01903. α is chosen on validation, and judged on the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from streamsoup.comparison.barriers import Barrier, advantage, barrier
 from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.cache import Cache
-from streamsoup.comparison.rows import Splits
+from streamsoup.comparison.rows import Splits, to_line
 from streamsoup.comparison.selection import best_first
 from streamsoup.comparison.table import splits_of
 from streamsoup.errors import RecipeError
@@ -77,19 +76,19 @@ class Sweep:
             "best_alpha": self.best,
             "chosen_on": self.splits.val,
         }
-        yield json.dumps(head)
+        yield to_line(head)
         for split in self.splits.all:
             found = self.barrier(split)
             if found is not None:
                 gain = self.advantage(split)
-                yield json.dumps(
+                yield to_line(
                     {
                         "kind": "barrier",
                         "split": split,
                         "over_mean_of_ends": found.over_mean,
                         "over_chord": found.over_chord,
                         "at_alpha": found.alpha,
-                        "advantage": gain if math.isfinite(gain) else None,
+                        "advantage": gain,
                     }
                 )
             for n, alpha in enumerate(self.alphas):
@@ -97,7 +96,7 @@ class Sweep:
                 line["value"] = self.values[split][n]
                 if split in self.losses:
                     line["nll"] = self.losses[split][n]
-                yield json.dumps(line)
+                yield to_line(line)
 
 
 def sweep(

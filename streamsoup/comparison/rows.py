@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Pair", "Row", "Splits"]
+__all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Pair", "Row", "Splits", "to_line"]
 
 MEAN = "mean of shifts"
 """The column that is no split."""
@@ -156,12 +156,21 @@ class Comparison:
             "notes": self.notes,
             "commands": self.commands,
         }
-        yield json.dumps(_plain(head))
+        yield to_line(head)
         rows: Sequence[Row | CurvePoint | Pair] = (*self.rows, *self.curves, *self.pairs)
         for each in rows:
             record = asdict(each)
             kind = {"CurvePoint": "curve", "Pair": "pair"}.get(type(each).__name__)
-            yield json.dumps(_plain({"kind": kind, **record} if kind else record))
+            yield to_line({"kind": kind, **record} if kind else record)
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """Give a record as a line of JSON; numbers that JSON has not are null.
+
+    >>> to_line({"x": [1.5, math.nan]})
+    '{"x": [1.5, null]}'
+    """
+    return json.dumps(_plain(record))
 
 
 def _plain(value: Any) -> Any:

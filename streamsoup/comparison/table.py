@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +20,7 @@ from streamsoup.comparison.bootstrap import interval, resampled_means
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate, fit_beta
 from streamsoup.comparison.curves import draw_curves, values_of
-from streamsoup.comparison.learning import can_learn, learn
+from streamsoup.comparison.learning import learn, why_not
 from streamsoup.comparison.pairs import choose_pairs, look_between
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, Pair, Row, Splits
 from streamsoup.comparison.selection import Ensemble, best_first, grow_ensemble, grow_soup
@@ -39,6 +38,7 @@ from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import AnyIngredient
 from streamsoup.soups.mixture import Granularity
+from streamsoup.soups.search import random_order
 from streamsoup.task import AnyTask, Task, load_task
 
 __all__ = ["CompareOptions", "check_folder", "compare", "splits_of"]
@@ -189,7 +189,7 @@ class _Table:
         self._add_model("uniform soup", "soup", Mixture.uniform(everyone))
         greedy = grow_soup(self.bench, order, self.splits.val)
         self._add_model("greedy soup", "soup", Mixture.uniform(greedy))
-        self._add_random_orders(everyone)
+        self._add_random_orders()
         self._add_learned(everyone)
         for name, coefficients in self.settings.coefficients.items():
             self._add_model(name, "soup", Mixture(everyone, coefficients))
@@ -202,7 +202,7 @@ class _Table:
             )
         if self.splits.test is None:
             self.notes.append(
-                f"The task has one split, {val!r}: what was chosen on it is judged on it too, "
+                f"The task has no test split: what was chosen on {val!r} is judged on it too, "
                 "which flatters every choice."
             )
         self._add_intervals()
@@ -310,16 +310,14 @@ class _Table:
         note = "the best ingredient of each column, chosen by that column itself"
         self.rows.append(Row("oracle best", "oracle", cells, 1, 1, note=note))
 
-    def _add_random_orders(self, everyone: Members) -> None:
+    def _add_random_orders(self) -> None:
         orders = self.settings.orders if self.n > 2 else 0
         if not orders:
             return
         found: list[dict[str, float]] = []
         counts: list[int] = []
         for number in range(orders):
-            order = list(everyone)
-            # As `soups.greedy` draws them.
-            random.Random(self.settings.seed + number).shuffle(order)
+            order = random_order(self.n, self.settings.seed + number)
             members = grow_soup(self.bench, order, self.splits.val)
             counts.append(len(members))
             found.append(values_of(self.bench, self.splits, Mixture.uniform(members)))
@@ -334,8 +332,8 @@ class _Table:
     def _add_learned(self, everyone: Members) -> None:
         if self.n < 2 or not self.settings.learned:
             return
-        if not can_learn(self.bench.task):
-            self.notes.append("The task has neither a loss nor predictions: no learned soups.")
+        if reason := why_not(self.bench):
+            self.notes.append(reason)
             return
         for granularity in self.settings.learned:
             coefficients = learn(self.bench, self.n, granularity)

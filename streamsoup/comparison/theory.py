@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.comparison.calibration import AnyFloats, Labels, log_softmax, losses
+from streamsoup.comparison.calibration import HELD, AnyFloats, Labels, blocks, log_softmax, losses
 
 __all__ = ["Theory", "compare_with_ensemble", "disagreement"]
 
@@ -62,19 +62,25 @@ def compare_with_ensemble(
     """Set the approximation beside the measured difference, for one pair.
 
     `logits` ``(example, class)`` are those of θ₀, of the soups at α−h, α and α+h, and of θ₁, with
-    h = `step`; `beta` is the soup's.
+    h = `step`; `beta` is the soup's. They may be mapped from files: blocks are held.
     """
-    first, before, soup, after, second = logits
-    at = [float(losses(z, labels, beta).mean()) for z in (before, soup, after)]
-    curvature = (at[0] - 2 * at[1] + at[2]) / step**2
-    spread = disagreement(soup, second.astype(np.float64) - first, beta)
-    ensemble = (1 - alpha) * first.astype(np.float64) + alpha * second
-    wrong = [float((z.argmax(axis=1) != labels).mean()) for z in (soup, ensemble)]
+    sums = np.zeros(7)
+    for part in blocks(logits[0], HELD):
+        some, right = [z[part].astype(np.float64) for z in logits], labels[part]
+        first, _, soup, _, second = some
+        ensemble = (1 - alpha) * first + alpha * second
+        sums += [
+            *(losses(z, right, beta).sum() for z in (*some[1:4], ensemble)),
+            *((z.argmax(axis=1) != right).sum() for z in (soup, ensemble)),
+            disagreement(soup, second - first, beta) * len(right),
+        ]
+    before, at, after, of_ensemble, wrong, wrong_ensemble, spread = sums / len(labels)
+    curvature = (before - 2 * at + after) / step**2
     return Theory(
-        alpha * (1 - alpha) / 2 * (beta**2 * spread - curvature),
-        at[1] - float(losses(ensemble, labels, beta).mean()),
-        wrong[0] - wrong[1],
-        curvature,
-        spread,
-        beta,
+        approximation=float(alpha * (1 - alpha) / 2 * (beta**2 * spread - curvature)),
+        measured=float(at - of_ensemble),
+        error_difference=float(wrong - wrong_ensemble),
+        curvature=float(curvature),
+        disagreement=float(spread),
+        beta=beta,
     )

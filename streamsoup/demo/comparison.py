@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from streamsoup.comparison.table import CompareOptions, compare
 from streamsoup.demo import training
@@ -38,9 +39,10 @@ def write(folder: Path, results: Results, command: str) -> str:
             base=folder / "base",
             settings=CompareOptions(learned=(), coefficients=coefficients),
         )
+    inside = {name: quote(str(folder / name)) for name in ("", "ingredients", "base", "report")}
     again = (
-        f"{command} compare {folder / 'ingredients'}{os.sep}* --base {folder / 'base'} "
-        f"--task streamsoup.demo.task -o {folder / 'report'}"
+        f"{command} compare {inside['ingredients']}{os.sep}* --base {inside['base']} "
+        f"--task streamsoup.demo.task -o {inside['report']}"
     )
-    commands = (f"{command} demo -o {folder}", again)
+    commands = (f"{command} demo -o {inside['']}", again)
     return write_report(replace(found, commands=commands), folder / "report")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamsoup.comparison.rows import Comparison, Row
-from streamsoup.report.figures import GREY, new_figure, save
+from streamsoup.comparison.rows import MEAN, Comparison, Row
+from streamsoup.report.figures import GREY, new_figure, place_names, plain, save
 
 __all__ = ["draw_curves", "draw_intervals", "draw_pairs", "draw_scatter", "draw_theory"]
 
@@ -32,8 +32,10 @@ _LOOKS: Mapping[str, Look] = {
     "best": Look("o", "#000000", 110, filled=False),
     "uniform": Look("^", "#1f77b4"),
     "greedy": Look("*", "#b2182b", 190),
-    "orders": Look("P", "#f4a582", 90),
+    "orders": Look("P", "#d6604d", 90, filled=False),
     "learned": Look("D", "#4d004b", 60),
+    "by layer": Look("d", "#810f7c", 80, filled=False),
+    "oracle": Look("X", "#777777", 70, filled=False),
     "ensemble": Look("s", "#1b7837", 60, filled=False),
     "members": Look("h", "#1b7837", 80, filled=False),
     "grown": Look("p", "#00441b", 90),
@@ -53,8 +55,8 @@ def look_of(row: Row) -> Look:
     if row.kind == "ensemble":
         key = "members" if "members" in row.name else "grown" if "grown" in row.name else row.kind
     elif row.kind == "soup":
-        words = {"random": "orders", "greedy": "greedy", "uniform": "uniform", "learned": "learned"}
-        key = next((look for word, look in words.items() if word in row.name), "soup")
+        words = ("orders", "greedy", "uniform", "by layer", "learned")
+        key = next((word for word in words if word in row.name), "soup")
     else:
         key = row.kind
     return _LOOKS.get(key, _LOOKS["soup"])
@@ -77,12 +79,6 @@ def draw_scatter(found: Comparison, path: str) -> None:
             xs, ys, s=look.size, c=look.colour, edgecolors=GREY, linewidths=0.7,
             label=f"ingredients ({len(singles)})",
         )  # fmt: skip
-    if len(singles) <= NAMED:
-        for row in singles:
-            axes.annotate(
-                row.name, points[id(row)], xytext=(4, 3), textcoords="offset points",
-                fontsize=7.5, color=GREY,
-            )  # fmt: skip
     for row in rows:
         if row.kind == "ingredient":
             continue
@@ -91,11 +87,17 @@ def draw_scatter(found: Comparison, path: str) -> None:
         if not look.filled:
             colours = {"facecolors": "none", "edgecolors": look.colour, "linewidths": 1.7}
         x, y = points[id(row)]
-        axes.scatter([x], [y], s=look.size, marker=look.marker, zorder=4, label=row.name, **colours)
+        axes.scatter(
+            [x], [y], s=look.size, marker=look.marker, zorder=4, label=plain(row.name), **colours
+        )
     axes.set_xlabel(_label(found, across))
     axes.set_ylabel(_label(found, up))
     axes.set_title("In distribution and under shift", fontsize=11)
     _legend_beside(figure, axes)
+    if 0 < len(singles) <= NAMED:
+        named = [(row.name, *points[id(row)]) for row in singles]
+        others = [points[id(row)] for row in rows if row.kind not in ("ingredient", "best")]
+        place_names(figure, axes, named, others, fontsize=7.5, color=GREY)
     save(figure, path)
 
 
@@ -154,7 +156,7 @@ def draw_intervals(found: Comparison, path: str) -> None:
             at = _scaled(best.cells[column].value, found.is_share)
             axes.axvline(at, color=GREY, linestyle="--", linewidth=1)
         axes.set_xlabel(_label(found, column), fontsize=9)
-    panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
+    panels[0].set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.suptitle("With 95 % intervals; spread over orders where there are several", fontsize=11)
     save(figure, path)
@@ -172,7 +174,7 @@ def draw_pairs(found: Comparison, path: str) -> None:
     )  # fmt: skip
     axes.set_xlabel("angle between the task vectors (degrees)")
     unit = "percentage points" if found.is_share else found.metric
-    axes.set_ylabel(f"interpolation advantage on {found.splits.judged}\n({unit})")
+    axes.set_ylabel(f"interpolation advantage on {plain(found.splits.judged)}\n({unit})")
     axes.set_title(f"Half-way between {len(found.pairs)} pairs", fontsize=11)
     save(figure, path)
 
@@ -196,8 +198,8 @@ def draw_theory(found: Comparison, path: str) -> None:
         axes.scatter(xs, ys, s=26, c="#1f77b4", edgecolors="white", linewidths=0.5)
         axes.set_xlabel("approximated loss difference (nats)")
         axes.set_ylabel(label)
-    low, high = min(xs, default=0.0), max(xs, default=0.0)
-    panels[0].plot([low, high], [low, high], "--", color=GREY, linewidth=1, label="equal")
+    # The scales stay those of the points: where theory is far off, the line leaves the picture.
+    panels[0].axline((0, 0), slope=1, linestyle="--", color=GREY, linewidth=1, label="equal")
     panels[0].legend(frameon=False, fontsize=9)
     figure.suptitle("Soup minus ensemble of each pair; below 0 the soup is better", fontsize=11)
     save(figure, path)
@@ -219,4 +221,5 @@ def _scaled(value: float, is_share: bool) -> float:
 
 
 def _label(found: Comparison, column: str) -> str:
-    return f"{found.metric} on {column}" + (" (%)" if found.is_share else "")
+    of = "," if column == MEAN else " on"
+    return plain(f"{found.metric}{of} {column}") + (" (%)" if found.is_share else "")

@@ -65,7 +65,7 @@ def verdict(found: Comparison, row: Row) -> str:
             won = "equals it on" if abs(gain) < 1e-9 else "wins on" if gain > 0 else "loses on"
             outcomes[won].append(split)
     said = "; ".join(f"{what} {', '.join(splits)}" for what, splits in outcomes.items() if splits)
-    return f"Against the best on {found.splits.val}, the {row.name} {said or 'has no score'}."
+    return f"{row.name}, against the best on {found.splits.val}: {said or 'has no score'}."
 
 
 def _draw(found: Comparison, root: str) -> dict[str, Picture]:
@@ -176,8 +176,11 @@ def _main_table(found: Comparison) -> Table:
 def _ingredient_table(found: Comparison) -> Table:
     columns = found.splits.columns
     rows = found.of("ingredient")
-    lines = [[row.name, *(_value(found, row.cells[c]) for c in columns)] for row in rows]
-    return Table(["", *columns], lines)
+    lines = [
+        [row.name, *(_value(found, row.cells[c]) for c in columns), printable(path, 1000)]
+        for row, path in zip(rows, found.paths, strict=True)
+    ]
+    return Table(["", *columns, "path"], lines)
 
 
 def _calibration_table(found: Comparison) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ class Page:
             elif isinstance(block, Text):
                 parts.append(_escaped(block.text))
             elif isinstance(block, Code):
-                parts.append("\n".join(["```", *block.lines, "```"]))
+                fence = "`" * max(3, 1 + _longest_run("`", block.lines))
+                parts.append("\n".join([fence, *block.lines, fence]))
             elif isinstance(block, Table):
                 parts.append(_markdown_table(block))
             else:
@@ -121,9 +123,14 @@ def _markdown_table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    for character in "\\|*_`<[":
+    for character in "\\|*_`<[&~$":
         text = text.replace(character, f"\\{character}")
     return text
+
+
+def _longest_run(character: str, lines: Sequence[str]) -> int:
+    runs = re.findall(f"{re.escape(character)}+", "\n".join(lines))
+    return max(map(len, runs), default=0)
 
 
 def _html_table(table: Table) -> str:

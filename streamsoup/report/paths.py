@@ -10,7 +10,7 @@ import numpy as np
 from streamsoup.comparison.landscape import Landscape
 from streamsoup.comparison.paths import Sweep
 from streamsoup.errors import printable
-from streamsoup.report.figures import GREY, new_figure, save
+from streamsoup.report.figures import GREY, new_figure, place_names, plain, save
 from streamsoup.report.page import Block, Code, Heading, Page, Picture, Table, Text
 
 __all__ = ["draw_landscape", "draw_sweep", "sweep_page"]
@@ -41,14 +41,14 @@ def draw_sweep(found: Sweep, path: str) -> None:
             ys = [100 * value if percent else value for value in values]
             axes.plot(
                 found.alphas, ys, line, color=colour, marker=marker, markersize=4.5, linewidth=1.5,
-                label=split,
+                label=plain(split),
             )  # fmt: skip
         axes.axvline(found.best, color=GREY, linestyle="--", linewidth=1)
         axes.set_xlabel("α  (0: the first, 1: the second)")
         axes.set_ylabel(f"{label} (%)" if percent else label)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle(f"best α on {found.splits.val}: {found.best:g}", fontsize=11)
+    figure.suptitle(f"best α on {plain(found.splits.val)}: {found.best:g}", fontsize=11)
     save(figure, path)
 
 
@@ -117,7 +117,8 @@ def draw_landscape(found: Landscape, path: str) -> None:
     """Draw error and loss of each split as contours, with the checkpoints and soups marked."""
     panels: list[tuple[str, Any]] = []
     for split, values in found.values.items():
-        is_share = bool(np.nanmin(values) >= 0 and np.nanmax(values) <= 1)
+        known = values[np.isfinite(values)]
+        is_share = bool(((known >= 0) & (known <= 1)).all())
         panels.append(
             (f"error on {split} (%)", 100 * (1 - values))
             if is_share
@@ -135,35 +136,44 @@ def draw_landscape(found: Landscape, path: str) -> None:
         axes.remove()
     for axes, (label, values) in zip(grid, panels, strict=False):
         _contours(figure, axes, found, values, label)
+    named = [(mark.name, mark.x, mark.y) for mark in found.marks]
+    behind = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
+    for axes in grid[: len(panels)]:
+        place_names(figure, axes, named, always=True, fontsize=8.5, bbox=behind, zorder=6)
     save(figure, path)
 
 
 def _contours(figure: Any, axes: Any, found: Landscape, values: Any, label: str) -> None:
+    if np.isfinite(values).any():
+        _fill(figure, axes, found, values)
+    else:
+        label += ": a number nowhere"
+        axes.set_xlim(found.xs[0], found.xs[-1])
+        axes.set_ylim(found.ys[0], found.ys[-1])
+    for mark in found.marks:
+        axes.scatter(
+            [mark.x], [mark.y], s=90 if mark.is_soup else 55, marker="*" if mark.is_soup else "o",
+            c="white", edgecolors="black", linewidths=1.1, zorder=5,
+        )  # fmt: skip
+    axes.set_aspect("equal")
+    axes.set_title(plain(label), fontsize=10)
+    axes.set_xlabel("distance in weights along the first axis", fontsize=9)
+    axes.set_ylabel("along the second", fontsize=9)
+
+
+def _fill(figure: Any, axes: Any, found: Landscape, values: Any) -> None:
+    """Draw the contours and their scale; what is not finite stays white."""
+    from matplotlib.colors import BoundaryNorm
+
     finite = values[np.isfinite(values)]
     low, high = float(finite.min()), float(finite.max())
     # Levels that lie close where the values do: what matters is at the bottom of the valley.
     levels = np.unique(np.quantile(finite, np.linspace(0, 1, 13)))
     if len(levels) < 3:
         levels = np.linspace(low, max(high, low + 1e-9), 3)
-    from matplotlib.colors import BoundaryNorm
-
     norm = BoundaryNorm(levels, 256)
     filled = axes.contourf(found.xs, found.ys, values, levels=levels, cmap="cividis", norm=norm)
     axes.contour(found.xs, found.ys, values, levels=levels, colors="white", linewidths=0.5)
     bar = figure.colorbar(filled, ax=axes, shrink=0.9)
     bar.set_ticks(list(levels), labels=[f"{level:.3g}" for level in levels])
     bar.ax.tick_params(labelsize=8)
-    for mark in found.marks:
-        axes.scatter(
-            [mark.x], [mark.y], s=90 if mark.is_soup else 55, marker="*" if mark.is_soup else "o",
-            c="white", edgecolors="black", linewidths=1.1, zorder=5,
-        )  # fmt: skip
-        axes.annotate(
-            mark.name, (mark.x, mark.y), xytext=(6, 6), textcoords="offset points", fontsize=8.5,
-            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
-            zorder=6,
-        )  # fmt: skip
-    axes.set_aspect("equal")
-    axes.set_title(label, fontsize=10)
-    axes.set_xlabel("distance in weights along the first axis", fontsize=9)
-    axes.set_ylabel("along the second", fontsize=9)

@@ -30,6 +30,7 @@ __all__ = [
     "backward",
     "best_run",
     "forward",
+    "random_order",
     "search",
 ]
 
@@ -286,9 +287,19 @@ def _by_score(scores: Sequence[float]) -> list[int]:
 
 
 def _random_orders(n: int, options: SearchOptions) -> list[list[int]]:
-    orders = []
-    for number in range(options.n_orders):
-        numbers = list(range(n))
-        random.Random(options.seed + number).shuffle(numbers)
-        orders.append(numbers)
-    return orders
+    return [random_order(n, options.seed + number) for number in range(options.n_orders)]
+
+
+def random_order(n: int, seed: int) -> list[int]:
+    """Draw an order of `n`, all alike likely, in which one more only finds its place.
+
+    So what was scored on the way to its place is known, if the fewer were searched before.
+
+    >>> random_order(5, seed=0), random_order(6, seed=0)
+    ([2, 0, 3, 1, 4], [2, 0, 3, 5, 1, 4])
+    """
+    draw = random.Random(seed)
+    order: list[int] = []
+    for i in range(n):
+        order.insert(draw.randint(0, i), i)
+    return order
