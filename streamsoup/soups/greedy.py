@@ -90,7 +90,8 @@ class SearchOptions:
     isolate: bool = False
     """Score in another process even for one job: no task can harm this one."""
     sums: SumsPlace | None = None
-    """Where the running sum is kept; None for where the fewest bytes are moved."""
+    """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is that
+    of the device, where candidates are made on one."""
     restart: bool = False
     """Forget the scores of an unfinished search of the same output."""
     on_trial: Callable[[Trial], None] | None = None
@@ -512,21 +513,24 @@ class _Kitchen:
             self._scorers = self._crew
             return self._crew
         if self._command is not None:
-            candidates = candidates_of(self._work(None, 0))
+            candidates = candidates_of(self._work(None, 0), None)
             folder = FolderScorer(
                 self._command, self.ordered, candidates, split=self.split, folder=book.root
             )
             self._scorers = Alone(folder, book, names)
             return self._scorers
+        from streamsoup.live import ModelSink
+
         assert self._task is not None
         model = self._model
         if model is None:
             with contained(self._task.name, "build"):
                 model = self._task.build()
+        sink = ModelSink(model, self.ordered.plan)
         self._live = LiveScorer(
             self._task,
-            model,
-            candidates_of(self._work(None, 0)),
+            sink,
+            candidates_of(self._work(None, 0), sink),
             split=self.split,
             recalibrate=self.search.recalibrate,
         )
@@ -621,6 +625,7 @@ def _report(judged: _Judged, kitchen: _Kitchen, book: Scorebook, started: float)
         ],
         "n_scored": len(scored),
         "n_resumed": book.n_resumed,
+        "mixed_on": next((trial.moved.where for trial in scored if trial.moved.where), ""),
         "nbytes_read": sum(trial.moved.nbytes_read for trial in scored),
         "nbytes_sums": sum(trial.moved.nbytes_sums for trial in scored),
         "seconds": {
