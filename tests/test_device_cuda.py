@@ -553,6 +553,18 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_a_gradient_takes_no_room_on_the_device() -> None:
+    """It is looked at where it comes to, however large it is: the device may be full."""
+    from streamsoup.soups.slopes import _vector
+
+    gradient = torch.arange(3 << 20).float().cuda()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vector = _vector(gradient, "w")
+    assert torch.cuda.max_memory_allocated() == before
+    assert vector.data.tobytes() == torch.arange(3 << 20).float().numpy().tobytes()
+
+
 class Forgetful(Accelerator):
     """A device that leaves out one kind of wait."""
 

@@ -25,7 +25,7 @@ from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.learned import LearningOptions, learned_soup
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
-from streamsoup.soups.slopes import Slopes, find_common
+from streamsoup.soups.slopes import Slopes, _vector, find_common
 from streamsoup.task import load_task
 
 K = 4
@@ -485,3 +485,17 @@ def test_refusals(paths: list[str], tmp_path: Path) -> None:
     task.loss = lambda model, split: ((model(x).sum() * math.inf, 1) for x, _ in make_batches())
     with pytest.raises(TaskError, match="holds a NaN"):
         learn(paths, tmp_path / "f", task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused(dtype: torch.dtype, bad: float) -> None:
+    """Wherever it is; the largest finite value passes, and so does nothing at all."""
+    largest = torch.full((3, 1000), torch.finfo(dtype).max, dtype=dtype)
+    assert _vector(largest, "w").data.tobytes() == largest.view(torch.uint8).numpy().tobytes()
+    assert len(_vector(torch.empty(0, 7, dtype=dtype), "w").data) == 0
+    for place in (0, 1234, 2999):
+        gradient = largest.clone()
+        gradient.view(-1)[place] = bad
+        with pytest.raises(TaskError, match="the gradient of w holds a NaN or an Inf"):
+            _vector(gradient, "w")
