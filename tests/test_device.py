@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -258,6 +259,36 @@ def test_a_cuda_build_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path
         streamsoup.uniform(paths, output=tmp_path / "no", options=Options(device="cuda"))
     assert not (tmp_path / "no").exists()
     streamsoup.uniform(paths, output=tmp_path / "yes", options=Options(device="auto"))
+
+
+def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot say whether its device is there: one clear error, but the CPU is always there."""
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(DeviceError, match=r"cuda needs torch 2\.7 or newer; this is 2\.6\.0"):
+        open_device("cuda")
+    assert isinstance(open_device("cpu"), HostDevice)
+
+
+def test_a_torch_that_is_broken(tmp_path: Path) -> None:
+    """A build for CUDA whose libraries are missing: one line, and workers say it as well."""
+    (tmp_path / "torch.py").write_text("raise ValueError('libcublas.so is not found')")
+    (tmp_path / "task.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    for command, said in (
+        (["uniform", "--device", "cuda"], "error: --device cuda: torch cannot be imported (libcu"),
+        (["greedy", "--task", str(tmp_path / "task.py")], "libcublas.so is not found"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "streamsoup", *command, *paths, "-o", str(tmp_path / "soup")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
 
 
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lanes import WORDS, random_ingredients, specified, through_lane
 from simulated import KINDS, MOVES, SimulatedDevice, Stream, TimedDevice
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamsoup.kernels.pipeline import Lane, LaneShape
 from streamsoup.tensors import DTYPES
@@ -136,6 +137,51 @@ def test_copies_in_sums_and_ends_go_side_by_side(k: int) -> None:
         ticks[n_slots] = device.ticks()
     assert ticks[2] <= 0.7 * ticks[1]
     assert ticks[3] <= 0.7 * ticks[1]
+
+
+class NotedDevice(TimedDevice):
+    """Remembers which memory is pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned_storages: set[int] = set()
+
+    def pinned(self, n: int, dtype: torch.dtype) -> torch.Tensor:
+        made = super().pinned(n, dtype)
+        self.pinned_storages.add(made.untyped_storage().data_ptr())
+        return made
+
+
+class Copies(TorchDispatchMode):
+    """Notes each copy: from where, to where, and whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int, bool]] = []
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.copy_.default:
+            places = [each.untyped_storage().data_ptr() for each in args[:2]]
+            waits = not (kwargs.get("non_blocking", False) or (len(args) > 2 and args[2]))
+            self.found.append((places[1], places[0], waits))
+        return func(*args, **kwargs)
+
+
+def test_the_host_waits_for_no_copy() -> None:
+    """Copies between pinned memory and the device's are asked for, and not waited for."""
+    dtype = DTYPES["BF16"]
+    ingredients = random_ingredients(dtype, 3, N, ties=True)
+    device = NotedDevice()
+    with Copies() as copies:
+        through_lane(device, ingredients, dtype, dtype, (1.0,) * 3, 3.0, block=BLOCK)
+    pinned = device.pinned_storages
+    over_the_bus = [copy for copy in copies.found if (copy[0] in pinned) != (copy[1] in pinned)]
+    n_blocks = -(-N // BLOCK)
+    assert len(over_the_bus) == n_blocks * (3 + 2)  # each ingredient; the soup, and its largest
+    assert not any(waits for _, _, waits in over_the_bus)
 
 
 def test_nothing_is_allocated_under_way() -> None:

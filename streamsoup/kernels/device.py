@@ -174,10 +174,14 @@ def open_device(name: str) -> Accelerator | HostDevice:
     """Find the device called `name`: ``cpu``, ``cuda``, ``cuda:1``, … Imports torch.
 
     Raises `RecipeError` for a name that is no device, and `DeviceError` for one that is not here:
-    a build of torch without it, or no driver, or too few of them.
+    torch broken, too old or built without it, or no driver, or too few of them.
     """
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # ValueError and OSError, too, for libraries that are missing
+        raise DeviceError(
+            f"--device {name}: torch cannot be imported ({str(error)[:200]}); install it anew"
+        ) from None
     try:
         wanted = torch.device(name)
     except RuntimeError:
@@ -186,8 +190,9 @@ def open_device(name: str) -> Accelerator | HostDevice:
         ) from None
     if wanted.type == "cpu":
         return HostDevice()
-    if not hasattr(torch, "accelerator"):
-        raise DeviceError(f"--device {name} needs torch 2.6 or newer; this is {torch.__version__}")
+    # In 2.6, torch.accelerator could not be asked whether its device is available.
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]:
+        raise DeviceError(f"--device {name} needs torch 2.7 or newer; this is {torch.__version__}")
     # Without check_available, a build for CUDA says "cuda" on machines that have no driver.
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != wanted.type:

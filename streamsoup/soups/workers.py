@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -332,6 +333,7 @@ def serve(descriptor: int, parent: int) -> None:
         os._exit(1)
     connection = Connection(descriptor)
     mine = os.getpid()
+    status = 0
 
     def say(kind: str, content: Any = None) -> None:
         if os.getpid() != mine:
@@ -346,10 +348,13 @@ def serve(descriptor: int, parent: int) -> None:
         say("error", (type(error).__name__, str(error)))
     except MemoryError:
         say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
+    except Exception:
+        traceback.print_exc()  # the end of what is printed is shown
+        status = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def _serve(connection: Connection, say: Callable[..., None]) -> None:
