@@ -50,7 +50,7 @@ USUAL_SLOTS = 3
 MOST_LANES = 4
 """Threads that feed a device: four fill pinned memory faster than a bus takes it."""
 
-FREE_SHARE = 16
+FREE_SHARE = 8
 """The default budget is one part in so many of the device's free memory: it is the model's."""
 
 
@@ -78,13 +78,14 @@ def plan_device(
     threads: int,
     memory: int,
     lands: bool = True,
+    beside: int = 0,
     n_slots: int = USUAL_SLOTS,
 ) -> DevicePlan:
     """Choose the largest blocks that stay within `budget` on the device and `memory` beside it.
 
     Depends neither on how many ingredients there are nor on how large their tensors are, unless
-    all are small. Without `lands`, results stay on the device. Raises `BudgetError`, with how much
-    would do.
+    all are small. Without `lands`, results stay on the device. `beside` is what a running sum takes
+    of the budget. Raises `BudgetError`, with how much would do.
     """
     mixed = [tensor for tensor in plan.tensors if tensor.operation == "mix"]
     sources = [source.dtype for tensor in mixed for source in tensor.sources]
@@ -113,7 +114,7 @@ def plan_device(
         return DevicePlan(device, shape, MemoryPlan(lanes, block, group, peak), on_device, pinned)
 
     def fits(chosen: DevicePlan) -> bool:
-        return chosen.device_nbytes <= budget and chosen.memory.peak_nbytes <= memory
+        return chosen.device_nbytes + beside <= budget and chosen.memory.peak_nbytes <= memory
 
     # Blocks of a megabyte or so first, then lanes, then the smallest blocks.
     while block > LARGEST_DEVICE_BLOCK // 8 and not fits(of(block, lanes)):
@@ -123,10 +124,11 @@ def plan_device(
     while block > SMALLEST_BLOCK and not fits(of(block, lanes)):
         block //= 2
     chosen = of(block, lanes)
-    if chosen.device_nbytes > budget:
+    if chosen.device_nbytes + beside > budget:
+        without = f", {nbytes_text(beside)} of it for the running sum; --sums reread does without"
         raise BudgetError(
             f"a --device-memory of {nbytes_text(budget)} is too small: {device} needs "
-            f"{nbytes_text(chosen.device_nbytes)} at least"
+            f"{nbytes_text(chosen.device_nbytes + beside)} at least{without if beside else ''}"
         )
     if chosen.memory.peak_nbytes > memory:
         raise BudgetError(
@@ -148,11 +150,13 @@ class OnDevice:
         return DeviceMix(plan, self.plan, self.device, **more)
 
 
-def find_device(plan: MixPlan, options: Options, *, mapped: bool, lands: bool = True) -> OnDevice:
+def find_device(
+    plan: MixPlan, options: Options, *, mapped: bool, lands: bool = True, beside: int = 0
+) -> OnDevice:
     """Open the device that `options` name, and plan what a mix will hold there. Imports torch.
 
-    Raises `DeviceError` if it is not there, `RecipeError` if there is no such thing, and
-    `BudgetError` if it has too little memory.
+    See `plan_device` for the rest. Raises `DeviceError` if it is not there, `RecipeError` if there
+    is no such thing, and `BudgetError` if it has too little memory.
     """
     from streamsoup.kernels.device import open_device, our_errors
 
@@ -169,6 +173,7 @@ def find_device(plan: MixPlan, options: Options, *, mapped: bool, lands: bool = 
         threads=options.n_threads,
         memory=parse_nbytes(memory) if isinstance(memory, str) else memory,
         lands=lands,
+        beside=beside,
     )
     return OnDevice(device, chosen)
 

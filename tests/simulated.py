@@ -154,6 +154,55 @@ class SimulatedDevice:
         return False
 
 
+class TimedDevice:
+    """A device over plain tensors that does all at the call, and keeps what time it would take.
+
+    Everything that is launched takes a tick; streams go on side by side; the host's own work takes
+    none.
+    """
+
+    name = "timed"
+
+    def __init__(self) -> None:
+        self._host = 0
+        self._streams: list[int] = []
+
+    def ticks(self) -> int:
+        """Give the time at which all that was launched is done."""
+        return max(self._streams, default=0)
+
+    def stream(self) -> int:
+        self._streams.append(0)
+        return len(self._streams) - 1
+
+    def event(self) -> list[int]:
+        return [0]
+
+    def pinned(self, n: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(n, dtype=dtype)
+
+    device = pinned
+
+    def launch(self, stream: int, work: Callable[[], object]) -> None:
+        self._streams[stream] = max(self._streams[stream], self._host) + 1
+        work()
+
+    def record(self, event: list[int], stream: int) -> None:
+        event[0] = self._streams[stream]
+
+    def wait(self, stream: int, event: list[int]) -> None:
+        self._streams[stream] = max(self._streams[stream], event[0])
+
+    def host_wait(self, event: list[int]) -> None:
+        self._host = max(self._host, event[0])
+
+    def settle(self) -> None:
+        self._host = max(self._host, self.ticks())
+
+    def free_nbytes(self) -> int:
+        return 1 << 30
+
+
 COPYING, SUMMING, ENDING = range(3)
 KINDS = [
     ("host", -1, COPYING),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save, tensor
+from safetensors.torch import load_file
 
 import streamsoup
 from streamsoup import device_mix
 from streamsoup.cli import cli
 from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
-from streamsoup.kernels.device import HostDevice, open_device, our_errors
+from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
 from streamsoup.kernels.pipeline import LaneShape, held_nbytes
+from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
+from streamsoup.soups.live_mix import DeviceCandidates
 from streamsoup.soups.make import Order, make, order
 
 
@@ -169,6 +174,74 @@ def test_held_bytes_of_a_hand_case() -> None:
     assert held_nbytes(shape, 1) == ((60 + 2 + 2) * mib, 2 * (2 << 20) + 16)
 
 
+# ---- candidates of a search
+
+
+def make_half_checkpoints(folder: Path, k: int) -> list[Path]:
+    """Make checkpoints of which a running sum can be kept: no float64."""
+    paths = []
+    for i in range(k):
+        values = np.random.default_rng(i).normal(size=5000).astype(np.float16)
+        tensors = {"w": tensor(values), "steps": tensor(np.arange(3))}
+        paths.append(save(folder / str(i), tensors))
+    return paths
+
+
+def candidates_by_the_pipeline(
+    paths: list[Path], *, place: Any, device_memory: str | None
+) -> tuple[DeviceCandidates, ModelSink]:
+    """Give candidates as they are made on a device, on plain memory, and a model for them."""
+    options = Options(device="cpu", device_memory=device_memory, threads=1)
+    ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=options)
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
+    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+    sink = ModelSink(model, ordered.plan)
+    candidates = DeviceCandidates(
+        ordered.plan, sink, mapped=ordered.mapped, place=place, options=options
+    )
+    return candidates, sink
+
+
+@pytest.mark.parametrize(
+    ("place", "device_memory", "n_read"),
+    [(None, None, 1), ("memory", "8MB", 1), ("reread", None, 4), (None, "5MB", 4)],
+)
+def test_the_running_sum_is_kept_where_it_is_told_or_fits(
+    tmp_path: Path, place: Any, device_memory: str | None, n_read: int
+) -> None:
+    """With a sum there, one more candidate reads one ingredient; without, all; the bits stay."""
+    paths = make_half_checkpoints(tmp_path, 5)
+    candidates, sink = candidates_by_the_pipeline(paths, place=place, device_memory=device_memory)
+    one = candidates.plan.ingredients[0].nbytes
+    for members in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4]):
+        moved = candidates.mix(members, sink, keep=True)
+        soup = streamsoup.uniform([paths[i] for i in members], output=tmp_path / str(members))
+        expected = load_file(Path(soup.path) / "model.safetensors")["w"]
+        assert sink["w"].detach().view(torch.int16).equal(expected.view(torch.int16))
+    assert moved.nbytes_read == n_read * one
+    assert ("the running sum is there" in moved.where) == (n_read == 1)
+    candidates.forget()
+
+
+def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
+    """What is told to be on the device and does not fit is refused, with bytes; so is a file."""
+    paths = make_half_checkpoints(tmp_path, 2)
+    with pytest.raises(
+        BudgetError,
+        match=r"device-memory of 5 MB .* needs 6\.29 MB at least, 2\.1 MB of it for the",
+    ):
+        candidates_by_the_pipeline(paths, place="memory", device_memory="5MB")
+    with pytest.raises(RecipeError, match=r"--sums file .* \(memory\) or not at all \(reread\)"):
+        candidates_by_the_pipeline(paths, place="file", device_memory=None)
+
+
+def test_a_device_can_be_sent_to_a_worker() -> None:
+    """A search scores in other processes, which are told the device by pickling."""
+    device = pickle.loads(pickle.dumps(Accelerator(torch.device("cuda:1"))))
+    assert (device.name, device.torch_device) == ("cuda:1", torch.device("cuda:1"))
+
+
 # ---- where there is no device
 
 
@@ -186,6 +259,36 @@ def test_a_cuda_build_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path
         streamsoup.uniform(paths, output=tmp_path / "no", options=Options(device="cuda"))
     assert not (tmp_path / "no").exists()
     streamsoup.uniform(paths, output=tmp_path / "yes", options=Options(device="auto"))
+
+
+def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot say whether its device is there: one clear error, but the CPU is always there."""
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(DeviceError, match=r"cuda needs torch 2\.7 or newer; this is 2\.6\.0"):
+        open_device("cuda")
+    assert isinstance(open_device("cpu"), HostDevice)
+
+
+def test_a_torch_that_is_broken(tmp_path: Path) -> None:
+    """A build for CUDA whose libraries are missing: one line, and workers say it as well."""
+    (tmp_path / "torch.py").write_text("raise ValueError('libcublas.so is not found')")
+    (tmp_path / "task.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    for command, said in (
+        (["uniform", "--device", "cuda"], "error: --device cuda: torch cannot be imported (libcu"),
+        (["greedy", "--task", str(tmp_path / "task.py")], "libcublas.so is not found"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "streamsoup", *command, *paths, "-o", str(tmp_path / "soup")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
 
 
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +344,11 @@ def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:
 def test_the_default_budget_is_a_small_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without ``--device-memory``, a sixteenth of what is free on the device."""
+    """Without ``--device-memory``, an eighth of what is free on the device."""
     paths = make_checkpoints(tmp_path, 2, 3_000_000)
     plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
     monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
-    monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 16 * 2 * 10**7)
+    monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 8 * 2 * 10**7)
     options = Options(device="cuda", memory="1GB")
     found = device_mix.find_device(plan, options, mapped=True)
     assert found.plan.device_nbytes <= 2 * 10**7

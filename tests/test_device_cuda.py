@@ -6,7 +6,10 @@ well, failures are injected at every step, and peaks of memory are compared exac
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -197,9 +200,8 @@ def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) 
 
     from streamsoup.live import ModelSink
     from streamsoup.recipe import Coefficients
-    from streamsoup.soups.live_mix import beside
+    from streamsoup.soups.live_mix import DeviceCandidates
     from streamsoup.soups.make import order
-    from streamsoup.soups.running import Candidates, plan_sums
 
     paths = []
     for path in checkpoints:  # a running sum cannot carry float64
@@ -207,14 +209,11 @@ def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) 
         paths.append(tmp_path / path.name)
         save_file(tensors, paths[-1])
     ordered = order(paths, Coefficients.uniform(5), method="greedy", options=Options())
-    sums = plan_sums(ordered.plan, mapped=True, threads=2, budget=10**9, scratch=None)
     model = Model(paths[0]).cuda()
     sink = ModelSink(model, ordered.plan)
-    on_host = Candidates(
-        ordered.plan, sums, mapped=True, threads=2, scratch=None, options=Options(memory="2GB")
+    candidates = DeviceCandidates(
+        ordered.plan, sink, mapped=True, place=None, options=Options(memory="2GB", threads=2)
     )
-    candidates = beside(on_host, sink)
-    assert candidates is not on_host
     for n, members in enumerate([(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 4), (2, 0)]):
         moved = candidates.mix(members, sink, keep=True)
         if n == 4:  # the sum of 0, 1 is on the device: 3 and 4 are all that is read
@@ -224,6 +223,55 @@ def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) 
         for name, tensor in model.state_dict().items():
             assert raw(tensor) == raw(expected[name]), (members, name)
     candidates.forget()
+
+
+TASK = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(9000, dtype=torch.bfloat16))
+
+
+def build():
+    return Model().to("cuda")
+
+
+def score(model, split):
+    return -float((model.w.float() * model.w.float()).sum())
+
+
+def loss(model, split):
+    yield (model.w.float() * model.w.float()).sum(), 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "device"), [("greedy", "auto"), ("greedy", "cuda"), ("learned", "cuda")]
+)
+def test_searches_from_the_command_line(tmp_path: Path, command: str, device: str) -> None:
+    """A search with its model on the device, in a worker process: the bytes are the CPU's."""
+    (tmp_path / "task.py").write_text(TASK)
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for i, path in enumerate(paths):
+        g = torch.Generator().manual_seed(i)
+        save_file({"w": torch.randn(9000, generator=g).bfloat16()}, path)
+    common = [command, *paths, "--task", str(tmp_path / "task.py"), "--memory", "2GB", "--json"]
+    soups, where = [], []
+    for name in ("cpu", device):
+        output = tmp_path / f"soup-{name}"
+        line = [sys.executable, "-m", "streamsoup", *common, "-o", str(output), "--device", name]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        where.append(found.get("report", found)["mixed_on"])
+        soups.append((output / "model.safetensors").read_bytes())
+    assert soups[0] == soups[1]
+    told = "cuda, as told" if device == "cuda" else "cuda:0, where the model lives"
+    assert where[0].startswith("cpu, as told")
+    assert where[1].startswith(told)
 
 
 def test_an_ingredient_that_is_not_finite(checkpoints: list[Path], tmp_path: Path) -> None:
@@ -503,6 +551,18 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
         looked = slopes.look(mixture.start(), backward=True)
         found.append((looked.slopes.tobytes(), raw(model.a), raw(model.b)))
     assert found[0] == found[1]
+
+
+def test_a_gradient_takes_no_room_on_the_device() -> None:
+    """It is looked at where it comes to, however large it is: the device may be full."""
+    from streamsoup.soups.slopes import _vector
+
+    gradient = torch.arange(3 << 20).float().cuda()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vector = _vector(gradient, "w")
+    assert torch.cuda.max_memory_allocated() == before
+    assert vector.data.tobytes() == torch.arange(3 << 20).float().numpy().tobytes()
 
 
 class Forgetful(Accelerator):

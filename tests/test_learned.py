@@ -23,6 +23,7 @@ from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.plot import plot_coefficients
 from streamsoup.recipe import Coefficients
+from streamsoup.soups.backward import _vector
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.learned import learned_soup
 from streamsoup.soups.learning import LearningOptions
@@ -608,3 +609,25 @@ def test_layers_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     axes = drawn[0].axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == [layers[i] for i in (0, 2, 1, 3)]
     assert np.array_equal(axes.images[0].get_array(), rows[[0, 2, 1, 3]])
+
+    task = task_of(make_batches())
+    task.loss = lambda model, split: iter([(1.0, 1)])
+    with pytest.raises(TaskError, match="scalar tensor"):
+        learn(paths, tmp_path / "e", task)
+    task.loss = lambda model, split: ((model(x).sum() * math.inf, 1) for x, _ in make_batches())
+    with pytest.raises(TaskError, match="holds a NaN"):
+        learn(paths, tmp_path / "f", task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused(dtype: torch.dtype, bad: float) -> None:
+    """Wherever it is; the largest finite value passes, and so does nothing at all."""
+    largest = torch.full((3, 1000), torch.finfo(dtype).max, dtype=dtype)
+    assert _vector(largest, "w").data.tobytes() == largest.view(torch.uint8).numpy().tobytes()
+    assert len(_vector(torch.empty(0, 7, dtype=dtype), "w").data) == 0
+    for place in (0, 1234, 2999):
+        gradient = largest.clone()
+        gradient.view(-1)[place] = bad
+        with pytest.raises(TaskError, match="the gradient of w holds a NaN or an Inf"):
+            _vector(gradient, "w")

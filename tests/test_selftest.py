@@ -20,7 +20,8 @@ def test_selftest_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
     assert report["passed"]
     assert {check["name"] for check in report["checks"]} >= {"bits", "soups", "memory", "trouble"}
     assert report["environment"]["device"] == "cpu"
-    assert all(rate > 0 for rate in report["rates"].values())
+    assert all(rate > 0 for rate in [*report["limits"].values(), *report["rates"].values()])
+    assert {"storage, cached", "host copy", "writing and syncing"} <= set(report["limits"])
     assert "all is right: cpu" in err
     assert err.count("ok   ") == len(report["checks"])
 

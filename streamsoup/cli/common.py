@@ -97,7 +97,7 @@ MAKING = stack(
         help="cpu, cuda or cuda:N; auto is cpu for what goes to disk.",
     ),
     click.option(
-        "--device-memory", metavar="SIZE", help="On the device; default: 1/16 of what is free."
+        "--device-memory", metavar="SIZE", help="On the device; default: 1/8 of what is free."
     ),
 )
 RUNNING = stack(

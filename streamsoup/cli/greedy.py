@@ -202,6 +202,8 @@ def lines(soup: GreedySoup) -> list[str]:
     if report["nbytes_sums"]:
         text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"
     said.append(text)
+    if report.get("mixed_on"):
+        said.append(f"candidates were mixed on {report['mixed_on']}")
     if report["rules"]["recalibrate"]:
         said.append(
             "note: the soup holds averaged BatchNorm statistics; measure them anew once it is "

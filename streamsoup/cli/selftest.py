@@ -34,8 +34,10 @@ def selftest(device: str, size: str, folder: str | None, as_json: bool) -> int:
         print(line, file=out, flush=True)
 
     report = run(device, nbytes=parse_nbytes(size), folder=folder, say=say)
-    for name, rate in report.rates.items():
-        say(f"     {name}: {nbytes_text(rate)}/s")
+    for title, rates in (("limits of this machine", report.limits), ("reached", report.rates)):
+        say(f"{title}:")
+        for name, rate in rates.items():
+            say(f"     {name:28} {nbytes_text(rate):>9}/s")
     for name, ratio in report.ratios.items():
         say(f"     {name}: {ratio:.2f}")
     for warning in report.warnings:

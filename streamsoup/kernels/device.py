@@ -64,28 +64,33 @@ class Accelerator:
     """CUDA, or whatever else torch calls its accelerator. Memory comes from torch's caches."""
 
     def __init__(self, device: torch.device) -> None:
-        """Use one device; see `open_device`."""
-        import torch
-
-        self._torch = torch
+        """Use one device; see `open_device`. Holds no more than its name, so it can be pickled."""
         self.torch_device = device
         self.name = str(device)
 
     def stream(self) -> torch.Stream:
         """Make a stream."""
-        return self._torch.Stream(device=self.torch_device)
+        import torch
+
+        return torch.Stream(device=self.torch_device)
 
     def event(self) -> torch.Event:
         """Make an event."""
-        return self._torch.Event(device=self.torch_device)
+        import torch
+
+        return torch.Event(device=self.torch_device)
 
     def pinned(self, n: int, dtype: torch.dtype) -> torch.Tensor:
         """Allocate page-locked memory: each call its own allocation."""
-        return self._torch.empty(n, dtype=dtype, pin_memory=True)
+        import torch
+
+        return torch.empty(n, dtype=dtype, pin_memory=True)
 
     def device(self, n: int, dtype: torch.dtype) -> torch.Tensor:
         """Allocate device memory."""
-        return self._torch.empty(n, dtype=dtype, device=self.torch_device)
+        import torch
+
+        return torch.empty(n, dtype=dtype, device=self.torch_device)
 
     def launch(self, stream: torch.Stream, work: Callable[[], object]) -> None:
         """Queue `work` on `stream`."""
@@ -106,11 +111,15 @@ class Accelerator:
 
     def settle(self) -> None:
         """Wait for the device."""
-        self._torch.accelerator.synchronize(self.torch_device)
+        import torch
+
+        torch.accelerator.synchronize(self.torch_device)
 
     def free_nbytes(self) -> int:
         """Ask the driver, and add what torch holds in reserve."""
-        module = self._torch.get_device_module(self.torch_device)
+        import torch
+
+        module = torch.get_device_module(self.torch_device)
         reserve = module.memory_reserved(self.torch_device) - module.memory_allocated(
             self.torch_device
         )
@@ -165,10 +174,14 @@ def open_device(name: str) -> Accelerator | HostDevice:
     """Find the device called `name`: ``cpu``, ``cuda``, ``cuda:1``, … Imports torch.
 
     Raises `RecipeError` for a name that is no device, and `DeviceError` for one that is not here:
-    a build of torch without it, or no driver, or too few of them.
+    torch broken, too old or built without it, or no driver, or too few of them.
     """
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # ValueError and OSError, too, for libraries that are missing
+        raise DeviceError(
+            f"--device {name}: torch cannot be imported ({str(error)[:200]}); install it anew"
+        ) from None
     try:
         wanted = torch.device(name)
     except RuntimeError:
@@ -177,8 +190,9 @@ def open_device(name: str) -> Accelerator | HostDevice:
         ) from None
     if wanted.type == "cpu":
         return HostDevice()
-    if not hasattr(torch, "accelerator"):
-        raise DeviceError(f"--device {name} needs torch 2.6 or newer; this is {torch.__version__}")
+    # In 2.6, torch.accelerator could not be asked whether its device is available.
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]:
+        raise DeviceError(f"--device {name} needs torch 2.7 or newer; this is {torch.__version__}")
     # Without check_available, a build for CUDA says "cuda" on machines that have no driver.
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != wanted.type:

@@ -16,7 +16,7 @@ sums. Nothing is allocated once a lane stands. Five waits keep the order:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Pair = tuple[torch.Tensor, torch.Tensor]
 
-__all__ = ["Lane", "LaneShape", "held_nbytes"]
+__all__ = ["Lane", "LaneShape", "held_nbytes", "taken_nbytes"]
 
 Bytes = NDArray[np.uint8]
 S = TypeVar("S")
@@ -92,14 +92,22 @@ class LaneShape:
 def held_nbytes(shape: LaneShape, n_lanes: int) -> tuple[int, int]:
     """Give the device and the pinned bytes that torch takes from the driver for some lanes.
 
-    At most: torch serves what it can from memory it already holds. Its device allocator rounds to
-    512 bytes, and takes 2 MiB for requests up to 1 MiB, 20 MiB for those below 10 MiB, and for
-    larger ones their size rounded to 2 MiB; what is left of these is used for later requests
-    (c10/core/AllocatorConfig.h, 2.13). Its allocator of pinned memory rounds to powers of two. A
-    reduction takes a few bytes from memory of its stream's own: 2 MiB.
+    At most: torch serves what it can from memory it already holds. Its allocator of pinned memory
+    rounds to powers of two. A reduction takes a few bytes from memory of its stream's own: 2 MiB.
+    """
+    pinned = sum(1 << (size - 1).bit_length() for size in shape.pinned_sizes() if size)
+    return taken_nbytes(shape.device_sizes() * n_lanes) + 2 * MIB * n_lanes, pinned * n_lanes
+
+
+def taken_nbytes(sizes: Sequence[int]) -> int:
+    """Give the bytes that torch takes from the driver, at most, for allocations on the device.
+
+    It rounds to 512 bytes, and takes 2 MiB for requests up to 1 MiB, 20 MiB for those below
+    10 MiB, and for larger ones their size rounded to 2 MiB; what is left of these is used for
+    later requests (c10/core/AllocatorConfig.h, 2.13).
     """
     small = large = total = 0
-    for size in shape.device_sizes() * n_lanes:
+    for size in sizes:
         size = -(-size // 512) * 512
         if size <= MIB:
             if small < size:
@@ -111,8 +119,7 @@ def held_nbytes(shape: LaneShape, n_lanes: int) -> tuple[int, int]:
             large -= size
         else:
             total += -(-size // (2 * MIB)) * 2 * MIB
-    pinned = sum(1 << (size - 1).bit_length() for size in shape.pinned_sizes() if size)
-    return total + 2 * MIB * n_lanes, pinned * n_lanes
+    return total
 
 
 MIB = 1 << 20

@@ -37,8 +37,10 @@ class Report:
 
     environment: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+    """What this machine can do at most, in bytes a second."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Bytes a second, by what was measured."""
+    """What streamsoup makes of that, in bytes of ingredients a second."""
     ratios: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

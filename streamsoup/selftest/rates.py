@@ -1,7 +1,8 @@
 """What cannot fail: how fast this machine copies, reads and sums, and what becomes of it.
 
-Every rate is of bytes of ingredients a second, the best of a few runs, beside the limits of the
-same machine measured in the same minute.
+Limits first: what the machine can do. Then what is made of them: sums of files in the page cache
+whose results are thrown away, and whole soups on disk. Rates are of bytes of ingredients a second,
+but for writing, the best of a few runs, all in the same minute.
 """
 
 from __future__ import annotations
@@ -9,53 +10,76 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from streamsoup.device_mix import OnDevice
+from streamsoup.formats.files import Bytes
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
+from streamsoup.plan import Leaf
+from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
+from streamsoup.reduce import Engine, Mix
 from streamsoup.selftest.checks import make_checkpoints, order_on
-from streamsoup.soups.make import make, order
+from streamsoup.soups.make import Order, make, order
+from streamsoup.stream import run
 
 if TYPE_CHECKING:
+    import torch
+
     from streamsoup.selftest import Report
 
 __all__ = ["measure"]
 
+K = 4
 RUNS = 3
 LOW = 0.6
 """Below this share of the smallest limit, the report warns."""
 
 
 def measure(device: Accelerator | HostDevice, room: str, nbytes: int, report: Report) -> None:
-    """Fill in the rates of a report."""
-    k = 4
-    paths = make_checkpoints(os.path.join(room, "large"), k, max(1000, int(nbytes / k / 3.3)))
+    """Fill in limits, rates, ratios and warnings of a report."""
+    paths = make_checkpoints(os.path.join(room, "large"), K, max(1000, int(nbytes / K / 3.3)))
     size = sum(os.path.getsize(path) for path in paths)
-    rates = report.rates
-    rates["storage, uncached"] = size / _read(paths, cold=True)
-    rates["storage, cached"] = size / min(_read(paths, cold=False) for _ in range(RUNS))
+    limits, rates = report.limits, report.rates
+    limits["storage, uncached"] = size / _read(paths, cold=True)
+    limits["storage, cached"] = size / min(_read(paths, cold=False) for _ in range(RUNS))
     source = np.ones(min(size, 1 << 26), np.uint8)
     target = np.empty_like(source)
-    rates["host copy"] = len(source) / _best(partial(np.copyto, target, source))
-    limits = [rates["storage, cached"], rates["host copy"]]
+    limits["host copy"] = len(source) / _best(partial(np.copyto, target, source))
+    written = partial(_write, os.path.join(room, "written"), source[: size // K])
+    limits["writing and syncing"] = min(len(source), size // K) / _best(written)
     if isinstance(device, Accelerator):
-        for name, rate in _buses(device, min(size, 1 << 26)).items():
-            rates[name] = rate
-        limits.append(rates["host to device, pinned"])
-    rates["soup to disk, cpu"] = size / _soup(device, paths, room, None)
-    rates["soup to disk, pipeline"] = size / _soup(device, paths, room, 3)
-    one_slot = _soup(device, paths, room, 1)
-    report.ratios["three slots to one, time"] = size / rates["soup to disk, pipeline"] / one_slot
-    efficiency = rates["soup to disk, pipeline"] / min(limits)
-    report.ratios["pipeline to the smallest limit"] = efficiency
-    if isinstance(device, Accelerator) and efficiency < LOW:
+        limits |= _buses(device, min(size, 1 << 26))
+    _rate("cpu", ["storage, cached"], _order(None, paths, 0), size, room, report)
+    if isinstance(device, Accelerator):
+        used = ["storage, cached", "host copy", "host to device, pinned"]
+        by_device, one_slot = (_order(device, paths, n_slots) for n_slots in (3, 1))
+        _rate("pipeline", used, by_device, size, room, report)
+        slow = size / _best(partial(_sum, one_slot))
+        report.ratios["time of three slots to that of one"] = slow / rates["sums by the pipeline"]
+        report.ratios["streams at work at once, by events"] = _overlap(device, by_device)
+
+
+def _rate(
+    name: str, used: Sequence[str], ordered: Order, size: int, room: str, report: Report
+) -> None:
+    """Time sums, and a soup on disk; say what share of the smallest of the limits is reached."""
+    options = Options(overwrite=True, device="cpu")
+    soup = partial(make, ordered, output=os.path.join(room, "soup"), options=options)
+    report.rates[f"sums by the {name}"] = rate = size / _best(partial(_sum, ordered))
+    report.rates[f"soup on disk by the {name}"] = size / _best(soup)
+    smallest = min(used, key=report.limits.__getitem__)
+    share = rate / report.limits[smallest]
+    report.ratios[f"sums by the {name} to the smallest limit ({smallest})"] = share
+    if share < LOW:
         report.warnings.append(
-            f"the pipeline reaches {efficiency:.0%} of the smallest limit; a soup this small "
-            "({:.0f} MB) may be bound by its start: try a larger --size".format(size / 1e6)
+            f"sums by the {name} reach {share:.0%} of the smallest limit ({smallest}); so few "
+            f"bytes ({size / 1e6:.0f} MB) may be bound by their start: try a larger --size"
         )
 
 
@@ -85,6 +109,12 @@ def _read(paths: Sequence[str], *, cold: bool) -> float:
     return time.perf_counter() - started
 
 
+def _write(path: str, data: Bytes) -> None:
+    with open(path, "wb", buffering=0) as file:
+        file.write(data.data)
+        os.fsync(file.fileno())
+
+
 def _buses(device: Accelerator, nbytes: int) -> dict[str, float]:
     """Time copies between host and device."""
     import torch
@@ -105,15 +135,74 @@ def _buses(device: Accelerator, nbytes: int) -> dict[str, float]:
     }
 
 
-def _soup(
-    device: Accelerator | HostDevice, paths: Sequence[str], room: str, n_slots: int | None
-) -> float:
-    """Time a uniform soup by the pipeline, or by the kernels of the CPU without slots."""
-    options = Options(overwrite=True, device="cpu")
-    if n_slots is None:
-        ordered = order(
-            list(paths), Coefficients.uniform(len(paths)), method="uniform", options=options
+def _order(device: Accelerator | None, paths: Sequence[str], n_slots: int) -> Order:
+    """Plan a uniform soup by the pipeline, or by the kernels of the CPU without a device."""
+    options = Options(device="cpu")
+    if device is not None:
+        return order_on(device, paths, options, n_slots)
+    equal = Coefficients.uniform(len(paths))
+    return order(list(paths), equal, method="uniform", options=options)
+
+
+class _Timed:
+    """A device that has the beginning and the end of all its work noted on its streams."""
+
+    def __init__(self, device: Accelerator) -> None:
+        self._device = device
+        self.spans: list[tuple[torch.Event, torch.Event]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def launch(self, stream: torch.Stream, work: Callable[[], object]) -> None:
+        import torch
+
+        device = self._device
+        begun, done = (
+            torch.Event(device=device.torch_device, enable_timing=True) for _ in range(2)
         )
-    else:
-        ordered = order_on(device, paths, options, n_slots)
-    return _best(partial(make, ordered, output=os.path.join(room, "soup"), options=options))
+        device.record(begun, stream)
+        device.launch(stream, work)
+        device.record(done, stream)
+        self.spans.append((begun, done))
+
+
+def _overlap(device: Accelerator, ordered: Order) -> float:
+    """Tell how many streams are at work, on average, from the first piece of work to the last."""
+    timed = _Timed(device)
+    assert ordered.on_device is not None
+    _sum(replace(ordered, on_device=OnDevice(cast(Accelerator, timed), ordered.on_device.plan)))
+    device.settle()
+    first = timed.spans[0][0]
+    busy = sum(begun.elapsed_time(done) for begun, done in timed.spans)
+    return busy / max(first.elapsed_time(done) for _, done in timed.spans)
+
+
+class _Nowhere:
+    """A sink that forgets."""
+
+    def session(self) -> _Nowhere:
+        return self
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        pass
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        pass
+
+    def checkpoint(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _sum(ordered: Order) -> None:
+    """Make a soup and forget it, without digests."""
+    plan, memory, on_device = ordered.plan, ordered.memory, ordered.on_device
+    mix = Mix(plan, memory, Engine(plan)) if on_device is None else on_device.mix(plan)
+    reader = open_reader(plan, memory, mapped=ordered.mapped)
+    run(plan, memory, reader, mix, _Nowhere(), digest=False)

@@ -236,14 +236,17 @@ def _value(loss: Any) -> float:
 
 
 def _vector(gradient: torch.Tensor, name: str) -> Vector:
-    """Give a gradient's elements in order, as raw bytes in CPU memory."""
+    """Give a gradient's elements in order, as raw bytes in CPU memory.
+
+    From a device, one gradient comes over the bus, where all ingredients would have to go.
+    """
     import torch
 
     from streamsoup.live import TORCH_DTYPES
 
-    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    if not bool(torch.isfinite(gradient).all()):
-        raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")
     flat = gradient.detach().to("cpu").contiguous().view(-1)
+    # The largest magnitude, NaN if there is one: in one pass, and without room for as many flags.
+    if len(flat) and not math.isfinite(torch.linalg.vector_norm(flat, math.inf).item()):
+        raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")
     (dtype,) = [key for key, value in TORCH_DTYPES.items() if value == flat.dtype]
     return Vector(flat.view(torch.uint8).numpy(), DTYPES[dtype])

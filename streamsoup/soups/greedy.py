@@ -263,21 +263,24 @@ class _Kitchen:
             self._scorers = self._crew
             return self._crew
         if self._command is not None:
-            candidates = candidates_of(self._work(None, 0))
+            candidates = candidates_of(self._work(None, 0), None)
             folder = FolderScorer(
                 self._command, self.ordered, candidates, split=self.split, folder=book.root
             )
             self._scorers = Alone(folder, book, names)
             return self._scorers
+        from streamsoup.live import ModelSink
+
         assert self._task is not None
         model = self._model
         if model is None:
             with contained(self._task.name, "build"):
                 model = self._task.build()
+        sink = ModelSink(model, self.ordered.plan)
         self._live = LiveScorer(
             self._task,
-            model,
-            candidates_of(self._work(None, 0)),
+            sink,
+            candidates_of(self._work(None, 0), sink),
             split=self.split,
             recalibrate=self.search.recalibrate,
         )

@@ -141,6 +141,7 @@ class Search:
         notebook: Notebook,
     ) -> None:
         from streamsoup.live import ModelSink
+        from streamsoup.soups.live_mix import device_text
 
         self._learning, self._notebook = learning, notebook
         if model is None:
@@ -175,6 +176,8 @@ class Search:
             mapped=ordered.mapped,
             options=options,
         )
+        self.mixed_on = device_text(sink, options)
+        self._say(f"mixtures are made on {self.mixed_on}")
         self.n_common = len(common)
         self.looks: list[Look] = []
         self.raws: list[Floats] = []
@@ -376,6 +379,7 @@ class Search:
             "l1_largest": float(np.abs(rows).sum(axis=1).max()),
             "n_common_tensors": self.n_common,
             "predicted": self.predicted,
+            "mixed_on": self.mixed_on,
             "n_passes": self.slopes.n_passes,
             "nbytes_read": self.slopes.nbytes_read,
             "nbytes_compared": self._nbytes_compared,

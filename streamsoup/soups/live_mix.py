@@ -2,7 +2,7 @@
 
 On an accelerator, ingredients stream through its pinned ring and are summed there; the result goes
 from the sums straight into the parameters, whose storage stays. The running sum of a greedy search
-may stay there too, so that a trial moves one ingredient over the bus and nothing back.
+stays there too, if it fits, so that a trial moves one ingredient over the bus and nothing back.
 """
 
 from __future__ import annotations
@@ -11,27 +11,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.device_mix import DeviceMix, OnDevice, RunningSum, find_device
+from streamsoup.device_mix import OnDevice, RunningSum, find_device
+from streamsoup.errors import BudgetError, RecipeError
 from streamsoup.kernels.device import open_device, our_errors
+from streamsoup.kernels.pipeline import taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, parse_nbytes, plan_memory
+from streamsoup.plan import (
+    MemoryPlan,
+    MixPlan,
+    PlannedTensor,
+    nbytes_text,
+    parse_nbytes,
+    plan_memory,
+)
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.soups.make import AnyIngredient, order
-from streamsoup.soups.running import Candidates, Sums, SumsPlace, SumsPlan
+from streamsoup.soups.running import (
+    Candidates,
+    Sums,
+    SumsPlace,
+    SumsPlan,
+    can_carry,
+    sums_nbytes,
+)
 from streamsoup.stream import run
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["beside", "device_of", "live_reduction", "mix_into"]
-
-SUMS_SHARE = 2
-"""A running sum may take one part in so many of the device's free memory; the task needs some."""
+__all__ = ["DeviceCandidates", "device_of", "device_text", "live_reduction", "mix_into"]
 
 
 def device_of(sink: ModelSink, options: Options) -> str:
@@ -47,6 +60,16 @@ def device_of(sink: ModelSink, options: Options) -> str:
     return "cpu"
 
 
+def device_text(sink: ModelSink, options: Options) -> str:
+    """Say where mixes into `sink` are made, and why there."""
+    name = device_of(sink, options)
+    if options.device != "auto":
+        return f"{name}, as told"
+    if any(target.tensor.device.type == "mps" for target in sink.targets.values()):
+        return f"{name}, as mps has no float64"
+    return f"{name}, where the model lives"
+
+
 def live_reduction(
     plan: MixPlan,
     sink: ModelSink,
@@ -60,8 +83,7 @@ def live_reduction(
     `plan` is that of the sink, or a part of it; `engine` is used where that is the CPU. Raises
     `DeviceError` and `BudgetError`. The same bytes, wherever they are made.
     """
-    name = device_of(sink, options)
-    if name == "cpu":
+    if device_of(sink, options) == "cpu":
         budget = options.memory
         memory = plan_memory(
             plan,
@@ -70,7 +92,7 @@ def live_reduction(
             budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
         )
         return Mix(plan, memory, engine or Engine(plan)), memory
-    found = _find(plan, sink, name, options, mapped)
+    found = _find(plan, sink, options, mapped)
     return found.mix(plan, target=_targets(sink, found)), found.plan.memory
 
 
@@ -104,32 +126,32 @@ def mix_into(
     return plan.recipe
 
 
-def beside(candidates: Candidates, sink: ModelSink) -> Candidates:
-    """Give candidates that are made where the model of `sink` lives, or where they are told."""
-    name = device_of(sink, candidates.options)
-    return candidates if name == "cpu" else _DeviceCandidates(candidates, sink, name)
+class DeviceCandidates(Candidates):
+    """Candidates in a model on an accelerator, with the running sum there too, if it fits."""
 
+    def __init__(
+        self,
+        plan: MixPlan,
+        sink: ModelSink,
+        *,
+        mapped: bool,
+        place: SumsPlace | None,
+        options: Options,
+    ) -> None:
+        """Plan what is held on the device of `device_of`, for candidates put into `sink`.
 
-class _DeviceCandidates(Candidates):
-    """Candidates on an accelerator, with the running sum there too, if it fits."""
-
-    def __init__(self, candidates: Candidates, sink: ModelSink, name: str) -> None:
-        plan, mapped, options = candidates.plan, candidates.mapped, candidates.options
-        self._on_device = _find(plan, sink, name, options, mapped)
+        `place` overrides where the running sum is kept. Raises `DeviceError`, `BudgetError`, and
+        `RecipeError` for a place where it cannot be.
+        """
+        self._on_device, sums = _find_with_sums(plan, sink, options, mapped, place)
         self._target = _targets(sink, self._on_device)
-        nbytes = candidates.sums_plan.nbytes
-        told = options.device_memory
-        if told is None:
-            room = self._on_device.device.free_nbytes() // SUMS_SHARE
-        else:
-            told = parse_nbytes(told) if isinstance(told, str) else told
-            room = told - self._on_device.plan.device_nbytes
-        sources = {source.dtype.name for tensor in plan.tensors for source in tensor.sources}
-        # In memory, here: the device's. The rule that no sum can carry is that of `plan_sums`.
-        place: SumsPlace = "memory" if nbytes <= room and "F64" not in sources else "reread"
-        sums = SumsPlan(place, nbytes, candidates.sums_plan.memory)
-        super().__init__(plan, sums, mapped=mapped, threads=candidates.threads, scratch=None)
-        self._tensors: dict[str, torch.Tensor] = {}
+        kept = "the running sum is there too"
+        if sums.place == "reread":
+            kept = f"no running sum ({nbytes_text(sums.nbytes)}), what was kept is read again"
+        where = f"{device_text(sink, options)}; {kept}"
+        super().__init__(
+            plan, sums, mapped=mapped, threads=options.n_threads, scratch=None, where=where
+        )
 
     def memory_of(self, part: MixPlan) -> MemoryPlan:
         """Give the blocks of a lane: they do not depend on the part."""
@@ -141,47 +163,67 @@ class _DeviceCandidates(Candidates):
         """Give the reduction of a part, which may start from the running sum, and carry it on."""
         running = None
         if starts or n_tail:
-            running = RunningSum(self._tensors.__getitem__, starts, n_tail)
-        return DeviceMix(
-            part,
-            self._on_device.plan,
-            self._on_device.device,
-            target=self._target,
-            running=running,
-        )
+            assert isinstance(self._sums, _DeviceSums)
+            running = RunningSum(self._sums.of, starts, n_tail)
+        return self._on_device.mix(part, target=self._target, running=running)
 
     def open_sums(self) -> Sums:
         """Make room for the running sum on the device."""
-        import torch
-
-        with our_errors("the running sum (--sums reread does without)"):
-            for tensor in self.plan.tensors:
-                if tensor.operation == "mix":
-                    self._tensors[tensor.name] = self._on_device.device.device(
-                        tensor.n_units, torch.float64
-                    )
-        return _DeviceSums(self._tensors)
+        return _DeviceSums(self.plan, self._on_device)
 
 
 class _DeviceSums:
-    """The running sum on the device. Lanes read and write it themselves."""
+    """The running sum on the device, in one allocation. Lanes read and write it themselves."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, plan: MixPlan, found: OnDevice) -> None:
+        import torch
 
-    def read(self, tensor: str, start: int, into: Any) -> None:
-        raise NotImplementedError
+        self._places: dict[str, slice] = {}
+        n = 0
+        for tensor in plan.tensors:
+            if tensor.operation == "mix":
+                self._places[tensor.name] = slice(n, n + tensor.n_units)
+                n += tensor.n_units
+        asked = f"a running sum of {nbytes_text(8 * n)} (--sums reread does without)"
+        with our_errors(asked):
+            self._sums = found.device.device(n, torch.float64)
 
-    def write(self, tensor: str, start: int, sums: Any) -> None:
-        raise NotImplementedError
+    def of(self, tensor: str) -> torch.Tensor:
+        """Give the sums of a tensor, by name."""
+        return self._sums[self._places[tensor]]
 
     def close(self) -> None:
-        self._tensors.clear()
+        del self._sums
 
 
-def _find(plan: MixPlan, sink: ModelSink, name: str, options: Options, mapped: bool) -> OnDevice:
+def _find_with_sums(
+    plan: MixPlan, sink: ModelSink, options: Options, mapped: bool, place: SumsPlace | None
+) -> tuple[OnDevice, SumsPlan]:
+    """Find the device, and choose whether the running sum is kept there: `running.plan_sums`."""
+    name = device_of(sink, options)
+    if place == "file":
+        raise RecipeError(
+            f"--sums file is for candidates that are made on the cpu; on {name}, the running sum "
+            "is kept there (memory) or not at all (reread)"
+        )
+    nbytes = sums_nbytes(plan)
+    if place != "reread" and can_carry(plan):
+        try:
+            found = _find(plan, sink, options, mapped, beside=taken_nbytes([nbytes]))
+            return found, SumsPlan("memory", nbytes, found.plan.memory.peak_nbytes)
+        except BudgetError:
+            if place == "memory":
+                raise
+    found = _find(plan, sink, options, mapped)
+    return found, SumsPlan("reread", nbytes, found.plan.memory.peak_nbytes)
+
+
+def _find(
+    plan: MixPlan, sink: ModelSink, options: Options, mapped: bool, *, beside: int = 0
+) -> OnDevice:
+    """Find the device of `device_of`; where all results stay there, nothing is pinned for them."""
     targets: Mapping[str, Any] = sink.targets
-    name = open_device(name).name
+    name = open_device(device_of(sink, options)).name
     on_it = all(
         tensor.operation != "mix"
         or (tensor.name in targets and _fits(targets[tensor.name], tensor, name))
@@ -189,7 +231,8 @@ def _find(plan: MixPlan, sink: ModelSink, name: str, options: Options, mapped: b
         if tensor.name not in sink.tied
     )
     told = replace(options, device=name)
-    return find_device(plan, told, mapped=mapped, lands=not on_it or bool(sink.tied))
+    lands = not on_it or bool(sink.tied)
+    return find_device(plan, told, mapped=mapped, lands=lands, beside=beside)
 
 
 def _fits(target: Any, tensor: PlannedTensor, device: str) -> bool:

@@ -27,14 +27,22 @@ from numpy.typing import NDArray
 from streamsoup.errors import BudgetError
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
-from streamsoup.options import Options
 from streamsoup.plan import Leaf, MemoryPlan, MixPlan, PlannedTensor, plan_memory
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix, MixWorker, Reduction
 from streamsoup.stream import Sink, SinkSession, run
 
-__all__ = ["Candidates", "Moved", "Sums", "SumsPlace", "SumsPlan", "plan_sums"]
+__all__ = [
+    "Candidates",
+    "Moved",
+    "Sums",
+    "SumsPlace",
+    "SumsPlan",
+    "can_carry",
+    "plan_sums",
+    "sums_nbytes",
+]
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +60,8 @@ class Moved:
     nbytes_sums: int
     """Bytes of the running sum read from and written to its scratch file."""
     elapsed_s: float
+    where: str = ""
+    """On which device, why there, and whether the running sum is there; empty if long ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +93,9 @@ def plan_sums(
     `scratch` is the path its file would have; `place` overrides the choice. Raises `BudgetError`
     if not even blocks fit into `budget`, or the sum does not fit where it has to be.
     """
-    nbytes = 8 * sum(t.n_units for t in plan.tensors if t.operation == "mix")
+    nbytes = sums_nbytes(plan)
     plan_memory(plan, mapped=mapped, threads=threads, budget=budget)
-    # The one rule a sum cannot carry: float64 values that are the same in all (kernels.reference).
-    if any(source.dtype.name == "F64" for tensor in plan.tensors for source in tensor.sources):
+    if not can_carry(plan):
         return SumsPlan("reread", nbytes, budget)
     if place in (None, "memory"):
         try:
@@ -102,6 +111,19 @@ def plan_sums(
     return SumsPlan("reread", nbytes, budget)
 
 
+def sums_nbytes(plan: MixPlan) -> int:
+    """Give the bytes of a running sum of everything that is averaged."""
+    return 8 * sum(tensor.n_units for tensor in plan.tensors if tensor.operation == "mix")
+
+
+def can_carry(plan: MixPlan) -> bool:
+    """Whether a running sum of these ingredients gives the bits of a pass over all.
+
+    The one rule it cannot carry: float64 values that are the same in all (`kernels.reference`).
+    """
+    return all(source.dtype.name != "F64" for tensor in plan.tensors for source in tensor.sources)
+
+
 class Candidates:
     """Makes candidates out of a fixed list of ingredients, into any sink."""
 
@@ -113,13 +135,10 @@ class Candidates:
         mapped: bool,
         threads: int,
         scratch: str | None,
-        options: Options = Options(),  # noqa: B008 - frozen
+        where: str = "cpu",
     ) -> None:
-        """Take the plan over all ingredients; keep nothing yet.
-
-        `options` tells the device, for candidates in a live model: see `live_mix.beside`.
-        """
-        self.options = options
+        """Take the plan over all ingredients; keep nothing yet. `where` is for `Moved`."""
+        self.where = where
         self.plan = plan
         self.sums_plan = sums
         self.mapped = mapped
@@ -165,7 +184,8 @@ class Candidates:
             self._run(part, self.reduction(*part), sink)
         moved = self._sums_cost(held) + (self.sums_plan.nbytes if n_tail else 0)
         on_disk = self.sums_plan.place == "file"
-        return Moved(self._cost(fresh), moved if on_disk else 0, time.monotonic() - started)
+        elapsed_s = time.monotonic() - started
+        return Moved(self._cost(fresh), moved if on_disk else 0, elapsed_s, self.where)
 
     def forget(self) -> None:
         """Let go of the running sum, and of its file."""
@@ -223,7 +243,7 @@ class Candidates:
         """
         if not starts and not n_tail:
             return Mix(part, memory, self._engine)
-        assert self._sums is not None
+        assert isinstance(self._sums, (_MemorySums, _FileSums))
         return _Trial(part, memory, self._engine, self._sums, starts, n_tail)
 
     def _run(self, part: tuple[MixPlan, MemoryPlan], reduction: Reduction, sink: Sink) -> None:
@@ -248,19 +268,15 @@ class Candidates:
 
 
 class Sums(Protocol):
-    """The running sum: one float64 for each averaged element, by tensor."""
-
-    def read(self, tensor: str, start: int, into: Floats) -> None:
-        """Copy the sums of `tensor` from element `start` on."""
-
-    def write(self, tensor: str, start: int, sums: Floats) -> None:
-        """Set the sums of `tensor` from element `start` on."""
+    """The running sum: one float64 for each averaged element, by tensor, wherever it is kept."""
 
     def close(self) -> None:
         """Give the room back."""
 
 
 class _MemorySums:
+    """Sums in this process. Workers copy those of a tensor from an element on, and set them."""
+
     def __init__(self, places: dict[str, int], n: int) -> None:
         self._places = places
         self._sums = np.empty(n)
@@ -321,7 +337,7 @@ class _Trial(Mix):
         plan: MixPlan,
         memory: MemoryPlan,
         engine: Engine,
-        sums: Sums,
+        sums: _MemorySums | _FileSums,
         starts: bool,
         n_tail: int,
     ) -> None:

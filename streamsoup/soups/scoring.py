@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
 
 if TYPE_CHECKING:
+    from streamsoup.live import ModelSink
     from streamsoup.soups.make import Order
 
 __all__ = ["FolderScorer", "LiveScorer", "Outcome", "Scorer", "contained"]
@@ -60,19 +61,16 @@ class LiveScorer:
     """Scores candidates in one live model; none of them touches the disk."""
 
     def __init__(
-        self, task: Task, model: Any, candidates: Candidates, *, split: str, recalibrate: bool
+        self, task: Task, sink: ModelSink, candidates: Candidates, *, split: str, recalibrate: bool
     ) -> None:
-        """Match the model with the ingredients. Raises `MismatchError` if they do not fit."""
-        from streamsoup.live import ModelSink
-        from streamsoup.soups.live_mix import beside
-
+        """Score in the model of `sink`, into which `candidates` are put."""
         self._task = task
         self._split = split
         self._recalibrate = recalibrate
-        self.sink = ModelSink(model, candidates.plan)
-        self.sink.check_apart()
-        self._candidates = beside(candidates, self.sink)
-        self._training = [(module, module.training) for module in model.modules()]
+        self.sink = sink
+        sink.check_apart()
+        self._candidates = candidates
+        self._training = [(module, module.training) for module in sink.model.modules()]
 
     def score(self, members: Sequence[int], to_beat: float | None, *, keep: bool) -> Outcome:
         """Put the candidate into the model, and score it there."""

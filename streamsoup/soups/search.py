@@ -72,7 +72,8 @@ class SearchOptions:
     isolate: bool = False
     """Score in another process even for one job: no task can harm this one."""
     sums: SumsPlace | None = None
-    """Where the running sum is kept; None for where the fewest bytes are moved."""
+    """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is that
+    of the device, where candidates are made on one."""
     restart: bool = False
     """Forget the scores of an unfinished search of the same output."""
     on_trial: Callable[[Trial], None] | None = None

@@ -48,6 +48,7 @@ def report_of(
         ],
         "n_scored": len(paid),
         "n_resumed": n_resumed,
+        "mixed_on": next((each.moved.where for each in paid if each.moved.where), ""),
         "nbytes_read": sum(outcome.moved.nbytes_read for outcome in paid),
         "nbytes_sums": sum(outcome.moved.nbytes_sums for outcome in paid),
         "seconds": {

@@ -34,6 +34,7 @@ from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, Scorer, 
 from streamsoup.task.command import CommandTask, Family, Tail, die_with_parent
 
 if TYPE_CHECKING:
+    from streamsoup.live import ModelSink
     from streamsoup.soups.make import Order
 
 __all__ = ["Alone", "Crew", "Scorers", "Work", "candidates_of"]
@@ -64,9 +65,21 @@ class Work:
     scratch: str
 
 
-def candidates_of(work: Work) -> Candidates:
-    """Make the candidates that some work is about. Raises `BudgetError`."""
+def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
+    """Make the candidates that some work is about, in the live model of `sink` or in files.
+
+    Raises `BudgetError` and `DeviceError`.
+    """
     ordered, threads = work.ordered, work.options.n_threads
+    where = "cpu, on the way to disk"
+    if sink is not None:
+        from streamsoup.soups.live_mix import DeviceCandidates, device_of, device_text
+
+        if device_of(sink, work.options) != "cpu":
+            return DeviceCandidates(
+                ordered.plan, sink, mapped=ordered.mapped, place=work.sums, options=work.options
+            )
+        where = device_text(sink, work.options)
     sums = plan_sums(
         ordered.plan,
         mapped=ordered.mapped,
@@ -81,7 +94,7 @@ def candidates_of(work: Work) -> Candidates:
         mapped=ordered.mapped,
         threads=threads,
         scratch=work.scratch,
-        options=work.options,
+        where=where,
     )
 
 
@@ -386,15 +399,14 @@ def _serve_command(connection: Connection, say: Callable[..., None]) -> None:
     while True:
         members, to_beat, keep = pickle.loads(connection.recv_bytes())
         scorer = scorer or FolderScorer(
-            task, work.ordered, candidates_of(work), split=split, folder=folder
+            task, work.ordered, candidates_of(work, None), split=split, folder=folder
         )
         say("done", scorer.score(members, to_beat, keep=keep))
 
 
 def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
     # Before the clock starts: every live task needs it.
-    import torch  # noqa: F401
-
+    from streamsoup.live import ModelSink  # imports torch
     from streamsoup.task import load_task
 
     pickled = connection.recv_bytes()
@@ -413,8 +425,9 @@ def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
             with contained(task.name, "build"):
                 model = task.build()
             say("mixing")
+            sink = ModelSink(model, work.ordered.plan)
             scorer = LiveScorer(
-                task, model, candidates_of(work), split=split, recalibrate=work.recalibrate
+                task, sink, candidates_of(work, sink), split=split, recalibrate=work.recalibrate
             )
         moved = scorer.put(members, keep=keep)
         say("doing", f"{task.name}: score")
