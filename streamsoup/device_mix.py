@@ -201,13 +201,18 @@ class DeviceMix:
         *,
         target: Callable[[PlannedTensor], torch.Tensor | None] = lambda tensor: None,
         running: RunningSum | None = None,
+        lanes: list[Lane[Any, Any]] | None = None,
     ) -> None:
         """Hold what the workers share; allocate nothing yet.
 
         `target` gives the flat tensor on the device into which a tensor of the plan goes, of the
         planned dtype, or None to have its bytes handed to the sink. What is in use there by work
         that was queued before is waited for; once the run is over, all is in place.
+
+        `lanes` are those of earlier runs of the same plan for the device: they are taken from
+        there, and left there. A new lane has new streams, each with a workspace of its own.
         """
+        self.lanes = lanes
         self.plan, self.chosen, self.device = plan, chosen, device
         self.target, self.running = target, running
         self._copies = Mix(plan, chosen.memory, Engine(plan.only(set())))
@@ -223,7 +228,17 @@ class DeviceMix:
         )
         # One after the other: what torch takes from the driver depends on the order.
         with self._lock, our_errors(asked):
-            return DeviceWorker(self, Lane(self.device, self.chosen.shape), self._copies.worker())
+            if self.lanes:
+                self.device.settle()  # a target may still be in use
+                lane = self.lanes.pop()
+            else:
+                lane = Lane(self.device, self.chosen.shape)
+            return DeviceWorker(self, lane, self._copies.worker())
+
+    def leave(self, lane: Lane[Any, Any]) -> None:
+        """Take a lane back that is idle and between two blocks."""
+        if self.lanes is not None:
+            self.lanes.append(lane)
 
 
 class DeviceWorker:
@@ -237,6 +252,8 @@ class DeviceWorker:
         self._waiting: deque[bool] = deque()
         """Blocks whose result was not taken yet: whether each is in the lane."""
         self._averages = False
+        self._whole = True
+        """Whether nothing failed, and the last block that was started is whole."""
         self.spoiled = False
 
     @property
@@ -260,6 +277,7 @@ class DeviceWorker:
         uniform = divisor == k and set(self._factors) == {1.0}
         float64 = all(source.dtype.name == "F64" for source in tensor.sources)
         target = mix.target(tensor)
+        self._whole = False
         with our_errors(self._what()):
             self._lane.start(
                 n_units,
@@ -290,6 +308,7 @@ class DeviceWorker:
             if first + len(inputs) == len(self._factors):
                 self._lane.finish()
                 self._waiting.append(True)
+                self._whole = True
 
     def result(self) -> Bytes:
         """Give the raw bytes of the oldest block; none if it went to its place on the device."""
@@ -298,14 +317,18 @@ class DeviceWorker:
         if not self._waiting.popleft():
             self.spoiled = False
             return self._copies.result()
+        self._whole = False
         with our_errors(self._what()):
             result, self.spoiled = self._lane.take()
+        self._whole = True
         return result
 
     def close(self) -> None:
         """Wait for the device, whatever became of it, so that memory can be given back."""
         try:
             self._lane.close()
+            if self._whole and not any(self._waiting):
+                self._mix.leave(self._lane)
         except RuntimeError:
             pass  # it failed before, and that error is the one to show
         del self._lane  # whoever holds on to an error holds on to us

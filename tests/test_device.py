@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -15,14 +16,15 @@ import pytest
 import torch
 from checkpoints import save, tensor
 from safetensors.torch import load_file
+from simulated import SimulatedDevice, TimedDevice
 
 import streamsoup
-from streamsoup import device_mix
+from streamsoup import device_mix, read
 from streamsoup.cli import cli
 from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
-from streamsoup.kernels.pipeline import LaneShape, held_nbytes
+from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
@@ -208,9 +210,14 @@ def candidates_by_the_pipeline(
     [(None, None, 1), ("memory", "8MB", 1), ("reread", None, 4), (None, "5MB", 4)],
 )
 def test_the_running_sum_is_kept_where_it_is_told_or_fits(
-    tmp_path: Path, place: Any, device_memory: str | None, n_read: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    device_memory: str | None,
+    n_read: int,
 ) -> None:
     """With a sum there, one more candidate reads one ingredient; without, all; the bits stay."""
+    monkeypatch.setattr(device_mix, "LARGEST_DEVICE_BLOCK", 4096)  # two blocks, one ragged
     paths = make_half_checkpoints(tmp_path, 5)
     candidates, sink = candidates_by_the_pipeline(paths, place=place, device_memory=device_memory)
     one = candidates.plan.ingredients[0].nbytes
@@ -222,6 +229,75 @@ def test_the_running_sum_is_kept_where_it_is_told_or_fits(
     assert moved.nbytes_read == n_read * one
     assert ("the running sum is there" in moved.where) == (n_read == 1)
     candidates.forget()
+
+
+def by_simulation(paths: list[Path], device: Any, block: int) -> Order:
+    """Plan a uniform soup by way of a simulated device, in one thread."""
+    ordered = order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
+    ordered = ordered_on_host(ordered, block=block, threads=1)
+    assert ordered.on_device is not None
+    return replace(ordered, on_device=OnDevice(device, ordered.on_device.plan))
+
+
+def test_a_worker_ends_one_block_beside_the_next(tmp_path: Path) -> None:
+    """A soup takes less time than its copies, sums and ends would, one after the other."""
+    paths = make_half_checkpoints(tmp_path, 2)
+    device = TimedDevice()
+    make(by_simulation(paths, device, 64), output=tmp_path / "soup", options=Options())
+    n_blocks = -(-5000 // 64)
+    assert device.ticks() < 0.8 * n_blocks * (2 + 1 + 1)
+
+
+def test_a_worker_that_failed_leaves_nothing_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may be given back after a failing read, though work was queued that uses it."""
+    paths = make_half_checkpoints(tmp_path, 3)
+    device = SimulatedDevice("lazy")
+    ordered = replace(by_simulation(paths, device, 64), mapped=False)
+    whole, calls = read._read_into, itertools.count()
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == 4:
+            assert not device.is_idle()
+            raise OSError(5, "Input/output error")
+        whole(*arguments)
+
+    monkeypatch.setattr(read, "_read_into", failing)
+    with pytest.raises(streamsoup.StreamsoupError, match="cannot be read"):
+        make(ordered, output=tmp_path / "soup", options=Options())
+    assert device.is_idle()
+
+
+def test_lanes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidate after candidate on the same streams, but not after a failure, nor for ever."""
+    made: list[Lane[Any, Any]] = []
+    init = Lane.__init__
+
+    def counting(self: Lane[Any, Any], *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Lane, "__init__", counting)
+    paths = make_half_checkpoints(tmp_path, 3)
+    candidates, sink = candidates_by_the_pipeline(paths, place=None, device_memory=None)
+    for members in ([0], [0, 1], [0, 1, 2], [0, 1]):
+        candidates.mix(members, sink, keep=True)
+    assert len(made) == 1
+    launch = HostDevice.launch
+
+    def failing(self: HostDevice, stream: None, work: Any) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(HostDevice, "launch", failing)
+    with pytest.raises(DeviceError):
+        candidates.mix([0, 1], sink, keep=True)
+    monkeypatch.setattr(HostDevice, "launch", launch)
+    candidates.mix([0, 1], sink, keep=True)
+    assert len(made) == 2
+    candidates.forget()
+    candidates.mix([0, 1], sink, keep=True)
+    assert len(made) == 3
 
 
 def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:

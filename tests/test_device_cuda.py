@@ -445,6 +445,35 @@ def test_peaks_are_within_the_plan(tmp_path: Path, budget: str, threads: int) ->
         assert len(peaks) == 1
 
 
+@simulated_only
+@pytest.mark.parametrize(("budget", "kept"), [("60MB", True), ("34MB", True), ("28MB", False)])
+def test_peaks_of_a_search_are_within_its_budget(tmp_path: Path, budget: str, kept: bool) -> None:
+    """Lanes and the running sum together, however many candidates are made."""
+    from streamsoup.live import ModelSink
+    from streamsoup.recipe import Coefficients
+    from streamsoup.soups.live_mix import DeviceCandidates
+    from streamsoup.soups.make import order
+
+    n = 3_000_000
+    paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for path in paths:
+        save_file({"w": torch.randn(n).bfloat16()}, path)
+    options = Options(device_memory=budget, memory="2GB")
+    ordered = order(paths, Coefficients.uniform(4), method="greedy", options=Options())
+    sink = ModelSink(Model(paths[0]).cuda(), ordered.plan)
+    torch.cuda.empty_cache()
+    held = simcuda.bytes_in_use("device")
+    simcuda.reset_peaks()
+    candidates = DeviceCandidates(ordered.plan, sink, mapped=True, place=None, options=options)
+    for members in ((0,), (0, 1), (0, 1, 2), *[(0, 1, 3)] * 9):
+        candidates.mix(members, sink, keep=True)
+    moved = candidates.mix((0, 1, 3), sink, keep=True)
+    assert simcuda.peak_bytes("device") - held <= streamsoup_nbytes(budget)
+    assert ("the running sum is there" in moved.where) == kept
+    assert moved.nbytes_read == ordered.plan.ingredients[0].nbytes * (1 if kept else 3)
+    candidates.forget()
+
+
 def streamsoup_nbytes(text: str) -> int:
     """Read a size."""
     from streamsoup.plan import parse_nbytes

@@ -32,6 +32,7 @@ from streamsoup.task import Score, Task
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
+    from streamsoup.soups.live_mix import LiveMix
 
 __all__ = ["EQUAL", "Bench", "Mixture"]
 
@@ -107,6 +108,7 @@ class Bench:
         self._watch = watch
         self._model = model
         self._sink: ModelSink | None = None
+        self._mix: LiveMix | None = None
         self._training: list[tuple[Any, bool]] = []
         self._current: Mixture | None = None
         self._labels: dict[str, Labels] = {}
@@ -269,14 +271,16 @@ class Bench:
             return
         self._current = None
         from streamsoup.live import recalibrate
-        from streamsoup.soups.live_mix import live_reduction
+        from streamsoup.soups.live_mix import LiveMix
         from streamsoup.soups.scoring import contained
         from streamsoup.stream import run
 
         sink = self._live()
         sink.check()
         part = self._part(mixture)
-        mix, memory = live_reduction(part, sink, mapped=self._mapped, options=self.options)
+        if self._mix is None:
+            self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
+        mix, memory = self._mix.reduction(part)
         reader = open_reader(part, memory, mapped=self._mapped)
         run(part, memory, reader, mix, sink, digest=False)
         if self._recalibrate and len(mixture.members) > 1:

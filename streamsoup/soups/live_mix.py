@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamsoup.device_mix import OnDevice, RunningSum, find_device
 from streamsoup.errors import BudgetError, RecipeError
 from streamsoup.kernels.device import open_device, our_errors
-from streamsoup.kernels.pipeline import taken_nbytes
+from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DeviceCandidates", "device_of", "device_text", "live_reduction", "mix_into"]
+__all__ = ["DeviceCandidates", "LiveMix", "device_of", "device_text", "mix_into"]
 
 
 def device_of(sink: ModelSink, options: Options) -> str:
@@ -70,30 +70,46 @@ def device_text(sink: ModelSink, options: Options) -> str:
     return f"{name}, where the model lives"
 
 
-def live_reduction(
-    plan: MixPlan,
-    sink: ModelSink,
-    *,
-    mapped: bool,
-    options: Options,
-    engine: Engine | None = None,
-) -> tuple[Reduction, MemoryPlan]:
-    """Give what `stream.run` needs to mix `plan` into `sink`, on the device of `device_of`.
+class LiveMix:
+    """Mixes into one live model, again and again, on the device of `device_of`.
 
-    `plan` is that of the sink, or a part of it; `engine` is used where that is the CPU. Raises
-    `DeviceError` and `BudgetError`. The same bytes, wherever they are made.
+    The same bytes, wherever they are made.
     """
-    if device_of(sink, options) == "cpu":
-        budget = options.memory
+
+    def __init__(
+        self,
+        plan: MixPlan,
+        sink: ModelSink,
+        *,
+        mapped: bool,
+        options: Options,
+        engine: Engine | None = None,
+    ) -> None:
+        """Find the device, and plan what any part of `plan` will hold there.
+
+        `plan` is that of the sink; `engine` is used where sums are made on the CPU. Raises
+        `DeviceError` and `BudgetError`.
+        """
+        self._mapped, self._options, self._engine = mapped, options, engine
+        self._found: OnDevice | None = None
+        self._lanes: list[Lane[Any, Any]] = []
+        if device_of(sink, options) != "cpu":
+            self._found = _find(plan, sink, options, mapped)
+            self._target = _targets(sink, self._found)
+
+    def reduction(self, part: MixPlan) -> tuple[Reduction, MemoryPlan]:
+        """Give what `stream.run` needs to mix a part of the plan. Raises `BudgetError`."""
+        if self._found is not None:
+            mix = self._found.mix(part, target=self._target, lanes=self._lanes)
+            return mix, self._found.plan.memory
+        budget = self._options.memory
         memory = plan_memory(
-            plan,
-            mapped=mapped,
-            threads=options.n_threads,
+            part,
+            mapped=self._mapped,
+            threads=self._options.n_threads,
             budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
         )
-        return Mix(plan, memory, engine or Engine(plan)), memory
-    found = _find(plan, sink, options, mapped)
-    return found.mix(plan, target=_targets(sink, found)), found.plan.memory
+        return Mix(part, memory, self._engine or Engine(part)), memory
 
 
 def mix_into(
@@ -120,7 +136,8 @@ def mix_into(
     ordered = order(ingredients, coefficients, method="mix", options=on_host)
     plan = ordered.plan
     sink = ModelSink(model, plan)
-    reduction, memory = live_reduction(plan, sink, mapped=ordered.mapped, options=options)
+    mix = LiveMix(plan, sink, mapped=ordered.mapped, options=options)
+    reduction, memory = mix.reduction(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
     run(plan, memory, reader, reduction, sink, digest=False, on_progress=options.on_progress)
     return plan.recipe
@@ -145,6 +162,7 @@ class DeviceCandidates(Candidates):
         """
         self._on_device, sums = _find_with_sums(plan, sink, options, mapped, place)
         self._target = _targets(sink, self._on_device)
+        self._lanes: list[Lane[Any, Any]] = []
         kept = "the running sum is there too"
         if sums.place == "reread":
             kept = f"no running sum ({nbytes_text(sums.nbytes)}), what was kept is read again"
@@ -165,7 +183,12 @@ class DeviceCandidates(Candidates):
         if starts or n_tail:
             assert isinstance(self._sums, _DeviceSums)
             running = RunningSum(self._sums.of, starts, n_tail)
-        return self._on_device.mix(part, target=self._target, running=running)
+        return self._on_device.mix(part, target=self._target, running=running, lanes=self._lanes)
+
+    def forget(self) -> None:
+        """Let go of the running sum, and of the lanes."""
+        super().forget()
+        self._lanes.clear()
 
     def open_sums(self) -> Sums:
         """Make room for the running sum on the device."""

@@ -90,6 +90,8 @@ class Slopes:
         options: Options,
     ) -> None:
         """Plan the passes. `guard_every` nth batch of the split only watches; 0 for none."""
+        from streamsoup.soups.live_mix import LiveMix
+
         self.nbytes_read = 0
         """Bytes of ingredients read so far."""
         self.n_passes = 0
@@ -106,7 +108,7 @@ class Slopes:
         self._own = plan.only({name for name in floats if name not in common})
         self._fixed = plan.only({t.name for t in plan.tensors if t.operation != "mix"})
         self._common = _first_alone(plan.only(common))
-        self._engine = Engine(plan)
+        self._mix = LiveMix(plan, sink, mapped=mapped, options=options, engine=Engine(plan))
         self._put_common: float | None = None
         self._put_fixed = False
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
@@ -235,11 +237,7 @@ class Slopes:
             return
         recipe = msgspec.structs.replace(plan.recipe, coefficients=coefficients)
         part = replace(plan, recipe=recipe)
-        from streamsoup.soups.live_mix import live_reduction
-
-        mix, memory = live_reduction(
-            part, self._sink, mapped=self._mapped, options=self._options, engine=self._engine
-        )
+        mix, memory = self._mix.reduction(part)
         reader = open_reader(part, memory, mapped=self._mapped)
         started = time.monotonic()
         to_model = _Renumbered(self._sink, part, self._numbers)
