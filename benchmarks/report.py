@@ -186,7 +186,7 @@ def _growth(rows: Sequence[Row]) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> str:
-    mine = [row for row in rows if row["task"] == "kernels"]
+    mine = [row for row in rows if row["task"] == "kernels" and row["tool"] == "streamsoup"]
     last = max((row["session"] for row in mine), default="")
     mine = [row for row in mine if row["session"] == last]
     lines = []

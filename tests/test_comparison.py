@@ -408,14 +408,14 @@ def test_learning_that_was_killed(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A learned search that was killed is no obstacle to one over other ingredients."""
-    from streamsoup.soups import learned
+    from streamsoup.soups.learning import Search
 
     def killed(search: Any) -> None:
         raise KeyboardInterrupt
 
     settings = replace(SMALL, learned=("global",))
     with monkeypatch.context() as patch:
-        patch.setattr(learned._Search, "run", killed)
+        patch.setattr(Search, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
     found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)

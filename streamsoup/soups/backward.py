@@ -244,6 +244,7 @@ def _vector(gradient: torch.Tensor, name: str) -> Vector:
 
     from streamsoup.live import TORCH_DTYPES
 
+    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
     flat = gradient.detach().to("cpu").contiguous().view(-1)
     # The largest magnitude, NaN if there is one: in one pass, and without room for as many flags.
     if len(flat) and not math.isfinite(torch.linalg.vector_norm(flat, math.inf).item()):
