@@ -402,6 +402,22 @@ def test_what_float32_would_lose_decides_a_tie(name: str, tie: int, tiny: int) -
     assert in_numba(inputs, dtype, [1.0] * 4, 4.0, dtype)[0] == one
 
 
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+def test_what_cancels_leaves_every_bit_of_the_rest(name: str) -> None:
+    """256 + x - 256 is x, however far below 256 it lies: float32 would cut off its last bit."""
+    dtype = DTYPES[name]
+    fraction = dtype.fraction or 0
+    xs = [2.0 ** (8 - d) * (1 + 2.0**-fraction) for d in range(8, 23)]
+    assert any(np.float32(256) + np.float32(x) - np.float32(256) != x for x in xs)
+    for x in xs:
+        values = [256.0, x, -256.0]
+        # A hundred ordinary elements beside it: so few wide ones are looked after one by one.
+        rows = [[reference.narrow(v, dtype)] + [reference.narrow(1.0, dtype)] * 100 for v in values]
+        inputs = [np.array(row, np.uint16) for row in rows]
+        found = in_numba(inputs, dtype, [1.0] * 3, 3.0, dtype)
+        assert found[0] == reference.narrow(x / 3, dtype)
+
+
 def test_a_wrong_kernel_would_be_caught() -> None:
     """Planted fault: summing in bfloat16, as scripts do, is not the correctly rounded mean."""
     rng = np.random.default_rng(0)
