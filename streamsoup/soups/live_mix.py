@@ -146,6 +146,8 @@ def mix_into(
 class DeviceCandidates(Candidates):
     """Candidates in a model on an accelerator, with the running sum there too, if it fits."""
 
+    joins = False  # lanes put results straight into the parameters, each of its own
+
     def __init__(
         self,
         plan: MixPlan,

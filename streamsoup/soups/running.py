@@ -24,14 +24,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, PlannedTensor, plan_memory
+from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix, MixWorker, Reduction
-from streamsoup.stream import Sink, SinkSession, run
+from streamsoup.soups.joined import Apart, Pieces, join, pieces_of
+from streamsoup.stream import Sink, run
 
 __all__ = [
     "Candidates",
@@ -124,8 +125,23 @@ def can_carry(plan: MixPlan) -> bool:
     return all(source.dtype.name != "F64" for tensor in plan.tensors for source in tensor.sources)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some tensors of a plan, joined where they may be, and what they are made of."""
+
+    plan: MixPlan
+    pieces: tuple[Pieces, ...]
+
+    @classmethod
+    def of(cls, whole: MixPlan, plan: MixPlan) -> _Part:
+        return cls(plan, pieces_of(whole, plan))
+
+
 class Candidates:
     """Makes candidates out of a fixed list of ingredients, into any sink."""
+
+    joins = True
+    """Whether passes go over joined tensors (`soups.joined`)."""
 
     def __init__(
         self,
@@ -145,11 +161,15 @@ class Candidates:
         self.threads = threads
         self._scratch = scratch
         self._engine = Engine(plan)
+        passes = join(plan) if self.joins else plan
+        mixed = frozenset(t.name for t in passes.tensors if t.operation == "mix")
+        copied = frozenset(t.name for t in passes.tensors if t.operation != "mix")
+        self._all = _Part.of(plan, passes)
+        self._mixed = _Part.of(plan, passes.only(mixed))
+        self._copied = _Part.of(plan, passes.only(copied))
         self._sums: Sums | None = None
         self._held: tuple[int, ...] = ()
         """The ingredients whose sum is kept, in order."""
-        self._copied = [t.name for t in plan.tensors if t.operation != "mix"]
-        self._mixed = [t.name for t in plan.tensors if t.operation == "mix"]
 
     def mix(self, members: Sequence[int], sink: Sink, *, keep: bool) -> Moved:
         """Put the mean of the ingredients `members`, in that order, into `sink`.
@@ -170,18 +190,19 @@ class Candidates:
             self._held = ()  # until every block of it is added: a failure leaves it in between
             self._sums = self._sums or self.open_sums()
         divisor = float(len(members))
-        if held or n_tail:
-            assert self._sums is not None
-            part = self._part(fresh, self._mixed, divisor)
-            self._run(part, self.reduction(*part, starts=bool(held), n_tail=n_tail), sink)
-            if n_tail:
-                self._held = head
-            if self._copied:
-                part = self._part([members[0], members[-1]], self._copied, 2.0)
-                self._run(part, self.reduction(*part), sink)
-        else:
-            part = self._part(members, None, divisor)
-            self._run(part, self.reduction(*part), sink)
+        try:
+            if held or n_tail:
+                self._run(self._mixed, fresh, divisor, sink, starts=bool(held), n_tail=n_tail)
+                if n_tail:
+                    self._held = head
+                if self._copied.plan.tensors:
+                    self._run(self._copied, [members[0], members[-1]], 2.0, sink)
+            else:
+                self._run(self._all, members, divisor, sink)
+        except NonFiniteError:
+            if self.joins:  # the same again, tensor by tensor, says in which it is
+                self._run(_Part.of(self.plan, self.plan), members, divisor, sink)
+            raise
         moved = self._sums_cost(held) + (self.sums_plan.nbytes if n_tail else 0)
         on_disk = self.sums_plan.place == "file"
         elapsed_s = time.monotonic() - started
@@ -207,27 +228,6 @@ class Candidates:
         in_file = self.sums_plan.place == "file"
         return self.sums_plan.nbytes if held and in_file else 0
 
-    def _part(
-        self, members: Sequence[int], names: Sequence[str] | None, divisor: float
-    ) -> tuple[MixPlan, MemoryPlan]:
-        """Cut the plan for some ingredients and tensors out of the plan over all."""
-        plan = self.plan
-        ingredients = tuple(plan.ingredients[i] for i in members)
-        recipe = msgspec.structs.replace(
-            plan.recipe,
-            ingredients=tuple(ingredient.name for ingredient in ingredients),
-            coefficients=Coefficients((1.0,) * len(ingredients), divisor),
-        )
-        part = replace(
-            plan,
-            recipe=recipe,
-            ingredients=ingredients,
-            layout_of=tuple(plan.layout_of[i] for i in members),
-        )
-        if names is not None:
-            part = part.only(names)
-        return part, self.memory_of(part)
-
     def memory_of(self, part: MixPlan) -> MemoryPlan:
         """Choose the blocks of a pass over a part of the plan."""
         budget = self.sums_plan.memory
@@ -246,21 +246,38 @@ class Candidates:
         assert isinstance(self._sums, (_MemorySums, _FileSums))
         return _Trial(part, memory, self._engine, self._sums, starts, n_tail)
 
-    def _run(self, part: tuple[MixPlan, MemoryPlan], reduction: Reduction, sink: Sink) -> None:
-        plan, memory = part
-        numbers = {tensor.name: t for t, tensor in enumerate(self.plan.tensors)}
-        renumbered = _Renumbered(sink, [numbers[tensor.name] for tensor in plan.tensors])
+    def _run(
+        self,
+        part: _Part,
+        members: Sequence[int],
+        divisor: float,
+        sink: Sink,
+        *,
+        starts: bool = False,
+        n_tail: int = 0,
+    ) -> None:
+        """Pass some ingredients through a part of the plan."""
+        plan = part.plan
+        ingredients = tuple(plan.ingredients[i] for i in members)
+        recipe = msgspec.structs.replace(
+            plan.recipe,
+            ingredients=tuple(ingredient.name for ingredient in ingredients),
+            coefficients=Coefficients((1.0,) * len(ingredients), divisor),
+        )
+        layout_of = tuple(plan.layout_of[i] for i in members)
+        plan = replace(plan, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
+        memory = self.memory_of(plan)
+        reduction = self.reduction(plan, memory, starts=starts, n_tail=n_tail)
         reader = open_reader(plan, memory, mapped=self.mapped)
-        run(plan, memory, reader, reduction, renumbered, digest=False)
+        run(plan, memory, reader, reduction, Apart(sink, part.pieces), digest=False)
 
     def open_sums(self) -> Sums:
         """Make room for the running sum."""
         places: dict[str, int] = {}
         n = 0
-        for tensor in self.plan.tensors:
-            if tensor.operation == "mix":
-                places[tensor.name] = n
-                n += tensor.n_units
+        for tensor in self._mixed.plan.tensors:
+            places[tensor.name] = n
+            n += tensor.n_units
         if self.sums_plan.place == "memory":
             return _MemorySums(places, n)
         assert self._scratch is not None
@@ -384,33 +401,3 @@ class _TrialWorker(MixWorker):
             return
         addresses = np.array([block.ctypes.data for block in inputs], np.int64)
         mixer(sums, addresses, np.ones(len(inputs)), fresh, 1.0, 0, self._n)
-
-
-class _Renumbered:
-    """A sink for the plan over all tensors, given leaves of a part of it."""
-
-    def __init__(self, sink: Sink, numbers: Sequence[int]) -> None:
-        self._sink, self._numbers = sink, numbers
-
-    def session(self) -> SinkSession:
-        return _RenumberedSession(self._sink.session(), self._numbers)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
-
-class _RenumberedSession:
-    def __init__(self, session: SinkSession, numbers: Sequence[int]) -> None:
-        self._session, self._numbers = session, numbers
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        self._session.write(replace(leaf, tensor=self._numbers[leaf.tensor]), start, block)
-
-    def close(self) -> None:
-        self._session.close()

@@ -23,14 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError
-from streamsoup.formats.files import Bytes
 from streamsoup.inner import Differ, Dot, Sums, Vector, floats_of, plan_inner_memory
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes
+from streamsoup.plan import MemoryPlan, MixPlan, parse_nbytes
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine
 from streamsoup.soups.backward import Work
+from streamsoup.soups.joined import Apart, pieces_of
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
 from streamsoup.stream import run
@@ -102,7 +102,6 @@ class Slopes:
         self._split, self._guard_split, self._guard_every = split, guard_split, guard_every
         self._mapped, self._options = mapped, options
         plan = sink.plan
-        self._numbers = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
         floats = [tensor.name for tensor in floats_of(plan).tensors]
         self._free = mixture.constraint == "free"
         self._own = plan.only({name for name in floats if name not in common})
@@ -240,7 +239,7 @@ class Slopes:
         mix, memory = self._mix.reduction(part)
         reader = open_reader(part, memory, mapped=self._mapped)
         started = time.monotonic()
-        to_model = _Renumbered(self._sink, part, self._numbers)
+        to_model = Apart(self._sink, pieces_of(self._sink.plan, part))
         run(part, memory, reader, mix, to_model, digest=False)
         self._count(part.nbytes_read, started)
 
@@ -274,32 +273,6 @@ class Slopes:
                 if self._free:
                     slopes += values[0]
                 yield tensor.name, slopes
-
-
-class _Renumbered:
-    """The live model as a sink for a part of its plan."""
-
-    def __init__(self, sink: ModelSink, part: MixPlan, numbers: dict[str, int]) -> None:
-        self._sink = sink
-        self._of = [numbers[tensor.name] for tensor in part.tensors]
-
-    def session(self) -> _Renumbered:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        self._sink.write(replace(leaf, tensor=self._of[leaf.tensor]), start, block)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _first_alone(plan: MixPlan) -> MixPlan:
