@@ -85,12 +85,14 @@ class ModelSink:
         self.plan = plan
         self.live = _named_as(plan, tensors_of(model))
         """All persistent tensors of the model, by the names of the plan."""
+        self._memory = {name: _memory_of(name, tensor) for name, tensor in self.live.items()}
+        """Where the elements lie: a module that is converted keeps its parameters, not these."""
         first_of: dict[object, str] = {}
         self.tied: dict[str, str] = {}
         """Names that share memory with an earlier one of the plan, and that one."""
         planned = {tensor.name: tensor for tensor in plan.tensors}
-        for name, tensor in self.live.items():
-            first = first_of.setdefault(_memory_of(name, tensor), name)
+        for name, memory in self._memory.items():
+            first = first_of.setdefault(memory, name)
             if first != name:
                 self.tied[name] = first
         # A tensor under several names may be in the plan under any of them.
@@ -170,10 +172,8 @@ class ModelSink:
         now = _named_as(self.plan, tensors_of(self.model))
         changed = [
             name
-            for name, tensor in self.live.items()
-            if name not in now
-            or _memory_of(name, now[name]) != _memory_of(name, tensor)
-            or now[name].dtype != tensor.dtype
+            for name, memory in self._memory.items()
+            if name not in now or _memory_of(name, now[name]) != memory
         ]
         if changed:
             raise TaskError(
@@ -288,7 +288,7 @@ def _memory_of(name: str, tensor: Tensor) -> object:
     """Tell whether two names stand for the same elements."""
     if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in _PLAIN:
         return name
-    return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    return (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def _check(

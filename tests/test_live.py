@@ -151,6 +151,15 @@ def test_a_model_that_was_changed_under_us_is_named(tmp_path: Path) -> None:
         sink.check()
 
 
+def test_a_model_that_was_converted_and_back_is_named(tmp_path: Path) -> None:
+    """Its parameters are the same, but their elements lie elsewhere: a mix would miss them."""
+    model = networks.build()
+    sink = mix_into(model, networks.ingredients(tmp_path, 2))
+    model.double().float()
+    with pytest.raises(TaskError, match=r"0\.weight"):
+        sink.check()
+
+
 def test_what_was_in_the_model_can_be_put_back(tmp_path: Path) -> None:
     """Keep, mix, put back: the same bits as before."""
     paths = networks.ingredients(tmp_path, 2)
