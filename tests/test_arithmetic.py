@@ -411,11 +411,35 @@ def test_what_cancels_leaves_every_bit_of_the_rest(name: str) -> None:
     assert any(np.float32(256) + np.float32(x) - np.float32(256) != x for x in xs)
     for x in xs:
         values = [256.0, x, -256.0]
-        # A hundred ordinary elements beside it: so few wide ones are looked after one by one.
-        rows = [[reference.narrow(v, dtype)] + [reference.narrow(1.0, dtype)] * 100 for v in values]
+        # A block of ordinary elements around it: so few wide ones are looked after one by one.
+        one = [reference.narrow(1.0, dtype)]
+        rows = [[reference.narrow(v, dtype)] + one * cpu.BLOCK for v in values]
         inputs = [np.array(row, np.uint16) for row in rows]
         found = in_numba(inputs, dtype, [1.0] * 3, 3.0, dtype)
         assert found[0] == reference.narrow(x / 3, dtype)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+def test_the_last_bit_of_the_smallest_decides_a_tie(name: str) -> None:
+    """At every distance: the sum is at its largest when the smallest is added to it."""
+    dtype = DTYPES[name]
+    fraction = dtype.fraction or 0
+    ulp = 2.0**-fraction
+    tie = [1.5] * 5 + [0.5 + 4 * ulp]  # a mean of eight that is halfway between 1 and 1 + ulp
+    one = reference.narrow(1.0, dtype)
+    n_lost = 0
+    for d in range(4, 24 - fraction):
+        tiny = [2.0**-d * (1 + ulp), -(2.0**-d)]
+        in_float32 = np.float32(0)
+        for value in tie + tiny:
+            in_float32 += np.float32(value)
+        n_lost += in_float32 == np.float32(sum(tie))
+        values = [reference.narrow(value, dtype) for value in tie + tiny]
+        inputs = [np.full(2 * cpu.BLOCK, one, np.uint16) for _ in values]
+        for column, value in zip(inputs, values, strict=True):
+            column[:7] = value
+        assert (in_numba(inputs, dtype, [1.0] * 8, 8.0, dtype)[:7] == one + 1).all(), d
+    assert n_lost, "float32 alone would have done"
 
 
 def test_a_wrong_kernel_would_be_caught() -> None:

@@ -4,9 +4,8 @@ The sums of a few thousand elements stay in a core's first cache while ingredien
 is added to them, four at a time in registers, and leave it once, rounded. The loops hold no
 branch and no call, so that LLVM turns them into vector instructions.
 
-Means of 16- and 8-bit floats are taken in float32 wherever that is exact: twice the lanes, and
-nothing to widen. Compiled per pair of input and output dtype, to an object file that `cpu` keeps
-and loads.
+Means of 16- and 8-bit floats are taken in float32 wherever that is exact (`means`). Compiled per
+pair of input and output dtype, to an object file that `cpu` keeps and loads.
 """
 
 # Numba's decorators change what functions take: their types cannot be stated.
@@ -26,21 +25,21 @@ from streamsoup.kernels.bits import (
     as_float64,
     bits64,
     narrow,
-    narrow_small,
     numbers,
+    pair,
     pointer,
     widen,
-    widen_small,
 )
-from streamsoup.kernels.cpu import BLOCK
+from streamsoup.kernels.cpu import BLOCK, MOST
+from streamsoup.kernels.means import mean, prepare
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
 
 _SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.int64)
 
-_MOST = 128
-"""Ingredients whose mean may be taken in float32: beyond, little would be exact."""
+_PATIENCE = 16
+"""Blocks that are not tried in float32 after one where it was not worth it."""
 
 
 def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
@@ -54,101 +53,6 @@ def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
     return kernel._wrapper_name, content
 
 
-@numba.njit(forceinline=True)
-def _mean_small(
-    inputs: Any, k: int, m: int, sums: Any, ends: Any, y: Any, word: Any, row: Any
-) -> Any:
-    """Give the means `y` of `k` 16- or 8-bit floats, by way of sums in float32 that are exact.
-
-    Also says how far magnitudes went beyond what is finite; and before that, whether it did
-    anything: not where many elements need float64. `inputs` holds `k` addresses, and others of -0,
-    which changes neither sums nor ranges.
-    """
-    way, nbits, fraction, bias, largest, overflow, nan = row
-    # Magnitudes that lie within 2^d are multiples of one unit, below 2^(fraction + 1 + d) of it. If
-    # `k` of them stay below 2^24, each of their sums is a float32.
-    n_doublings = 0
-    while (1 << n_doublings) < k:
-        n_doublings += 1
-    limit = (23 - fraction - n_doublings) << fraction
-    # Sums of bfloat16 must not overflow: `_MOST` of the magnitudes below this do not.
-    huge = min(largest + 1, (254 - 7) << 7)
-    _sum_small(inputs[: -(-k // 4) * 4], m, sums, ends, word, way, (1 << (nbits - 1)) - 1)
-    n_wide = _count_wide(ends, m, word, limit, huge)
-    if n_wide > m // 16:
-        return False, np.uint64(0)
-    # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be halfway
-    # between two values of `y`: k·h is a float32, so that a sum which is not k·h is more than 2^-24
-    # of it away, and its quotient is not rounded to h. (Or k is a power of two, and it is exact.)
-    divisor = np.float32(k * (2.0**-8 if bias == 7 else 1.0))  # E4M3: see `widen_small`
-    for j in range(m):
-        y[j] = word(narrow_small(sums[j] / divisor, way, nbits, fraction, bias))
-    worst = np.uint64(0)
-    for j in range(m if n_wide else 0):
-        if _is_wide(ends, j, word, limit, huge):
-            total = widen(numba.carray(pointer(inputs[0], word), (m,))[j], way, nan)
-            for i in range(1, k):
-                total += widen(numba.carray(pointer(inputs[i], word), (m,))[j], way, nan)
-            bits, magnitude = narrow(total / k, way, nbits, fraction, bias, overflow, nan)
-            y[j] = word(bits)
-            worst = max(worst, magnitude)
-    return True, worst
-
-
-@numba.njit(forceinline=True)
-def _sum_small(inputs: Any, m: int, sums: Any, ends: Any, word: Any, way: int, mask: int) -> None:
-    """Add up 16- or 8-bit floats in float32, and find the range of each element's magnitudes.
-
-    `inputs` holds addresses, a multiple of four. `ends` becomes the largest magnitude's bits and,
-    `BLOCK` further on, one less than those of the smallest that is not zero.
-    """
-    one, magnitude = word(1), word(mask)
-    for j in range(m):
-        ends[j] = word(0)
-    for j in range(m):
-        ends[BLOCK + j] = word(mask * 2 + 1)
-    for j in range(m):
-        sums[j] = np.float32(-0.0)  # so that -0 stays -0
-    for i in range(0, len(inputs), 4):
-        x0 = numba.carray(pointer(inputs[i], word), (m,))
-        x1 = numba.carray(pointer(inputs[i + 1], word), (m,))
-        x2 = numba.carray(pointer(inputs[i + 2], word), (m,))
-        x3 = numba.carray(pointer(inputs[i + 3], word), (m,))
-        for j in range(m):
-            a0, a1 = word(x0[j] & magnitude), word(x1[j] & magnitude)
-            a2, a3 = word(x2[j] & magnitude), word(x3[j] & magnitude)
-            high = max(max(a0, a1), max(a2, a3))
-            low01 = min(word(a0 - one), word(a1 - one))
-            low = min(low01, min(word(a2 - one), word(a3 - one)))
-            ends[j] = max(high, ends[j])
-            ends[BLOCK + j] = min(low, ends[BLOCK + j])
-        for j in range(m):
-            total = sums[j] + widen_small(x0[j], way)
-            total += widen_small(x1[j], way)
-            total += widen_small(x2[j], way)
-            sums[j] = total + widen_small(x3[j], way)
-
-
-@numba.njit(forceinline=True)
-def _count_wide(ends: Any, m: int, word: Any, limit: int, huge: int) -> int:
-    """Count the elements whose magnitudes lie too far apart, or too high, for float32."""
-    widest, top = word(0), word(0)
-    for j in range(m):
-        widest = max(widest, word(ends[j] - word(ends[BLOCK + j] + word(1))))
-        top = max(top, ends[j])
-    if widest < word(limit) and top < word(huge):
-        return 0
-    n_wide = 0
-    for j in range(m):
-        n_wide += _is_wide(ends, j, word, limit, huge)
-    return n_wide
-
-
-@numba.njit(forceinline=True)
-def _is_wide(ends: Any, j: int, word: Any, limit: int, huge: int) -> bool:
-    return word(ends[j] - word(ends[BLOCK + j] + word(1))) >= word(limit) or ends[j] >= word(huge)
-
-
 def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
     """Compile one kernel. It closes over plain numbers only, which are constants to LLVM."""
     way, nbits, _, _, _, _, nan = source
@@ -156,6 +60,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
     word, to_word = WORDS[nbits], WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
     small = source == output and nbits <= 16
+    two_words = pair(source) if small else word
 
     # Never ``fastmath``: it reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch. A kernel must not allocate or raise: it is loaded without numba.
@@ -175,10 +80,6 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         factors = numba.carray(pointer(factors_at, types.float64), (k,))
         first = numba.carray(pointer(scratch_at + 8 * BLOCK, types.uint64), (BLOCK,))
         equal = numba.carray(pointer(scratch_at + 16 * BLOCK, types.uint64), (BLOCK,))
-        sums32 = numba.carray(pointer(scratch_at, types.float32), (BLOCK,))
-        ends = numba.carray(pointer(scratch_at + 8 * BLOCK, word), (2 * BLOCK,))
-        zeros = numba.carray(pointer(scratch_at + 16 * BLOCK, word), (BLOCK,))
-        inputs = numba.carray(pointer(scratch_at + 20 * BLOCK, types.int64), (_MOST,))
         plain = True
         for i in range(k):
             plain = plain and factors[i] == 1.0
@@ -189,24 +90,22 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         reciprocal = 1.0 / divisor
         mantissa = bits64(divisor) & np.uint64((1 << 52) - 1)
         exact = mantissa == np.uint64(0) and abs(divisor) >= 1.0 and abs(divisor) <= 2.0**100
-        in_float32 = small and uniform and k <= _MOST
+        in_float32 = small and uniform and k <= MOST
         if in_float32:
-            for j in range(BLOCK):
-                zeros[j] = word(1 << (nbits - 1))
-            for i in range(k, _MOST):
-                inputs[i] = scratch_at + 16 * BLOCK
+            prepare(scratch_at, word, nbits)
         worst = np.uint64(0)
+        next_try = 0
         for start in range(0, n, BLOCK):
             m = min(BLOCK, n - start)
-            if in_float32:
-                for i in range(k):
-                    inputs[i] = addresses[i] + start * size
-                y = numba.carray(pointer(output + start * size, word), (m,))
-                # What is wide here will be in the next blocks: they do not try.
-                in_float32, magnitude = _mean_small(inputs, k, m, sums32, ends, y, word, source)
+            if in_float32 and start >= next_try and m == BLOCK:
+                at = output + start * size
+                done, magnitude = mean(
+                    addresses, start * size, scratch_at, at, word, two_words, source
+                )
                 worst = max(worst, magnitude)
-                if in_float32:
+                if done:
                     continue
+                next_try = start + _PATIENCE * BLOCK
             acc_at = sums_at + 8 * start if sums_at != 0 else scratch_at
             acc = numba.carray(pointer(acc_at, types.float64), (m,))
             i = 0
