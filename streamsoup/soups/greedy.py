@@ -42,7 +42,8 @@ from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, containe
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
 from streamsoup.soups.search import search as go_through
 from streamsoup.soups.search_report import RULES, report_of
-from streamsoup.soups.workers import Alone, Crew, Scorers, Work, candidates_of
+from streamsoup.soups.serving import Work, candidates_of
+from streamsoup.soups.workers import Alone, Crew, Scorers
 from streamsoup.task import AnyTask, Score, Task, load_task
 from streamsoup.task.command import CommandTask
 from streamsoup.verification import read_provenance
