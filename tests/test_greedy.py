@@ -350,6 +350,11 @@ def interrupted(paths: list[str], output: Path) -> Path:
     return Path(f"{output}.search") / "journal"
 
 
+def failing(model: nn.Module) -> float:
+    """Score nothing."""
+    raise AssertionError("this is not to be scored")
+
+
 def task_of_two(model: nn.Module) -> float:
     """Score otherwise."""
     return -networks.score(model)
@@ -398,6 +403,19 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
     assert again(restart=True).members
     with pytest.raises(OutputExistsError):
         again()
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_scored(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """Also beside what another recipe left half done: the end of a search is late to say so."""
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(Path(paths[0]) / "model.safetensors", output)
+    shutil.copytree(output, tmp_path / "out.partial")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        greedy_soup(paths, failing, model=networks.build(), output=output)
+    assert not (tmp_path / "out.search").exists()
 
 
 def test_a_failure_names_the_task_the_place_and_the_candidate(

@@ -98,8 +98,8 @@ def greedy_soup(
     ordered = order(opened, Coefficients.uniform(len(opened)), method="greedy", options=options)
     target = os.path.realpath(os.fspath(output))
     resumed = os.path.lexists(target + ".search") and not search.restart
-    if not (resumed and os.path.lexists(target)):
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+    if not resumed:
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
     kitchen = _Kitchen(ordered, task, model, search, options, target)
     try:
         bound_to = kitchen.bound_to()
@@ -111,7 +111,7 @@ def greedy_soup(
             if finished is not None:
                 book.finish()
                 return finished
-            check_output(os.fspath(output), opened, overwrite=options.overwrite)
+            check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
             scorers = kitchen.open(book)
             given = _given_scores(search, bound_to)
             ask = _asking(scorers, book, search, given)

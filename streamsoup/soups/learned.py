@@ -99,8 +99,8 @@ def learned_soup(
         raise RecipeError(f"the split {printable(split)!r} cannot both learn and watch")
     target = os.path.realpath(os.fspath(output))
     resumed = os.path.lexists(target + ".search") and not learning.restart
-    if not (resumed and os.path.lexists(target)):
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+    if not resumed:
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
     bound_to = _bound_to(ordered, loaded, learning, split)
     identity = digest_bytes(json.dumps(bound_to, sort_keys=True).encode())
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
@@ -108,7 +108,7 @@ def learned_soup(
         if known is not None:
             notebook.finish()
             return known
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
         report = search.report(identity, started)
