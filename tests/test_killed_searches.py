@@ -23,13 +23,15 @@ N = 4
 
 EVALUATION = """
 import json, struct, sys, zlib
-folder, log = sys.argv[1:]
+(folder,) = sys.argv[1:]
+with open({root!r} + "/current") as file:
+    log = file.read()
 with open(folder + "/model.safetensors", "rb") as file:
     (n,) = struct.unpack("<Q", file.read(8))
     header = json.loads(file.read(n))
     begin, end = header["marks"]["data_offsets"]
     file.seek(8 + n + begin)
-    marks = struct.unpack(f"<{(end - begin) // 4}f", file.read(end - begin))
+    marks = struct.unpack("<%df" % ((end - begin) // 4), file.read(end - begin))
 members = [i for i, mark in enumerate(marks) if mark]
 with open(log, "a") as file:
     file.write(json.dumps(members) + chr(10))
@@ -53,8 +55,9 @@ class Searches:
         self.machine = machine
         self.before, self.stage = root / "before", root / "stage"
         self.before.mkdir()
-        self.log = root / "log"
-        (root / "eval.py").write_text(EVALUATION)
+        self.root = root
+        self.n_searches = 0
+        (root / "eval.py").write_text(EVALUATION.replace("{root!r}", repr(str(root))))
         self.command = ["greedy"]
         generator = torch.Generator().manual_seed(3)
         for i in range(N):
@@ -62,7 +65,7 @@ class Searches:
             path = root / f"{i}.safetensors"
             save_file({"marks": torch.eye(N)[i], "noise": noise}, path)
             self.command.append(str(path))
-        evaluation = f"{sys.executable} -I -S {root}/eval.py {{checkpoint}} {self.log}"
+        evaluation = f"{sys.executable} -I -S {root}/eval.py {{checkpoint}}"
         self.command += ["--command", evaluation, "--threads", "1", *options]
         self.command += ["-o", str(self.stage / "soup")]
         restore(self.stage, self.before)
@@ -74,7 +77,11 @@ class Searches:
 
     def search(self, at: int = 0, action: str = "kill", plant: str = "") -> Result:
         """Run the command."""
+        # Each has its own log: what a killed one left running may yet write.
+        self.n_searches += 1
+        self.log = self.root / f"log{self.n_searches}"
         self.log.write_text("")
+        (self.root / "current").write_text(str(self.log))
         machine, stage = self.machine, self.stage
         return machine.run(*self.command, stage=stage, at=at, action=action, plant=plant)
 

@@ -19,6 +19,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from streamsoup.errors import StreamsoupError
 from streamsoup.options import Options
 from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, contained
-from streamsoup.task.command import die_with_parent
+from streamsoup.task.family import die_with_parent
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
@@ -104,8 +105,9 @@ def serve(descriptor: int, parent: int, is_live: bool) -> None:
     except BaseException:
         traceback.print_exc()  # the last it printed
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # the task may have closed it
+                stream.flush()
         os._exit(status)
 
 
@@ -117,7 +119,10 @@ def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> N
     except StreamsoupError as error:
         say("error", (type(error).__name__, str(error)))
     except MemoryError:
-        say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
+        say(
+            "error",
+            ("BudgetError", "a worker ran out of memory; lower --memory, or use fewer --jobs"),
+        )
 
 
 def _serve_command(connection: Connection, say: Callable[..., None]) -> None:

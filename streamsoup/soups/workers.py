@@ -28,7 +28,8 @@ from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import Outcome, Scorer
 from streamsoup.soups.serving import Work
-from streamsoup.task.command import CommandTask, Family, Tail
+from streamsoup.task.command import CommandTask
+from streamsoup.task.family import Family, Tail
 
 __all__ = ["Alone", "Crew", "Scorers"]
 
@@ -263,7 +264,7 @@ class _Worker:
             return f"took longer than {self._timeout:g} s (--timeout)"
         if status < 0:
             why = "; out of memory?" if -status == signal.SIGKILL else ""
-            return f"the process was killed by signal {-status}{why}"
+            return f"the process was killed by {signal.Signals(-status).name}{why}"
         return f"the process ended itself with status {status}"
 
     def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
