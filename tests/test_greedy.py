@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+import random
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,11 @@ from streamsoup.errors import (
     TaskError,
 )
 from streamsoup.journal import Journal
-from streamsoup.soups.running import Candidates, plan_sums
+from streamsoup.soups.running import Candidates, Moved, plan_sums
 from streamsoup.soups.scorebook import Scorebook
+from streamsoup.soups.scoring import Outcome
+from streamsoup.soups.search import search
+from streamsoup.task import Score
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +221,52 @@ def test_rules(tmp_path: Path, search: dict[str, Any], expected: tuple[int, ...]
         ingredients, table(scores), model=Marks(4), output=tmp_path / "out", search=rules
     )
     assert soup.members == expected
+
+
+def the_papers_script(singles: dict[str, float], score_of: Callable[[list[str]], float]) -> Any:
+    """Choose as the greedy loop of mlfoundations/model-soups `main.py` (MIT) does, given scores."""
+    ranked = sorted(singles.items(), key=operator.itemgetter(1))
+    ranked.reverse()
+    order = [name for name, _ in ranked]
+    chosen, best = [order[0]], singles[order[0]]
+    for name in order[1:]:
+        found = score_of([*chosen, name])
+        if found > best:
+            chosen, best = [*chosen, name], found
+    return order, chosen, best
+
+
+def test_the_choice_of_the_papers_script() -> None:
+    """With `ties="reject"`, and files in reverse, any scores lead where its script leads.
+
+    It sorts, then reverses: of equal ones, the last comes first.
+    """
+    draw = random.Random(0)
+    n_tied = 0
+    for _ in range(200):
+        names = [f"model_{i}" for i in range(12)]
+        singles = {name: draw.randrange(8) / 8 for name in names}
+        salt = draw.random()
+
+        def score_of(
+            chosen: list[str], singles: dict[str, float] = singles, s: float = salt
+        ) -> Any:
+            noise = zlib.crc32(repr((s, sorted(chosen))).encode()) % 5 - 2
+            return singles[chosen[0]] if len(chosen) == 1 else max(singles.values()) + noise / 8
+
+        given = names[::-1]
+
+        def ask(wanted: Any, to_beat: Any, given: list[str] = given, of: Any = score_of) -> Any:
+            value = of([given[i] for i in wanted[0]])
+            return Outcome(Score(value), None, Moved(0, 0, 0.0), 0.0), False
+
+        order, chosen, best = the_papers_script(singles, score_of)
+        (run,) = search(given, ask, SearchOptions(ties="reject")).runs
+        assert [given[i] for i in run.order] == order
+        assert ([given[i] for i in run.members], run.score.value) == (chosen, best)
+        (kept,) = search(given, ask, SearchOptions()).runs
+        n_tied += kept.members != run.members
+    assert n_tied > 50
 
 
 def test_nan_never_wins(tmp_path: Path) -> None:
