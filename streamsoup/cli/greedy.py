@@ -163,7 +163,8 @@ def _line(trial: Trial) -> str:
     against = "" if trial.to_beat is None else f" (to beat {trial.to_beat:.6g})"
     score = f"{'at most ' if trial.score.stopped else ''}{trial.score.value:.6g}"
     if trial.averaged is not None:
-        score += f" ({trial.averaged.value:.6g} with averaged statistics)"
+        statistics = "averaged" if len(trial.members) > 1 else "its own"
+        score += f" ({trial.averaged.value:.6g} with {statistics} statistics)"
     decision = "" if trial.kind == "single" else f"  {trial.decision}"
     known = "  known" if trial.known else f"  {trial.scoring_s:.2f} s"
     return f"{sign} {name}  {score}{against}{decision}{known}"

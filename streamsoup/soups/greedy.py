@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
-from streamsoup.errors import RecipeError, printable, some
+from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.plan import parse_nbytes
@@ -126,7 +126,15 @@ def greedy_soup(
             chosen = [opened[i] for i in best.members]
             coefficients = Coefficients.uniform(len(chosen))
             final = order(chosen, coefficients, method="greedy", options=options)
-            soup = make(replace(final, report=report), output=output, options=options)
+            try:
+                soup = make(replace(final, report=report), output=output, options=options)
+            except OutputExistsError:
+                # Where a kill came as `make` tidied up, only the soup itself says whose it is.
+                finished = _finished(target, identity) if resumed else None
+                if finished is None:
+                    raise
+                book.finish()
+                return finished
             book.finish()
     finally:
         kitchen.close()
