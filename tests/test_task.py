@@ -371,6 +371,14 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     wrong = streamsoup("greedy", *paths, "-o", "x", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "one of --task task.py, --command" in wrong.stderr
+    alone = streamsoup(
+        "greedy", *paths, "--task", "task.py", "--batch-size", "8", "-o", "x", cwd=tmp_path
+    )
+    assert "--batch-size goes with --lm-eval" in alone.stderr
+    some = streamsoup(
+        "greedy", *paths, "--lm-eval", "a", "--batch-size", "some", "-o", "x", cwd=tmp_path
+    )
+    assert "--batch-size some: give a number, or auto" in some.stderr
     hostile(tmp_path, "os._exit(0)")
     died = streamsoup("greedy", *paths, "--task", "task.py", "-o", "x", "--json", cwd=tmp_path)
     assert died.returncode == 1

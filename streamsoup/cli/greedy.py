@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ TASK = common.stack(
     click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
     click.option("--lm-eval", metavar="TASKS", help="Of lm-evaluation-harness: a,b.yaml,…"),
     click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
+    click.option("--batch-size", metavar="N|auto", help="Of --lm-eval: examples at once; else 1."),
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
 )
@@ -80,7 +82,7 @@ RULES = (
 @common.REPORTING
 def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Add checkpoints to a soup, best first, each only if the score does not suffer."""
-    names = ("task", "command", "lm_eval", "limit", "metric", "split")
+    names = ("task", "command", "lm_eval", "limit", "batch_size", "metric", "split")
     told = {name: settings.pop(name) for name in names}
     rules = {name: settings.pop(name) for name in RULES}
     if sum(told[name] is not None for name in ("task", "command", "lm_eval")) != 1:
@@ -88,8 +90,9 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
             "say how to score: one of --task task.py, --command 'python eval.py {checkpoint}', "
             "--lm-eval TASKS"
         )
-    if told["lm_eval"] is None and told["limit"] is not None:
-        raise click.UsageError("--limit goes with --lm-eval")
+    for name in ("limit", "batch_size"):
+        if told["lm_eval"] is None and told[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --lm-eval")
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
@@ -118,7 +121,11 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
         from streamsoup.task.harness import HarnessTask
 
         tasks = tuple(filter(None, map(str.strip, told["lm_eval"].split(","))))
-        return HarnessTask(tasks, told["limit"], told["metric"], os.path.abspath(first))
+        batch_size = told["batch_size"] or "1"
+        if not re.fullmatch(r"[1-9][0-9]*|auto(:[1-9][0-9]*)?", batch_size):
+            raise RecipeError(f"--batch-size {printable(batch_size)}: give a number, or auto")
+        where = os.path.abspath(first)
+        return HarnessTask(tasks, told["limit"], told["metric"], batch_size, where)
     if told["metric"] is not None:
         raise RecipeError("--metric goes with --command and --lm-eval; a task file says main = …")
     return told["task"]
