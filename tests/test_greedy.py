@@ -289,6 +289,19 @@ def test_why_one(tmp_path: Path) -> None:
     advice = str(soup.report["advice"])
     assert "0.7 against 0.9" in advice
     assert "geometry" in advice
+    assert "milder rule" not in advice
+    rules = [SearchOptions(min_gain=0.5), SearchOptions(direction="backward")]
+    for rule, said in zip(rules, ["scored well enough better", "from dropping"], strict=True):
+        soup = greedy_soup(
+            ingredients,
+            table(scores),
+            model=Marks(3),
+            output=tmp_path / rule.direction,
+            search=rule,
+        )
+        assert soup.members == (0,)
+        assert said in str(soup.report["advice"])
+        assert ("milder rule" in str(soup.report["advice"])) == (rule.min_gain > 0)
 
 
 def test_stopping_early_changes_no_decision(tmp_path: Path) -> None:

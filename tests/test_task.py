@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from streamsoup import SearchOptions, greedy_soup
+from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
 from streamsoup.task.command import command_task
@@ -346,6 +347,23 @@ def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> 
     assert all(str(tmp_path / "out.search") in candidate for candidate in candidates)
     assert before == [Path(path, "model.safetensors").read_bytes() for path in paths]
     assert not (tmp_path / "out.search").exists()
+
+
+def test_the_table_fits_the_terminal(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long names are cut in the middle, so that no row of the table is wrapped."""
+    long = [
+        str(shutil.copytree(path, tmp_path / ("long" * 20) / f"run{i}"))
+        for i, path in enumerate(paths)
+    ]
+    soup = greedy_soup(long, networks.score, model=networks.build(), output=tmp_path / "out")
+    for columns in (40, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = lines(soup)[: len(long) + 1]
+        assert all(len(row) <= columns for row in rows)
+        assert [row for row in rows if "run1  " in row]
+        assert len({row.rstrip().rfind(" ") for row in rows[1:]}) == 1
 
 
 def streamsoup(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -95,7 +95,10 @@ def _why_one(found: Found, best: Run, options: SearchOptions) -> str:
     tried = [trial for trial in best.trials if trial.decision == "left out"]
     finite = [trial for trial in tried if math.isfinite(trial.score.value)]
     text = (
-        f"only {printable(found.names[best.members[0]])} was kept: no mean with another "
+        f"only {printable(found.names[best.members[0]])} is left: the score did not suffer from "
+        "dropping any of the others. "
+        if options.direction == "backward"
+        else f"only {printable(found.names[best.members[0]])} was kept: no mean with another "
         f"ingredient scored {demand if strict else 'as well'}. "
     )
     if finite:
