@@ -18,11 +18,14 @@ _Id = tuple[int, int]
 """Device and inode: the same for every path to a file or folder, bind mounts included."""
 
 
-def check_output(output: str, ingredients: Sequence[Ingredient], *, overwrite: bool) -> str:
+def check_output(
+    output: str, ingredients: Sequence[Ingredient], *, overwrite: bool, resumes: bool
+) -> str:
     """Give the real path of `output`, if a soup may be put there.
 
-    Raises `OutputExistsError` if something is there that may not be replaced, and `OutputError`
-    if the output would lie in, over or around an ingredient, by whatever link or mount.
+    Where work `resumes`, what is there may be the very soup it was to make. Raises
+    `OutputExistsError` if something is there that may not be replaced, and `OutputError` if the
+    output would lie in, over or around an ingredient, by whatever link or mount.
     """
     where = printable(output)
     if output.endswith(".safetensors"):
@@ -46,7 +49,7 @@ def check_output(output: str, ingredients: Sequence[Ingredient], *, overwrite: b
         raise OutputExistsError(f"{where}: is a file; the output is a folder")
     if overwrite:
         check_replaceable(target)
-    elif not os.path.lexists(target + ".partial"):
+    elif not (resumes and os.path.lexists(target + ".partial")):
         # Otherwise an earlier run may have been killed just after it put this very output in
         # place: `Staging` will tell, and tidy up.
         raise exists_already(target)

@@ -1,8 +1,12 @@
 """An append-only log that survives a kill at any instant. Writing and searching resume from it.
 
-A record is one line: its checksum, its length, and a JSON object. It is on disk before `append`
-returns. A tail that was torn off in mid-record is dropped; damage anywhere else is refused, as
-nothing after it can be trusted.
+A record is one line: a checksum, its length, and a JSON object. The checksum is that of all JSON
+objects up to and with this one, one after the other: so each record fits only behind those that it
+was written behind, and one that was lost, moved, doubled or put in from elsewhere is found out.
+
+A record is on disk before `append` returns. A tail that was torn off in mid-record is dropped, and
+whole records that are missing at the end were never written, for all one can know; damage anywhere
+else is refused, as nothing after it can be trusted. This finds accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -39,11 +43,13 @@ class Journal:
         self.last: dict[str, Any] = {}
         """The last record; empty if there is none."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._checksum = 0
+        """Of all records."""
         self._descriptor = os.open(path, flags, 0o666)
         try:
             nbytes = 0
-            for record, end in _parse(self._descriptor, path):
-                self._count(record)
+            for record, checksum, end in _parse(self._descriptor, path):
+                self._count(record, checksum)
                 nbytes = end
             os.ftruncate(self._descriptor, nbytes)
         except BaseException:
@@ -52,7 +58,7 @@ class Journal:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read the records again, one after the other."""
-        for record, _ in _parse(self._descriptor, self.path):
+        for record, _, _ in _parse(self._descriptor, self.path):
             yield record
 
     def __enter__(self) -> Journal:
@@ -73,7 +79,9 @@ class Journal:
 
         Without `wait` it survives a kill, but only after `sync` a power failure.
         """
-        line = _encode(record)
+        text = json.dumps(record, separators=(",", ":")).encode()
+        checksum = zlib.crc32(text, self._checksum)
+        line = b"%08x %d %b\n" % (checksum, len(text), text)
         nbytes = os.fstat(self._descriptor).st_size
         try:
             while line:
@@ -84,7 +92,7 @@ class Journal:
             # The cache would still show what is not on disk.
             os.ftruncate(self._descriptor, nbytes)
             raise
-        self._count(record)
+        self._count(record, checksum)
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
@@ -97,20 +105,16 @@ class Journal:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
-    def _count(self, record: dict[str, Any]) -> None:
+    def _count(self, record: dict[str, Any], checksum: int) -> None:
         self.first = self.first if self.n_records else record
         self.last = record
+        self._checksum = checksum
         self.n_records += 1
 
 
-def _encode(record: dict[str, Any]) -> bytes:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %d %b\n" % (zlib.crc32(text), len(text), text)
-
-
-def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """Give each record, and where in the file it ends; stop at a torn tail."""
-    position = number = 0
+def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Give each record, its checksum, and where in the file it ends; stop at a torn tail."""
+    position = number = checksum = 0
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         line = file.readline()
@@ -121,24 +125,30 @@ def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int]]:
             torn = not line.endswith(b"\n") or (b"\0" in line and not following)
             if torn and _BEGINNING.match(line):
                 return
-            record = _decode(line.removesuffix(b"\n"))
+            found = _decode(line.removesuffix(b"\n"), checksum)
             number += 1
-            if record is None:
+            if found is None:
+                after = f", or was not written after record {number - 1}" if number > 1 else ""
                 raise ResumeError(
-                    f"{printable(path)}: record {number} is damaged; "
+                    f"{printable(path)}: record {number} is damaged{after}; "
                     f"remove {printable(os.path.dirname(path) or path)} to start anew"
                 )
+            record, checksum = found
             position += len(line)
-            yield record, position
+            yield record, checksum, position
             line = following
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """Give the record of a line, or None if it is not as it was written."""
+def _decode(line: bytes, before: int) -> tuple[dict[str, Any], int] | None:
+    """Give the record of a line, and its checksum; None if it is not what was written there.
+
+    `before` is the checksum of the record before it.
+    """
     parts = line.split(b" ", 2)
     if len(parts) != 3 or parts[1] != b"%d" % len(parts[2]):
         return None
-    if parts[0] != b"%08x" % zlib.crc32(parts[2]):
+    checksum = zlib.crc32(parts[2], before)
+    if parts[0] != b"%08x" % checksum:
         return None
     record = json.loads(parts[2])
-    return record if isinstance(record, dict) else None
+    return (record, checksum) if isinstance(record, dict) else None

@@ -289,6 +289,14 @@ def plant_fault(name: str) -> None:
         write.FileSession.restore = (  # type: ignore[method-assign]
             lambda self, leaf, nbytes: self._sink.noted(leaf)
         )
+    elif name == "notes no scores":
+        import streamsoup.soups.scorebook as scorebook
+
+        def faulty_put(self: Any, members: Any, outcome: Any, to_beat: Any) -> None:
+            self.scores[members] = outcome
+            self.paid.append(outcome)
+
+        scorebook.Scorebook.put = faulty_put  # type: ignore[method-assign]
     elif name == "no exchange":
         rename2 = staging._rename2
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+import random
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,11 @@ from streamsoup.errors import (
     TaskError,
 )
 from streamsoup.journal import Journal
-from streamsoup.soups.running import Candidates, plan_sums
+from streamsoup.soups.running import Candidates, Moved, plan_sums
 from streamsoup.soups.scorebook import Scorebook
+from streamsoup.soups.scoring import Outcome
+from streamsoup.soups.search import search
+from streamsoup.task import Score
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +223,52 @@ def test_rules(tmp_path: Path, search: dict[str, Any], expected: tuple[int, ...]
     assert soup.members == expected
 
 
+def the_papers_script(singles: dict[str, float], score_of: Callable[[list[str]], float]) -> Any:
+    """Choose as the greedy loop of mlfoundations/model-soups `main.py` (MIT) does, given scores."""
+    ranked = sorted(singles.items(), key=operator.itemgetter(1))
+    ranked.reverse()
+    order = [name for name, _ in ranked]
+    chosen, best = [order[0]], singles[order[0]]
+    for name in order[1:]:
+        found = score_of([*chosen, name])
+        if found > best:
+            chosen, best = [*chosen, name], found
+    return order, chosen, best
+
+
+def test_the_choice_of_the_papers_script() -> None:
+    """With `ties="reject"`, and files in reverse, any scores lead where its script leads.
+
+    It sorts, then reverses: of equal ones, the last comes first.
+    """
+    draw = random.Random(0)
+    n_tied = 0
+    for _ in range(200):
+        names = [f"model_{i}" for i in range(12)]
+        singles = {name: draw.randrange(8) / 8 for name in names}
+        salt = draw.random()
+
+        def score_of(
+            chosen: list[str], singles: dict[str, float] = singles, s: float = salt
+        ) -> Any:
+            noise = zlib.crc32(repr((s, sorted(chosen))).encode()) % 5 - 2
+            return singles[chosen[0]] if len(chosen) == 1 else max(singles.values()) + noise / 8
+
+        given = names[::-1]
+
+        def ask(wanted: Any, to_beat: Any, given: list[str] = given, of: Any = score_of) -> Any:
+            value = of([given[i] for i in wanted[0]])
+            return Outcome(Score(value), None, Moved(0, 0, 0.0), 0.0), False
+
+        order, chosen, best = the_papers_script(singles, score_of)
+        (run,) = search(given, ask, SearchOptions(ties="reject")).runs
+        assert [given[i] for i in run.order] == order
+        assert ([given[i] for i in run.members], run.score.value) == (chosen, best)
+        (kept,) = search(given, ask, SearchOptions()).runs
+        n_tied += kept.members != run.members
+    assert n_tied > 50
+
+
 def test_nan_never_wins(tmp_path: Path) -> None:
     """A NaN score is tried last and never kept; where all are NaN, that is said."""
     nan = float("nan")
@@ -237,6 +289,19 @@ def test_why_one(tmp_path: Path) -> None:
     advice = str(soup.report["advice"])
     assert "0.7 against 0.9" in advice
     assert "geometry" in advice
+    assert "milder rule" not in advice
+    rules = [SearchOptions(min_gain=0.5), SearchOptions(direction="backward")]
+    for rule, said in zip(rules, ["scored well enough better", "from dropping"], strict=True):
+        soup = greedy_soup(
+            ingredients,
+            table(scores),
+            model=Marks(3),
+            output=tmp_path / rule.direction,
+            search=rule,
+        )
+        assert soup.members == (0,)
+        assert said in str(soup.report["advice"])
+        assert ("milder rule" in str(soup.report["advice"])) == (rule.min_gain > 0)
 
 
 def test_stopping_early_changes_no_decision(tmp_path: Path) -> None:
@@ -350,6 +415,11 @@ def interrupted(paths: list[str], output: Path) -> Path:
     return Path(f"{output}.search") / "journal"
 
 
+def failing(model: nn.Module) -> float:
+    """Score nothing."""
+    raise AssertionError("this is not to be scored")
+
+
 def task_of_two(model: nn.Module) -> float:
     """Score otherwise."""
     return -networks.score(model)
@@ -398,6 +468,19 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
     assert again(restart=True).members
     with pytest.raises(OutputExistsError):
         again()
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_scored(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """Also beside what another recipe left half done: the end of a search is late to say so."""
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(Path(paths[0]) / "model.safetensors", output)
+    shutil.copytree(output, tmp_path / "out.partial")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        greedy_soup(paths, failing, model=networks.build(), output=output)
+    assert not (tmp_path / "out.search").exists()
 
 
 def test_a_failure_names_the_task_the_place_and_the_candidate(

@@ -27,13 +27,24 @@ REAL = importlib.util.find_spec("lm_eval") is not None
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Put a double in the place of the harness; give what it was asked."""
-    asked = SimpleNamespace(defaults=[], seeds=[], limits=[], devices=[])
+    asked = SimpleNamespace(
+        defaults=[], paths=[], names=[], seeds=[], limits=[], devices=[], batches=[]
+    )
 
     class TaskManager:
-        def __init__(self, include_defaults: bool) -> None:
+        def __init__(self, include_path: list[str], include_defaults: bool) -> None:
             asked.defaults.append(include_defaults)
+            asked.paths.append(include_path)
+            self.task_index = {
+                name: SimpleNamespace(yaml_path=folder / f"{name}.yaml")
+                for folder in map(Path, include_path)
+                for name in ("sized", "one")
+            }
 
         def load(self, names: list[str]) -> dict[str, Any]:
+            asked.names.append(names)
+            if "broken.yaml" in names[0]:
+                raise TypeError("expected str, bytes or os.PathLike object, not NoneType")
             if "unknown" in names:
                 raise KeyError("Spec 'unknown' is not a registered task/group/tag name")
             tasks = {
@@ -47,8 +58,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             }
 
     class HFLM:
-        def __init__(self, pretrained: str, device: str) -> None:
+        def __init__(self, pretrained: str, device: str, batch_size: str) -> None:
             asked.devices.append(device)
+            asked.batches.append(batch_size)
             self.model = networks.build()
 
     def evaluate(lm: HFLM, loaded: Any, limit: int, bootstrap_iters: int, log_samples: bool) -> Any:
@@ -82,7 +94,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_tasks_and_groups_count_once_each(tmp_path: Path, double: SimpleNamespace) -> None:
     """The score is the mean over tasks and groups; tasks in a group count as their group does."""
     paths = networks.ingredients(tmp_path / "in", 3)
-    task = HarnessTask(("mine", "sized", "plain"), 7, None, paths[0])
+    task = HarnessTask(("mine", "sized", "plain"), 7, None, "4", paths[0])
     soup = greedy_soup(paths, task, output=tmp_path / "out")
     for single in soup.singles:
         acc = networks.mean_score(paths, single.members)
@@ -104,7 +116,7 @@ def test_a_task_file_needs_no_index(tmp_path: Path, double: SimpleNamespace) -> 
     file.write_text("task: mine\ninclude: base\n")
     (tmp_path / "base.yaml").write_text("metric: acc\n")
     paths = networks.ingredients(tmp_path / "in", 2)
-    task = HarnessTask((str(file),), None, None, paths[0])
+    task = HarnessTask((str(file),), None, None, "4", paths[0])
     before = load_task(task).fingerprint
     assert load_task(task).fingerprint == before
     task.build()
@@ -113,10 +125,32 @@ def test_a_task_file_needs_no_index(tmp_path: Path, double: SimpleNamespace) -> 
     assert load_task(task).fingerprint != before
 
 
+def test_a_group_file_is_loaded_by_its_name(tmp_path: Path, double: SimpleNamespace) -> None:
+    """The harness takes no group by its path; its folder is searched for what it names."""
+    folder = tmp_path / "tasks"
+    (folder / "below").mkdir(parents=True)
+    file = folder / "sized.yaml"
+    file.write_text("group: sized\ntask:\n  - one\n")
+    (folder / "below" / "one.yaml").write_text("task: one\n")
+    task = HarnessTask(("mine", str(file)), None, None, "auto", str(tmp_path))
+    before = load_task(task).fingerprint
+    task.build()
+    assert double.names == [["mine", "sized"]]
+    assert double.paths == [[str(folder)]]
+    assert double.defaults == [True], "it may name built-in tasks"
+    assert double.batches == ["auto"]
+    (folder / "below" / "one.yaml").write_text("task: one\nnum_fewshot: 1\n")
+    assert load_task(task).fingerprint != before
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("group: broken\ntask: [nowhere]\n")
+    with pytest.raises(TaskError, match=r"broken\.yaml: cannot be loaded: TypeError.* by name amo"):
+        HarnessTask((str(broken),), None, None, "1", str(tmp_path)).build()
+
+
 def test_an_unknown_task_is_named(tmp_path: Path, double: SimpleNamespace) -> None:
     """A name that the harness does not know is said, with where to look."""
     with pytest.raises(TaskError, match=r"'unknown' is not a registered task.*lm-eval ls tasks"):
-        HarnessTask(("unknown",), None, None, str(tmp_path)).build()
+        HarnessTask(("unknown",), None, None, "4", str(tmp_path)).build()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +180,7 @@ def test_a_metric_that_is_not_there() -> None:
 def test_lm_eval_asks_for_what_it_needs() -> None:
     """Without the extra dependency, the message says how to get it."""
     with pytest.raises(TaskError, match=r"no module lm_eval\): pip install 'streamsoup\[lm-eval\]"):
-        HarnessTask(("hellaswag",), 10, None, "nowhere").build()
+        HarnessTask(("hellaswag",), 10, None, "4", "nowhere").build()
 
 
 @pytest.mark.skipif(not REAL, reason="needs the extra lm-eval")
@@ -163,9 +197,18 @@ def test_the_real_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     file = write_task(tmp_path)
     paths = [save_model(tmp_path / f"run{i}", i) for i in range(3)]
     search = SearchOptions(order="given", isolate=True)
-    task = HarnessTask((str(file),), 20, None, paths[0])
+    task = HarnessTask((str(file),), 20, None, "4", paths[0])
     soup = greedy_soup(paths, task, output=tmp_path / "out", search=search)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    group = tmp_path / "group.yaml"
+    group.write_text(
+        "group: ours\ntask: [mine]\naggregate_metric_list:\n"
+        "  - metric: acc\n    weight_by_size: true\n"
+    )
+    grouped = HarnessTask((str(group),), 20, None, "8", paths[0])
+    found = greedy_soup(paths, grouped, output=tmp_path / "grouped", search=search)
+    assert found.score == pytest.approx(soup.score)
+    assert found.members == soup.members
     states = [transformers.AutoModelForCausalLM.from_pretrained(p).state_dict() for p in paths]
     tokenizer = transformers.AutoTokenizer.from_pretrained(paths[0])
     for trial in soup.runs[0].trials:

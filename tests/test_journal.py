@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,8 +70,45 @@ def test_other_damage_is_refused(path: Path) -> None:
     whole = path.read_bytes()
     for at in range(len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(ResumeError, match=r"record \d is damaged; remove .* to start anew"):
+        with pytest.raises(ResumeError, match=r"record \d is damaged.*; remove .* to start anew"):
             read(path)
+
+
+def misplacements(lines: list[bytes], strange: bytes) -> list[list[bytes]]:
+    """Lose, double, move or put in a record, in every way that leaves one behind it."""
+    made = []
+    places = range(len(lines))
+    for i in places:
+        made += [lines[:i] + lines[i + 1 :]] if i < len(lines) - 1 else []
+        made += [[*lines[:j], lines[i], *lines[j:]] for j in range(1, len(lines) + 1)]
+        made += [[*lines[:i], strange, *lines[i:]], [*lines[:i], strange, *lines[i + 1 :]]]
+        for j in range(i + 1, len(lines)):
+            swapped = list(lines)
+            swapped[i], swapped[j] = lines[j], lines[i]
+            made.append(swapped)
+    return [each for each in made if each != lines]
+
+
+def test_a_record_stays_where_it_was_written(tmp_path: Path) -> None:
+    """A whole record that was lost, doubled, swapped or put in from elsewhere is refused."""
+    path, other = tmp_path / "journal", tmp_path / "other"
+    for place, first in ((path, "0123"), (other, "4567")):
+        with Journal(str(place)) as journal:
+            for record in ({"fingerprint": first}, *({"score": i // 2} for i in range(6))):
+                journal.append(record)
+    lines = path.read_bytes().splitlines(keepends=True)
+    strange = other.read_bytes().splitlines(keepends=True)
+    tried = [each for line in strange for each in misplacements(lines, line)]
+    assert len(tried) > 500
+    for each in tried:
+        content = b"".join(each)
+        path.write_bytes(content)
+        with pytest.raises(ResumeError, match=r"record \d is damaged"):
+            read(path)
+        assert path.read_bytes() == content
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))
+    with pytest.raises(ResumeError, match="4 is damaged, or was not written after record 3; rem"):
+        read(path)
 
 
 def test_records_are_not_kept_in_memory(tmp_path: Path) -> None:
@@ -139,15 +178,22 @@ def test_a_failed_close_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_planted_lack_of_a_checksum_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The law fails for a journal that believes any JSON."""
-    decode = module._decode
 
-    def gullible(line: bytes) -> dict[str, object] | None:
+    def gullible(line: bytes, before: int) -> tuple[dict[str, object], int] | None:
+        parts = line.split(b" ", 2)
         try:
-            text = line.split(b" ", 2)[2]
-            return decode(module._encode(module.json.loads(text))[:-1])
+            return module.json.loads(parts[2]), int(parts[0], 16)
         except (IndexError, ValueError):
             return None
 
     monkeypatch.setattr(module, "_decode", gullible)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_other_damage_is_refused(path)
+
+
+def test_a_planted_lack_of_order_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law of places fails for checksums of single records."""
+    alone = SimpleNamespace(crc32=lambda text, before: zlib.crc32(text))
+    monkeypatch.setattr(module, "zlib", alone)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_record_stays_where_it_was_written(tmp_path)

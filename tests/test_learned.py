@@ -451,6 +451,27 @@ def test_a_search_that_was_stopped_goes_on(
         learn(paths, tmp_path / "other", task, **settings | {"granularity": "global"})
 
 
+def test_a_kill_while_tidying_up_is_mended(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the soup in place, and a trace of its making left, the same call finds it finished."""
+
+    def finish(self: Notebook) -> None:
+        raise Stop
+
+    task = task_of(make_batches(4))
+    settings = {"evaluations": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(Notebook, "finish", finish)
+        with pytest.raises(Stop):
+            learn(paths, tmp_path / "soup", task, **settings)
+    (tmp_path / "soup.partial").mkdir()
+    before = (tmp_path / "soup" / "streamsoup.json").read_bytes()
+    assert learn(paths, tmp_path / "soup", task, **settings).finished
+    assert [path.name for path in tmp_path.iterdir()] == ["soup"]
+    assert (tmp_path / "soup" / "streamsoup.json").read_bytes() == before
+
+
 def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path) -> None:
     """Where learning hurts what watches, the uniform soup is made, bit for bit."""
     batches = make_batches(10)

@@ -338,7 +338,7 @@ def test_a_disk_that_hides_something_is_not_believed(
         with monkeypatch.context() as patch:
             patch.setattr(os, name, blind)
             with pytest.raises(OSError, match="Input/output error"):
-                check_output(str(tmp_path / "soup"), opened, overwrite=True)
+                check_output(str(tmp_path / "soup"), opened, overwrite=True, resumes=True)
     assert listing(tmp_path) == before
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from streamsoup import SearchOptions, greedy_soup
+from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
 from streamsoup.task.command import command_task
@@ -134,6 +137,21 @@ def test_the_fingerprint_follows_the_code(tmp_path: Path) -> None:
     assert load_task(path).fingerprint != before
 
 
+def test_the_fingerprint_of_a_command(tmp_path: Path) -> None:
+    """It follows the scripts that are named, not the logs that output goes to."""
+    script, log = tmp_path / "eval.py", tmp_path / "log"
+    script.write_text("print(1)")
+    commands = [
+        f"python {script} {{checkpoint}} {where} {log}" for where in (">>", "2>", "2>&1 1>", "&>")
+    ]
+    before = [command_task(c, main=None, timeout=None).fingerprint for c in commands]
+    log.write_text("so far")
+    assert [command_task(c, main=None, timeout=None).fingerprint for c in commands] == before
+    script.write_text("print(2)")
+    after = [command_task(c, main=None, timeout=None).fingerprint for c in commands]
+    assert not set(before) & set(after)
+
+
 def hostile(folder: Path, body: str) -> Path:
     """Write a task whose scoring is hostile."""
     path, _ = networks.task_file(folder)
@@ -150,7 +168,10 @@ def hostile(folder: Path, body: str) -> Path:
         ("return 1.0, 2.0", "answered with tuple"),
         ("sys.exit(0)", r"it called sys.exit\(0\)"),
         ("print('last', flush=True); os._exit(0)", r"ended itself with status 0.*\n  \| last"),
-        ("os.abort()", "killed by signal 6;"),
+        ("os.abort()", "killed by SIGABRT;"),
+        ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV;"),
+        ("import signal; os.kill(os.getpid(), signal.SIGSTOP)", "longer than 3 s"),
+        ("sys.stdout.close(); print(1)", "closed file[^|]*; it printed nothing$"),
         ("os.closerange(3, 64)", r"ended itself with status 1.*\n  \| OSError: "),
         ("print('so far', flush=True); time.sleep(60)", r"longer than 3 s.*\n  \| so far"),
         ("[print('y' * 99) for _ in range(50000)]\n    raise KeyError", r"KeyError.*(\n  \| y+)+$"),
@@ -227,8 +248,7 @@ def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="longer than"):
         run_command(command, timeout=1.0)
     time.sleep(0.1)
-    for pid in map(int, mark.read_text().split()):
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+    assert not any(map(is_alive, mark.read_text().split()))
 
 
 DAEMON = """
@@ -245,10 +265,12 @@ while not (os.path.exists({mark!r}) and os.path.getsize({mark!r})):
 """
 
 
-def is_alive(mark: Path) -> bool:
-    """Whether the process that left its number is there yet."""
-    pid = int(mark.read_text())
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+def is_alive(pid: str) -> bool:
+    """Whether a process is there yet."""
+    try:
+        return psutil.Process(int(pid)).status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) -> None:
@@ -257,12 +279,47 @@ def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) ->
     (tmp_path / "daemon.py").write_text(DAEMON.format(mark=str(mark)))
     command = f"{sys.executable} {tmp_path}/daemon.py; echo 3 # {{checkpoint}}"
     assert run_command(command).value == 3
-    assert not is_alive(mark)
+    assert not is_alive(mark.read_text())
     mark = tmp_path / "task"
     task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    os._exit(3)")
     with pytest.raises(TaskError, match="ended itself with status 3"):
         greedy_soup(paths, task, output=tmp_path / "out", search=SearchOptions(isolate=True))
-    assert not is_alive(mark)
+    assert not is_alive(mark.read_text())
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_nothing_outlives_a_killed_search(tmp_path: Path, paths: list[str], jobs: str) -> None:
+    """A command does not go on for hours after SIGKILL of who wanted its score; nor does a task."""
+    mark = tmp_path / "mark"
+    command = (
+        f": {{checkpoint}}; sleep 60 & echo $! >> {mark}; "
+        f"(setsid sleep 60 & echo $! >> {mark}) & sleep 60; echo 1"
+    )
+    task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    time.sleep(60)")
+    for how, n in ((["--command", command], 2 * int(jobs)), (["--task", str(task)], 1)):
+        mark.unlink(missing_ok=True)
+        arguments = ["greedy", *paths, *how, "--jobs", jobs, "-o", str(tmp_path / "out")]
+        search = subprocess.Popen(
+            [sys.executable, "-m", "streamsoup", *arguments],
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        try:
+            assert comes_true(lambda n=n: mark.exists() and len(mark.read_text().split()) >= n)
+        finally:
+            search.kill()
+            search.wait()
+        assert comes_true(lambda: not any(map(is_alive, mark.read_text().split())))
+        shutil.rmtree(tmp_path / "out.search")
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether something is so within half a minute."""
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> None:
@@ -292,6 +349,23 @@ def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> 
     assert not (tmp_path / "out.search").exists()
 
 
+def test_the_table_fits_the_terminal(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long names are cut in the middle, so that no row of the table is wrapped."""
+    long = [
+        str(shutil.copytree(path, tmp_path / ("long" * 20) / f"run{i}"))
+        for i, path in enumerate(paths)
+    ]
+    soup = greedy_soup(long, networks.score, model=networks.build(), output=tmp_path / "out")
+    for columns in (40, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = lines(soup)[: len(long) + 1]
+        assert all(len(row) <= columns for row in rows)
+        assert [row for row in rows if "run1  " in row]
+        assert len({row.rstrip().rfind(" ") for row in rows[1:]}) == 1
+
+
 def streamsoup(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     return subprocess.run(
@@ -315,6 +389,14 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     wrong = streamsoup("greedy", *paths, "-o", "x", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "one of --task task.py, --command" in wrong.stderr
+    alone = streamsoup(
+        "greedy", *paths, "--task", "task.py", "--batch-size", "8", "-o", "x", cwd=tmp_path
+    )
+    assert "--batch-size goes with --lm-eval" in alone.stderr
+    some = streamsoup(
+        "greedy", *paths, "--lm-eval", "a", "--batch-size", "some", "-o", "x", cwd=tmp_path
+    )
+    assert "--batch-size some: give a number, or auto" in some.stderr
     hostile(tmp_path, "os._exit(0)")
     died = streamsoup("greedy", *paths, "--task", "task.py", "-o", "x", "--json", cwd=tmp_path)
     assert died.returncode == 1

@@ -43,6 +43,10 @@ class Integer(click.IntRange):
         """Read it as click does, once it is plain."""
         return super().convert(_plain(value, param, ctx), param, ctx)
 
+    def _describe_range(self) -> str:
+        # Click would say "x<=None" of any number.
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
 
 class Number(click.FloatRange):
     """A number, in a range if one is given."""
@@ -52,6 +56,10 @@ class Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read it as click does, once it is plain."""
         return super().convert(_plain(value, param, ctx), param, ctx)
+
+    def _describe_range(self) -> str:
+        # Click would say "x<=None" of any number.
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
 
 def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ TASK = common.stack(
     click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
     click.option("--lm-eval", metavar="TASKS", help="Of lm-evaluation-harness: a,b.yaml,…"),
     click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
+    click.option("--batch-size", metavar="N|auto", help="Of --lm-eval: examples at once; else 1."),
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
 )
@@ -35,7 +38,13 @@ SEARCHING = common.stack(
         show_default=True,
         help="What to try first.",
     ),
-    click.option("--orders", "n_orders", type=common.Integer(1), default=1, help="Random orders."),
+    click.option(
+        "--orders",
+        "n_orders",
+        type=common.Integer(1),
+        default=1,
+        help="How many, with --order random.",
+    ),
     click.option("--seed", type=common.Integer(), default=0, help="Of the random orders."),
     click.option(
         "--ties",
@@ -48,10 +57,15 @@ SEARCHING = common.stack(
         "--min-gain", type=common.Number(), default=0.0, help="How much better it has to get."
     ),
     click.option(
-        "--z", type=common.Number(), default=0.0, help="Standard errors of a paired comparison."
+        "--z",
+        type=common.Number(),
+        default=0.0,
+        help="The same, in standard errors of a paired comparison.",
     ),
     click.option("--backward", is_flag=True, help="Start from all, and drop the worst."),
-    click.option("--passes", type=common.Integer(1), default=1, help="Over those left out."),
+    click.option(
+        "--passes", type=common.Integer(1), default=1, help="Over those left out, while it helps."
+    ),
     click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
     click.option("--jobs", type=common.Integer(1), default=1, help="Candidates scored at once."),
     click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take."),
@@ -80,7 +94,7 @@ RULES = (
 @common.REPORTING
 def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Add checkpoints to a soup, best first, each only if the score does not suffer."""
-    names = ("task", "command", "lm_eval", "limit", "metric", "split")
+    names = ("task", "command", "lm_eval", "limit", "batch_size", "metric", "split")
     told = {name: settings.pop(name) for name in names}
     rules = {name: settings.pop(name) for name in RULES}
     if sum(told[name] is not None for name in ("task", "command", "lm_eval")) != 1:
@@ -88,8 +102,9 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
             "say how to score: one of --task task.py, --command 'python eval.py {checkpoint}', "
             "--lm-eval TASKS"
         )
-    if told["lm_eval"] is None and told["limit"] is not None:
-        raise click.UsageError("--limit goes with --lm-eval")
+    for name in ("limit", "batch_size"):
+        if told["lm_eval"] is None and told[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --lm-eval")
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
@@ -118,7 +133,11 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
         from streamsoup.task.harness import HarnessTask
 
         tasks = tuple(filter(None, map(str.strip, told["lm_eval"].split(","))))
-        return HarnessTask(tasks, told["limit"], told["metric"], os.path.abspath(first))
+        batch_size = told["batch_size"] or "1"
+        if not re.fullmatch(r"[1-9][0-9]*|auto(:[1-9][0-9]*)?", batch_size):
+            raise RecipeError(f"--batch-size {printable(batch_size)}: give a number, or auto")
+        where = os.path.abspath(first)
+        return HarnessTask(tasks, told["limit"], told["metric"], batch_size, where)
     if told["metric"] is not None:
         raise RecipeError("--metric goes with --command and --lm-eval; a task file says main = …")
     return told["task"]
@@ -163,8 +182,11 @@ def _line(trial: Trial) -> str:
     against = "" if trial.to_beat is None else f" (to beat {trial.to_beat:.6g})"
     score = f"{'at most ' if trial.score.stopped else ''}{trial.score.value:.6g}"
     if trial.averaged is not None:
-        score += f" ({trial.averaged.value:.6g} with averaged statistics)"
+        statistics = "averaged" if len(trial.members) > 1 else "its own"
+        score += f" ({trial.averaged.value:.6g} with {statistics} statistics)"
     decision = "" if trial.kind == "single" else f"  {trial.decision}"
+    if trial.kind == "add" and len(trial.members) == 1 and trial.to_beat is None:
+        decision += ", the first" if trial.decision == "kept" else ""
     known = "  known" if trial.known else f"  {trial.scoring_s:.2f} s"
     return f"{sign} {name}  {score}{against}{decision}{known}"
 
@@ -178,12 +200,15 @@ def lines(soup: GreedySoup) -> list[str]:
         return [f"greedy soup of {len(soup.members)} in {printable(soup.path)}: already finished"]
     singles = {single["ingredient"]: single["score"] for single in report["singles"]}
     kept = [report["ingredients"][i] for i in report["members"]]
-    width = max(len(printable(name, 60)) for name in report["ingredients"])
+    # What a narrow terminal leaves beside the two other columns.
+    limit = min(60, max(16, shutil.get_terminal_size((100, 24)).columns - 24))
+    width = max(len(printable(name, limit)) for name in report["ingredients"])
     said = [f"{'ingredient':{width}}  alone     in the soup"]
     others = [name for name in report["ingredients"] if name not in kept]
     for name in [*kept, *sorted(others, key=lambda name: -_rank(singles.get(name)))]:
         alone = "" if name not in singles else f"{float(singles[name]):.6g}"
-        said.append(f"{printable(name, 60):{width}}  {alone:8}  {'yes' if name in kept else 'no'}")
+        inside = "yes" if name in kept else "no"
+        said.append(f"{printable(name, limit):{width}}  {alone:8}  {inside}")
     said.append(
         f"{report['rules']['direction']} search: {float(report['score']):.6g} on {report['split']} "
         f"with {len(kept)} of {len(report['ingredients'])}"
@@ -194,7 +219,8 @@ def lines(soup: GreedySoup) -> list[str]:
         said.append(f"over {n} random orders: {over['mean']:.6g}, deviation {over['sd']:.2g}")
     seconds = report["seconds"]
     known = f", {report['n_resumed']} known from an earlier run" if report["n_resumed"] else ""
-    text = f"{report['n_scored']} scores in {seconds['search']:.2f} s{known}"
+    n = report["n_scored"]
+    text = f"{n} score{'s' if n != 1 else ''} in {seconds['search']:.2f} s{known}"
     if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
         share = max(0.0, seconds["search"] / seconds["scoring"] - 1)
         text += f"; beyond scoring {100 * share:.1f} %"

@@ -288,7 +288,9 @@ def _measure(
     everything = [*([] if base is None else [base]), *ingredients]
     equal = Coefficients.uniform(len(everything))
     ordered = order(everything, equal, method="mix", options=options)
-    check_output(os.fspath(output), ordered.plan.ingredients, overwrite=options.overwrite)
+    check_output(
+        os.fspath(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
+    )
     plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
     found = measure(plan, memory, mapped=mapped, base=base is not None, options=options)
     return found.tensors

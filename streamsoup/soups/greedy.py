@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
-from streamsoup.errors import RecipeError, printable, some
+from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.plan import parse_nbytes
@@ -42,7 +42,8 @@ from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, containe
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
 from streamsoup.soups.search import search as go_through
 from streamsoup.soups.search_report import RULES, report_of
-from streamsoup.soups.workers import Alone, Crew, Scorers, Work, candidates_of
+from streamsoup.soups.serving import Work, candidates_of
+from streamsoup.soups.workers import Alone, Crew, Scorers
 from streamsoup.task import AnyTask, Score, Task, load_task
 from streamsoup.task.command import CommandTask
 from streamsoup.verification import read_provenance
@@ -97,8 +98,8 @@ def greedy_soup(
     ordered = order(opened, Coefficients.uniform(len(opened)), method="greedy", options=options)
     target = os.path.realpath(os.fspath(output))
     resumed = os.path.lexists(target + ".search") and not search.restart
-    if not (resumed and os.path.lexists(target)):
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+    if not resumed:
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
     kitchen = _Kitchen(ordered, task, model, search, options, target)
     try:
         bound_to = kitchen.bound_to()
@@ -110,7 +111,7 @@ def greedy_soup(
             if finished is not None:
                 book.finish()
                 return finished
-            check_output(os.fspath(output), opened, overwrite=options.overwrite)
+            check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
             scorers = kitchen.open(book)
             given = _given_scores(search, bound_to)
             ask = _asking(scorers, book, search, given)
@@ -125,7 +126,15 @@ def greedy_soup(
             chosen = [opened[i] for i in best.members]
             coefficients = Coefficients.uniform(len(chosen))
             final = order(chosen, coefficients, method="greedy", options=options)
-            soup = make(replace(final, report=report), output=output, options=options)
+            try:
+                soup = make(replace(final, report=report), output=output, options=options)
+            except OutputExistsError:
+                # Where a kill came as `make` tidied up, only the soup itself says whose it is.
+                finished = _finished(target, identity) if resumed else None
+                if finished is None:
+                    raise
+                book.finish()
+                return finished
             book.finish()
     finally:
         kitchen.close()

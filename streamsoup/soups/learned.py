@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
-from streamsoup.errors import RecipeError, printable
+from streamsoup.errors import OutputExistsError, RecipeError, printable
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
@@ -99,8 +99,8 @@ def learned_soup(
         raise RecipeError(f"the split {printable(split)!r} cannot both learn and watch")
     target = os.path.realpath(os.fspath(output))
     resumed = os.path.lexists(target + ".search") and not learning.restart
-    if not (resumed and os.path.lexists(target)):
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+    if not resumed:
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
     bound_to = _bound_to(ordered, loaded, learning, split)
     identity = digest_bytes(json.dumps(bound_to, sort_keys=True).encode())
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
@@ -108,14 +108,22 @@ def learned_soup(
         if known is not None:
             notebook.finish()
             return known
-        check_output(os.fspath(output), opened, overwrite=options.overwrite)
+        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
         report = search.report(identity, started)
         raw = search.chosen
         coefficients = search.mixture.coefficients(raw)
         final = order(opened, coefficients, method="learned", options=options)
-        soup = make(replace(final, report=report), output=output, options=options)
+        try:
+            soup = make(replace(final, report=report), output=output, options=options)
+        except OutputExistsError:
+            # Where a kill came as `make` tidied up, only the soup itself says whose it is.
+            known = _known(target, identity) if resumed else None
+            if known is None:
+                raise
+            notebook.finish()
+            return known
         search.slopes.mix(raw)
         notebook.finish()
     return _described(soup)
@@ -138,6 +146,8 @@ def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str)
 def _known(target: str, identity: str) -> LearnedSoup | None:
     """Give the soup that an earlier run of this very search had put in place."""
     started = time.monotonic()
+    if os.path.lexists(target + ".partial"):
+        return None  # `make` knows more
     try:
         provenance = read_provenance(target)
     except RecipeError:

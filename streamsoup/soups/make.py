@@ -149,7 +149,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     given = os.fspath(output)
     plan = ordered.plan
     try:
-        target = check_output(given, plan.ingredients, overwrite=options.overwrite)
+        target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
         for warning in ordered.warnings:
             log.warning("%s", warning)
         with Staging(target, _fingerprint(ordered), overwrite=options.overwrite) as staging:

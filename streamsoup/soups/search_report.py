@@ -61,7 +61,7 @@ def report_of(
     if len(scores) > 1 and all(map(math.isfinite, scores)):
         report["over_orders"] = {"mean": statistics.fmean(scores), "sd": statistics.stdev(scores)}
     if len(best.members) == 1 and len(found.names) > 1:
-        report["advice"] = _why_one(found, best)
+        report["advice"] = _why_one(found, best, options)
     return report
 
 
@@ -88,13 +88,18 @@ def _trial_record(trial: Trial) -> dict[str, Any]:
     return record
 
 
-def _why_one(found: Found, best: Run) -> str:
+def _why_one(found: Found, best: Run, options: SearchOptions) -> str:
     """Say why a soup of one happens, and what to look at."""
+    strict = options.min_gain > 0 or options.z > 0 or options.ties == "reject"
+    demand = "well enough better" if options.min_gain > 0 or options.z > 0 else "better"
     tried = [trial for trial in best.trials if trial.decision == "left out"]
     finite = [trial for trial in tried if math.isfinite(trial.score.value)]
     text = (
-        f"only {printable(found.names[best.members[0]])} was kept: no mean with another "
-        "ingredient scored as well. "
+        f"only {printable(found.names[best.members[0]])} is left: the score did not suffer from "
+        "dropping any of the others. "
+        if options.direction == "backward"
+        else f"only {printable(found.names[best.members[0]])} was kept: no mean with another "
+        f"ingredient scored {demand if strict else 'as well'}. "
     )
     if finite:
         top = max(finite, key=lambda trial: trial.score.value)
@@ -106,5 +111,5 @@ def _why_one(found: Found, best: Run) -> str:
         "Ingredients mix when they lie in one valley: look at the angles between them (streamsoup "
         "geometry with --base; near 90 degrees and far apart is too far), at learning rates (a "
         "high one leaves the valley), at whether all started from the same weights, and at "
-        "another order (--order random) or --min-gain 0"
+        f"another order (--order random){' or a milder rule' if strict else ''}"
     )

@@ -1,8 +1,7 @@
 """Who scores: this process, or worker processes that a hostile task may hang, flood or kill.
 
-A worker loads the task, builds its own model, and scores candidates in it, one at a time. It has
-a process group of its own; what it prints is caught, and only the end of it kept. When it is late,
-dies or is not wanted any more, it is killed with all its children.
+A worker (see `serving`) has a process group of its own; what it prints is caught, and only the end
+of it kept. When it is late, dies or is not wanted any more, it is killed with all its children.
 
 Several workers score the next candidates at the same time. Their results are used in order, and
 those that a decision made stale are not used, so that the outcome is that of one worker.
@@ -19,25 +18,20 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from streamsoup import errors
 from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some
-from streamsoup.options import Options
-from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
 from streamsoup.soups.scorebook import Members, Scorebook
-from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, Scorer, contained
-from streamsoup.task.command import CommandTask, Family, Tail, die_with_parent
+from streamsoup.soups.scoring import Outcome, Scorer
+from streamsoup.soups.serving import Work
+from streamsoup.task.command import CommandTask
+from streamsoup.task.family import Family, Tail
 
-if TYPE_CHECKING:
-    from streamsoup.live import ModelSink
-    from streamsoup.soups.make import Order
-
-__all__ = ["Alone", "Crew", "Scorers", "Work", "candidates_of"]
+__all__ = ["Alone", "Crew", "Scorers"]
 
 
 class Scorers(Protocol):
@@ -48,54 +42,6 @@ class Scorers(Protocol):
 
     def close(self) -> None:
         """Give back what the scorers hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a worker is told when it starts; it has to survive pickling."""
-
-    task: Any
-    split: str | None
-    recalibrate: bool
-    ordered: Order
-    options: Options
-    sums: SumsPlace | None
-    budget: int
-    """Bytes for blocks and the running sum."""
-    scratch: str
-
-
-def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
-    """Make the candidates that some work is about, in the live model of `sink` or in files.
-
-    Raises `BudgetError` and `DeviceError`.
-    """
-    ordered, threads = work.ordered, work.options.n_threads
-    where = "cpu, on the way to disk"
-    if sink is not None:
-        from streamsoup.soups.live_mix import DeviceCandidates, device_of, device_text
-
-        if device_of(sink, work.options) != "cpu":
-            return DeviceCandidates(
-                ordered.plan, sink, mapped=ordered.mapped, place=work.sums, options=work.options
-            )
-        where = device_text(sink, work.options)
-    sums = plan_sums(
-        ordered.plan,
-        mapped=ordered.mapped,
-        threads=threads,
-        budget=work.budget,
-        scratch=work.scratch,
-        place=work.sums,
-    )
-    return Candidates(
-        ordered.plan,
-        sums,
-        mapped=ordered.mapped,
-        threads=threads,
-        scratch=work.scratch,
-        where=where,
-    )
 
 
 class Alone:
@@ -217,7 +163,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self._is_live = not isinstance(work.task, CommandTask)
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from streamsoup.soups.workers import serve; "
+            f"import sys; sys.path[:] = {sys.path!r}; from streamsoup.soups.serving import serve; "
             f"serve({theirs.fileno()}, {os.getpid()}, {self._is_live})"
         )
         self._family = Family(
@@ -318,7 +264,7 @@ class _Worker:
             return f"took longer than {self._timeout:g} s (--timeout)"
         if status < 0:
             why = "; out of memory?" if -status == signal.SIGKILL else ""
-            return f"the process was killed by signal {-status}{why}"
+            return f"the process was killed by {signal.Signals(-status).name}{why}"
         return f"the process ended itself with status {status}"
 
     def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
@@ -352,83 +298,3 @@ def _of(members: Members | None, names: Sequence[str]) -> str:
     if len(chosen) == 1:
         return f"; the candidate is {printable(chosen[0])} alone"
     return f"; the candidate is the mean of {some(chosen, 8)}"
-
-
-def serve(descriptor: int, parent: int, is_live: bool) -> None:
-    """Be a worker: load the task, then score what comes, until nothing more does."""
-    die_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)
-    connection = Connection(descriptor)
-    mine = os.getpid()
-    status = 1
-
-    def say(kind: str, content: Any = None) -> None:
-        if os.getpid() != mine:
-            os._exit(0)  # a task forked, and its child came back here
-        connection.send_bytes(pickle.dumps((kind, content)))
-
-    try:
-        _serve(connection, say, is_live)
-        status = 0
-    except BaseException:
-        traceback.print_exc()  # the last it printed
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> None:
-    try:
-        (_serve_live if is_live else _serve_command)(connection, say)
-    except EOFError:
-        pass
-    except StreamsoupError as error:
-        say("error", (type(error).__name__, str(error)))
-    except MemoryError:
-        say("error", ("BudgetError", "a worker ran out of memory; use fewer --jobs"))
-
-
-def _serve_command(connection: Connection, say: Callable[..., None]) -> None:
-    work: Work = pickle.loads(connection.recv_bytes())
-    task, folder = work.task, os.path.dirname(work.scratch)
-    split = task.check_split(work.split)
-    say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
-    scorer: FolderScorer | None = None
-    while True:
-        members, to_beat, keep = pickle.loads(connection.recv_bytes())
-        scorer = scorer or FolderScorer(
-            task, work.ordered, candidates_of(work, None), split=split, folder=folder
-        )
-        say("done", scorer.score(members, to_beat, keep=keep))
-
-
-def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
-    # Before the clock starts: every live task needs it.
-    from streamsoup.live import ModelSink  # imports torch
-    from streamsoup.task import load_task
-
-    pickled = connection.recv_bytes()
-    say("doing", "loading the task")
-    work: Work = pickle.loads(pickled)
-    task = load_task(work.task)
-    split = task.check_split(work.split)
-    if work.recalibrate:
-        task.need("recalibration")
-    say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
-    scorer: LiveScorer | None = None
-    while True:
-        members, to_beat, keep = pickle.loads(connection.recv_bytes())
-        if scorer is None:
-            say("doing", f"{task.name}: build")
-            with contained(task.name, "build"):
-                model = task.build()
-            say("mixing")
-            sink = ModelSink(model, work.ordered.plan)
-            scorer = LiveScorer(
-                task, sink, candidates_of(work, sink), split=split, recalibrate=work.recalibrate
-            )
-        moved = scorer.put(members, keep=keep)
-        say("doing", f"{task.name}: score")
-        say("done", scorer.judge(moved, to_beat))

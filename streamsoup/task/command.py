@@ -1,14 +1,14 @@
 """A task that is a shell command: it is given a checkpoint folder, and prints a score.
 
-The answer is the last JSON object or number on standard output. The command runs in a process
-group of its own, which is killed with all its children when it is done, late, or not wanted any
-more. What it prints is read as it comes, and only the end of it is kept.
+The answer is the last JSON object or number on standard output. What a command prints is read as
+it comes, and only the end of it is kept. It is killed with all its children when it is done, late,
+or not wanted any more; see `family`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,35 +16,21 @@ import selectors
 import shlex
 import signal
 import subprocess
-import sys
 import time
-import uuid
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from streamsoup.errors import TaskError, printable
+from streamsoup.task.family import Family, Tail
 from streamsoup.task.scores import Score, read_score
 
-__all__ = ["CommandTask", "Family", "Tail", "command_task"]
+__all__ = ["CommandTask", "command_task"]
 
 OUTPUT_NBYTES = 1 << 16
 """How much of the end of the output is searched for a score."""
 
-TAIL_NBYTES = 2000
-"""How much of the end of the output a message shows."""
-
 DIGESTED_NBYTES = 10_000_000
 """Files named in a command, up to this size, are part of what its scores depend on."""
-
-_ROUNDS = 5
-"""How often to look again for processes that were born meanwhile."""
-
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +81,9 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
     """Make a task of a shell command, such as ``python eval.py {checkpoint}``.
 
     ``{checkpoint}`` stands for the folder to score, ``{split}`` and ``{to_beat}`` for what a
-    task file would be told. Raises `TaskError` for a command that takes no checkpoint.
+    task file would be told. Files named in it are part of what its scores depend on; not those
+    that output goes to (``>> log``), but any other that it writes to and so changes. Raises
+    `TaskError` for a command that takes no checkpoint.
     """
     if "{checkpoint}" not in command:
         raise TaskError(
@@ -107,88 +95,13 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
         words = shlex.split(command)
     except ValueError as error:
         raise TaskError(f"{printable(command)}: is no shell command: {error}") from None
-    for word in words:
+    for before, word in itertools.pairwise(["", *words]):
+        if before.endswith(">"):
+            continue
         if os.path.isfile(word) and os.path.getsize(word) <= DIGESTED_NBYTES:
             with open(word, "rb") as file:
                 digest.update(file.read())
     return CommandTask(command, digest.hexdigest(), main, timeout)
-
-
-class Tail:
-    """The end of what a process printed."""
-
-    def __init__(self, nbytes: int = TAIL_NBYTES) -> None:
-        """Keep the last `nbytes`."""
-        self._nbytes = nbytes
-        self._parts: deque[bytes] = deque()
-        self._held = 0
-
-    def add(self, part: bytes) -> None:
-        """Take what was printed next."""
-        self._parts.append(part)
-        self._held += len(part)
-        while self._parts and self._held - len(self._parts[0]) >= self._nbytes:
-            self._held -= len(self._parts.popleft())
-
-    def content(self) -> bytes:
-        """Give what is kept."""
-        return b"".join(self._parts)[-self._nbytes :]
-
-    def text(self) -> str:
-        """Give it as the end of a message: line by line, without control characters."""
-        lines = self.content().decode("utf-8", "replace").strip().splitlines()[-15:]
-        if not lines:
-            return "; it printed nothing"
-        return "; the last it printed:\n" + "\n".join(f"  | {printable(line)}" for line in lines)
-
-
-class Family:
-    """A process that leads its own group, and all that come of it.
-
-    A child may leave the group, and a daemon has no parent any more either; but its environment
-    still has the mark that it was born with.
-    """
-
-    def __init__(self, arguments: Sequence[str], **settings: Any) -> None:
-        """Start a process, with what `subprocess.Popen` would be told."""
-        self._mark = f"STREAMSOUP_{uuid.uuid4().hex}"
-        self.leader: subprocess.Popen[bytes] = subprocess.Popen(
-            arguments, start_new_session=True, env=os.environ | {self._mark: "1"}, **settings
-        )
-
-    def kill(self) -> None:
-        """Kill all of them. Costs a look at each process of the machine."""
-        found: list[psutil.Process] = []
-        try:
-            found = psutil.Process(self.leader.pid).children(recursive=True)
-        except psutil.Error:
-            pass
-        try:
-            os.killpg(self.leader.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            self.leader.kill()
-        self.leader.wait()
-        for _ in range(_ROUNDS):
-            for process in found:
-                try:
-                    process.kill()
-                except psutil.Error:
-                    pass
-            psutil.wait_procs(found, timeout=1.0)
-            found = [p for p in psutil.process_iter(["environ"]) if self._is_ours(p)]
-            if not found:
-                break
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        return self._mark in (process.info["environ"] or {})
-
-
-def die_with_parent() -> None:
-    """Ask to be killed when the parent is (Linux)."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, bytes, Tail]:
@@ -198,7 +111,6 @@ def _run(line: str, timeout: float | None) -> tuple[int | None, bytes, Tail]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=die_with_parent,
     )
     process = family.leader
     deadline = None if timeout is None else time.monotonic() + timeout

@@ -6,7 +6,8 @@ that are changed in place are what it scores then: a candidate takes as long as 
 * No cache of the harness's own: it returned the scores of the previous weights
   (EleutherAI/lm-evaluation-harness#4063).
 * Its index of built-in tasks is made only where one is asked for: that takes 15 s or more. Task
-  files of the user's own are loaded by their paths.
+  files of the user's own are loaded by their paths. A file with a group names others, so it is
+  loaded by name, with all files in and below its folder known, and the built-in ones.
 * Not its `simple_evaluate`: that lists all installed packages for each score, which takes 3 s. What
   it does besides is done here: each score starts from the same few-shot seed.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,11 @@ __all__ = ["HarnessTask", "pick"]
 
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mcc", "bleu")
 """Metrics that count, the first that a task has, unless one is named."""
+
+_GROUP_ADVICE = (
+    "the tasks of a group are looked up by name among files ending in .yaml in its folder and "
+    "below, and built-in tasks"
+)
 
 FEWSHOT_SEED = 1234
 """The harness's own default, so that scores are those of its command line."""
@@ -46,6 +53,8 @@ class HarnessTask:
     metric: str | None
     """The metric that counts, such as ``acc`` or ``exact_match,strict-match``; None for the usual
     one of each task."""
+    batch_size: str
+    """Examples at once: a number; or ``auto``, as many as fit, found out for each candidate."""
     checkpoint: str
     """Where configuration and tokenizer come from: the first ingredient."""
     splits: tuple[str, ...] = ("val",)
@@ -69,7 +78,9 @@ class HarnessTask:
         for path in _code_of(self.tasks):
             digest.update(path.read_bytes())
         files = digest.hexdigest()
-        return f"lm-eval {harness}: {self.tasks} {files} limit {self.limit} metric {self.metric}"
+        # In few bits, padding changes a score.
+        how = f"limit {self.limit} metric {self.metric} batch {self.batch_size}"
+        return f"lm-eval {harness}: {self.tasks} {files} {how}"
 
     def build(self) -> Any:
         """Load the tasks, and the first ingredient on CUDA where there is one."""
@@ -83,19 +94,32 @@ class HarnessTask:
                 "--lm-eval needs lm-evaluation-harness with transformers "
                 f"(there is no module {error.name}): pip install 'streamsoup[lm-eval]'"
             ) from None
-        all_files = all(map(_is_file, self.tasks))
-        manager = TaskManager(include_defaults=not all_files)
+        groups = [os.path.dirname(os.path.abspath(t)) for t in self.tasks if _is_group(t)]
+        own = not groups and all(map(_is_file, self.tasks))
+        manager = TaskManager(include_path=sorted(set(groups)), include_defaults=not own)
+        known = {
+            os.path.realpath(entry.yaml_path): name
+            for name, entry in manager.task_index.items()
+            if entry.yaml_path is not None
+        }
+        names = [known.get(os.path.realpath(t), t) if _is_group(t) else t for t in self.tasks]
         try:
-            self._loaded["tasks"] = manager.load(list(self.tasks))
+            self._loaded["tasks"] = manager.load(names)
         except KeyError as error:
             raise TaskError(
                 f"lm-eval: {printable(error.args[0], 500)}; give names that `lm-eval ls tasks` "
                 "shows, or the path of a task file"
             ) from None
+        except Exception as error:
+            what = f"{type(error).__name__}: {printable(error, 500)}"
+            raise TaskError(
+                f"lm-eval: {some(self.tasks)}: cannot be loaded: {what}; "
+                + (_GROUP_ADVICE if groups else "try it with lm-eval's own command line")
+            ) from error
         path = self.checkpoint
         folder = os.path.dirname(path) if os.path.isfile(path) else path
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._loaded["model"] = HFLM(pretrained=folder, device=device)
+        self._loaded["model"] = HFLM(pretrained=folder, device=device, batch_size=self.batch_size)
         return self._loaded["model"].model
 
     def score(self, model: Any, split: str) -> dict[str, float]:
@@ -126,13 +150,24 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
+def _is_group(task: str) -> bool:
+    """Whether a task file has a group of others."""
+    if not _is_file(task) or not os.path.isfile(task):
+        return False
+    text = Path(task).read_text("utf-8", "replace")
+    return re.search(r"^group\s*:", text, re.MULTILINE) is not None
+
+
 def _code_of(tasks: tuple[str, ...]) -> list[Path]:
-    """List task files, and what they may include or call: files of their kind beside them."""
-    folders = sorted({os.path.dirname(os.path.abspath(t)) for t in tasks if _is_file(t)})
+    """List task files, and what they may include or call: files of their kind beside them.
+
+    Those of a group may lie in folders below it.
+    """
+    folders = {(os.path.dirname(os.path.abspath(t)), _is_group(t)) for t in tasks if _is_file(t)}
     return [
         path
-        for folder in folders
-        for path in sorted(Path(folder).glob("*"))
+        for folder, deep in sorted(folders)
+        for path in sorted(Path(folder).glob("**/*" if deep else "*"))
         if path.suffix in (".yaml", ".yml", ".py") and path.is_file()
     ]
 
