@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, StreamsoupError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.kernels.torch_blocks import carried
@@ -215,6 +215,11 @@ class DeviceMix:
         self.lanes = lanes
         self.plan, self.chosen, self.device = plan, chosen, device
         self.target, self.running = target, running
+        self.asked = (
+            f"{nbytes_text(chosen.device_nbytes)} on {device.name} and "
+            f"{nbytes_text(chosen.pinned_nbytes)} of pinned memory"
+        )
+        """For errors."""
         self._copies = Mix(plan, chosen.memory, Engine(plan.only(set())))
         self._lock = threading.Lock()
 
@@ -222,12 +227,8 @@ class DeviceMix:
         """Give a thread its own worker, with a lane. Raises `BudgetError` when there is no room."""
         from streamsoup.kernels.device import our_errors
 
-        asked = (
-            f"{nbytes_text(self.chosen.device_nbytes)} on {self.device.name} and "
-            f"{nbytes_text(self.chosen.pinned_nbytes)} of pinned memory"
-        )
         # One after the other: what torch takes from the driver depends on the order.
-        with self._lock, our_errors(asked):
+        with self._lock, our_errors(self.asked):
             if self.lanes:
                 self.device.settle()  # a target may still be in use
                 lane = self.lanes.pop()
@@ -325,17 +326,23 @@ class DeviceWorker:
 
     def close(self) -> None:
         """Wait for the device, whatever became of it, so that memory can be given back."""
+        from streamsoup.kernels.device import our_errors
+
+        sound = self._whole and not any(self._waiting)
         try:
-            self._lane.close()
-            if self._whole and not any(self._waiting):
+            with our_errors(self._mix.asked):
+                self._lane.close()
+            if sound:
                 self._mix.leave(self._lane)
-        except RuntimeError:
-            pass  # it failed before, and that error is the one to show
-        del self._lane  # whoever holds on to an error holds on to us
+        except StreamsoupError:
+            if sound:  # else something failed before, and that error is the one to show
+                raise
+        finally:
+            del self._lane  # whoever holds on to an error holds on to us
 
     def _sums(self) -> torch.Tensor:
         assert self._mix.running is not None
         return self._mix.running.of(self._tensor.name)[self._start : self._start + self._n]
 
     def _what(self) -> str:
-        return f"{self._mix.device.name} at {self._tensor.name[:100]}"
+        return f"{self._mix.asked}, at {printable(self._tensor.name, 100)}"

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,17 +175,15 @@ class _Pass:
     def work(self) -> None:
         """Take leaves until there are none, or somebody failed."""
         try:
-            reading, writing = self.reader.session(), self.sink.session()
-            worker = self.reduction.worker()
             under_way: deque[_Block] = deque()
-            try:
+            with (
+                closing(self.reader.session()) as reading,
+                closing(self.sink.session()) as writing,
+                closing(self.reduction.worker()) as worker,
+            ):
                 for leaf in self.take():
                     self.cook(leaf, reading, writing, worker, under_way)
                 self.deliver(0, reading, writing, worker, under_way)
-            finally:
-                worker.close()
-                reading.close()
-                writing.close()
         except BaseException as error:
             with self.lock:
                 self.errors.append(error)

@@ -109,7 +109,10 @@ def test_a_failure_in_mid_stream_comes_out_as_one_line(
         launch(self, stream, work)
 
     monkeypatch.setattr(HostDevice, "launch", failing)
-    with pytest.raises(DeviceError, match=r"^the device failed, with cpu at [^\n]*access[^\n]*$"):
+    with pytest.raises(
+        DeviceError,
+        match=r"^the device failed, with [^\n]*MB on cpu [^\n]*, at [^\n]*access[^\n]*$",
+    ):
         make(ordered_on_host(ordered, block=64), output=tmp_path / "soup", options=Options())
     assert not (tmp_path / "soup").exists()
     monkeypatch.setattr(HostDevice, "launch", launch)
