@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 
     from streamsoup.kernels.device import Accelerator, Device, HostDevice
 
-__all__ = ["DeviceMix", "DevicePlan", "OnDevice", "RunningSum", "find_device", "plan_device"]
+__all__ = [
+    "DeviceMix",
+    "DevicePlan",
+    "OnDevice",
+    "RunningSum",
+    "device_budget",
+    "find_device",
+    "plan_device",
+]
 
 LARGEST_DEVICE_BLOCK = 1 << 20
 """Elements copied at once: a few MB, so that calls from Python (some 50 µs) are small beside it."""
@@ -158,17 +166,14 @@ def find_device(
     See `plan_device` for the rest. Raises `DeviceError` if it is not there, `RecipeError` if there
     is no such thing, and `BudgetError` if it has too little memory.
     """
-    from streamsoup.kernels.device import open_device, our_errors
+    from streamsoup.kernels.device import open_device
 
     device = open_device(options.device)
-    budget, memory = options.device_memory, options.memory
-    if budget is None:
-        with our_errors(device.name):
-            budget = device.free_nbytes() // FREE_SHARE
+    memory = options.memory
     chosen = plan_device(
         plan,
         device=device.name,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=device_budget(device, options),
         mapped=mapped,
         threads=options.n_threads,
         memory=parse_nbytes(memory) if isinstance(memory, str) else memory,
@@ -176,6 +181,17 @@ def find_device(
         beside=beside,
     )
     return OnDevice(device, chosen)
+
+
+def device_budget(device: Device[Any, Any], options: Options) -> int:
+    """Give the bytes that may be taken on `device`: as told, or a share of what is free there."""
+    from streamsoup.kernels.device import our_errors
+
+    budget = options.device_memory
+    if budget is None:
+        with our_errors(device.name):
+            return device.free_nbytes() // FREE_SHARE
+    return parse_nbytes(budget) if isinstance(budget, str) else budget
 
 
 @dataclass(frozen=True, slots=True)

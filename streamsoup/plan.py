@@ -149,6 +149,11 @@ class MixPlan:
         """Bytes of weights the pass writes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def nbytes_summed(self) -> int:
+        """Bytes of a running sum, which a search may keep: 8 for each averaged element."""
+        return 8 * sum(tensor.n_units for tensor in self.tensors if tensor.operation == "mix")
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -24,12 +25,13 @@ from streamsoup.cli import cli
 from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
+from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.live_mix import DeviceCandidates
 from streamsoup.soups.make import Order, make, order
+from streamsoup.soups.workers import Work, candidates_of
 
 
 def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:
@@ -179,6 +181,15 @@ def test_held_bytes_of_a_hand_case() -> None:
     assert held_nbytes(shape, 1) == ((60 + 2 + 2) * mib, 2 * (2 << 20) + 16)
 
 
+def test_taken_bytes_of_a_hand_case() -> None:
+    """512 bytes at least; 2 MiB for small requests, 20 for middling ones, their own for large."""
+    mib = 1 << 20
+    sizes = [100, 3 * mib, 8 * mib, 10 * mib, 15 * mib + 1]
+    assert taken_nbytes(sizes) == (2 + 20 + 0 + 10 + 16) * mib
+    assert taken_nbytes([513] * 2048) == 2 * mib
+    assert taken_nbytes([513] * 2049) == 4 * mib
+
+
 # ---- candidates of a search
 
 
@@ -192,16 +203,21 @@ def make_half_checkpoints(folder: Path, k: int) -> list[Path]:
     return paths
 
 
+def half_model() -> torch.nn.Module:
+    """Make a model for them."""
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
+    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+    return model
+
+
 def candidates_by_the_pipeline(
     paths: list[Path], *, place: Any, device_memory: str | None
 ) -> tuple[DeviceCandidates, ModelSink]:
     """Give candidates as they are made on a device, on plain memory, and a model for them."""
     options = Options(device="cpu", device_memory=device_memory, threads=1)
     ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=options)
-    model = torch.nn.Module()
-    model.w = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
-    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
-    sink = ModelSink(model, ordered.plan)
+    sink = ModelSink(half_model(), ordered.plan)
     candidates = DeviceCandidates(
         ordered.plan, sink, mapped=ordered.mapped, place=place, options=options
     )
@@ -315,6 +331,30 @@ def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
         candidates_by_the_pipeline(paths, place="file", device_memory=None)
 
 
+def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that score at once take what was told, or an eighth of what is free, together."""
+    paths = make_half_checkpoints(tmp_path, 2)
+    monkeypatch.setattr(HostDevice, "name", "cuda:0")
+    monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 128 * 10**6)
+    for room in ("streamsoup.kernels.device", "streamsoup.soups.live_mix"):
+        monkeypatch.setattr(f"{room}.open_device", lambda name: HostDevice())
+    coefficients = Coefficients.uniform(2)
+    for told in (None, "16MB"):
+        ordered = order(paths, coefficients, method="greedy", options=Options())
+        sink = ModelSink(half_model(), ordered.plan)
+        options = Options(device="cuda", device_memory=told, threads=1)
+        work = Work(None, None, False, ordered, options, None, 10**8, "", 1)
+        kept = [
+            "the running sum is there too" in candidates_of(replace(work, n_workers=n), sink).where
+            for n in (1, 2, 3)
+        ]
+        assert kept == [True, True, False]
+        with pytest.raises(
+            BudgetError, match=r"of 3\.2 MB is too small: cuda:0 needs .*; 5 --jobs share it$"
+        ):
+            candidates_of(replace(work, n_workers=5), sink)
+
+
 def test_a_device_can_be_sent_to_a_worker() -> None:
     """A search scores in other processes, which are told the device by pickling."""
     device = pickle.loads(pickle.dumps(Accelerator(torch.device("cuda:1"))))
@@ -372,8 +412,9 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
 
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another accelerator, a number too high, one without float64, an unknown word."""
-    with pytest.raises(RecipeError, match="'gpu' is no device; use auto, cpu, cuda or cuda:N"):
-        open_device("gpu")
+    for name in ("gpu", "cpu:0", "meta", "cuda:-1", ""):
+        with pytest.raises(RecipeError, match=f"'{name}' is no device; use auto, cpu, cuda or cu"):
+            open_device(name)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
@@ -405,7 +446,31 @@ def test_the_command_line_says_it_in_one_line(
     assert error.startswith("error: --device cuda: torch")
     assert error.count("\n") == 1
     assert cli(["plan", *paths]) == 0
-    assert "cpu: on the way to disk" in capfd.readouterr().out
+    assert "cpu, as the bus takes longer than the sums" in capfd.readouterr().out
+
+
+def test_soups_say_where_they_were_summed_and_why(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``auto`` chose, or what was told, ends the last line; and it is in the JSON."""
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    for device, said in (
+        ("auto", "cpu, as the bus takes longer than the sums"),
+        ("cpu", "cpu, as told"),
+    ):
+        output = str(tmp_path / device)
+        command = ["uniform", *paths, "-o", output, "--device", device]
+        assert cli(command) == 0
+        assert capfd.readouterr().out.endswith(f"; summed on {said}\n")
+        assert cli([*command, "--overwrite", "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["summed_on"] == said
+    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
+    monkeypatch.setattr(HostDevice, "name", "cuda:0")
+    soup = streamsoup.uniform(
+        paths, output=tmp_path / "told", options=Options(device="cuda", memory="1GB")
+    )
+    assert soup.summed_on == "cuda:0, as told"
+    assert streamsoup.verify(soup.path).rederived
 
 
 def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:

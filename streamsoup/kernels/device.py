@@ -182,14 +182,14 @@ def open_device(name: str) -> Accelerator | HostDevice:
         raise DeviceError(
             f"--device {name}: torch cannot be imported ({str(error)[:200]}); install it anew"
         ) from None
+    if name == "cpu":
+        return HostDevice()
     try:
         wanted = torch.device(name)
     except RuntimeError:
-        raise RecipeError(
-            f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N"
-        ) from None
-    if wanted.type == "cpu":
-        return HostDevice()
+        wanted = torch.device("cpu")
+    if wanted.type in ("cpu", "meta"):
+        raise RecipeError(f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N")
     # In 2.6, torch.accelerator could not be asked whether its device is available.
     if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]:
         raise DeviceError(f"--device {name} needs torch 2.7 or newer; this is {torch.__version__}")
