@@ -20,13 +20,12 @@ from streamsoup.device_mix import OnDevice
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
-from streamsoup.plan import Leaf
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix
 from streamsoup.selftest.checks import make_checkpoints, order_on
 from streamsoup.soups.make import Order, make, order
-from streamsoup.stream import run
+from streamsoup.stream import Nowhere, run
 
 if TYPE_CHECKING:
     import torch
@@ -178,31 +177,9 @@ def _overlap(device: Accelerator, ordered: Order) -> float:
     return busy / max(first.elapsed_time(done) for _, done in timed.spans)
 
 
-class _Nowhere:
-    """A sink that forgets."""
-
-    def session(self) -> _Nowhere:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        pass
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def _sum(ordered: Order) -> None:
     """Make a soup and forget it, without digests."""
     plan, memory, on_device = ordered.plan, ordered.memory, ordered.on_device
     mix = Mix(plan, memory, Engine(plan)) if on_device is None else on_device.mix(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
-    run(plan, memory, reader, mix, _Nowhere(), digest=False)
+    run(plan, memory, reader, mix, Nowhere(), digest=False)

@@ -33,7 +33,7 @@ from streamsoup.reduce import Engine
 from streamsoup.soups.backward import Work
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
-from streamsoup.stream import run
+from streamsoup.stream import Nowhere, run
 from streamsoup.task import Task
 
 if TYPE_CHECKING:
@@ -276,30 +276,15 @@ class Slopes:
                 yield tensor.name, slopes
 
 
-class _Renumbered:
+class _Renumbered(Nowhere):
     """The live model as a sink for a part of its plan."""
 
     def __init__(self, sink: ModelSink, part: MixPlan, numbers: dict[str, int]) -> None:
         self._sink = sink
         self._of = [numbers[tensor.name] for tensor in part.tensors]
 
-    def session(self) -> _Renumbered:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         self._sink.write(replace(leaf, tensor=self._of[leaf.tensor]), start, block)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _first_alone(plan: MixPlan) -> MixPlan:
