@@ -37,7 +37,7 @@ from streamsoup.reduce import Engine, Mix, MixWorker
 if TYPE_CHECKING:
     import torch
 
-    from streamsoup.kernels.device import Accelerator, Device, HostDevice
+    from streamsoup.kernels.device import Device
 
 __all__ = [
     "DeviceMix",
@@ -150,7 +150,7 @@ def plan_device(
 class OnDevice:
     """An accelerator that was found, and what a run will hold there."""
 
-    device: Accelerator | HostDevice
+    device: Device[Any, Any]
     plan: DevicePlan
 
     def mix(self, plan: MixPlan, **more: Any) -> DeviceMix:

@@ -22,7 +22,7 @@ from simulated import SimulatedDevice, TimedDevice
 import streamsoup
 from streamsoup import device_mix, read
 from streamsoup.cli import cli
-from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
+from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
@@ -483,6 +483,15 @@ def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_accelerator_that_cannot_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every backend of torch has that call: a budget that is told does without."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: object())
+    device = Accelerator(torch.device("cuda:0"))
+    assert device_budget(device, Options(device_memory="5MB")) == 5_000_000
+    with pytest.raises(DeviceError, match=r"cannot say how much .* give --device-memory"):
+        device_budget(device, Options())
 
 
 def test_the_default_budget_is_a_small_share(

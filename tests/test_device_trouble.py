@@ -15,17 +15,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from simulated import SimulatedDevice
 from test_device import candidates_by_the_pipeline, make_half_checkpoints, ordered_on_host
 
 import streamsoup
 from streamsoup import read, write
 from streamsoup.device_mix import OnDevice
 from streamsoup.errors import BudgetError, DeviceError
+from streamsoup.kernels import device as kernels_device
 from streamsoup.kernels.device import HostDevice
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups import live_mix
 from streamsoup.soups.make import make, order
+
+PREFERENCES = list(itertools.permutations(range(3)))
 
 FULL = "CUDA out of memory. Tried to allocate 4 MiB.\nmore"
 BROKEN = "CUDA error: an illegal memory access was encountered\nmore"
@@ -163,8 +167,8 @@ def test_every_call_of_a_search_may_fail(tmp_path: Path, monkeypatch: pytest.Mon
     """A running sum that a failure left in between is not used: the next candidate is right."""
     paths = make_half_checkpoints(tmp_path, 4)
     device = FailingDevice()
-    monkeypatch.setattr(live_mix, "open_device", lambda name: device)
-    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: device)
+    for room in (live_mix, kernels_device):
+        monkeypatch.setattr(room, "open_device", lambda name: device)
     monkeypatch.setattr("streamsoup.device_mix.LARGEST_DEVICE_BLOCK", 4096)
     candidates, sink = candidates_by_the_pipeline(paths, place="memory", device_memory=None)
     grown = [[0, 1, 2], [0, 1, 2, 3], [0, 1, 3]]
@@ -189,6 +193,37 @@ def test_every_call_of_a_search_may_fail(tmp_path: Path, monkeypatch: pytest.Mon
         assert n_failed == 1, (n, device.calls[n])
     candidates.forget()
     assert device.n_held() == 0
+
+
+ORDERS = [
+    *({"order": kind, "preference": p} for p in PREFERENCES for kind in ("lazy", "eager")),
+    *({"order": "random", "seed": seed} for seed in range(4)),
+]
+
+
+@pytest.mark.parametrize("place", ["memory", "reread"])
+def test_a_search_in_the_worst_orders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+) -> None:
+    """Results that go straight into a model, from sums that stay on the device: the same bits."""
+    monkeypatch.setattr("streamsoup.device_mix.LARGEST_DEVICE_BLOCK", 4096)
+    monkeypatch.setattr(SimulatedDevice, "name", "cpu")  # where the model is
+    paths = make_half_checkpoints(tmp_path, 4)
+    grown = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 2], [3, 1]]
+    expected = []
+    for members in grown:
+        soup = streamsoup.uniform([paths[i] for i in members], output=tmp_path / str(members))
+        expected.append(load_file(Path(soup.path) / "model.safetensors")["w"])
+    for told in ORDERS:
+        device = SimulatedDevice(**told)
+        for room in (live_mix, kernels_device):
+            monkeypatch.setattr(room, "open_device", lambda name, device=device: device)
+        candidates, sink = candidates_by_the_pipeline(paths, place=place, device_memory=None)
+        for members, right in zip(grown, expected, strict=True):
+            candidates.mix(members, sink, keep=True)
+            assert device.is_idle()
+            assert sink["w"].detach().equal(right), (told, members)
+        candidates.forget()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from streamsoup.errors import StreamsoupError
-from streamsoup.kernels.device import Accelerator, HostDevice, open_device
+from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
 
 __all__ = ["Check", "Report", "selftest"]
 
@@ -70,14 +70,9 @@ def selftest(
     """
     from streamsoup.selftest import checks, rates
 
-    opened: Accelerator | HostDevice
-    try:
-        opened = open_device("cuda" if device == "auto" else device)
-    except StreamsoupError:
-        if device != "auto":
-            raise
-        opened = HostDevice()
-    report = Report(_environment(opened))
+    opened, why = _open(device)
+    say(f"on {opened.name}, {why}")
+    report = Report({"device": opened.name, "why": why, **_environment(opened)})
     with tempfile.TemporaryDirectory(prefix="streamsoup-selftest-", dir=folder) as room:
         for name, check in checks.all_checks(opened, room):
             started = time.monotonic()
@@ -91,12 +86,25 @@ def selftest(
     return report
 
 
+def _open(name: str) -> tuple[Accelerator | HostDevice, str]:
+    """Open a device; ``auto`` is an accelerator if there is one that will do. Say why it is that.
+
+    Raises `DeviceError` and `RecipeError` for a name that was told.
+    """
+    if name != "auto":
+        return open_device(name), "as told"
+    kind = accelerator_type()
+    try:
+        return open_device(kind), "as torch has no other" if kind == "cpu" else "as it is here"
+    except StreamsoupError as error:
+        return HostDevice(), f"as there is no other ({error})"
+
+
 def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
     import psutil
     import torch
 
     found: dict[str, Any] = {
-        "device": device.name,
         "streamsoup": version("streamsoup"),
         "torch": torch.__version__,
         "numpy": version("numpy"),
