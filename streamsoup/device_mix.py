@@ -196,7 +196,10 @@ def device_budget(device: Device[Any, Any], options: Options) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RunningSum:
-    """Sums that stay on the device from one mix to the next, and what to do with them."""
+    """Sums that stay on the device from one mix to the next, and what to do with them.
+
+    Not where float64 is averaged: which values were equal so far, sums do not tell.
+    """
 
     of: Callable[[str], torch.Tensor]
     """The sums of a tensor, by name: flat, float64, on the device."""
@@ -289,10 +292,7 @@ class DeviceWorker:
             self._copies.start(tensor, start, n_units)
             return
         self._factors, divisor = mix.plan.recipe.coefficients.of(tensor.name)
-        k = len(self._factors)
         running = mix.running
-        uniform = divisor == k and set(self._factors) == {1.0}
-        float64 = all(source.dtype.name == "F64" for source in tensor.sources)
         target = mix.target(tensor)
         self._whole = False
         with our_errors(self._what()):
@@ -300,7 +300,7 @@ class DeviceWorker:
                 n_units,
                 tensor.dtype,
                 divisor,
-                compares=uniform and k > 1 and float64 and running is None,
+                compares=mix.plan.keeps_equal(tensor),
                 canonical=mix.plan.recipe.non_finite == "propagate",
                 target=None if target is None else target[start : start + n_units],
                 initial=self._sums() if running is not None and running.starts else None,
