@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from streamsoup import selftest
 from streamsoup.cli import cli
 from streamsoup.kernels import torch_blocks
 from streamsoup.kernels.device import HostDevice
-from streamsoup.selftest import checks
+from streamsoup.selftest import checks, rates
 
 
 def test_selftest_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +44,29 @@ def test_selftest_refuses_a_device_that_is_not_here(capfd: pytest.CaptureFixture
     """A missing accelerator is one line and status 1, not a failed check."""
     assert cli(["selftest", "--device", "xpu"]) == 1
     assert capfd.readouterr().err.startswith("error: --device xpu: torch")
+
+
+@pytest.mark.parametrize("room", ["checks", "rates"])
+def test_a_full_disk_is_no_failed_check(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    """No room for the files it makes is one line that says what to do; so is a folder not there."""
+    command = ["selftest", "--device", "cpu", "--size", "2MB"]
+    assert cli([*command, "--folder", "/nowhere"]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: /nowhere: files to test with cannot be made there (No such file")
+    made, calls = checks.make_checkpoints, itertools.count()
+
+    def full(folder: str, k: int, n: int) -> list[str]:
+        if (next(calls) == 1) == (room == "checks"):
+            raise OSError(28, "No space left on device")
+        return made(folder, k, n)
+
+    monkeypatch.setattr(rates if room == "rates" else checks, "make_checkpoints", full)
+    assert cli(command) == 1
+    out, err = capfd.readouterr()
+    assert "FAIL" not in out
+    assert err.endswith("(No space left on device); choose another --folder or a smaller --size\n")
 
 
 @pytest.mark.parametrize(
