@@ -172,6 +172,20 @@ def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int)
         plan_device(plan, device="cuda:0", budget=budget, mapped=True, threads=1, memory=10**6)
 
 
+def test_plain_reads_hold_a_block_of_each_ingredient(tmp_path: Path) -> None:
+    """Beside what is pinned, each thread has buffers to read into; mapped files need none."""
+    paths = [save(tmp_path / str(i), {"a": tensor(np.zeros(9999, np.float16))}) for i in (0, 1)]
+    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    peaks = {}
+    for mapped in (True, False):
+        chosen = plan_device(
+            plan, device="cuda:0", budget=10**9, mapped=mapped, threads=3, memory=10**9
+        )
+        assert (chosen.memory.threads, chosen.memory.block) == (3, 1 << 14)
+        peaks[mapped] = chosen.memory.peak_nbytes
+    assert peaks[False] - peaks[True] == 3 * 2 * 2 * (1 << 14)
+
+
 def test_held_bytes_of_a_hand_case() -> None:
     """Small requests share 2 MiB, middling ones 20 MiB; 2 MiB for the reduction's stream."""
     mib = 1 << 20
@@ -305,20 +319,21 @@ def test_lanes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for members in ([0], [0, 1], [0, 1, 2], [0, 1]):
         candidates.mix(members, sink, keep=True)
     assert len(made) == 1
-    launch = HostDevice.launch
 
-    def failing(self: HostDevice, stream: None, work: Any) -> None:
+    def failing(self: HostDevice, *arguments: Any) -> None:
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(HostDevice, "launch", failing)
-    with pytest.raises(DeviceError):
+    for room, call in ((HostDevice, "launch"), (HostDevice, "host_wait"), (Lane, "take")):
+        n_made = len(made)
+        with monkeypatch.context() as patched:
+            patched.setattr(room, call, failing)
+            with pytest.raises(DeviceError):
+                candidates.mix([0, 1], sink, keep=True)
         candidates.mix([0, 1], sink, keep=True)
-    monkeypatch.setattr(HostDevice, "launch", launch)
-    candidates.mix([0, 1], sink, keep=True)
-    assert len(made) == 2
+        assert len(made) == n_made + 1
     candidates.forget()
     candidates.mix([0, 1], sink, keep=True)
-    assert len(made) == 3
+    assert len(made) == 5
 
 
 def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:

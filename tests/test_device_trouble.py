@@ -226,6 +226,26 @@ def test_a_search_in_the_worst_orders(
         candidates.forget()
 
 
+def test_a_model_still_in_use_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task queued before, on a stream of its own, sees the candidate it was meant for."""
+    monkeypatch.setattr(SimulatedDevice, "name", "cpu")  # where the model is
+    device = SimulatedDevice("lazy", (1, 2, 3, 0))
+    theirs = device.stream()
+    for room in (live_mix, kernels_device):
+        monkeypatch.setattr(room, "open_device", lambda name: device)
+    paths = make_half_checkpoints(tmp_path, 3)
+    candidates, sink = candidates_by_the_pipeline(paths, place=None, device_memory=None)
+    there, seen = [sink["w"].detach().clone()], []
+    for members in ([0], [0, 1], [0, 1, 2]):
+        device.launch(theirs, lambda: seen.append(sink["w"].detach().clone()))
+        candidates.mix(members, sink, keep=True)
+        there.append(sink["w"].detach().clone())
+    assert all(a.equal(b) for a, b in zip(seen, there[:3], strict=True))
+    assert not there[1].equal(there[2])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_reads_and_writes_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
