@@ -556,12 +556,17 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
 
 def test_a_gradient_takes_no_room_on_the_device() -> None:
     """It is looked at where it comes to, however large it is: the device may be full."""
-    gradient = torch.arange(3 << 20).float().cuda()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    vector = _vector(gradient, "w")
-    assert torch.cuda.max_memory_allocated() == before
-    assert vector.data.tobytes() == torch.arange(3 << 20).float().numpy().tobytes()
+    dense = torch.zeros(3 << 20)
+    dense[torch.tensor([7, 5000])] = torch.tensor([1.5, -2.0])
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[7, 5000]]), torch.tensor([1.5, -2.0]), dense.shape, check_invariants=True
+    )
+    for gradient in (dense.cuda(), sparse.cuda()):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vector = _vector(gradient, "w")
+        assert torch.cuda.max_memory_allocated() == before
+        assert vector.data.tobytes() == dense.numpy().tobytes()
 
 
 class Forgetful(Accelerator):
