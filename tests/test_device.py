@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -323,10 +324,10 @@ def test_lanes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def failing(self: HostDevice, *arguments: Any) -> None:
         raise RuntimeError("CUDA error")
 
-    for room, call in ((HostDevice, "launch"), (HostDevice, "host_wait"), (Lane, "take")):
+    for room, name in ((HostDevice, "launch"), (HostDevice, "host_wait"), (Lane, "take")):
         n_made = len(made)
         with monkeypatch.context() as patched:
-            patched.setattr(room, call, failing)
+            patched.setattr(room, name, failing)
             with pytest.raises(DeviceError):
                 candidates.mix([0, 1], sink, keep=True)
         candidates.mix([0, 1], sink, keep=True)
@@ -425,6 +426,31 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert said in done.stderr
+
+
+def test_the_adapter_passes_on_what_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of the pipeline becomes the one of torch's streams and events that it names."""
+    device = Accelerator(torch.device("cuda:0"))
+    torchs = Mock()
+    stream, event = torchs.stream, torchs.event
+    stream.__enter__, stream.__exit__ = Mock(), Mock(return_value=None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", torchs.synchronize)
+    device.wait(stream, event)
+    device.launch(stream, torchs.work)
+    device.record(event, stream)
+    device.host_wait(event)
+    device.settle()
+    torchs.assert_has_calls(
+        [
+            call.stream.wait_event(event),
+            call.stream.__enter__(),
+            call.work(),
+            call.stream.__exit__(None, None, None),
+            call.event.record(stream),
+            call.event.synchronize(),
+            call.synchronize(device.torch_device),
+        ]
+    )
 
 
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
