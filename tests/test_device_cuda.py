@@ -343,6 +343,15 @@ def test_a_failing_read_in_mid_stream(
     streamsoup.verify(tmp_path / "soup")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise, as in a terminal; a shell's background jobs are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_in_mid_stream(checkpoints: list[Path], tmp_path: Path) -> None:
     """Ctrl-C stops the lanes, gives memory back, and leaves the device usable."""
 
