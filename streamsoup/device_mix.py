@@ -325,7 +325,6 @@ class DeviceWorker:
             if first + len(inputs) == len(self._factors):
                 self._lane.finish()
                 self._waiting.append(True)
-                self._whole = True
 
     def result(self) -> Bytes:
         """Give the raw bytes of the oldest block; none if it went to its place on the device."""

@@ -95,7 +95,8 @@ def read_provenance(folder: str) -> Provenance:
 def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int:
     """Compare the soup's own bytes with their digests; give how many were read."""
     if provenance.digest != DIGEST:
-        problems.append(f"its digests are made in another way: {printable(provenance.digest)}")
+        digest = printable(provenance.digest)
+        problems.append(f"{PROVENANCE_NAME} has digests that are made in another way: {digest}")
         return 0
     if not provenance.intact:
         problems.append(f"{PROVENANCE_NAME} has changed")
