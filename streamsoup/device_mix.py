@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, StreamsoupError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.kernels.torch_blocks import carried
@@ -37,9 +37,17 @@ from streamsoup.reduce import Engine, Mix, MixWorker
 if TYPE_CHECKING:
     import torch
 
-    from streamsoup.kernels.device import Accelerator, Device, HostDevice
+    from streamsoup.kernels.device import Device
 
-__all__ = ["DeviceMix", "DevicePlan", "OnDevice", "RunningSum", "find_device", "plan_device"]
+__all__ = [
+    "DeviceMix",
+    "DevicePlan",
+    "OnDevice",
+    "RunningSum",
+    "device_budget",
+    "find_device",
+    "plan_device",
+]
 
 LARGEST_DEVICE_BLOCK = 1 << 20
 """Elements copied at once: a few MB, so that calls from Python (some 50 µs) are small beside it."""
@@ -142,7 +150,7 @@ def plan_device(
 class OnDevice:
     """An accelerator that was found, and what a run will hold there."""
 
-    device: Accelerator | HostDevice
+    device: Device[Any, Any]
     plan: DevicePlan
 
     def mix(self, plan: MixPlan, **more: Any) -> DeviceMix:
@@ -158,17 +166,14 @@ def find_device(
     See `plan_device` for the rest. Raises `DeviceError` if it is not there, `RecipeError` if there
     is no such thing, and `BudgetError` if it has too little memory.
     """
-    from streamsoup.kernels.device import open_device, our_errors
+    from streamsoup.kernels.device import open_device
 
     device = open_device(options.device)
-    budget, memory = options.device_memory, options.memory
-    if budget is None:
-        with our_errors(device.name):
-            budget = device.free_nbytes() // FREE_SHARE
+    memory = options.memory
     chosen = plan_device(
         plan,
         device=device.name,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=device_budget(device, options),
         mapped=mapped,
         threads=options.n_threads,
         memory=parse_nbytes(memory) if isinstance(memory, str) else memory,
@@ -178,9 +183,23 @@ def find_device(
     return OnDevice(device, chosen)
 
 
+def device_budget(device: Device[Any, Any], options: Options) -> int:
+    """Give the bytes that may be taken on `device`: as told, or a share of what is free there."""
+    from streamsoup.kernels.device import our_errors
+
+    budget = options.device_memory
+    if budget is None:
+        with our_errors(device.name):
+            return device.free_nbytes() // FREE_SHARE
+    return parse_nbytes(budget) if isinstance(budget, str) else budget
+
+
 @dataclass(frozen=True, slots=True)
 class RunningSum:
-    """Sums that stay on the device from one mix to the next, and what to do with them."""
+    """Sums that stay on the device from one mix to the next, and what to do with them.
+
+    Not where float64 is averaged: which values were equal so far, sums do not tell.
+    """
 
     of: Callable[[str], torch.Tensor]
     """The sums of a tensor, by name: flat, float64, on the device."""
@@ -215,6 +234,11 @@ class DeviceMix:
         self.lanes = lanes
         self.plan, self.chosen, self.device = plan, chosen, device
         self.target, self.running = target, running
+        self.asked = (
+            f"{nbytes_text(chosen.device_nbytes)} on {device.name} and "
+            f"{nbytes_text(chosen.pinned_nbytes)} of pinned memory"
+        )
+        """For errors."""
         self._copies = Mix(plan, chosen.memory, Engine(plan.only(set())))
         self._lock = threading.Lock()
 
@@ -222,12 +246,8 @@ class DeviceMix:
         """Give a thread its own worker, with a lane. Raises `BudgetError` when there is no room."""
         from streamsoup.kernels.device import our_errors
 
-        asked = (
-            f"{nbytes_text(self.chosen.device_nbytes)} on {self.device.name} and "
-            f"{nbytes_text(self.chosen.pinned_nbytes)} of pinned memory"
-        )
         # One after the other: what torch takes from the driver depends on the order.
-        with self._lock, our_errors(asked):
+        with self._lock, our_errors(self.asked):
             if self.lanes:
                 self.device.settle()  # a target may still be in use
                 lane = self.lanes.pop()
@@ -272,10 +292,7 @@ class DeviceWorker:
             self._copies.start(tensor, start, n_units)
             return
         self._factors, divisor = mix.plan.recipe.coefficients.of(tensor.name)
-        k = len(self._factors)
         running = mix.running
-        uniform = divisor == k and set(self._factors) == {1.0}
-        float64 = all(source.dtype.name == "F64" for source in tensor.sources)
         target = mix.target(tensor)
         self._whole = False
         with our_errors(self._what()):
@@ -283,7 +300,7 @@ class DeviceWorker:
                 n_units,
                 tensor.dtype,
                 divisor,
-                compares=uniform and k > 1 and float64 and running is None,
+                compares=mix.plan.keeps_equal(tensor),
                 canonical=mix.plan.recipe.non_finite == "propagate",
                 target=None if target is None else target[start : start + n_units],
                 initial=self._sums() if running is not None and running.starts else None,
@@ -308,7 +325,6 @@ class DeviceWorker:
             if first + len(inputs) == len(self._factors):
                 self._lane.finish()
                 self._waiting.append(True)
-                self._whole = True
 
     def result(self) -> Bytes:
         """Give the raw bytes of the oldest block; none if it went to its place on the device."""
@@ -325,17 +341,23 @@ class DeviceWorker:
 
     def close(self) -> None:
         """Wait for the device, whatever became of it, so that memory can be given back."""
+        from streamsoup.kernels.device import our_errors
+
+        sound = self._whole and not any(self._waiting)
         try:
-            self._lane.close()
-            if self._whole and not any(self._waiting):
+            with our_errors(self._mix.asked):
+                self._lane.close()
+            if sound:
                 self._mix.leave(self._lane)
-        except RuntimeError:
-            pass  # it failed before, and that error is the one to show
-        del self._lane  # whoever holds on to an error holds on to us
+        except StreamsoupError:
+            if sound:  # else something failed before, and that error is the one to show
+                raise
+        finally:
+            del self._lane  # whoever holds on to an error holds on to us
 
     def _sums(self) -> torch.Tensor:
         assert self._mix.running is not None
         return self._mix.running.of(self._tensor.name)[self._start : self._start + self._n]
 
     def _what(self) -> str:
-        return f"{self._mix.device.name} at {self._tensor.name[:100]}"
+        return f"{self._mix.asked}, at {printable(self._tensor.name, 100)}"

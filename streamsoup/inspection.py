@@ -62,6 +62,7 @@ def describe_order(ordered: Order) -> dict[str, Any]:
         "files": [f"{printable(f.name)}  {nbytes_text(f.nbytes)}" for f in ordered.files.files],
         "side_files": [printable(file.name) for file in ordered.side_files] or "none",
         "peak_memory": f"{memory.peak_nbytes} bytes at most ({nbytes_text(memory.peak_nbytes)})",
+        "running_sum": f"{nbytes_text(plan.nbytes_summed)} more, where a search keeps one",
         "threads": memory.threads,
         "device": _device_text(ordered),
         "input": "mapped" if ordered.mapped else "read",
@@ -110,8 +111,10 @@ def record_order(ordered: Order) -> dict[str, Any]:
         "files": {file.name: file.nbytes for file in ordered.files.files},
         "side_files": [file.name for file in ordered.side_files],
         "peak_nbytes": memory.peak_nbytes,
+        "running_sum_nbytes": plan.nbytes_summed,
         "threads": memory.threads,
         "device": str(on_device.device) if on_device is not None else "cpu",
+        "summed_on": ordered.summed_on,
         "device_nbytes": on_device.device_nbytes if on_device is not None else 0,
         "pinned_nbytes": on_device.pinned_nbytes if on_device is not None else 0,
         "io": "mmap" if ordered.mapped else "read",
@@ -163,9 +166,10 @@ def _cut(name: str, limit: int) -> str:
 def _device_text(ordered: Order) -> str:
     """Say where the sums are made, why, and what that takes."""
     if ordered.on_device is None:
-        return "cpu: on the way to disk, a bus takes longer than the CPU's sums"
+        return ordered.summed_on
     plan = ordered.on_device.plan
     return (
-        f"{plan.device}: {plan.device_nbytes} bytes at most ({nbytes_text(plan.device_nbytes)}), "
-        f"{plan.pinned_nbytes} pinned on the host; torch and the driver hold their own beside that"
+        f"{ordered.summed_on}: {plan.device_nbytes} bytes at most "
+        f"({nbytes_text(plan.device_nbytes)}), {plan.pinned_nbytes} pinned on the host; torch and "
+        "the driver hold their own beside that"
     )

@@ -34,7 +34,8 @@ class Options:
     device: str = "auto"
     """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` is ``cpu`` for files."""
     device_memory: int | str | None = None
-    """Memory to take on the device, a running sum included; None for an eighth of what is free."""
+    """Memory to take on the device, by all workers of a search together, running sums included;
+    None for an eighth of what is free."""
     io: Literal["auto", "mmap", "read"] = "auto"
     """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
     overwrite: bool = False

@@ -138,6 +138,15 @@ class MixPlan:
                 n_leaves += tensor.n_leaves
         return replace(self, tensors=tuple(tensors), n_leaves=n_leaves)
 
+    def keeps_equal(self, tensor: PlannedTensor) -> bool:
+        """Whether elements that are the same in all ingredients are kept, not summed and divided.
+
+        For means of float64 alone: the sum of equal values may be inexact; `kernels.reference`.
+        """
+        factors, divisor = self.recipe.coefficients.of(tensor.name)
+        mean = divisor == len(factors) > 1 and set(factors) == {1.0}
+        return mean and all(source.dtype.name == "F64" for source in tensor.sources)
+
     @property
     def nbytes_read(self) -> int:
         """Bytes of weights the pass reads: each byte of each ingredient's tensors once."""
@@ -148,6 +157,11 @@ class MixPlan:
     def nbytes_written(self) -> int:
         """Bytes of weights the pass writes."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def nbytes_summed(self) -> int:
+        """Bytes of a running sum, which a search may keep: 8 for each averaged element."""
+        return 8 * sum(tensor.n_units for tensor in self.tensors if tensor.operation == "mix")
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,13 +142,9 @@ class MixWorker:
         self._tensor = tensor
         self._n = n_units
         self._output = self._result[: n_units * tensor.unit_nbytes]
-        self._factors, self._divisor = self._mix.plan.recipe.coefficients.of(tensor.name)
-        k = len(self._factors)
-        uniform = self._divisor == k and set(self._factors) == {1.0}
-        # For float64 alone, the sum of equal values may be inexact: see `kernels.reference`.
-        self._watch_sameness = (
-            uniform and k > 1 and all(source.dtype.name == "F64" for source in tensor.sources)
-        )
+        plan = self._mix.plan
+        self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
+        self._watch_sameness = plan.keeps_equal(tensor)
         self.spoiled = False
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:

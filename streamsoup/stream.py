@@ -11,12 +11,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import xxhash
 
+from streamsoup.digest import Digests
 from streamsoup.errors import Interrupted, NonFiniteError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
@@ -24,7 +26,7 @@ from streamsoup.plan import Leaf, MemoryPlan, MixPlan, PlannedTensor
 from streamsoup.read import Reader, Session
 from streamsoup.reduce import Reduction, Worker
 
-__all__ = ["Progress", "Sink", "SinkSession", "run"]
+__all__ = ["Nowhere", "OnlyDigests", "Progress", "Sink", "SinkSession", "run"]
 
 CHECKPOINT_S = 0.1
 """Time between notes of what is finished: what a kill can cost. Syncing early and often also keeps
@@ -72,6 +74,42 @@ class Sink(Protocol):
 
     def checkpoint(self) -> None:
         """Make durable what is complete. Called by the main thread, now and then."""
+
+
+class Nowhere:
+    """A sink, and its own session, that keeps nothing of a run. Others keep some of it."""
+
+    def session(self) -> Self:
+        """Give itself."""
+        return self
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        """Know of nothing that was finished earlier."""
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        """Let the result go."""
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Do nothing."""
+
+    def checkpoint(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class OnlyDigests(Nowhere):
+    """A sink that keeps the digests of a run, and no result."""
+
+    def __init__(self, plan: MixPlan) -> None:
+        """Make room for them."""
+        self.digests = Digests(plan)
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Keep the digests of a leaf."""
+        self.digests.put(leaf.number, digests)
 
 
 def run(
@@ -174,17 +212,15 @@ class _Pass:
     def work(self) -> None:
         """Take leaves until there are none, or somebody failed."""
         try:
-            reading, writing = self.reader.session(), self.sink.session()
-            worker = self.reduction.worker()
             under_way: deque[_Block] = deque()
-            try:
+            with (
+                closing(self.reader.session()) as reading,
+                closing(self.sink.session()) as writing,
+                closing(self.reduction.worker()) as worker,
+            ):
                 for leaf in self.take():
                     self.cook(leaf, reading, writing, worker, under_way)
                 self.deliver(0, reading, writing, worker, under_way)
-            finally:
-                worker.close()
-                reading.close()
-                writing.close()
         except BaseException as error:
             with self.lock:
                 self.errors.append(error)

@@ -229,9 +229,11 @@ def test_inspect_and_plan_look_only(pair: tuple[Path, Path], tmp_path: Path) -> 
     told = json.loads(command("plan", a, b, "--json", "--threads", "1").stdout)
     assert told["threads"] == 1
     assert told["nbytes_read"] == 28652
+    assert told["running_sum_nbytes"] == 8 * (2000 + 3000 + 129 + 1 + 33)
     ran = command("plan", a, b, "--dtype", "bf16")
     assert ran.returncode == 0
     assert "peak memory" in ran.stdout
+    assert "running sum  41.3 kB more, where a search keeps one" in ran.stdout
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     sharded = save_sharded(tmp_path / "c", [random_model(0)])
     assert json.loads(command("inspect", sharded, "--json").stdout)["n_tensors"] == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -21,15 +23,16 @@ from simulated import SimulatedDevice, TimedDevice
 import streamsoup
 from streamsoup import device_mix, read
 from streamsoup.cli import cli
-from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, plan_device
+from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
+from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.live_mix import DeviceCandidates
 from streamsoup.soups.make import Order, make, order
+from streamsoup.soups.workers import Work, candidates_of
 
 
 def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:
@@ -42,7 +45,9 @@ def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:
         tensors = {
             "half": tensor(half),
             "bf16": tensor(bf16, "BF16"),
-            "f64": tensor(rng.normal(size=101)),
+            "f64": tensor(
+                np.append(1.7e308, rng.normal(size=100))
+            ),  # the sum of equal ones overflows
             "e4m3": tensor(rng.integers(0, 0x7E, 77).astype(np.uint8), "F8_E4M3"),
             "steps": tensor(np.arange(5)),
             "none": tensor(np.empty(0, np.float32), "F32"),
@@ -74,7 +79,7 @@ def ordered_on_host(ordered: Order, *, block: int, threads: int = 2) -> Order:
 def test_soups_by_the_pipeline_are_those_of_the_kernels(
     tmp_path: Path, method: str, block: int, io: Any
 ) -> None:
-    """Whole soups, copied tensors and float8 among them: the same files, whatever the blocks."""
+    """Copied tensors, float8 and equal float64 among them: the same files, whatever the blocks."""
     paths = make_checkpoints(tmp_path, 5, 3000)
     coefficients = Coefficients.uniform(5)
     if method == "weighted":
@@ -109,7 +114,10 @@ def test_a_failure_in_mid_stream_comes_out_as_one_line(
         launch(self, stream, work)
 
     monkeypatch.setattr(HostDevice, "launch", failing)
-    with pytest.raises(DeviceError, match=r"^the device failed, with cpu at [^\n]*access[^\n]*$"):
+    with pytest.raises(
+        DeviceError,
+        match=r"^the device failed, with [^\n]*MB on cpu [^\n]*, at [^\n]*access[^\n]*$",
+    ):
         make(ordered_on_host(ordered, block=64), output=tmp_path / "soup", options=Options())
     assert not (tmp_path / "soup").exists()
     monkeypatch.setattr(HostDevice, "launch", launch)
@@ -165,6 +173,20 @@ def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int)
         plan_device(plan, device="cuda:0", budget=budget, mapped=True, threads=1, memory=10**6)
 
 
+def test_plain_reads_hold_a_block_of_each_ingredient(tmp_path: Path) -> None:
+    """Beside what is pinned, each thread has buffers to read into; mapped files need none."""
+    paths = [save(tmp_path / str(i), {"a": tensor(np.zeros(9999, np.float16))}) for i in (0, 1)]
+    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    peaks = {}
+    for mapped in (True, False):
+        chosen = plan_device(
+            plan, device="cuda:0", budget=10**9, mapped=mapped, threads=3, memory=10**9
+        )
+        assert (chosen.memory.threads, chosen.memory.block) == (3, 1 << 14)
+        peaks[mapped] = chosen.memory.peak_nbytes
+    assert peaks[False] - peaks[True] == 3 * 2 * 2 * (1 << 14)
+
+
 def test_held_bytes_of_a_hand_case() -> None:
     """Small requests share 2 MiB, middling ones 20 MiB; 2 MiB for the reduction's stream."""
     mib = 1 << 20
@@ -174,6 +196,15 @@ def test_held_bytes_of_a_hand_case() -> None:
     shape = LaneShape(block=1 << 20, n_slots=2, staged=2, made=0, compares=False)
     # 2 x 2 MiB + 5 x 8 MiB from three of 20 MiB; 1 MiB and little from 2 MiB; nothing lands.
     assert held_nbytes(shape, 1) == ((60 + 2 + 2) * mib, 2 * (2 << 20) + 16)
+
+
+def test_taken_bytes_of_a_hand_case() -> None:
+    """512 bytes at least; 2 MiB for small requests, 20 for middling ones, their own for large."""
+    mib = 1 << 20
+    sizes = [100, 3 * mib, 8 * mib, 10 * mib, 15 * mib + 1]
+    assert taken_nbytes(sizes) == (2 + 20 + 0 + 10 + 16) * mib
+    assert taken_nbytes([513] * 2048) == 2 * mib
+    assert taken_nbytes([513] * 2049) == 4 * mib
 
 
 # ---- candidates of a search
@@ -189,16 +220,21 @@ def make_half_checkpoints(folder: Path, k: int) -> list[Path]:
     return paths
 
 
+def half_model() -> torch.nn.Module:
+    """Make a model for them."""
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
+    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+    return model
+
+
 def candidates_by_the_pipeline(
     paths: list[Path], *, place: Any, device_memory: str | None
 ) -> tuple[DeviceCandidates, ModelSink]:
     """Give candidates as they are made on a device, on plain memory, and a model for them."""
     options = Options(device="cpu", device_memory=device_memory, threads=1)
     ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=options)
-    model = torch.nn.Module()
-    model.w = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
-    model.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
-    sink = ModelSink(model, ordered.plan)
+    sink = ModelSink(half_model(), ordered.plan)
     candidates = DeviceCandidates(
         ordered.plan, sink, mapped=ordered.mapped, place=place, options=options
     )
@@ -284,20 +320,21 @@ def test_lanes_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for members in ([0], [0, 1], [0, 1, 2], [0, 1]):
         candidates.mix(members, sink, keep=True)
     assert len(made) == 1
-    launch = HostDevice.launch
 
-    def failing(self: HostDevice, stream: None, work: Any) -> None:
+    def failing(self: HostDevice, *arguments: Any) -> None:
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(HostDevice, "launch", failing)
-    with pytest.raises(DeviceError):
+    for room, name in ((HostDevice, "launch"), (HostDevice, "host_wait"), (Lane, "take")):
+        n_made = len(made)
+        with monkeypatch.context() as patched:
+            patched.setattr(room, name, failing)
+            with pytest.raises(DeviceError):
+                candidates.mix([0, 1], sink, keep=True)
         candidates.mix([0, 1], sink, keep=True)
-    monkeypatch.setattr(HostDevice, "launch", launch)
-    candidates.mix([0, 1], sink, keep=True)
-    assert len(made) == 2
+        assert len(made) == n_made + 1
     candidates.forget()
     candidates.mix([0, 1], sink, keep=True)
-    assert len(made) == 3
+    assert len(made) == 5
 
 
 def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
@@ -310,6 +347,30 @@ def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
         candidates_by_the_pipeline(paths, place="memory", device_memory="5MB")
     with pytest.raises(RecipeError, match=r"--sums file .* \(memory\) or not at all \(reread\)"):
         candidates_by_the_pipeline(paths, place="file", device_memory=None)
+
+
+def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that score at once take what was told, or an eighth of what is free, together."""
+    paths = make_half_checkpoints(tmp_path, 2)
+    monkeypatch.setattr(HostDevice, "name", "cuda:0")
+    monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 128 * 10**6)
+    for room in ("streamsoup.kernels.device", "streamsoup.soups.live_mix"):
+        monkeypatch.setattr(f"{room}.open_device", lambda name: HostDevice())
+    coefficients = Coefficients.uniform(2)
+    for told in (None, "16MB"):
+        ordered = order(paths, coefficients, method="greedy", options=Options())
+        sink = ModelSink(half_model(), ordered.plan)
+        options = Options(device="cuda", device_memory=told, threads=1)
+        work = Work(None, None, False, ordered, options, None, 10**8, "", 1)
+        kept = [
+            "the running sum is there too" in candidates_of(replace(work, n_workers=n), sink).where
+            for n in (1, 2, 3)
+        ]
+        assert kept == [True, True, False]
+        with pytest.raises(
+            BudgetError, match=r"of 3\.2 MB is too small: cuda:0 needs .*; 5 --jobs share it$"
+        ):
+            candidates_of(replace(work, n_workers=5), sink)
 
 
 def test_a_device_can_be_sent_to_a_worker() -> None:
@@ -367,10 +428,36 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
         assert said in done.stderr
 
 
+def test_the_adapter_passes_on_what_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of the pipeline becomes the one of torch's streams and events that it names."""
+    device = Accelerator(torch.device("cuda:0"))
+    torchs = Mock()
+    stream, event = torchs.stream, torchs.event
+    stream.__enter__, stream.__exit__ = Mock(), Mock(return_value=None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", torchs.synchronize)
+    device.wait(stream, event)
+    device.launch(stream, torchs.work)
+    device.record(event, stream)
+    device.host_wait(event)
+    device.settle()
+    torchs.assert_has_calls(
+        [
+            call.stream.wait_event(event),
+            call.stream.__enter__(),
+            call.work(),
+            call.stream.__exit__(None, None, None),
+            call.event.record(stream),
+            call.event.synchronize(),
+            call.synchronize(device.torch_device),
+        ]
+    )
+
+
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another accelerator, a number too high, one without float64, an unknown word."""
-    with pytest.raises(RecipeError, match="'gpu' is no device; use auto, cpu, cuda or cuda:N"):
-        open_device("gpu")
+    for name in ("gpu", "cpu:0", "meta", "cuda:-1", ""):
+        with pytest.raises(RecipeError, match=f"'{name}' is no device; use auto, cpu, cuda or cu"):
+            open_device(name)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
@@ -402,7 +489,31 @@ def test_the_command_line_says_it_in_one_line(
     assert error.startswith("error: --device cuda: torch")
     assert error.count("\n") == 1
     assert cli(["plan", *paths]) == 0
-    assert "cpu: on the way to disk" in capfd.readouterr().out
+    assert "cpu, as the bus takes longer than the sums" in capfd.readouterr().out
+
+
+def test_soups_say_where_they_were_summed_and_why(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``auto`` chose, or what was told, ends the last line; and it is in the JSON."""
+    paths = [str(path) for path in make_checkpoints(tmp_path, 2, 100)]
+    for device, said in (
+        ("auto", "cpu, as the bus takes longer than the sums"),
+        ("cpu", "cpu, as told"),
+    ):
+        output = str(tmp_path / device)
+        command = ["uniform", *paths, "-o", output, "--device", device]
+        assert cli(command) == 0
+        assert capfd.readouterr().out.endswith(f"; summed on {said}\n")
+        assert cli([*command, "--overwrite", "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["summed_on"] == said
+    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
+    monkeypatch.setattr(HostDevice, "name", "cuda:0")
+    soup = streamsoup.uniform(
+        paths, output=tmp_path / "told", options=Options(device="cuda", memory="1GB")
+    )
+    assert soup.summed_on == "cuda:0, as told"
+    assert streamsoup.verify(soup.path).rederived
 
 
 def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:
@@ -415,6 +526,15 @@ def test_cpu_and_auto_import_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_accelerator_that_cannot_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every backend of torch has that call: a budget that is told does without."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: object())
+    device = Accelerator(torch.device("cuda:0"))
+    assert device_budget(device, Options(device_memory="5MB")) == 5_000_000
+    with pytest.raises(DeviceError, match=r"cannot say how much .* give --device-memory"):
+        device_budget(device, Options())
 
 
 def test_the_default_budget_is_a_small_share(

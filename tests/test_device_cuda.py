@@ -20,16 +20,25 @@ import numpy as np
 import pytest
 import torch
 from lanes import COEFFICIENTS, FLOATS, random_ingredients, specified, through_lane
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from simulated import KINDS
 from torch import nn
 
 import streamsoup
+from streamsoup import read
 from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
-from streamsoup.kernels.device import Accelerator, open_device
+from streamsoup.kernels.device import Accelerator, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
+from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import nbytes_text
+from streamsoup.plan import nbytes_text, parse_nbytes
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.backward import _vector
+from streamsoup.soups.live_mix import DeviceCandidates
+from streamsoup.soups.make import make, order
+from streamsoup.soups.mixture import make_mixture
+from streamsoup.soups.slopes import Slopes
+from streamsoup.task import load_task
 from streamsoup.tensors import DTYPES, DType
 
 try:
@@ -178,8 +187,6 @@ def test_live_mix_in_place(
     checkpoints: list[Path], tmp_path: Path, factors: list[float] | None
 ) -> None:
     """A model on the device gets the bytes that a file would, and its parameters stay in place."""
-    from safetensors.torch import load_file
-
     model = Model(checkpoints[0]).cuda()
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     streamsoup.mix_into(model, checkpoints, factors, options=Options(memory="2GB"))
@@ -196,13 +203,6 @@ def test_live_mix_in_place(
 
 def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) -> None:
     """Growing and changing candidates in a live model: each has the bytes of a pass over all."""
-    from safetensors.torch import load_file, save_file
-
-    from streamsoup.live import ModelSink
-    from streamsoup.recipe import Coefficients
-    from streamsoup.soups.live_mix import DeviceCandidates
-    from streamsoup.soups.make import order
-
     paths = []
     for path in checkpoints:  # a running sum cannot carry float64
         tensors = {name: t for name, t in load_file(path).items() if t.dtype != torch.float64}
@@ -276,8 +276,6 @@ def test_searches_from_the_command_line(tmp_path: Path, command: str, device: st
 
 def test_an_ingredient_that_is_not_finite(checkpoints: list[Path], tmp_path: Path) -> None:
     """NaN is refused, with its place named, or propagated with the bits of the CPU."""
-    from safetensors.torch import load_file
-
     tensors = load_file(checkpoints[0])
     tensors["f32"][77] = float("nan")
     tensors["bf16"][3] = float("-inf")
@@ -313,8 +311,6 @@ def test_too_little_memory_is_refused_beforehand(checkpoints: list[Path], tmp_pa
 
 def test_out_of_memory_leaves_all_usable(device: Accelerator) -> None:
     """A lane that does not fit says so in one line, and the next one works."""
-    from streamsoup.kernels.device import our_errors
-
     free = device.free_nbytes()
     asked = nbytes_text(free)
     with pytest.raises(BudgetError, match=rf"not enough memory for {asked}; lower --device-memory"):  # noqa: SIM117
@@ -328,8 +324,6 @@ def test_a_failing_read_in_mid_stream(
     checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error comes out as it is, nothing is left behind, and the next run works."""
-    from streamsoup import read
-
     whole = read._read_into
     count = [0]
 
@@ -349,6 +343,15 @@ def test_a_failing_read_in_mid_stream(
     streamsoup.verify(tmp_path / "soup")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise, as in a terminal; a shell's background jobs are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_in_mid_stream(checkpoints: list[Path], tmp_path: Path) -> None:
     """Ctrl-C stops the lanes, gives memory back, and leaves the device usable."""
 
@@ -415,9 +418,6 @@ def test_delays_change_nothing(
 @pytest.mark.parametrize("budget", ["11MB", "40MB", "200MB"])
 def test_peaks_are_within_the_plan(tmp_path: Path, budget: str, threads: int) -> None:
     """Measured peaks, device and pinned, are at most the planned ones, and the same for any k."""
-    from streamsoup.recipe import Coefficients
-    from streamsoup.soups.make import make, order
-
     peaks = set()
     values = torch.randn(3_000_000).bfloat16()
     for k in (2, 9):
@@ -437,7 +437,7 @@ def test_peaks_are_within_the_plan(tmp_path: Path, budget: str, threads: int) ->
         device, pinned = (
             simcuda.peak_bytes(kind) - h for kind, h in zip(("device", "pinned"), held, strict=True)
         )
-        assert device <= plan.device_nbytes <= streamsoup_nbytes(budget)
+        assert device <= plan.device_nbytes <= parse_nbytes(budget)
         assert pinned <= plan.pinned_nbytes
         peaks.add((device, pinned, plan.device_nbytes, plan.pinned_nbytes))
     assert len({(d, p) for _, _, d, p in peaks}) == 1
@@ -449,11 +449,6 @@ def test_peaks_are_within_the_plan(tmp_path: Path, budget: str, threads: int) ->
 @pytest.mark.parametrize(("budget", "kept"), [("60MB", True), ("34MB", True), ("28MB", False)])
 def test_peaks_of_a_search_are_within_its_budget(tmp_path: Path, budget: str, kept: bool) -> None:
     """Lanes and the running sum together, however many candidates are made."""
-    from streamsoup.live import ModelSink
-    from streamsoup.recipe import Coefficients
-    from streamsoup.soups.live_mix import DeviceCandidates
-    from streamsoup.soups.make import order
-
     n = 3_000_000
     paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
     for path in paths:
@@ -468,17 +463,10 @@ def test_peaks_of_a_search_are_within_its_budget(tmp_path: Path, budget: str, ke
     for members in ((0,), (0, 1), (0, 1, 2), *[(0, 1, 3)] * 9):
         candidates.mix(members, sink, keep=True)
     moved = candidates.mix((0, 1, 3), sink, keep=True)
-    assert simcuda.peak_bytes("device") - held <= streamsoup_nbytes(budget)
+    assert simcuda.peak_bytes("device") - held <= parse_nbytes(budget)
     assert ("the running sum is there" in moved.where) == kept
     assert moved.nbytes_read == ordered.plan.ingredients[0].nbytes * (1 if kept else 3)
     candidates.forget()
-
-
-def streamsoup_nbytes(text: str) -> int:
-    """Read a size."""
-    from streamsoup.plan import parse_nbytes
-
-    return parse_nbytes(text)
 
 
 @simulated_only
@@ -533,13 +521,6 @@ def test_work_queued_before_is_waited_for(device: Accelerator) -> None:
 
 def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
     """Gradients on the device give the products, to the bit, that they give on the CPU."""
-    from streamsoup import Coefficients
-    from streamsoup.live import ModelSink
-    from streamsoup.soups.make import order
-    from streamsoup.soups.mixture import make_mixture
-    from streamsoup.soups.slopes import Slopes
-    from streamsoup.task import load_task
-
     paths = []
     for i in range(3):
         g = torch.Generator().manual_seed(i)
@@ -584,14 +565,17 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
 
 def test_a_gradient_takes_no_room_on_the_device() -> None:
     """It is looked at where it comes to, however large it is: the device may be full."""
-    from streamsoup.soups.slopes import _vector
-
-    gradient = torch.arange(3 << 20).float().cuda()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    vector = _vector(gradient, "w")
-    assert torch.cuda.max_memory_allocated() == before
-    assert vector.data.tobytes() == torch.arange(3 << 20).float().numpy().tobytes()
+    dense = torch.zeros(3 << 20)
+    dense[torch.tensor([7, 5000])] = torch.tensor([1.5, -2.0])
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[7, 5000]]), torch.tensor([1.5, -2.0]), dense.shape, check_invariants=True
+    )
+    for gradient in (dense.cuda(), sparse.cuda()):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vector = _vector(gradient, "w")
+        assert torch.cuda.max_memory_allocated() == before
+        assert vector.data.tobytes() == dense.numpy().tobytes()
 
 
 class Forgetful(Accelerator):

@@ -139,6 +139,19 @@ def test_copies_in_sums_and_ends_go_side_by_side(k: int) -> None:
     assert ticks[3] <= 0.7 * ticks[1]
 
 
+def test_nothing_is_queued_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy and a sum for each ingredient, an end for each block; constants where they change."""
+    dtype = DTYPES["BF16"]
+    n_blocks, k = 6, 3
+    ingredients = random_ingredients(dtype, k, n_blocks * BLOCK, ties=True)
+    launched = []
+    launch = TimedDevice.launch
+    monkeypatch.setattr(TimedDevice, "launch", lambda *call: (launched.append(call), launch(*call)))
+    device = TimedDevice()
+    through_lane(device, ingredients, dtype, dtype, (1.0,) * k, float(k), block=BLOCK)
+    assert len(launched) == n_blocks * (2 * k + 1) + 1 + 1  # the constants; the workspace
+
+
 class NotedDevice(TimedDevice):
     """Remembers which memory is pinned."""
 

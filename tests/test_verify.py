@@ -74,8 +74,9 @@ def test_any_damaged_byte_is_found(kitchen: Path) -> None:
         kept = path.read_bytes()
         places = sorted({0, 5, size - 1, *rng.integers(0, size, 25).tolist()} & set(range(size)))
         if path.name == "streamsoup.json":
-            # Blanks between words carry nothing.
+            # Blanks between words carry nothing; how digests are made is looked at first.
             places = [at for at in places if not kept[at : at + 1].isspace()]
+            places.append(kept.index(b"xxh3"))
         for at in places:
             damage(path, at)
             with pytest.raises(StreamsoupError) as found:

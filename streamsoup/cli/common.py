@@ -105,7 +105,9 @@ MAKING = stack(
         help="cpu, cuda or cuda:N; auto is cpu for what goes to disk.",
     ),
     click.option(
-        "--device-memory", metavar="SIZE", help="On the device; default: 1/8 of what is free."
+        "--device-memory",
+        metavar="SIZE",
+        help="On the device, by all --jobs; default: 1/8 of what is free.",
     ),
 )
 RUNNING = stack(
@@ -179,7 +181,8 @@ def make_soup(
             tell([f"{what}: an earlier run had finished it"])
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
-        tell([summary(what, *numbers), *(say(soup) if say is not None else ())])
+        done = f"{summary(what, *numbers)}; summed on {soup.summed_on}"
+        tell([done, *(say(soup) if say is not None else ())])
 
     return supervise(work, "soup", ingredients, settings)
 
@@ -216,6 +219,7 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "nbytes_written": soup.nbytes_written,
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,
+        "summed_on": soup.summed_on,
     }
 
 

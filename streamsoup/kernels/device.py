@@ -18,7 +18,14 @@ from streamsoup.errors import BudgetError, DeviceError, RecipeError, StreamsoupE
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Accelerator", "Device", "HostDevice", "open_device", "our_errors"]
+__all__ = [
+    "Accelerator",
+    "Device",
+    "HostDevice",
+    "accelerator_type",
+    "open_device",
+    "our_errors",
+]
 
 S = TypeVar("S")
 E = TypeVar("E")
@@ -120,10 +127,15 @@ class Accelerator:
         import torch
 
         module = torch.get_device_module(self.torch_device)
-        reserve = module.memory_reserved(self.torch_device) - module.memory_allocated(
-            self.torch_device
-        )
-        return int(module.mem_get_info(self.torch_device)[0] + reserve)
+        try:
+            free = module.mem_get_info(self.torch_device)[0]
+            reserve = module.memory_reserved(self.torch_device)
+            return int(free + reserve - module.memory_allocated(self.torch_device))
+        except AttributeError:
+            raise DeviceError(
+                f"--device {self.name}: torch cannot say how much of its memory is free; give "
+                "--device-memory"
+            ) from None
 
 
 class HostDevice:
@@ -182,16 +194,15 @@ def open_device(name: str) -> Accelerator | HostDevice:
         raise DeviceError(
             f"--device {name}: torch cannot be imported ({str(error)[:200]}); install it anew"
         ) from None
+    if name == "cpu":
+        return HostDevice()
     try:
         wanted = torch.device(name)
     except RuntimeError:
-        raise RecipeError(
-            f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N"
-        ) from None
-    if wanted.type == "cpu":
-        return HostDevice()
-    # In 2.6, torch.accelerator could not be asked whether its device is available.
-    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]:
+        wanted = torch.device("cpu")
+    if wanted.type in ("cpu", "meta"):
+        raise RecipeError(f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N")
+    if not _knows_accelerators():
         raise DeviceError(f"--device {name} needs torch 2.7 or newer; this is {torch.__version__}")
     # Without check_available, a build for CUDA says "cuda" on machines that have no driver.
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -208,6 +219,21 @@ def open_device(name: str) -> Accelerator | HostDevice:
     if wanted.type == "mps":
         raise DeviceError(f"--device {name}: it has no float64, in which streamsoup sums")
     return Accelerator(torch.device(wanted.type, index))
+
+
+def accelerator_type() -> str:
+    """Name the kind of accelerator that torch is built for, here or not; ``cpu`` for none."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if _knows_accelerators() else None
+    return "cpu" if found is None else found.type
+
+
+def _knows_accelerators() -> bool:
+    """Tell whether torch can: in 2.6, it could not be asked whether a device is available."""
+    import torch
+
+    return [int(part) for part in torch.__version__.split(".")[:2]] >= [2, 7]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ machine, and low efficiency is a warning. The report is plain data, to be pasted
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import tempfile
@@ -15,10 +16,13 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from streamsoup.errors import StreamsoupError
-from streamsoup.kernels.device import Accelerator, HostDevice, open_device
+from streamsoup.errors import OutputError, StreamsoupError, printable
+from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
 
 __all__ = ["Check", "Report", "selftest"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What a disk says that has no room left: no fault of what is tested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +70,59 @@ def selftest(
     ``auto`` takes an accelerator if there is one, else the CPU. `nbytes` is the size of the
     checkpoints that rates are measured with, all together; they are made in `folder`, or among the
     temporary files, and removed. `say` is given a line as each check ends. Raises `DeviceError` if
-    the device is not there. Takes a minute or so.
+    the device is not there, `OutputError` if there is no room for files. Takes a minute or so.
     """
+    opened, why = _open(device)
+    say(f"on {opened.name}, {why}")
+    report = Report({"device": opened.name, "why": why, **_environment(opened)})
+    try:
+        with tempfile.TemporaryDirectory(prefix="streamsoup-selftest-", dir=folder) as room:
+            _fill(report, opened, room, nbytes, say)
+    except OSError as error:
+        if isinstance(error, StreamsoupError) and error.errno not in _FULL:
+            raise
+        raise OutputError(
+            f"{printable(folder or tempfile.gettempdir())}: files to test with cannot be made "
+            f"there ({os.strerror(error.errno or 0)}); choose another --folder or a smaller --size"
+        ) from None
+    return report
+
+
+def _fill(
+    report: Report,
+    device: Accelerator | HostDevice,
+    room: str,
+    nbytes: int,
+    say: Callable[[str], None],
+) -> None:
+    """Make all checks, then measure."""
     from streamsoup.selftest import checks, rates
 
-    opened: Accelerator | HostDevice
+    for name, check in checks.all_checks(device, room):
+        started = time.monotonic()
+        try:
+            passed, detail = check()
+        except Exception as error:  # a check that cannot be made has failed
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            passed, detail = False, f"{type(error).__name__}: {str(error)[:300]}"
+        report.checks.append(Check(name, passed, detail, time.monotonic() - started))
+        say(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}")
+    rates.measure(device, room, nbytes, report)
+
+
+def _open(name: str) -> tuple[Accelerator | HostDevice, str]:
+    """Open a device; ``auto`` is an accelerator if there is one that will do. Say why it is that.
+
+    Raises `DeviceError` and `RecipeError` for a name that was told.
+    """
+    if name != "auto":
+        return open_device(name), "as told"
+    kind = accelerator_type()
     try:
-        opened = open_device("cuda" if device == "auto" else device)
-    except StreamsoupError:
-        if device != "auto":
-            raise
-        opened = HostDevice()
-    report = Report(_environment(opened))
-    with tempfile.TemporaryDirectory(prefix="streamsoup-selftest-", dir=folder) as room:
-        for name, check in checks.all_checks(opened, room):
-            started = time.monotonic()
-            try:
-                passed, detail = check()
-            except Exception as error:  # a check that cannot be made has failed
-                passed, detail = False, f"{type(error).__name__}: {str(error)[:300]}"
-            report.checks.append(Check(name, passed, detail, time.monotonic() - started))
-            say(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}")
-        rates.measure(opened, room, nbytes, report)
-    return report
+        return open_device(kind), "as torch has no other" if kind == "cpu" else "as it is here"
+    except StreamsoupError as error:
+        return HostDevice(), f"as there is no other ({error})"
 
 
 def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
@@ -96,7 +130,6 @@ def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "device": device.name,
         "streamsoup": version("streamsoup"),
         "torch": torch.__version__,
         "numpy": version("numpy"),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from streamsoup.plan import nbytes_text
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import Order, make, order
 from streamsoup.tensors import DTYPES, DType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["all_checks", "make_checkpoints", "order_on"]
 
@@ -212,32 +215,30 @@ def _sizes(device: Accelerator | HostDevice) -> Outcome:
     return _tell(wrong, count, "sizes, slots and coefficients")
 
 
-class _Delayed:
+class _Delayed(Accelerator):
     """A device whose every third stream does some useless work before each piece of its own."""
 
     def __init__(self, device: Accelerator, which: int) -> None:
         import torch
 
-        self._device, self._which, self._n = device, which, 0
-        self._slow: list[Any] = []
-        self._busy = device.device(1 << 20, torch.float64)
+        super().__init__(device.torch_device)
+        self._which, self._n = which, 0
+        self._slow: list[torch.Stream] = []
+        self._busy = self.device(1 << 20, torch.float64)
         self._busy.zero_()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
-
-    def stream(self) -> Any:
-        stream = self._device.stream()
+    def stream(self) -> torch.Stream:
+        stream = super().stream()
         if self._n % 3 == self._which:
             self._slow.append(stream)
         self._n += 1
         return stream
 
-    def launch(self, stream: Any, work: Callable[[], object]) -> None:
+    def launch(self, stream: torch.Stream, work: Callable[[], object]) -> None:
         if any(stream is slow for slow in self._slow):
             for _ in range(4):
-                self._device.launch(stream, partial(self._busy.mul_, 1.0))
-        self._device.launch(stream, work)
+                super().launch(stream, partial(self._busy.mul_, 1.0))
+        super().launch(stream, work)
 
 
 def _order(device: Accelerator, which: int) -> Outcome:

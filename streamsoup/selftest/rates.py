@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +20,12 @@ from streamsoup.device_mix import OnDevice
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
-from streamsoup.plan import Leaf
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix
 from streamsoup.selftest.checks import make_checkpoints, order_on
 from streamsoup.soups.make import Order, make, order
-from streamsoup.stream import run
+from streamsoup.stream import Nowhere, run
 
 if TYPE_CHECKING:
     import torch
@@ -144,26 +143,20 @@ def _order(device: Accelerator | None, paths: Sequence[str], n_slots: int) -> Or
     return order(list(paths), equal, method="uniform", options=options)
 
 
-class _Timed:
+class _Timed(Accelerator):
     """A device that has the beginning and the end of all its work noted on its streams."""
 
     def __init__(self, device: Accelerator) -> None:
-        self._device = device
+        super().__init__(device.torch_device)
         self.spans: list[tuple[torch.Event, torch.Event]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
 
     def launch(self, stream: torch.Stream, work: Callable[[], object]) -> None:
         import torch
 
-        device = self._device
-        begun, done = (
-            torch.Event(device=device.torch_device, enable_timing=True) for _ in range(2)
-        )
-        device.record(begun, stream)
-        device.launch(stream, work)
-        device.record(done, stream)
+        begun, done = (torch.Event(device=self.torch_device, enable_timing=True) for _ in range(2))
+        self.record(begun, stream)
+        super().launch(stream, work)
+        self.record(done, stream)
         self.spans.append((begun, done))
 
 
@@ -171,33 +164,11 @@ def _overlap(device: Accelerator, ordered: Order) -> float:
     """Tell how many streams are at work, on average, from the first piece of work to the last."""
     timed = _Timed(device)
     assert ordered.on_device is not None
-    _sum(replace(ordered, on_device=OnDevice(cast(Accelerator, timed), ordered.on_device.plan)))
+    _sum(replace(ordered, on_device=OnDevice(timed, ordered.on_device.plan)))
     device.settle()
     first = timed.spans[0][0]
     busy = sum(begun.elapsed_time(done) for begun, done in timed.spans)
     return busy / max(first.elapsed_time(done) for _, done in timed.spans)
-
-
-class _Nowhere:
-    """A sink that forgets."""
-
-    def session(self) -> _Nowhere:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        pass
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _sum(ordered: Order) -> None:
@@ -205,4 +176,4 @@ def _sum(ordered: Order) -> None:
     plan, memory, on_device = ordered.plan, ordered.memory, ordered.on_device
     mix = Mix(plan, memory, Engine(plan)) if on_device is None else on_device.mix(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
-    run(plan, memory, reader, mix, _Nowhere(), digest=False)
+    run(plan, memory, reader, mix, Nowhere(), digest=False)

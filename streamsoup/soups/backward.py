@@ -244,8 +244,9 @@ def _vector(gradient: torch.Tensor, name: str) -> Vector:
 
     from streamsoup.live import TORCH_DTYPES
 
+    gradient = gradient.detach().to("cpu")
     gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    flat = gradient.detach().to("cpu").contiguous().view(-1)
+    flat = gradient.contiguous().view(-1)
     # The largest magnitude, NaN if there is one: in one pass, and without room for as many flags.
     if len(flat) and not math.isfinite(torch.linalg.vector_norm(flat, math.inf).item()):
         raise TaskError(f"the gradient of {printable(name)} holds a NaN or an Inf")

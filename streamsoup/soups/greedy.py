@@ -326,6 +326,7 @@ class _Kitchen:
             self.search.sums,
             nbytes,
             os.path.join(self._target + ".search", f"sum-{number}"),
+            self.search.jobs,
         )
 
 

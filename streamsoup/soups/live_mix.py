@@ -36,7 +36,6 @@ from streamsoup.soups.running import (
     SumsPlace,
     SumsPlan,
     can_carry,
-    sums_nbytes,
 )
 from streamsoup.stream import run
 
@@ -165,7 +164,7 @@ class DeviceCandidates(Candidates):
         self._on_device, sums = _find_with_sums(plan, sink, options, mapped, place)
         self._target = _targets(sink, self._on_device)
         self._lanes: list[Lane[Any, Any]] = []
-        kept = "the running sum is there too"
+        kept = f"the running sum is there too ({nbytes_text(sums.nbytes)})"
         if sums.place == "reread":
             kept = f"no running sum ({nbytes_text(sums.nbytes)}), what was kept is read again"
         where = f"{device_text(sink, options)}; {kept}"
@@ -231,7 +230,7 @@ def _find_with_sums(
             f"--sums file is for candidates that are made on the cpu; on {name}, the running sum "
             "is kept there (memory) or not at all (reread)"
         )
-    nbytes = sums_nbytes(plan)
+    nbytes = plan.nbytes_summed
     if place != "reread" and can_carry(plan):
         try:
             found = _find(plan, sink, options, mapped, beside=taken_nbytes([nbytes]))

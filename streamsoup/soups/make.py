@@ -69,6 +69,8 @@ class Soup:
     elapsed_s: float
     finished: bool = False
     """Whether an earlier run had finished it, and nothing but the last step was left to do."""
+    summed_on: str = ""
+    """On which device its sums were made, and why there; empty if an earlier run had made them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class Order:
     """What a search has to say about how it found the coefficients; goes into the provenance."""
     on_device: OnDevice | None = None
     """The accelerator that makes the sums, and what it will hold; None for the CPU."""
+    summed_on: str = "cpu"
+    """On which device the sums are made, and why there."""
 
 
 def order(
@@ -120,11 +124,14 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     mapped = will_map(opened, options.io)
     budget = options.memory
     on_device = None
+    why = "the bus takes longer than the sums" if options.device == "auto" else "told"
+    summed_on = f"cpu, as {why}"
     if options.device not in ("auto", "cpu"):
         from streamsoup.device_mix import find_device
 
         on_device = find_device(plan, options, mapped=mapped)
         memory = on_device.plan.memory
+        summed_on = f"{on_device.device.name}, as told"
     else:
         memory = plan_memory(
             plan,
@@ -134,7 +141,16 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     side_files, warnings = gather_side_files(opened, dtype)
-    return Order(plan, plan_files(plan), memory, mapped, side_files, warnings, on_device=on_device)
+    return Order(
+        plan,
+        plan_files(plan),
+        memory,
+        mapped,
+        side_files,
+        warnings,
+        on_device=on_device,
+        summed_on=summed_on,
+    )
 
 
 def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) -> Soup:
@@ -165,7 +181,15 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
             raise
         raise _not_written(given, error) from error
     elapsed_s = time.monotonic() - started
-    return Soup(target, plan.recipe, provenance, plan.nbytes_read, plan.nbytes_written, elapsed_s)
+    return Soup(
+        target,
+        plan.recipe,
+        provenance,
+        plan.nbytes_read,
+        plan.nbytes_written,
+        elapsed_s,
+        summed_on=ordered.summed_on,
+    )
 
 
 def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:

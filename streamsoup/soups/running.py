@@ -42,7 +42,6 @@ __all__ = [
     "SumsPlan",
     "can_carry",
     "plan_sums",
-    "sums_nbytes",
 ]
 
 Floats = NDArray[np.float64]
@@ -94,7 +93,7 @@ def plan_sums(
     `scratch` is the path its file would have; `place` overrides the choice. Raises `BudgetError`
     if not even blocks fit into `budget`, or the sum does not fit where it has to be.
     """
-    nbytes = sums_nbytes(plan)
+    nbytes = plan.nbytes_summed
     plan_memory(plan, mapped=mapped, threads=threads, budget=budget)
     if not can_carry(plan):
         return SumsPlan("reread", nbytes, budget)
@@ -110,11 +109,6 @@ def plan_sums(
         if place == "file" or free > 2 * nbytes:
             return SumsPlan("file", nbytes, budget)
     return SumsPlan("reread", nbytes, budget)
-
-
-def sums_nbytes(plan: MixPlan) -> int:
-    """Give the bytes of a running sum of everything that is averaged."""
-    return 8 * sum(tensor.n_units for tensor in plan.tensors if tensor.operation == "mix")
 
 
 def can_carry(plan: MixPlan) -> bool:

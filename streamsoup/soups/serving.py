@@ -20,11 +20,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.errors import StreamsoupError
+from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.options import Options
 from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, contained
@@ -50,6 +50,8 @@ class Work:
     budget: int
     """Bytes for blocks and the running sum."""
     scratch: str
+    n_workers: int
+    """Workers that share a device, and the budget there."""
 
 
 def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
@@ -60,12 +62,21 @@ def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
     ordered, threads = work.ordered, work.options.n_threads
     where = "cpu, on the way to disk"
     if sink is not None:
+        from streamsoup.device_mix import device_budget
+        from streamsoup.kernels.device import open_device
         from streamsoup.soups.live_mix import DeviceCandidates, device_of, device_text
 
-        if device_of(sink, work.options) != "cpu":
-            return DeviceCandidates(
-                ordered.plan, sink, mapped=ordered.mapped, place=work.sums, options=work.options
-            )
+        name = device_of(sink, work.options)
+        if name != "cpu":
+            whole = device_budget(open_device(name), work.options)
+            options = replace(work.options, device_memory=whole // work.n_workers)
+            try:
+                return DeviceCandidates(
+                    ordered.plan, sink, mapped=ordered.mapped, place=work.sums, options=options
+                )
+            except BudgetError as error:
+                shared = f"; {work.n_workers} --jobs share it" if work.n_workers > 1 else ""
+                raise BudgetError(f"{error}{shared}") from None
         where = device_text(sink, work.options)
     sums = plan_sums(
         ordered.plan,
