@@ -13,9 +13,9 @@ import json
 import xxhash
 
 from streamsoup.formats.side_files import pieces
-from streamsoup.plan import MixPlan
+from streamsoup.plan import Leaf, MixPlan
 
-__all__ = ["Digests", "digest_bytes", "digest_file"]
+__all__ = ["DigestSink", "Digests", "digest_bytes", "digest_file"]
 
 SIZE = 16
 
@@ -68,6 +68,10 @@ class Digests:
             whole.update(self._of_tensor(t, 1 + i))
         return whole.hexdigest()
 
+    def of_tensor(self, t: int, i: int) -> str:
+        """Give the digest of tensor `t` of the plan in ingredient `i` ``(0 … k-1)``."""
+        return self._of_tensor(t, 1 + i).hex()
+
     def _of_tensor(self, t: int, column: int) -> bytes:
         tensor = self._plan.tensors[t]
         whole = xxhash.xxh3_128()
@@ -75,3 +79,32 @@ class Digests:
             begin = leaf * self._row + column * SIZE
             whole.update(self._table[begin : begin + SIZE])
         return whole.digest()
+
+
+class DigestSink:
+    """A sink that keeps the digests, and no result."""
+
+    def __init__(self, plan: MixPlan) -> None:
+        """Make room for the digests of every leaf."""
+        self.digests = Digests(plan)
+
+    def session(self) -> DigestSink:
+        """Give a thread this very sink: each leaf has a place of its own."""
+        return self
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        """Know of nothing that was finished earlier."""
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: object) -> None:
+        """Let the result go."""
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Keep the digests of a leaf."""
+        self.digests.put(leaf.number, digests)
+
+    def checkpoint(self) -> None:
+        """Do nothing: there is nothing on disk."""
+
+    def close(self) -> None:
+        """Hold nothing."""

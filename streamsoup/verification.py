@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from streamsoup.digest import Digests, digest_bytes, digest_file
+from streamsoup.digest import DigestSink, digest_bytes, digest_file
 from streamsoup.errors import (
     FormatError,
     MissingFileError,
@@ -23,7 +23,7 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import Ingredient, Shard, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
-from streamsoup.plan import LEAF, Leaf, nbytes_text, parse_nbytes, plan_memory, plan_mix
+from streamsoup.plan import LEAF, nbytes_text, parse_nbytes, plan_memory, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
 from streamsoup.tensors import TensorSpec
@@ -196,14 +196,14 @@ def _rederive(
         threads=options.n_threads,
         budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
     )
-    digests = Digests(plan)
+    sink = DigestSink(plan)
     mix = Mix(plan, memory, Engine(plan, compiles=memory.compiles))
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, mix, _Digesting(digests), on_progress=options.on_progress)
+    run(plan, memory, reader, mix, sink, on_progress=options.on_progress)
     for i, record in enumerate(provenance.ingredients):
-        if digests.of_ingredient(i) != record.digest:
+        if sink.digests.of_ingredient(i) != record.digest:
             problems.append(_changed(opened[i], record.nbytes))
-    made = digests.of_soup()
+    made = sink.digests.of_soup()
     for name, digest in provenance.tensors.items():
         if name not in made:
             problems.append(f"{printable(name)} is in none of these ingredients")
@@ -215,31 +215,6 @@ def _rederive(
 def _changed(ingredient: Ingredient, nbytes: int) -> str:
     size = "" if ingredient.nbytes == nbytes else f", and has {nbytes_text(ingredient.nbytes)} now"
     return f"the ingredient {printable(ingredient.name)} is not the one that was used{size}"
-
-
-@dataclass(slots=True)
-class _Digesting:
-    """A sink that keeps the digests, and no result."""
-
-    digests: Digests
-
-    def session(self) -> _Digesting:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: object) -> None:
-        pass
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        self.digests.put(leaf.number, digests)
-
-    def checkpoint(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _bounded(folder: str, problems: list[str], limit: int = 12) -> str:

@@ -19,12 +19,11 @@ import xxhash
 
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
-from streamsoup.digest import Digests
+from streamsoup.digest import DigestSink
 from streamsoup.errors import TaskError
-from streamsoup.formats.files import Bytes
 from streamsoup.formats.shards import Ingredient
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MixPlan, parse_nbytes, plan_memory, plan_mix
+from streamsoup.plan import MixPlan, parse_nbytes, plan_memory, plan_mix
 from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
 from streamsoup.soups.make import AnyIngredient, order
@@ -380,34 +379,9 @@ def _to_numpy(tensor: Any) -> Any:
     return np.asarray(tensor)
 
 
-class _Collector:
-    """A sink that keeps nothing but digests."""
-
-    def __init__(self, digests: Digests) -> None:
-        self._digests = digests
-
-    def session(self) -> _Collector:
-        return self
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
-    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        self._digests.put(leaf.number, digests)
-
-    def checkpoint(self) -> None:
-        pass
-
-
 def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     """Read an ingredient once, and digest it as the pass that makes a soup does."""
-    from streamsoup.reduce import Engine, Mix
+    from streamsoup.reduce import Nothing
     from streamsoup.stream import run
 
     recipe = Recipe(
@@ -424,7 +398,7 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         threads=options.n_threads,
         budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
     )
-    digests = Digests(plan)
+    sink = DigestSink(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, Mix(plan, memory, Engine(plan)), _Collector(digests))
-    return digests.of_ingredient(0)
+    run(plan, memory, reader, Nothing(), sink)
+    return sink.digests.of_ingredient(0)

@@ -23,7 +23,7 @@ from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
 from streamsoup.soups.notebook import Notebook
 from streamsoup.soups.scoring import contained
-from streamsoup.soups.slopes import Evaluation, Slopes, find_common
+from streamsoup.soups.slopes import Evaluation, Slopes, find_equal
 from streamsoup.task import Task
 
 if TYPE_CHECKING:
@@ -150,12 +150,13 @@ class Search:
         plan = ordered.plan
         sink: ModelSink = ModelSink(model, plan)
         sink.check_apart()
-        found = notebook.find("common")
+        found = notebook.find("equal")
         if found is None:
-            common, n = find_common(plan, mapped=ordered.mapped, options=options)
-            notebook.put({"common": sorted(common), "nbytes": n})
+            equal, n = find_equal(plan, mapped=ordered.mapped, options=options)
+            notebook.put({"equal": equal, "nbytes": n})
         else:
-            common, n = frozenset(found["common"]), int(found["nbytes"])
+            equal = {name: tuple(firsts) for name, firsts in found["equal"].items()}
+            n = int(found["nbytes"])
         self._nbytes_compared = n
         self.mixture = make_mixture(
             [tensor.name for tensor in plan.tensors if tensor.operation == "mix"],
@@ -169,7 +170,7 @@ class Search:
             task,
             sink,
             self.mixture,
-            common,
+            equal,
             split=split,
             guard_split=learning.guard,
             guard_every=0 if learning.guard else learning.guard_every,
@@ -178,7 +179,8 @@ class Search:
         )
         self.mixed_on = device_text(sink, options)
         self._say(f"mixtures are made on {self.mixed_on}")
-        self.n_common = len(common)
+        self.n_common = sum(not any(firsts) for firsts in equal.values())
+        self.n_shared = len(equal) - self.n_common
         self.looks: list[Look] = []
         self.raws: list[Floats] = []
         self.why = ""
@@ -339,19 +341,19 @@ class Search:
 
     def _predict(self, n_looks: int, n_steps: int = 0) -> None:
         """Say what the search may take at most, before it is taken."""
-        each = self.slopes.nbytes_of_evaluation
+        mix, products = self.slopes.nbytes_of_mix, self.slopes.nbytes_of_products
+        n_mixes = n_products = n_looks
         if n_steps:
-            n_passes = n_looks * (2 * n_steps + 1) + 1
-            nbytes = each // 2 * n_passes
-        else:
-            n_passes = 2 * n_looks
-            nbytes = each * n_looks
-        nbytes += self.slopes.nbytes_once
+            n_products = n_looks * n_steps
+            n_mixes = n_products + n_looks + 1
+        n_passes = n_mixes + n_products
+        nbytes = n_mixes * mix + n_products * products + self.slopes.nbytes_once
         self.predicted = {"looks": n_looks, "passes": n_passes, "nbytes_read": nbytes}
         shared = f"; {self.n_common} tensors are the same in all" if self.n_common else ""
+        shared += f"; {self.n_shared} tensors are the same in some" if self.n_shared else ""
         self._say(
             f"learning {self.mixture.n_raw} numbers: at most {n_passes} passes over "
-            f"{nbytes_text(each / 2)} that differ, {nbytes_text(nbytes)} read{shared}"
+            f"{nbytes_text(mix)} that differ, {nbytes_text(nbytes)} read{shared}"
         )
         if n_steps and self.slopes.n_passes:
             pass_s = self.slopes.waited_s / self.slopes.n_passes
@@ -378,6 +380,7 @@ class Search:
             "ended": self.why,
             "l1_largest": float(np.abs(rows).sum(axis=1).max()),
             "n_common_tensors": self.n_common,
+            "n_shared_tensors": self.n_shared,
             "predicted": self.predicted,
             "mixed_on": self.mixed_on,
             "n_passes": self.slopes.n_passes,
