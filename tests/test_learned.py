@@ -500,6 +500,12 @@ def test_a_search_that_was_stopped_goes_on(
     assert soup.rows == whole.rows
     assert [(a.loss, a.guard) for a in soup.looks] == [(a.loss, a.guard) for a in whole.looks]
     assert soup.provenance.tensors == whole.provenance.tensors
+    # All that led to a note is counted, in whichever run; each run reads some things anew.
+    report, expected = soup.report, whole.report
+    assert (expected["n_runs"], report["n_runs"]) == (1, 1 + n_stops)
+    assert report["n_passes"] == expected["n_passes"]
+    assert report["nbytes_read"] >= expected["nbytes_read"]
+    assert report["elapsed_s"] > report["reading_s"] > 0
     left[0] = 3
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "other", task, **settings)

@@ -85,7 +85,6 @@ def learned_soup(
     slopes. Raises `TaskError` if the task fails, `MismatchError` if the model does not fit, and
     the errors of `make`.
     """
-    started = time.monotonic()
     learning.check()
     opened = open_ingredients(ingredients)
     if len(opened) < 2:
@@ -111,7 +110,7 @@ def learned_soup(
         check_output(os.fspath(output), opened, overwrite=options.overwrite)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
-        report = search.report(identity, started)
+        report = search.report(identity)
         raw = search.chosen
         coefficients = search.mixture.coefficients(raw)
         final = order(opened, coefficients, method="learned", options=options)

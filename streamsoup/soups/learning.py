@@ -1,7 +1,8 @@
 """The search for a learned soup: what it looks at, what it remembers, and when it ends.
 
 A look is a mixture in the live model, and its losses (`slopes`). Each is noted before the next, and
-a search that goes on is answered from its notes until it comes to something new (`notebook`).
+a search that goes on is answered from its notes until it comes to something new (`notebook`). The
+notes say what all has taken so far, too, so that the report counts every run.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ class Search:
         from streamsoup.soups.live_mix import device_text
 
         self._learning, self._notebook = learning, notebook
+        self._started = time.monotonic()
+        self._earlier: Mapping[str, Any] = (notebook.find("took") or {"took": {}})["took"]
         if model is None:
             with contained(task.name, "build"):
                 model = task.build()
@@ -153,10 +156,10 @@ class Search:
         found = notebook.find("equal")
         if found is None:
             equal, n = find_equal(plan, mapped=ordered.mapped, options=options)
-            notebook.put({"equal": equal, "nbytes": n})
+            notebook.put({"equal": equal, "nbytes_compared": n})
         else:
             equal = {name: tuple(firsts) for name, firsts in found["equal"].items()}
-            n = int(found["nbytes"])
+            n = int(found["nbytes_compared"])
         self._nbytes_compared = n
         self.mixture = make_mixture(
             [tensor.name for tensor in plan.tensors if tensor.operation == "mix"],
@@ -186,6 +189,7 @@ class Search:
         self.why = ""
         self.predicted: dict[str, Any] = {}
         self._first_s = 0.0
+        notebook.put({"took": self._took()})
 
     @property
     def best(self) -> int:
@@ -279,7 +283,18 @@ class Search:
     def _note_adamw(self, state: AdamW, epoch: int, done: int, raw: Floats) -> None:
         note: dict[str, Any] = {"adamw": epoch, "done": done, "n_steps": state.n_steps}
         note |= {"raw": raw.tolist(), "mean": state.mean.tolist(), "square": state.square.tolist()}
-        self._notebook.put(note)
+        self._notebook.put(note | {"took": self._took()})
+
+    def _took(self) -> dict[str, Any]:
+        """Say what the search has taken: in this run, and in earlier ones up to their last note."""
+        now = {
+            "n_runs": 1,
+            "n_passes": self.slopes.n_passes,
+            "nbytes_read": self.slopes.nbytes_read,
+            "reading_s": self.slopes.waited_s,
+            "elapsed_s": time.monotonic() - self._started,
+        }
+        return {name: value + self._earlier.get(name, 0) for name, value in now.items()}
 
     def _look(self, raw: Floats, *, backward: bool) -> Evaluation:
         """Look at a mixture, or remember having done so."""
@@ -293,7 +308,7 @@ class Search:
             )
         if known is None:
             seen = self.slopes.look(raw, backward=backward)
-            self._notebook.put(_record(number, raw, seen))
+            self._notebook.put(_record(number, raw, seen) | {"took": self._took()})
         else:
             seen = _remember(known)
             self.slopes.count(seen.n_batches)
@@ -365,12 +380,12 @@ class Search:
         if self._learning.on_event is not None:
             self._learning.on_event(line)
 
-    def report(self, identity: str, started: float) -> dict[str, Any]:
+    def report(self, identity: str) -> dict[str, Any]:
         """Give all that was found out, as plain JSON for the provenance."""
         learning, best, mixture = self._learning, self.best, self.mixture
         settings = {name: getattr(learning, name) for name in SETTINGS}
         rows = mixture.rows(self.chosen)
-        return settings | {
+        found = {
             "search": identity,
             "groups": list(mixture.groups),
             "rows": rows.tolist(),
@@ -383,12 +398,9 @@ class Search:
             "n_shared_tensors": self.n_shared,
             "predicted": self.predicted,
             "mixed_on": self.mixed_on,
-            "n_passes": self.slopes.n_passes,
-            "nbytes_read": self.slopes.nbytes_read,
             "nbytes_compared": self._nbytes_compared,
-            "reading_s": self.slopes.waited_s,
-            "elapsed_s": time.monotonic() - started,
         }
+        return settings | found | self._took()
 
 
 def _record(number: int, raw: Floats, seen: Evaluation) -> dict[str, Any]:
