@@ -234,6 +234,24 @@ def test_a_wrong_slope_is_seen(paths: list[str], monkeypatch: pytest.MonkeyPatch
     assert not np.allclose(ours, gradient, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_batches_of_a_narrow_model_add_up(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Slopes of one batch, seen 600 times, are those of seeing it once."""
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
+    for i, path in enumerate(paths):
+        state = make_state(i)
+        save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, path)
+    (batch,) = make_batches(1)
+    kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
+    found = []
+    for n in (1, 600):
+        slopes = make_slopes(paths, task_of([batch] * n, dtype), kind)
+        raw = slopes._mixture.start()
+        found += [slopes.look(raw, backward=True).slopes for _ in range(2)]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 3}, {"io": "read"}], ids=str)
 def test_slopes_do_not_depend_on_how_they_are_read(
     paths: list[str], options: dict[str, Any]

@@ -80,10 +80,10 @@ def learned_soup(
     with a mixture whose watched loss is higher than that one's. Progress is kept in a folder
     ``OUT.search`` beside the output: the same call, made again after a kill, goes on from there.
 
-    Holds the model, one gradient at most, and blocks; reads what differs between ingredients
-    twice for each look (``lbfgs``) or each batch (``adamw``). Buffers are mixed too, but have no
-    slopes. Raises `TaskError` if the task fails, `MismatchError` if the model does not fit, and
-    the errors of `make`.
+    Holds the model, one gradient at most (in float32 where the model's floats are narrower), and
+    blocks; reads what differs between ingredients twice for each look (``lbfgs``) or each batch
+    (``adamw``). Buffers are mixed too, but have no slopes. Raises `TaskError` if the task fails,
+    `MismatchError` if the model does not fit, and the errors of `make`.
     """
     learning.check()
     opened = open_ingredients(ingredients)
