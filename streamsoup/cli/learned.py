@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @common.INGREDIENTS
-@click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
+@common.TASK
 @click.option(
     "--per",
     "granularity",
