@@ -268,6 +268,8 @@ def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
     assert "**0.5**" in text
     assert "| test | 25.00 | 25.00 | – | – | -25.00 |" in text
     assert "over the chord" in text.lower()
+    assert "streamsoup\\[plot]" in text
+    assert "plot]" not in sweep_page(found, "sweep.png", ()).to_markdown()
     draw_sweep(found, str(tmp_path / "sweep.svg"))
     assert (tmp_path / "sweep.svg").stat().st_size > 1000
     assert math.isnan(
