@@ -34,6 +34,7 @@ peak = 0
 threading.Thread(target=watch, daemon=True).start()
 settings = json.loads(sys.argv[1])
 reduce.LOAD_NBYTES = settings.pop("load_nbytes")
+reduce.COMPILE_NBYTES = settings.pop("compile_nbytes")
 options = Options(**settings)
 paths = sys.argv[3:]
 if sys.argv[2] == "geometry":
@@ -81,22 +82,26 @@ def measure(
     k: int,
     *,
     load_nbytes: int = 1,
+    compile_nbytes: int = 10**15,
     geometry: bool = False,
     **options: Any,
 ) -> tuple[int, int]:
     """Make a soup of `k` links to a model in a fresh process; give its peak and the planned.
 
-    With `geometry` they are measured instead, by a kernel that is compiled anew.
+    With `geometry` they are measured instead, by a kernel that is compiled anew; with a
+    `compile_nbytes` of 1, those of soups are compiled anew too.
     """
-    settings = options | {"load_nbytes": load_nbytes}
+    settings = options | {"load_nbytes": load_nbytes, "compile_nbytes": compile_nbytes}
     out = "geometry" if geometry else str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
+    env = {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    env |= {} if compile_nbytes > 1 else {"XDG_CACHE_HOME": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(settings), out, *links(tmp_path, model, k)],
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
-        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "numba")},
+        timeout=300,
+        env=os.environ | env,
     )
     peak, planned = map(int, ran.stdout.split())
     return peak, planned
@@ -137,6 +142,17 @@ def test_the_plan_holds(options: dict[str, Any], tmp_path: Path) -> None:
     )
     peak, planned = measure(tmp_path, model, 5, **options)
     assert peak <= planned
+
+
+@pytest.mark.parametrize(("memory", "compiles"), [("300MB", True), ("120MB", False)])
+def test_compiling_is_in_the_plan(memory: str, compiles: bool, tmp_path: Path) -> None:
+    """Three kernels are compiled within the plan; without room for that, they are not."""
+    dtypes = (("F32", 4), ("BF16", 2), ("F16", 2))
+    tensors = {name: (name, (10**6,), size * 10**6) for name, size in dtypes}
+    model = sparse(tmp_path / "m", tensors)
+    peak, planned = measure(tmp_path, model, 2, compile_nbytes=1, threads=1, memory=memory)
+    assert peak <= planned
+    assert (len(list(tmp_path.glob("streamsoup/*.o"))) == len(dtypes)) == compiles
 
 
 def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:
