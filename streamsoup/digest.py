@@ -68,6 +68,10 @@ class Digests:
             whole.update(self._of_tensor(t, 1 + i))
         return whole.hexdigest()
 
+    def of_tensor(self, t: int, i: int) -> str:
+        """Give the digest of tensor `t` of the plan in ingredient `i` ``(0 … k-1)``."""
+        return self._of_tensor(t, 1 + i).hex()
+
     def _of_tensor(self, t: int, column: int) -> bytes:
         tensor = self._plan.tensors[t]
         whole = xxhash.xxh3_128()

@@ -34,15 +34,18 @@ from streamsoup.plan import (
 )
 from streamsoup.tensors import DType
 
-__all__ = ["Differ", "Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory", "symmetric"]
+__all__ = ["Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory", "symmetric"]
 
 Floats = NDArray[np.float64]
 Widened = NDArray[np.float64] | NDArray[np.float32]
 
 GRAIN = SMALLEST_BLOCK
 
-NUMBA_NBYTES = 16 * 2**20
-"""What compiling may hold beside what `plan.PROCESS_NBYTES` counts (measured, with margin)."""
+SPARED_NBYTES = 16 * 2**20
+"""What compiling the small kernel of products takes less than `plan.PROCESS_NBYTES` counts.
+
+Measured: the process holds 77 MB beside its blocks and sums after compiling it, 15 MB less than
+this leaves."""
 
 
 def floats_of(plan: MixPlan) -> MixPlan:
@@ -62,7 +65,7 @@ def plan_inner_memory(
     widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # A thread's rows of one grain, and a few more while they are widened; its leaf's sums. Beside
     # them the sums of every tensor, and those of leaves that wait for an earlier one.
-    fixed = fixed_nbytes(plan) + NUMBA_NBYTES + 8 * n_values * (len(plan.tensors) + 1)
+    fixed = fixed_nbytes(plan) - SPARED_NBYTES + 8 * n_values * (len(plan.tensors) + 1)
     each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
     per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
 
@@ -243,43 +246,6 @@ class _DotWorker(_Worker):
             np.subtract(value, values[0], out=row, dtype=np.float64)
         self._inner(self._vector, self._rows, False, self._products)
         out[:] = self._products[0]
-
-
-class Differ:
-    """How many elements of each further ingredient differ, in any bit, from those of the first."""
-
-    def __init__(self, plan: MixPlan, memory: MemoryPlan) -> None:
-        """Hold what the workers share, all of it read-only."""
-        self.plan, self.memory = plan, memory
-        self.n_values = len(plan.ingredients) - 1
-
-    def worker(self) -> _DifferWorker:
-        """Give a thread its own worker."""
-        return _DifferWorker(self)
-
-
-class _DifferWorker(_Worker):
-    """One thread's part of a comparison."""
-
-    def __init__(self, differ: Differ) -> None:
-        super().__init__(differ.plan, differ.memory, 0, differ.n_values)
-
-    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Compare words; other dtypes than the first one's count as different."""
-        dtypes = [self._tensor.sources[layout].dtype for layout in self._plan.layout_of]
-        words = _WORDS[dtypes[0].itemsize]
-        self._n_grains = -(-self._n // GRAIN)
-        starts = np.arange(0, self._n, GRAIN)
-        for i, (data, dtype) in enumerate(zip(inputs[1:], dtypes[1:], strict=True)):
-            if dtype is dtypes[0]:
-                differing = (data.view(words) != inputs[0].view(words)).view(np.uint8)
-            else:
-                differing = np.ones(self._n, np.uint8)
-            counts = np.add.reduceat(differing, starts, dtype=np.int64)
-            self._results[: self._n_grains, i] = counts
-
-
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Sums:

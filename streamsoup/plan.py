@@ -275,10 +275,12 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
     # Each element of a block: its sum, what the numpy kernel makes of it, and its result;
     # when files are read rather than mapped, the group's inputs too.
     per_element = 8 + 24 + widest + (0 if mapped else group * widest_in)
-    fixed = fixed_nbytes(plan)
+    pairs = {(s.dtype, t.dtype) for t in plan.tensors if t.operation == "mix" for s in t.sources}
+    compiler = COMPILER_NBYTES + KERNEL_NBYTES * max(len(pairs) - 2, 0)
+    fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
     # So many tensors that little is left for the rest: better slower than not at all.
     compiles = fixed + SMALLEST_BLOCK * per_element <= budget
-    fixed -= 0 if compiles else COMPILER_NBYTES
+    fixed -= 0 if compiles else compiler
     block = LARGEST_BLOCK
     threads = min(threads, max(1, plan.n_leaves))
     while block > SMALLEST_BLOCK and fixed + threads * block * per_element > budget:
@@ -296,12 +298,15 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
 PROCESS_NBYTES = 104 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler included.
 
-Measured: 27 MB at work with kernels from the cache, 85 MB after compiling one, 113 MB after
-compiling six, blocks of 18 MB included.
+Measured: 9 MB beside its blocks with kernels from the cache, 85 MB after compiling one, 99 MB
+after two.
 """
 
 COMPILER_NBYTES = 60 * 2**20
 """What of it only compiling takes."""
+
+KERNEL_NBYTES = 14 * 2**20
+"""What compiling each further kernel takes, after two (measured: 11 to 14 MB)."""
 
 
 def fixed_nbytes(plan: MixPlan) -> int:

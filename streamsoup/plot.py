@@ -38,13 +38,13 @@ def check_plot(path: str) -> None:
 def plot_geometry(found: Geometry, path: str) -> None:
     """Draw the angles of all pairs, or without a base their distances, as a heat map."""
     total = found.total
-    names = [f"{n}  {i + 1}" for i, n in enumerate(short_names(found.names, 36))]
+    names = [f"{n} ({i + 1})" for i, n in enumerate(short_names(found.names, 36))]
     if found.base is not None:
         values, unit, title = total.angles, "degrees", "Angles between task vectors"
         text = "{:.0f}"
     else:
         values, unit, title = total.distances, "distance", "Distances between ingredients"
-        text = "{:.2g}"
+        text = "{:.3g}"
     _heat_map(values, names, unit, title, text, path)
 
 
@@ -67,7 +67,7 @@ def plot_coefficients(
     step = max(1, len(layers) // 80)
     shown = range(0, len(layers), step)
     axes.set_yticks(list(shown), [_shorten(layers[i]) for i in shown], fontsize=size)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="coefficient")
     if rows.size <= 200:
         _write_numbers(axes, rows, low, high, "{:.2f}", size)
     _save(figure, path)

@@ -20,7 +20,7 @@ from streamsoup.tensors import DType
 if TYPE_CHECKING:
     from streamsoup.kernels.cpu import Mixer
 
-__all__ = ["Engine", "Mix", "MixWorker", "Reduction", "Worker"]
+__all__ = ["Engine", "Mix", "MixWorker", "Nothing", "Reduction", "Worker"]
 
 LOAD_NBYTES = 64_000_000
 """Bytes to read from which loading a compiled kernel pays (measured: it takes 50 ms)."""
@@ -104,6 +104,30 @@ class Reduction(Protocol):
 
     def worker(self) -> Worker:
         """Give a thread its own worker."""
+
+
+class Nothing:
+    """No result at all: the reduction, and the worker, of a pass that only digests."""
+
+    spoiled = False
+    n_ahead = 0
+
+    def worker(self) -> Nothing:
+        """Give a thread this very object: it holds nothing."""
+        return self
+
+    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Begin a block."""
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Let the blocks go."""
+
+    def result(self) -> Bytes:
+        """Give no bytes."""
+        return np.empty(0, np.uint8)
+
+    def close(self) -> None:
+        """Hold nothing."""
 
 
 class Mix:

@@ -548,6 +548,17 @@ def test_what_splits_are_for() -> None:
     assert splits_of(load_task(said)).test == "farther"
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numpy counts bytes where the disk took only some; we say what that means."""
+
+    def save(file: Any, array: Any, **kwargs: Any) -> None:
+        raise OSError("3000 requested and 2016 written")
+
+    monkeypatch.setattr("streamsoup.comparison.cache.np.save", save)
+    with Cache(str(tmp_path / "cache")) as cache, pytest.raises(OutputError, match="is it full"):
+        cache.put_logits("key", np.zeros((2, 3), np.float32), np.zeros(2, np.int64))
+
+
 def test_folders_that_are_not_ours(folders: list[str], tmp_path: Path) -> None:
     """An ingredient, a folder with something else, and one in use are refused."""
     task = Counting()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from streamsoup.demo import digits, kitchen, network, table, training
@@ -20,6 +21,7 @@ from streamsoup.demo.digits import Digits, Parts, Sizes
 from streamsoup.demo.kitchen import Menu
 from streamsoup.demo.table import Results, Row
 from streamsoup.demo.training import Training
+from streamsoup.errors import OutputError
 
 TINY = Menu(
     sizes=Sizes(pretrain=200, mnist=60, train=60, val=50, test=40),
@@ -210,6 +212,17 @@ def test_the_table_shows_losses(mixed_results: Results) -> None:
         "Against the best single model, the uniform soup "
         "wins on MNIST; equals it on corrupted; loses on val, test."
     )
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever safetensors calls it, the line names the file and the reason."""
+
+    def save_file(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(network, "save_file", save_file)
+    with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written: .*No space"):
+        network.save(network.build(seed=0), tmp_path / "run")
 
 
 def test_without_its_extras_the_demo_says_what_to_install() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +31,7 @@ from streamsoup.soups.learning import LearningOptions
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
 from streamsoup.soups.notebook import Notebook
-from streamsoup.soups.slopes import Slopes, find_common
+from streamsoup.soups.slopes import Slopes, find_equal
 from streamsoup.task import load_task
 
 K = 4
@@ -134,15 +135,15 @@ def make_slopes(
     loaded = load_task(task)
     sink = ModelSink(loaded.build(), plan)
     mapped = opts.io != "read"
-    common, _ = find_common(plan, mapped=mapped, options=opts)
-    assert {"blocks.0.1.weight", "blocks.1.1.weight"} <= common
+    equal, _ = find_equal(plan, mapped=mapped, options=opts)
+    assert equal["blocks.0.1.weight"] == equal["blocks.1.1.weight"] == (0,) * len(paths)
     names = [tensor.name for tensor in plan.tensors if tensor.operation == "mix"]
     mixture = make_mixture(names, sink.tied, len(paths), **mixture_kind)
     return Slopes(
         loaded,
         sink,
         mixture,
-        common,
+        equal,
         split="val",
         guard_split=None,
         guard_every=guard_every,
@@ -233,6 +234,24 @@ def test_a_wrong_slope_is_seen(paths: list[str], monkeypatch: pytest.MonkeyPatch
     assert not np.allclose(ours, gradient, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_batches_of_a_narrow_model_add_up(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Slopes of one batch, seen 600 times, are those of seeing it once."""
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
+    for i, path in enumerate(paths):
+        state = make_state(i)
+        save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, path)
+    (batch,) = make_batches(1)
+    kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
+    found = []
+    for n in (1, 600):
+        slopes = make_slopes(paths, task_of([batch] * n, dtype), kind)
+        raw = slopes._mixture.start()
+        found += [slopes.look(raw, backward=True).slopes for _ in range(2)]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 3}, {"io": "read"}], ids=str)
 def test_slopes_do_not_depend_on_how_they_are_read(
     paths: list[str], options: dict[str, Any]
@@ -265,8 +284,63 @@ def test_what_is_common_is_read_once(paths: list[str]) -> None:
         t.nbytes for n, t in learned.items() if not n.endswith("1.weight") and n != "head.weight"
     )
     assert slopes.nbytes_read - first == K * (moved + multiplied)
-    assert slopes.nbytes_read - first <= slopes.nbytes_of_evaluation
+    assert slopes.nbytes_read - first <= slopes.nbytes_of_mix + slopes.nbytes_of_products
     assert first - (slopes.nbytes_read - first) == slopes.nbytes_once
+
+
+@pytest.mark.parametrize("constraint", ["softmax", "affine", "free"])
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_what_some_share_is_multiplied_once(
+    constraint: str, granularity: str, tmp_path: Path
+) -> None:
+    """Where runs froze a layer, or are copies, slopes are autograd's, from fewer bytes."""
+    states = [make_state(i) for i in range(K)]
+    frozen = [name for name in states[0] if name.startswith("blocks.0.")]
+    for name in frozen:
+        states[3][name] = states[1][name].clone()
+    states[2]["embed.weight"] = states[0]["embed.weight"].clone()
+    states[2]["head.weight"] = states[0]["head.weight"].clone()
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
+    for state, path in zip(states, paths, strict=True):
+        save_file(state, path)
+    batches = make_batches()
+    kind = {"granularity": granularity, "constraint": constraint, "temperature": False}
+    slopes = make_slopes(paths, task_of(batches), kind)
+    mixture = slopes._mixture
+    raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
+    slopes.look(raw, backward=True)
+    before = slopes.nbytes_read
+    seen = slopes.look(raw, backward=True)
+    loss, gradient = InMemory(paths, mixture).gradient(raw, batches)
+    assert seen.loss == pytest.approx(loss, rel=1e-13)
+    ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
+    np.testing.assert_allclose(ours, gradient, rtol=1e-11, atol=1e-14)
+    once = {name: state.nbytes for name, state in states[0].items() if state.is_floating_point()}
+    common = {name for name in once if name.endswith("1.weight")}
+    n_read = {name: 1 if name in common else 3 if name in frozen else K for name in once}
+    n_read["embed.weight"] = 3
+    times_common = 2 if constraint == "free" else 0
+    expected = sum((times_common if name in common else K) * n for name, n in once.items())
+    expected += sum(
+        n * n_read[name]
+        for name, n in once.items()
+        if name not in common and "running" not in name and name != "head.weight"
+    )
+    assert slopes.nbytes_read - before == expected
+
+
+def test_equal_tensors_are_found(tmp_path: Path) -> None:
+    """Each is led back to the first that has its bits; −0 and 0 are not the same, NaNs may be."""
+    values = [[1.0, 0.0], [1.0, -0.0], [1.0, 0.0], [2.0, math.nan], [2.0, math.nan]]
+    for i, value in enumerate(values):
+        own = np.arange(2.0) + i
+        tensors = {"own": own, "some": np.array(value), "all": np.ones(3), "none": np.ones((0, 2))}
+        save_numpy(tensors, tmp_path / f"{i}.safetensors")
+    opened = open_ingredients([str(tmp_path / f"{i}.safetensors") for i in range(5)])
+    plan = order(opened, Coefficients.uniform(5), method="learned", options=Options()).plan
+    equal, nbytes = find_equal(plan, mapped=True, options=Options())
+    assert equal == {"some": (0, 1, 0, 3, 3), "all": (0,) * 5, "none": (0,) * 5}
+    assert nbytes == 5 * 7 * 8
 
 
 def test_the_model_is_left_as_it_was(paths: list[str]) -> None:
@@ -444,6 +518,12 @@ def test_a_search_that_was_stopped_goes_on(
     assert soup.rows == whole.rows
     assert [(a.loss, a.guard) for a in soup.looks] == [(a.loss, a.guard) for a in whole.looks]
     assert soup.provenance.tensors == whole.provenance.tensors
+    # All that led to a note is counted, in whichever run; each run reads some things anew.
+    report, expected = soup.report, whole.report
+    assert (expected["n_runs"], report["n_runs"]) == (1, 1 + n_stops)
+    assert report["n_passes"] == expected["n_passes"]
+    assert report["nbytes_read"] >= expected["nbytes_read"]
+    assert report["elapsed_s"] > report["reading_s"] > 0
     left[0] = 3
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "other", task, **settings)

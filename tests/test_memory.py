@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from checkpoints import raw
 
+from streamsoup.angles import plan_geometry
+from streamsoup.options import Options
+
 SCRIPT = """
 import json, sys, threading, time
-from streamsoup import Options, recipe, reduce
+from streamsoup import Options, angles, recipe, reduce
 from streamsoup.soups import make
 
 def anonymous():
@@ -31,13 +34,19 @@ peak = 0
 threading.Thread(target=watch, daemon=True).start()
 settings = json.loads(sys.argv[1])
 reduce.LOAD_NBYTES = settings.pop("load_nbytes")
+reduce.COMPILE_NBYTES = settings.pop("compile_nbytes")
 options = Options(**settings)
 paths = sys.argv[3:]
-order = make.order(
-    paths, recipe.Coefficients.uniform(len(paths)), method="uniform", options=options
-)
-make.make(order, output=sys.argv[2], options=options)
-print(max(peak, anonymous()), order.memory.peak_nbytes)
+if sys.argv[2] == "geometry":
+    planned = angles.plan_geometry(paths, base=None, options=options)[1].peak_nbytes
+    angles.geometry(paths, options=options)
+else:
+    order = make.order(
+        paths, recipe.Coefficients.uniform(len(paths)), method="uniform", options=options
+    )
+    planned = order.memory.peak_nbytes
+    make.make(order, output=sys.argv[2], options=options)
+print(max(peak, anonymous()), planned)
 """
 
 
@@ -56,24 +65,43 @@ def sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]]) -
     return folder
 
 
-def measure(
-    tmp_path: Path, model: Path, k: int, *, load_nbytes: int = 1, **options: Any
-) -> tuple[int, int]:
-    """Make a soup of `k` links to a model in a fresh process; give its peak and the planned."""
+def links(tmp_path: Path, model: Path, k: int) -> list[str]:
+    """Make `k` links to a model."""
     paths = []
     for i in range(k):
         link = tmp_path / f"{model.name}-{i}"
         if not link.is_symlink():
             link.symlink_to(model)
         paths.append(str(link))
-    settings = options | {"load_nbytes": load_nbytes}
-    out = str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
+    return paths
+
+
+def measure(
+    tmp_path: Path,
+    model: Path,
+    k: int,
+    *,
+    load_nbytes: int = 1,
+    compile_nbytes: int = 10**15,
+    geometry: bool = False,
+    **options: Any,
+) -> tuple[int, int]:
+    """Make a soup of `k` links to a model in a fresh process; give its peak and the planned.
+
+    With `geometry` they are measured instead, by a kernel that is compiled anew; with a
+    `compile_nbytes` of 1, those of soups are compiled anew too.
+    """
+    settings = options | {"load_nbytes": load_nbytes, "compile_nbytes": compile_nbytes}
+    out = "geometry" if geometry else str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
+    env = {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    env |= {} if compile_nbytes > 1 else {"XDG_CACHE_HOME": str(tmp_path)}
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(settings), out, *paths],
+        [sys.executable, "-c", SCRIPT, json.dumps(settings), out, *links(tmp_path, model, k)],
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
+        env=os.environ | env,
     )
     peak, planned = map(int, ran.stdout.split())
     return peak, planned
@@ -116,11 +144,39 @@ def test_the_plan_holds(options: dict[str, Any], tmp_path: Path) -> None:
     assert peak <= planned
 
 
+@pytest.mark.parametrize(("memory", "compiles"), [("300MB", True), ("120MB", False)])
+def test_compiling_is_in_the_plan(memory: str, compiles: bool, tmp_path: Path) -> None:
+    """Three kernels are compiled within the plan; without room for that, they are not."""
+    dtypes = (("F32", 4), ("BF16", 2), ("F16", 2))
+    tensors = {name: (name, (10**6,), size * 10**6) for name, size in dtypes}
+    model = sparse(tmp_path / "m", tensors)
+    peak, planned = measure(tmp_path, model, 2, compile_nbytes=1, threads=1, memory=memory)
+    assert peak <= planned
+    assert (len(list(tmp_path.glob("streamsoup/*.o"))) == len(dtypes)) == compiles
+
+
 def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:
     """8,000 tensors of 8 ingredients: headers, plan, digests and journal are within the plan."""
     model = sparse(tmp_path / "m", {f"layers.{i}.weight": ("BF16", (8,), 16) for i in range(8000)})
     peak, planned = measure(tmp_path, model, 8)
     assert peak <= planned <= 150_000_000
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 1, "io": "read"}], ids=str)
+def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Path) -> None:
+    """Compiling, blocks, and the products of all pairs in every tensor are within the plan."""
+    tensors = {f"layers.{i}.weight": ("BF16", (8,), 16) for i in range(400)}
+    model = sparse(tmp_path / "m", tensors | {"large": ("F32", (10**6,), 4_000_000)})
+    peak, planned = measure(tmp_path, model, 32, geometry=True, **options)
+    assert peak <= planned <= 150_000_000
+
+
+def test_products_of_64_fit_the_default_budget(tmp_path: Path) -> None:
+    """A base and 64 ingredients of 1,500 tensors, with room for two threads."""
+    model = sparse(tmp_path / "m", {f"layers.{i}.weight": ("BF16", (8,), 16) for i in range(1500)})
+    base, *paths = links(tmp_path, model, 65)
+    _, memory, _ = plan_geometry(paths, base=base, options=Options(threads=2))
+    assert memory.threads == 2
 
 
 def test_hoarding_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

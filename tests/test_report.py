@@ -161,6 +161,9 @@ def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in checker.loaded)
     for text in ("a<b>|*c*", "streamsoup compare <a> b", "A note.", "82.00 [70.00, 90.00]"):
         assert text in checker.text
+    # Calibration before and after scaling: every row that has some, in every column.
+    for pair in ("0.500 → 0.400", "10.0 → 5.0"):
+        assert checker.text.count(pair) == 4 * 5 - 1
     markdown = (tmp_path / "report.md").read_text()
     assert r"a\<b>\|\*c\*" in markdown
     for line in markdown.splitlines():
@@ -265,6 +268,8 @@ def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
     assert "**0.5**" in text
     assert "| test | 25.00 | 25.00 | – | – | -25.00 |" in text
     assert "over the chord" in text.lower()
+    assert "streamsoup\\[plot]" in text
+    assert "plot]" not in sweep_page(found, "sweep.png", ()).to_markdown()
     draw_sweep(found, str(tmp_path / "sweep.svg"))
     assert (tmp_path / "sweep.svg").stat().st_size > 1000
     assert math.isnan(

@@ -70,6 +70,7 @@ def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None)
 
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
+TASK = click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
 COEFFICIENTS = click.option(
     "--coefficients",
     "-c",

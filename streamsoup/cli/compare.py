@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "landscape", "sweep"]
 
-TASK = click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
 RECALIBRATE = click.option(
     "--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew for every mixture."
 )
@@ -29,7 +28,7 @@ RECALIBRATE = click.option(
 
 @click.command()
 @common.INGREDIENTS
-@TASK
+@common.TASK
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
 @click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
 @click.option(
@@ -116,7 +115,7 @@ def compare(
 @click.argument("base")
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@TASK
+@common.TASK
 @click.option("--plot", required=True, metavar="PNG", help="The picture; rows go beside it.")
 @click.option("--split", "splits", multiple=True, help="Default: the first one of the task.")
 @click.option(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @common.INGREDIENTS
-@click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
+@common.TASK
 @click.option(
     "--per",
     "granularity",
@@ -164,6 +164,7 @@ def describe(soup: LearnedSoup) -> list[str]:
         f"loss {first.loss:.5g} (uniform) to {best.loss:.5g}{watched}; {report['ended']}",
         f"learned soup of {len(names)} in {printable(soup.path)}: {len(soup.looks)} looks, "
         f"{report['n_passes']} passes (at most {report['predicted']['passes']} predicted), "
-        f"{nbytes_text(report['nbytes_read'])} read in {report['elapsed_s']:.2f} s",
+        f"{nbytes_text(report['nbytes_read'])} read in {report['elapsed_s']:.2f} s"
+        + (f" of {report['n_runs']} runs" if report["n_runs"] > 1 else ""),
     ]
     return lines

@@ -380,7 +380,7 @@ def _to_numpy(tensor: Any) -> Any:
 
 def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     """Read an ingredient once, and digest it as the pass that makes a soup does."""
-    from streamsoup.reduce import Engine, Mix
+    from streamsoup.reduce import Nothing
     from streamsoup.stream import OnlyDigests, run
 
     recipe = Recipe(
@@ -399,5 +399,5 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     )
     sink = OnlyDigests(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, Mix(plan, memory, Engine(plan)), sink)
+    run(plan, memory, reader, Nothing(), sink)
     return sink.digests.of_ingredient(0)

@@ -154,9 +154,9 @@ class Cache:
             digest = _digest(temporary)
             os.replace(temporary, path)
         except OSError as error:
-            raise OutputError(
-                f"{printable(path)}: cannot be written: {error.strerror or error}"
-            ) from error
+            # What numpy says of a full disk has no number: "3000 requested and 2016 written".
+            why = error.strerror or "the disk did not take all of it; is it full?"
+            raise OutputError(f"{printable(path)}: cannot be written: {why}") from error
         self._intact.add(name)
         return name, digest
 

@@ -32,6 +32,7 @@ from streamsoup.demo.digits import Parts, Sizes
 from streamsoup.demo.network import Network
 from streamsoup.demo.table import Results, Row
 from streamsoup.demo.training import Training
+from streamsoup.report.page import write_text
 from streamsoup.soups.greedy import GreedySoup
 from streamsoup.soups.learned import LearnedSoup
 
@@ -222,7 +223,7 @@ def _last(path: str) -> str:
 
 
 def _write(results: Results, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(results), indent=2) + "\n", encoding="utf-8")
+    write_text(str(path), json.dumps(dataclasses.asdict(results), indent=2) + "\n")
 
 
 def _next_steps(folder: Path) -> str:

@@ -11,11 +11,14 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from streamsoup.demo.digits import SIDE
+from streamsoup.errors import OutputError, printable
+from streamsoup.report.page import write_text
 
 N_CLASSES = 10
 
@@ -51,11 +54,18 @@ def build(seed: int) -> Network:
 
 
 def save(network: Network, folder: Path) -> Path:
-    """Write `folder/model.safetensors` and `folder/config.json`; return `folder`."""
+    """Write `folder/model.safetensors` and `folder/config.json`; return `folder`.
+
+    Raises `OutputError` where the disk is full, or fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    try:
+        save_file(network.state_dict(), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(f"{printable(path)}: cannot be written: {printable(error)}") from None
     config = {"model_type": "streamsoup-demo", "image_size": SIDE, "num_labels": N_CLASSES}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(str(folder / "config.json"), json.dumps(config, indent=2) + "\n")
     return folder
 
 

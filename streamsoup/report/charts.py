@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ __all__ = ["draw_curves", "draw_intervals", "draw_pairs", "draw_scatter", "draw_
 
 NAMED = 14
 """Most ingredients whose points have their names beside them."""
+
+MARKED = 12
+"""About how many points of a curve have marks: more would hide how its line is dashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +116,8 @@ def draw_curves(found: Comparison, path: str) -> None:
                 ys = [_scaled(p.values[column], found.is_share) for p in points]
                 axes.plot(
                     [p.n for p in points], ys, line, color=colour, marker=marker, label=method,
-                    markersize=8 if marker == "*" else 5.5, linewidth=1.6,
-                    markeredgecolor="white", markeredgewidth=0.5,
+                    markevery=max(1, len(points) // MARKED), markersize=8 if marker == "*" else 5.5,
+                    linewidth=1.6, markeredgecolor="white", markeredgewidth=0.5,
                 )  # fmt: skip
         axes.set_xlabel("ingredients, in the order given")
         axes.set_ylabel(_label(found, column))
@@ -158,7 +161,13 @@ def draw_intervals(found: Comparison, path: str) -> None:
         axes.set_xlabel(_label(found, column), fontsize=9)
     panels[0].set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.suptitle("With 95 % intervals; spread over orders where there are several", fontsize=11)
+    cells = [row.cells[column] for row in rows for column in columns]
+    title = ["Every way to choose"]
+    if any(math.isfinite(cell.low) for cell in cells):
+        title.append("with 95 % intervals")
+    if any(math.isfinite(cell.spread) for cell in cells):
+        title.append("spread over random orders")
+    figure.suptitle(", ".join(title), fontsize=11)
     save(figure, path)
 
 
@@ -168,10 +177,7 @@ def draw_pairs(found: Comparison, path: str) -> None:
     axes = figure.add_subplot()
     gains = [_scaled(pair.advantage, found.is_share) for pair in found.pairs]
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.scatter(
-        [pair.angle for pair in found.pairs], gains, s=26, c="#1f77b4", edgecolors="white",
-        linewidths=0.5,
-    )  # fmt: skip
+    _dots(axes, [pair.angle for pair in found.pairs], gains)
     axes.set_xlabel("angle between the task vectors (degrees)")
     unit = "percentage points" if found.is_share else found.metric
     axes.set_ylabel(f"interpolation advantage on {plain(found.splits.judged)}\n({unit})")
@@ -195,7 +201,7 @@ def draw_theory(found: Comparison, path: str) -> None:
     ):
         axes.axhline(0, color=GREY, linewidth=1)
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.scatter(xs, ys, s=26, c="#1f77b4", edgecolors="white", linewidths=0.5)
+        _dots(axes, xs, ys)
         axes.set_xlabel("approximated loss difference (nats)")
         axes.set_ylabel(label)
     # The scales stay those of the points: where theory is far off, the line leaves the picture.
@@ -203,6 +209,12 @@ def draw_theory(found: Comparison, path: str) -> None:
     panels[0].legend(frameon=False, fontsize=9)
     figure.suptitle("Soup minus ensemble of each pair; below 0 the soup is better", fontsize=11)
     save(figure, path)
+
+
+def _dots(axes: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Draw a cloud of points, the smaller the more there are: 70 ingredients are 2,415 pairs."""
+    size = 26 if len(xs) <= 200 else 9
+    axes.scatter(xs, ys, s=size, c="#1f77b4", edgecolors="white", linewidths=size / 52)
 
 
 def _legend_beside(figure: Any, axes: Any) -> None:

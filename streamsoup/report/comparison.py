@@ -134,7 +134,8 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
     for name in ("intervals", "scatter"):
         blocks += [pictures[name]] if name in pictures else []
     if any(math.isfinite(row.beta) for row in found.rows):
-        blocks += [Heading("Calibration"), _calibration_table(found), Text(_CALIBRATION)]
+        blocks += [Heading("Calibration"), Text(_CALIBRATION)]
+        blocks += [_calibration_table(found, "NLL"), _calibration_table(found, "ECE")]
     if "curves" in pictures:
         blocks += [Heading("Number of ingredients"), pictures["curves"], Text(_CURVES)]
     if found.pairs:
@@ -149,9 +150,9 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
 
 
 _CALIBRATION = (
-    "Negative log-likelihood in nats and equal-mass calibration error in percent, smaller is "
-    "better: as the model is, and after temperature scaling with β (which multiplies the logits) "
-    "fitted on validation."
+    "NLL: negative log-likelihood in nats. ECE: calibration error in percent, in bins of equal "
+    "mass. Smaller is better. Each as the model is → after temperature scaling with β (which "
+    "multiplies the logits) fitted on validation."
 )
 _CURVES = "Ingredients in the order given, as if the runs had stopped there; choices on validation."
 _PAIRS = (
@@ -183,22 +184,22 @@ def _ingredient_table(found: Comparison) -> Table:
     return Table(["", *columns, "path"], lines)
 
 
-def _calibration_table(found: Comparison) -> Table:
-    columns = [found.splits.judged, *([found.splits.shifted] if found.splits.shifted else [])]
-    head = ["", "β"]
-    for column in columns:
-        head += [f"NLL, {column}", "scaled", f"ECE %, {column}", "scaled"]
-    lines = []
-    for row in found.rows:
-        if row.kind == "ingredient" or not math.isfinite(row.beta):
-            continue
-        line = [row.name, f"{row.beta:.2f}"]
-        for column in columns:
-            cell = row.cells[column]
-            line += [_number(cell.nll), _number(cell.nll_scaled)]
-            line += [f"{100 * ece:.1f}" for ece in (cell.ece, cell.ece_scaled)]
-        lines.append(line)
-    return Table(head, lines)
+def _calibration_table(found: Comparison, measure: str) -> Table:
+    """Show NLL or ECE before and after temperature scaling, in all columns."""
+    columns = found.splits.columns
+
+    def shown(cell: Cell) -> str:
+        pair = (cell.nll, cell.nll_scaled) if measure == "NLL" else (cell.ece, cell.ece_scaled)
+        if not all(map(math.isfinite, pair)):
+            return "–"
+        return " → ".join(f"{x:.3f}" if measure == "NLL" else f"{100 * x:.1f}" for x in pair)
+
+    lines = [
+        [row.name, f"{row.beta:.2f}", *(shown(row.cells[c]) for c in columns)]
+        for row in found.rows
+        if row.kind != "ingredient" and math.isfinite(row.beta)
+    ]
+    return Table([measure, "β", *columns], lines)
 
 
 def _counts(row: Row) -> list[str]:

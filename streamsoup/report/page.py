@@ -160,7 +160,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.bold { font-weight: 600; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 img { max-width: 100%; }
 figure { margin: 1rem 0; }
 figcaption { color: #555; font-size: 13px; }

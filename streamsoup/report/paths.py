@@ -71,6 +71,8 @@ def sweep_page(found: Sweep, picture: str | None, commands: tuple[str, ...]) -> 
         Table(["α", *splits], points, chosen),
         *_barriers(found),
     ]
+    if not picture:
+        blocks.append(Text("No picture: pip install 'streamsoup[plot]', and run again."))
     if commands:
         blocks += [Heading("Made by"), Code(commands)]
     return Page("Between two checkpoints", blocks)

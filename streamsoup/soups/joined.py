@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from streamsoup.formats.files import Bytes
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.plan import LARGEST_BLOCK, Leaf, MixPlan, PlannedTensor
-from streamsoup.stream import Sink, SinkSession
+from streamsoup.stream import Nowhere, Sink, SinkSession
 
 __all__ = ["Apart", "Pieces", "join", "pieces_of"]
 
@@ -100,12 +100,9 @@ class Apart:
         """Do nothing: what is made of parts is not resumed."""
 
 
-class _ApartSession:
+class _ApartSession(Nowhere):
     def __init__(self, session: SinkSession, pieces: Sequence[Pieces]) -> None:
         self._session, self._pieces = session, pieces
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         pieces = self._pieces[leaf.tensor]

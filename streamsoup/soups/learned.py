@@ -80,12 +80,11 @@ def learned_soup(
     with a mixture whose watched loss is higher than that one's. Progress is kept in a folder
     ``OUT.search`` beside the output: the same call, made again after a kill, goes on from there.
 
-    Holds the model, one gradient at most, and blocks; reads what differs between ingredients
-    twice for each look (``lbfgs``) or each batch (``adamw``). Buffers are mixed too, but have no
-    slopes. Raises `TaskError` if the task fails, `MismatchError` if the model does not fit, and
-    the errors of `make`.
+    Holds the model, one gradient at most (in float32 where the model's floats are narrower), and
+    blocks; reads what differs between ingredients twice for each look (``lbfgs``) or each batch
+    (``adamw``). Buffers are mixed too, but have no slopes. Raises `TaskError` if the task fails,
+    `MismatchError` if the model does not fit, and the errors of `make`.
     """
-    started = time.monotonic()
     learning.check()
     opened = open_ingredients(ingredients)
     if len(opened) < 2:
@@ -111,7 +110,7 @@ def learned_soup(
         check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
-        report = search.report(identity, started)
+        report = search.report(identity)
         raw = search.chosen
         coefficients = search.mixture.coefficients(raw)
         final = order(opened, coefficients, method="learned", options=options)

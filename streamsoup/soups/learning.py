@@ -1,7 +1,8 @@
 """The search for a learned soup: what it looks at, what it remembers, and when it ends.
 
 A look is a mixture in the live model, and its losses (`slopes`). Each is noted before the next, and
-a search that goes on is answered from its notes until it comes to something new (`notebook`).
+a search that goes on is answered from its notes until it comes to something new (`notebook`). The
+notes say what all has taken so far, too, so that the report counts every run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
 from streamsoup.soups.notebook import Notebook
 from streamsoup.soups.scoring import contained
-from streamsoup.soups.slopes import Evaluation, Slopes, find_common
+from streamsoup.soups.slopes import Evaluation, Slopes, find_equal
 from streamsoup.task import Task
 
 if TYPE_CHECKING:
@@ -144,18 +145,21 @@ class Search:
         from streamsoup.soups.live_mix import device_text
 
         self._learning, self._notebook = learning, notebook
+        self._started = time.monotonic()
+        self._earlier: Mapping[str, Any] = (notebook.find("took") or {"took": {}})["took"]
         if model is None:
             with contained(task.name, "build"):
                 model = task.build()
         plan = ordered.plan
         sink: ModelSink = ModelSink(model, plan)
         sink.check_apart()
-        found = notebook.find("common")
+        found = notebook.find("equal")
         if found is None:
-            common, n = find_common(plan, mapped=ordered.mapped, options=options)
-            notebook.put({"common": sorted(common), "nbytes": n})
+            equal, n = find_equal(plan, mapped=ordered.mapped, options=options)
+            notebook.put({"equal": equal, "nbytes_compared": n})
         else:
-            common, n = frozenset(found["common"]), int(found["nbytes"])
+            equal = {name: tuple(firsts) for name, firsts in found["equal"].items()}
+            n = int(found["nbytes_compared"])
         self._nbytes_compared = n
         self.mixture = make_mixture(
             [tensor.name for tensor in plan.tensors if tensor.operation == "mix"],
@@ -169,7 +173,7 @@ class Search:
             task,
             sink,
             self.mixture,
-            common,
+            equal,
             split=split,
             guard_split=learning.guard,
             guard_every=0 if learning.guard else learning.guard_every,
@@ -178,12 +182,14 @@ class Search:
         )
         self.mixed_on = device_text(sink, options)
         self._say(f"mixtures are made on {self.mixed_on}")
-        self.n_common = len(common)
+        self.n_common = sum(not any(firsts) for firsts in equal.values())
+        self.n_shared = len(equal) - self.n_common
         self.looks: list[Look] = []
         self.raws: list[Floats] = []
         self.why = ""
         self.predicted: dict[str, Any] = {}
         self._first_s = 0.0
+        notebook.put({"took": self._took()})
 
     @property
     def best(self) -> int:
@@ -277,7 +283,18 @@ class Search:
     def _note_adamw(self, state: AdamW, epoch: int, done: int, raw: Floats) -> None:
         note: dict[str, Any] = {"adamw": epoch, "done": done, "n_steps": state.n_steps}
         note |= {"raw": raw.tolist(), "mean": state.mean.tolist(), "square": state.square.tolist()}
-        self._notebook.put(note)
+        self._notebook.put(note | {"took": self._took()})
+
+    def _took(self) -> dict[str, Any]:
+        """Say what the search has taken: in this run, and in earlier ones up to their last note."""
+        now = {
+            "n_runs": 1,
+            "n_passes": self.slopes.n_passes,
+            "nbytes_read": self.slopes.nbytes_read,
+            "reading_s": self.slopes.waited_s,
+            "elapsed_s": time.monotonic() - self._started,
+        }
+        return {name: value + self._earlier.get(name, 0) for name, value in now.items()}
 
     def _look(self, raw: Floats, *, backward: bool) -> Evaluation:
         """Look at a mixture, or remember having done so."""
@@ -291,7 +308,7 @@ class Search:
             )
         if known is None:
             seen = self.slopes.look(raw, backward=backward)
-            self._notebook.put(_record(number, raw, seen))
+            self._notebook.put(_record(number, raw, seen) | {"took": self._took()})
         else:
             seen = _remember(known)
             self.slopes.count(seen.n_batches)
@@ -339,19 +356,19 @@ class Search:
 
     def _predict(self, n_looks: int, n_steps: int = 0) -> None:
         """Say what the search may take at most, before it is taken."""
-        each = self.slopes.nbytes_of_evaluation
+        mix, products = self.slopes.nbytes_of_mix, self.slopes.nbytes_of_products
+        n_mixes = n_products = n_looks
         if n_steps:
-            n_passes = n_looks * (2 * n_steps + 1) + 1
-            nbytes = each // 2 * n_passes
-        else:
-            n_passes = 2 * n_looks
-            nbytes = each * n_looks
-        nbytes += self.slopes.nbytes_once
+            n_products = n_looks * n_steps
+            n_mixes = n_products + n_looks + 1
+        n_passes = n_mixes + n_products
+        nbytes = n_mixes * mix + n_products * products + self.slopes.nbytes_once
         self.predicted = {"looks": n_looks, "passes": n_passes, "nbytes_read": nbytes}
         shared = f"; {self.n_common} tensors are the same in all" if self.n_common else ""
+        shared += f"; {self.n_shared} tensors are the same in some" if self.n_shared else ""
         self._say(
             f"learning {self.mixture.n_raw} numbers: at most {n_passes} passes over "
-            f"{nbytes_text(each / 2)} that differ, {nbytes_text(nbytes)} read{shared}"
+            f"{nbytes_text(mix)} that differ, {nbytes_text(nbytes)} read{shared}"
         )
         if n_steps and self.slopes.n_passes:
             pass_s = self.slopes.waited_s / self.slopes.n_passes
@@ -363,12 +380,12 @@ class Search:
         if self._learning.on_event is not None:
             self._learning.on_event(line)
 
-    def report(self, identity: str, started: float) -> dict[str, Any]:
+    def report(self, identity: str) -> dict[str, Any]:
         """Give all that was found out, as plain JSON for the provenance."""
         learning, best, mixture = self._learning, self.best, self.mixture
         settings = {name: getattr(learning, name) for name in SETTINGS}
         rows = mixture.rows(self.chosen)
-        return settings | {
+        found = {
             "search": identity,
             "groups": list(mixture.groups),
             "rows": rows.tolist(),
@@ -378,14 +395,12 @@ class Search:
             "ended": self.why,
             "l1_largest": float(np.abs(rows).sum(axis=1).max()),
             "n_common_tensors": self.n_common,
+            "n_shared_tensors": self.n_shared,
             "predicted": self.predicted,
             "mixed_on": self.mixed_on,
-            "n_passes": self.slopes.n_passes,
-            "nbytes_read": self.slopes.nbytes_read,
             "nbytes_compared": self._nbytes_compared,
-            "reading_s": self.slopes.waited_s,
-            "elapsed_s": time.monotonic() - started,
         }
+        return settings | found | self._took()
 
 
 def _record(number: int, raw: Floats, seen: Evaluation) -> dict[str, Any]:

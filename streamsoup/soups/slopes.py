@@ -5,7 +5,8 @@ gradient are all that is held, whatever the number of ingredients: a pass over t
 a backward pass gives g, and another pass multiplies, tensor by tensor (`backward`).
 
 What is the same in all ingredients is read from the first alone: with coefficients that sum to 1
-its slopes cancel, and it is put into the model once.
+its slopes cancel, and it is put into the model once. What is the same in some of them is multiplied
+once for those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,23 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError
-from streamsoup.inner import Differ, Dot, Sums, Vector, floats_of, plan_inner_memory
+from streamsoup.inner import Dot, Sums, Vector, floats_of, plan_inner_memory
 from streamsoup.options import Options
 from streamsoup.plan import MemoryPlan, MixPlan, parse_nbytes
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
-from streamsoup.reduce import Engine
+from streamsoup.reduce import Engine, Nothing
 from streamsoup.soups.backward import Work
 from streamsoup.soups.joined import Apart, pieces_of
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
-from streamsoup.stream import run
+from streamsoup.stream import OnlyDigests, run
 from streamsoup.task import Task
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
 
-__all__ = ["Evaluation", "Slopes", "find_common"]
+__all__ = ["Evaluation", "Slopes", "find_equal"]
 
 Floats = NDArray[np.float64]
 
@@ -59,18 +60,41 @@ class Evaluation:
     """Batches seen, watching ones included."""
 
 
-def find_common(plan: MixPlan, *, mapped: bool, options: Options) -> tuple[frozenset[str], int]:
-    """Find the tensors of floats that have the same bits in all ingredients; one pass."""
+def find_equal(
+    plan: MixPlan, *, mapped: bool, options: Options
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Find the tensors of floats that have the same bits in several ingredients; one pass.
+
+    Gives, for each by name, the first ingredient that every ingredient equals there: ``(0, 0, 2)``
+    where the second has what the first has. Tensors that differ in all are left out. Gives the
+    bytes read, too.
+    """
     floats = floats_of(plan)
-    if len(plan.ingredients) == 1:
-        return frozenset(tensor.name for tensor in floats.tensors), 0
     memory = _inner_memory(floats, mapped=mapped, options=options)
-    differ = Differ(floats, memory)
-    sums = Sums(floats, differ.n_values)
+    sink = OnlyDigests(floats)
     reader = open_reader(floats, memory, mapped=mapped)
-    run(floats, memory, reader, differ, sums, digest=False, on_progress=options.on_progress)
-    names = [t.name for n, t in enumerate(floats.tensors) if not sums.of_tensors[n].any()]
-    return frozenset(names), floats.nbytes_read
+    run(floats, memory, reader, Nothing(), sink, on_progress=options.on_progress)
+    equal = {}
+    k = len(plan.ingredients)
+    for t, tensor in enumerate(floats.tensors):
+        contents = [
+            (tensor.sources[plan.layout_of[i]].dtype, sink.digests.of_tensor(t, i))
+            for i in range(k)
+        ]
+        firsts = tuple(map(contents.index, contents))
+        if len(set(firsts)) < k:
+            equal[tensor.name] = firsts
+    return equal, floats.nbytes_read
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Tensors that the same ingredients have in common, and one of each to multiply."""
+
+    plan: MixPlan
+    """Of the tensors, in the ingredients that differ."""
+    of: tuple[int, ...]
+    """For every ingredient, the number of the one in the plan that equals it."""
 
 
 class Slopes:
@@ -81,7 +105,7 @@ class Slopes:
         task: Task,
         sink: ModelSink,
         mixture: Mixture,
-        common: frozenset[str],
+        equal: Mapping[str, tuple[int, ...]],
         *,
         split: str,
         guard_split: str | None,
@@ -89,7 +113,10 @@ class Slopes:
         mapped: bool,
         options: Options,
     ) -> None:
-        """Plan the passes. `guard_every` nth batch of the split only watches; 0 for none."""
+        """Plan the passes; `equal` is what `find_equal` gave.
+
+        Every `guard_every` nth batch of the split only watches; 0 for none.
+        """
         from streamsoup.soups.live_mix import LiveMix
 
         self.nbytes_read = 0
@@ -102,11 +129,22 @@ class Slopes:
         self._split, self._guard_split, self._guard_every = split, guard_split, guard_every
         self._mapped, self._options = mapped, options
         plan = sink.plan
-        floats = [tensor.name for tensor in floats_of(plan).tensors]
+        everyone = tuple(range(len(plan.ingredients)))
+        sharing: dict[tuple[int, ...], list[str]] = {}
+        for tensor in floats_of(plan).tensors:
+            sharing.setdefault(equal.get(tensor.name, everyone), []).append(tensor.name)
         self._free = mixture.constraint == "free"
-        self._own = plan.only({name for name in floats if name not in common})
+        common = sharing.pop((0,) * len(everyone), [])
+        self._own = plan.only({name for names in sharing.values() for name in names})
         self._fixed = plan.only({t.name for t in plan.tensors if t.operation != "mix"})
-        self._common = _first_alone(plan.only(common))
+        self._common = _these(plan.only(common), [0])
+        self._shares: list[_Share] = []
+        for firsts, names in sharing.items():
+            read = sorted(set(firsts))
+            of = tuple(map(read.index, firsts))
+            self._shares.append(_Share(_these(plan.only(names), read), of))
+        if self._free and common:
+            self._shares.append(_Share(self._common, (0,) * len(everyone)))
         self._mix = LiveMix(plan, sink, mapped=mapped, options=options, engine=Engine(plan))
         self._put_common: float | None = None
         self._put_fixed = False
@@ -118,10 +156,14 @@ class Slopes:
         self._learned = [name for name in sink.targets if name in learned]
 
     @property
-    def nbytes_of_evaluation(self) -> int:
-        """Bytes that one mix and one pass of products read."""
-        again = self._common.nbytes_read if self._free else 0
-        return 2 * (self._own.nbytes_read + again)
+    def nbytes_of_mix(self) -> int:
+        """Bytes that one mix reads, but for what is read once."""
+        return self._own.nbytes_read + (self._common.nbytes_read if self._free else 0)
+
+    @property
+    def nbytes_of_products(self) -> int:
+        """Bytes that one pass of products reads at most."""
+        return sum(share.plan.nbytes_read for share in self._shares)
 
     @property
     def nbytes_once(self) -> int:
@@ -252,12 +294,12 @@ class Slopes:
 
         With coefficients that sum to 1, what all ingredients have in common is left out.
         """
-        for whole in (self._own, self._common):
-            names = frozenset(t.name for t in whole.tensors if t.name in vectors)
+        for share in self._shares:
+            names = frozenset(t.name for t in share.plan.tensors if t.name in vectors)
             if not names:
                 continue
             if names not in self._parts:
-                plan = whole.only(names)
+                plan = share.plan.only(names)
                 memory = _inner_memory(plan, mapped=self._mapped, options=self._options)
                 self._parts[names] = plan, memory, open_reader(plan, memory, mapped=self._mapped)
             plan, memory, reader = self._parts[names]
@@ -266,17 +308,19 @@ class Slopes:
             sums = Sums(plan, dot.n_values)
             run(plan, memory, reader, dot, sums, digest=False)
             self._count(plan.nbytes_read, started)
-            k = self._mixture.n_ingredients
             for tensor, values in zip(plan.tensors, sums.of_tensors, strict=True):
-                slopes = np.zeros(k)
-                slopes[1 : len(values)] = values[1:]
-                if self._free:
-                    slopes += values[0]
-                yield tensor.name, slopes
+                first = values[0]
+                values[0] = 0.0
+                slopes = values[list(share.of)]
+                yield tensor.name, slopes + first if self._free else slopes
 
 
-def _first_alone(plan: MixPlan) -> MixPlan:
-    return replace(plan, ingredients=plan.ingredients[:1], layout_of=plan.layout_of[:1])
+def _these(plan: MixPlan, members: Sequence[int]) -> MixPlan:
+    """Give the part of a plan that reads these ingredients alone."""
+    ingredients = tuple(plan.ingredients[i] for i in members)
+    return replace(
+        plan, ingredients=ingredients, layout_of=tuple(plan.layout_of[i] for i in members)
+    )
 
 
 def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPlan:
