@@ -29,10 +29,9 @@ from streamsoup.plan import (
     MixPlan,
     PlannedTensor,
     fixed_nbytes,
-    nbytes_text,
-    parse_nbytes,
 )
 from streamsoup.reduce import Engine, Mix, MixWorker
+from streamsoup.sizes import nbytes_text, parse_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -168,10 +167,10 @@ def find_device(
     chosen = plan_device(
         plan,
         device=device.name,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=parse_nbytes(budget),
         mapped=mapped,
         threads=options.n_threads,
-        memory=parse_nbytes(memory) if isinstance(memory, str) else memory,
+        memory=parse_nbytes(memory),
         lands=lands,
         beside=beside,
     )

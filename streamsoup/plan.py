@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, is_plain, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
 from streamsoup.formats.header import make_header
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
     "PlannedTensor",
     "Source",
     "fixed_nbytes",
-    "nbytes_text",
-    "parse_nbytes",
     "plan_files",
     "plan_memory",
     "plan_mix",
@@ -401,37 +400,3 @@ def _cut(plan: MixPlan, shard_size: int) -> list[list[int]]:
         groups[-1].append(i)
         filled += tensor.nbytes
     return groups
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_nbytes(text: str) -> int:
-    """Read a size in any common spelling: ``150MB``, ``5GiB``, ``5G``, ``1.5e9``, ``4096B``.
-
-    Raises `RecipeError` for anything else, and for a size below one byte.
-
-    >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
-    (5000000000, 1536)
-    """
-    pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
-    match = re.fullmatch(pattern, text.lower()) if is_plain(text) else None
-    unit = _UNITS.get(match[2]) if match else None
-    size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
-    if size < 1:
-        raise RecipeError(f"{printable(text)!r} is no size; write 150MB or 5GiB, say")
-    return size
-
-
-def nbytes_text(nbytes: float) -> str:
-    """Write a size for a person, in decimal units.
-
-    >>> nbytes_text(1_234_567_890)
-    '1.23 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"

@@ -29,7 +29,7 @@ from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
 from streamsoup.kernels.device import Accelerator, open_device
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.options import Options
-from streamsoup.plan import nbytes_text
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DTYPES, DType
 
 try:
@@ -476,7 +476,7 @@ def test_peaks_of_a_search_are_within_its_budget(tmp_path: Path, budget: str, ke
 
 def streamsoup_nbytes(text: str) -> int:
     """Read a size."""
-    from streamsoup.plan import parse_nbytes
+    from streamsoup.sizes import parse_nbytes
 
     return parse_nbytes(text)
 

@@ -25,8 +25,8 @@ from streamsoup.cli import common
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def selftest(device: str, size: str, folder: str | None, as_json: bool) -> int:
     """Test bits, order and memory on this machine, and measure its rates."""
-    from streamsoup.plan import nbytes_text, parse_nbytes
     from streamsoup.selftest import selftest as run
+    from streamsoup.sizes import nbytes_text, parse_nbytes
 
     out = sys.stderr if as_json else sys.stdout
 

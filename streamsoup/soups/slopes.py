@@ -26,10 +26,11 @@ from streamsoup.errors import TaskError
 from streamsoup.formats.files import Bytes
 from streamsoup.inner import Differ, Dot, Sums, Vector, floats_of, plan_inner_memory
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes
+from streamsoup.plan import Leaf, MemoryPlan, MixPlan
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine
+from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.backward import Work
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
@@ -312,9 +313,5 @@ def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPla
         len(plan.ingredients),
         mapped=mapped,
         threads=options.n_threads,
-        budget=_budget(options),
+        budget=parse_nbytes(options.memory),
     )
-
-
-def _budget(options: Options) -> int:
-    return parse_nbytes(options.memory) if isinstance(options.memory, str) else options.memory
