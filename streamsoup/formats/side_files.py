@@ -78,8 +78,8 @@ def gather_side_files(
     warnings = []
     if strange:
         warnings.append(
-            f"{printable(first)}: left out what is neither a plain file nor a link to one: "
-            f"{some(strange)}"
+            f"{printable(first)}: left out what is neither a plain file nor a link to one; if the "
+            f"soup needs it, copy it there: {some(strange)}"
         )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
         names.remove(name)
