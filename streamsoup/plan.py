@@ -8,13 +8,13 @@ from headers alone is refused here, at once, in one message.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
 from streamsoup.formats.header import make_header
+from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
@@ -222,17 +222,16 @@ def plan_files(plan: MixPlan) -> FilePlan:
     if plan.recipe.shard_size is None:
         groups = _mirrored(plan, layout)
         names = list(layout.file_names)
-        index_name = plan.ingredients[0].index_name
+        index = plan.ingredients[0].index_name
         if plan.ingredients[0].folder is None:
             names = ["model.safetensors"]
     else:
         groups = _cut(plan, plan.recipe.shard_size)
-        count = len(groups)
-        stem = _stem(plan.ingredients[0])
-        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        index_name = plan.ingredients[0].index_name or f"{stem}.safetensors.index.json"
-        if count == 1:
-            names, index_name = [f"{stem}.safetensors"], None
+        called = _stem(plan.ingredients[0])
+        names = shard_names(called, len(groups))
+        index = plan.ingredients[0].index_name or index_name(called)
+        if len(groups) == 1:
+            index = None
     places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
     files: list[PlannedFile] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
@@ -244,7 +243,7 @@ def plan_files(plan: MixPlan) -> FilePlan:
             places[i] = (number, offset)
             offset += plan.tensors[i].nbytes
         files.append(PlannedFile(name, header, tuple(group), offset))
-    return FilePlan(tuple(files), tuple(places), index_name)
+    return FilePlan(tuple(files), tuple(places), index)
 
 
 def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
@@ -375,11 +374,10 @@ def _stem(ingredient: Ingredient) -> str:
     """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
     if ingredient.folder is None:
         return "model"
-    name = ingredient.layout.file_names[0].removesuffix(".safetensors")
-    stem, n_numbers = re.subn(r"[-_]\d+-of-\d+", "", name)
-    if ingredient.index_name is not None and not n_numbers:
-        stem = ingredient.index_name.partition(".safetensors.index.")[0]
-    return stem or "model"
+    shard = ingredient.layout.file_names[0]
+    if ingredient.index_name is None or is_numbered(shard):
+        return stem(shard)
+    return stem(ingredient.index_name)
 
 
 def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:

@@ -121,16 +121,19 @@ def test_every_output_byte_has_one_place(
 
 
 @pytest.mark.parametrize(
-    ("name", "stem"),
+    ("name", "stem", "index"),
     [
-        ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-        ("model.fp16", "model.fp16"),
-        ("model-00001-of-00001", "model"),
-        ("model-00001-of-000163.fp16", "model.fp16"),
-        ("-00001-of-00001", "model"),
+        ("unet", "unet", "unet.safetensors.index.json"),
+        ("model.fp16", "model.fp16", "model.safetensors.index.fp16.json"),
+        ("model-00001-of-00001", "model", "model.safetensors.index.json"),
+        ("model-00001-of-000163.fp16", "model.fp16", "model.safetensors.index.fp16.json"),
+        ("-00001-of-00001", "model", "model.safetensors.index.json"),
+        ("model.", "model.", "model..safetensors.index.json"),
     ],
 )
-def test_new_shards_are_named_like_the_old(name: str, stem: str, tmp_path: Path) -> None:
+def test_new_shards_are_named_like_the_old(
+    name: str, stem: str, index: str, tmp_path: Path
+) -> None:
     """Libraries look for their own file names: with a shard size, the first ingredient's stay."""
     tensors = {n: tensor(np.zeros(4, np.float32)) for n in "ab"}
     folder = save(tmp_path / "m", tensors, name=name)
@@ -138,7 +141,7 @@ def test_new_shards_are_named_like_the_old(name: str, stem: str, tmp_path: Path)
     assert [f.name for f in several.files] == [
         f"{stem}-{i}-of-00002.safetensors" for i in ("00001", "00002")
     ]
-    assert several.index_name == f"{stem}.safetensors.index.json"
+    assert several.index_name == index
     whole = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
     assert [f.name for f in whole.files] == [f"{stem}.safetensors"]
     assert whole.index_name is None
@@ -147,7 +150,7 @@ def test_new_shards_are_named_like_the_old(name: str, stem: str, tmp_path: Path)
 
 
 def test_the_stem_of_shards_with_odd_names_is_the_index_s(tmp_path: Path) -> None:
-    """Where shards are not numbered, the index says what the model is called."""
+    """Where shards are not numbered, the index says what the model is called, and its variant."""
     folder = save_sharded(tmp_path / "m", [{n: tensor(np.zeros(4, np.float32))} for n in "ab"])
     index = folder / "model.safetensors.index.json"
     text = index.read_text()
@@ -156,8 +159,14 @@ def test_the_stem_of_shards_with_odd_names_is_the_index_s(tmp_path: Path) -> Non
         (folder / old).rename(folder / f"{name}.safetensors")
         text = text.replace(old, f"{name}.safetensors")
     index.write_text(text)
-    files = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
-    assert [f.name for f in files.files] == ["model.safetensors"]
+    for name, stem in (
+        (index.name, "model"),
+        ("model.safetensors.index.fp16.json", "model.fp16"),
+        ("model.safetensors.fp16.index.json", "model.fp16"),
+    ):
+        index = index.rename(folder / name)
+        files = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
+        assert [f.name for f in files.files] == [f"{stem}.safetensors"]
 
 
 @quick

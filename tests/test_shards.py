@@ -339,9 +339,11 @@ def test_an_index_is_an_ingredient_too(tmp_path: Path, monkeypatch: pytest.Monke
         open_ingredients([folder / INDEX])
 
 
-def test_an_index_of_a_variant_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant", ["model.safetensors.index.fp16.json", "model.safetensors.fp16.index.json"]
+)
+def test_an_index_of_a_variant_is_one(tmp_path: Path, variant: str) -> None:
     """An index named for a variant of the weights opens, and the soup's is named alike."""
-    variant = "model.safetensors.index.fp16.json"
     folder = save_sharded(tmp_path / "m", [A, B])
     (folder / INDEX).rename(folder / variant)
     for given in (folder, folder / variant):
