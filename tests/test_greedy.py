@@ -26,7 +26,8 @@ from streamsoup.errors import (
     TaskError,
 )
 from streamsoup.journal import Journal
-from streamsoup.soups.running import Candidates, plan_sums
+from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
 
 

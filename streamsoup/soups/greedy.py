@@ -35,8 +35,8 @@ from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.sizes import parse_nbytes
+from streamsoup.soups.candidates import Moved
 from streamsoup.soups.make import AnyIngredient, Order, Soup, make, order
-from streamsoup.soups.running import Moved
 from streamsoup.soups.scorebook import Members, Scorebook, fingerprint_of
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward

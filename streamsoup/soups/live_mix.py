@@ -23,15 +23,9 @@ from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import nbytes_text, parse_nbytes
+from streamsoup.soups.candidates import Candidates
 from streamsoup.soups.make import AnyIngredient, order
-from streamsoup.soups.running import (
-    Candidates,
-    Sums,
-    SumsPlace,
-    SumsPlan,
-    can_carry,
-    sums_nbytes,
-)
+from streamsoup.soups.running import Sums, SumsPlace, SumsPlan, can_carry, sums_nbytes
 from streamsoup.stream import run
 
 if TYPE_CHECKING:

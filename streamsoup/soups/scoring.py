@@ -23,7 +23,7 @@ from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
 from streamsoup.formats.files import Bytes, Descriptors
 from streamsoup.plan import FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
-from streamsoup.soups.running import Candidates, Moved
+from streamsoup.soups.candidates import Candidates, Moved
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
 

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from streamsoup import errors
 from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some
 from streamsoup.options import Options
-from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
+from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.running import SumsPlace, plan_sums
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, Scorer, contained
 from streamsoup.task.command import CommandTask, Family, Tail, die_with_parent
