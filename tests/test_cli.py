@@ -280,6 +280,23 @@ def test_the_unforeseen_is_said_in_one_line(
     assert said.count("\n") == 1
 
 
+def test_a_failing_system_is_no_defect_of_ours(
+    pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system call that fails unforeseen is said to be one, with the place."""
+    from streamsoup.soups import fixed
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fixed, "uniform", broken)
+    assert cli(["uniform", *map(str, pair), "-o", "out"]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: the system failed at ")
+    assert f"{Path(__file__).name}:" in said
+    assert said.endswith(": Input/output error\n")
+
+
 def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> None:
     """When the reader of a long listing goes away, the command ends without a traceback."""
     words = [sys.executable, "-m", "streamsoup", "inspect", str(pair[0]), "--tensors"]
@@ -312,6 +329,11 @@ def test_a_full_disk_behind_stdout_is_said(pair: tuple[Path, Path], tmp_path: Pa
                 "error: stdout: cannot be written: No space left on device; all work is done, "
                 "but its result is not printed\n"
             )
+        for helping in (["--help"], ["--version"], ["uniform", "-h"]):
+            call = [sys.executable, "-m", "streamsoup", *helping]
+            ran = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, check=False)
+            assert ran.returncode == 1
+            assert ran.stderr == b"error: stdout: cannot be written: No space left on device\n"
 
 
 def imported(words: list[str], cwd: Path) -> set[str]:

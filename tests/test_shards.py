@@ -181,7 +181,7 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     "file with control characters": (placed("\x1b[2J.safetensors"), "", "no such file"),
     "file a lone surrogate": (placed("\ud800.safetensors"), "", "not Unicode"),
     "file a raw byte": (placed("\udcff.safetensors"), "", "not Unicode"),
-    "file name too long": (placed("x" * 300 + ".safetensors"), "", "cannot be opened"),
+    "file name too long": (placed("x" * 300 + ".safetensors"), "", "cannot be read"),
     "file misplaced": (lambda f: index(f, dict.fromkeys("ab", SHARDS[0])), INDEX, "no shard holds"),
     "files exchanged": (
         lambda f: index(f, {"a": SHARDS[1], "b": SHARDS[0]}),
@@ -198,21 +198,21 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
         INDEX,
         f"does not list 1 tensor that its shards hold: c ({SHARDS[1]})",
     ),
-    "index a FIFO": (pipe_index, INDEX, "regular file"),
-    "index a folder": (folder_index, INDEX, "regular file"),
+    "index a FIFO": (pipe_index, INDEX, "not a regular file"),
+    "index a folder": (folder_index, INDEX, "not a regular file"),
     "index huge": (huge_index, INDEX, "too large"),
-    "index dangling": (dangling_index, INDEX, "cannot be opened"),
+    "index dangling": (dangling_index, INDEX, "cannot be read"),
     "index not UTF-8": (
         lambda f: (f / INDEX).write_bytes(b'{"weight_map":{"\xff":"x"}}') and None,
         INDEX,
         "not JSON",
     ),
-    "shard a FIFO": (pipe_shard, SHARDS[1], "regular file"),
-    "shard a folder": (folder_shard, SHARDS[1], "regular file"),
-    "shard a device": (device_shard, SHARDS[1], "regular file"),
+    "shard a FIFO": (pipe_shard, SHARDS[1], "not a regular file"),
+    "shard a folder": (folder_shard, SHARDS[1], "not a regular file"),
+    "shard a device": (device_shard, SHARDS[1], "not a regular file"),
     "shard missing": (no_shard, SHARDS[1], "no such file"),
     "shard dangling": (dangling_shard, SHARDS[1], "no such file"),
-    "shard circular": (circular_shard, SHARDS[1], "cannot be opened"),
+    "shard circular": (circular_shard, SHARDS[1], "cannot be read"),
     "shard a pointer": (pointer_shard, SHARDS[1], "git lfs pull"),
     "tensor in two shards": (twice, "", "in two shards"),
     "two checkpoints": (two_checkpoints, "", "two checkpoints in one folder"),
@@ -450,5 +450,5 @@ def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
     pipe_shard(bad)
     ran = command("uniform", good, bad, "-o", tmp_path / "out")
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == f"error: {bad / SHARDS[1]}: is not a regular file\n"
+    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: it is not a regular file\n"
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

@@ -261,6 +261,11 @@ def in_words(error: Exception) -> str:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     at = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last is not None else "?"
+    if isinstance(error, OSError):
+        # Help and versions are printed by click.
+        printing = last is not None and last.tb_frame.f_globals.get("__name__") == "click.utils"
+        where = "stdout: cannot be written" if printing else f"the system failed at {printable(at)}"
+        return f"{where}: {error.strerror or printable(error)}"
     return (
         f"{type(error).__name__}: {printable(error)} (at {printable(at)}); "
         "this should not happen: please report it"

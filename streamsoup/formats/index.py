@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import CorruptFileError, FormatError, printable, some
+from streamsoup.formats.regular import reading
 
 __all__ = [
     "check_index",
@@ -88,21 +88,13 @@ def read_index(path: str) -> dict[str, str]:
     """
     where = printable(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be opened: {error.strerror}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{where}: is not a regular file")
-        if status.st_size > INDEX_LIMIT:
-            raise CorruptFileError(f"{where}: is too large for an index")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            text = file.read(status.st_size)
+        with reading(path) as (descriptor, status):
+            if status.st_size > INDEX_LIMIT:
+                raise CorruptFileError(f"{where}: is too large for an index")
+            with open(descriptor, "rb", closefd=False) as file:
+                text = file.read(status.st_size)
     except OSError as error:
         raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
     try:
         # No number in it is used, and as text it may have any length.
         index = json.loads(

@@ -28,6 +28,7 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
 from streamsoup.formats.index import check_index, is_index, read_index, stem
+from streamsoup.formats.regular import reading
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredients"]
@@ -71,10 +72,15 @@ class Shard:
         """
         try:
             status = os.stat(self.path)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ChangedIngredientError(
                 f"{printable(self.path)}: vanished while it was being read "
                 f"({error.strerror}); nothing was written"
+            ) from None
+        except OSError as error:
+            raise FormatError(
+                f"{printable(self.path)}: cannot be read any more: {error.strerror}; mend that, "
+                "and run again"
             ) from None
         found = Identity.of(status)
         if found == self.identity:
@@ -180,7 +186,7 @@ class Pantry:
             mode = os.stat(given).st_mode
         except FileNotFoundError:
             raise MissingFileError(
-                f"{printable(given)}: no such file or folder{_looks_like_hub_id(given)}"
+                f"{printable(given)}: no such file or folder; check the path{_hub_advice(given)}"
             ) from None
         except OSError as error:
             raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
@@ -215,26 +221,20 @@ class Pantry:
                 "convert it to safetensors first"
             )
         try:
-            # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise MissingFileError(f"{printable(path)}: no such file") from None
-        except OSError as error:
-            raise FormatError(f"{printable(path)}: cannot be opened: {error.strerror}") from None
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError("is not a regular file")
-            head = _read_exactly(descriptor, min(8, status.st_size), 0)
-            length = header_nbytes(head, status.st_size)
-            text = _read_exactly(descriptor, length, 8)
-            header = self.header(text, status.st_size)
+            with reading(path) as (descriptor, status):
+                head = _read_exactly(descriptor, min(8, status.st_size), 0)
+                length = header_nbytes(head, status.st_size)
+                text = _read_exactly(descriptor, length, 8)
+                header = self.header(text, status.st_size)
         except FormatError as error:
             raise type(error)(f"{printable(path)}: {error}") from None
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"{printable(path)}: no such file; the checkpoint is not complete, so download or "
+                "save it again"
+            ) from None
         except OSError as error:
             raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
         return Shard(path, Identity.of(status), header)
 
 
@@ -273,11 +273,13 @@ def _check_path(path: str) -> None:
         raise FormatError(f"{printable(path)}: a path holds no NUL character")
 
 
-def _looks_like_hub_id(given: str) -> str:
-    """Advise somebody who gave the name of a model on a hub."""
+def _hub_advice(given: str) -> str:
+    """Advise somebody who may have given the name of a model on a hub."""
     parts = given.split("/")
-    if len(parts) == 2 and all(parts) and not given.startswith("."):
-        return "; if it is a model on the Hugging Face Hub, download it first and give its folder"
+    if len(parts) <= 2 and all(parts) and not given.startswith("."):
+        return (
+            ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
+        )
     return ""
 
 
