@@ -44,9 +44,10 @@ def check_output(output: str, ingredients: Sequence[Ingredient], *, overwrite: b
         return target
     if not os.path.isdir(target):
         raise OutputExistsError(f"{where}: is a file; the output is a folder")
-    if overwrite:
+    begun = os.path.lexists(target + ".partial")
+    if overwrite or not begun:
         check_replaceable(target)
-    elif not os.path.lexists(target + ".partial"):
+    if not overwrite and not begun:
         # Otherwise an earlier run may have been killed just after it put this very output in
         # place: `Staging` will tell, and tidy up.
         raise exists_already(target)

@@ -72,6 +72,9 @@ def test_wrong_usage_has_status_2(
         ["uniform", a, b, *out, "--io", "carrier-pigeon"],
         ["uniform", a, b, *out, "--threads", "0"],
         ["uniform", a, b, *out, "--threads", "many"],
+        ["uniform", a, b, *out, "--memory", "lots"],
+        ["uniform", a, b, *out, "--shard-size", "0"],
+        ["slerp", a, b, *out, "-t", "1.5"],
         ["uniform", a, b, *out, "--unknown"],
         ["mix", a, b, *out],
         ["mix", a, b, *out, "--coefficients", "a,b"],
@@ -109,6 +112,8 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
     """What the library refuses ends with status 1, one error on stderr, and no output."""
     a, b = map(str, pair)
     out = ["-o", str(tmp_path / "out")]
+    mine = str(tmp_path / "mine")
+    (tmp_path / "mine" / "life's work").mkdir(parents=True)
     for words, phrase in (
         (["uniform", a, str(tmp_path / "none"), *out], "no such file or folder"),
         (["mix", a, b, *out, "-c", "1"], "1 coefficients for 2 ingredients"),
@@ -116,10 +121,9 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
         (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
         (["uniform", a, b, *out, "--dtype", "int4"], "not one streamsoup averages in"),
-        (["uniform", a, b, *out, "--memory", "lots"], "is no size"),
         (["uniform", a, b, *out, "--memory", "1MB"], "too small"),
-        (["uniform", a, b, *out, "--shard-size", "0"], "is no size"),
         (["uniform", a, b, "-o", a], "lies in the ingredient"),
+        (["uniform", a, b, "-o", mine], "choose another folder or remove it yourself"),
         (["verify", a], "only a folder made by streamsoup"),
     ):
         ran = command(*words)
@@ -128,7 +132,7 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         assert phrase in ran.stderr
         assert ran.stderr.count("\n") == 1, ran.stderr
         assert not (tmp_path / "out").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "mine"}
 
 
 def test_a_soup_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path) -> None:

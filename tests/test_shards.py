@@ -290,6 +290,23 @@ def test_an_unlistable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         open_ingredients([folder])
 
 
+def test_what_holds_no_checkpoint_is_answered_with_what_it_holds(tmp_path: Path) -> None:
+    """The folder of a run is answered with its checkpoints, an empty one with nothing."""
+    for name in ("checkpoint-1", "checkpoint-2"):
+        save(tmp_path / "run" / name, A)
+    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x\x1b.csv").write_text("")
+    for name, phrase in (
+        ("run", r"in its folders \(checkpoint-1, checkpoint-2\); give one of those"),
+        ("empty", "has no safetensors file, nothing at all; give a folder with a checkpoint"),
+        ("data", r"has no safetensors file, only x\\x1b.csv; give"),
+    ):
+        with pytest.raises(FormatError, match=phrase):
+            open_ingredients([tmp_path / name])
+
+
 def test_a_hub_id_gets_advice() -> None:
     """A name such as org/model is answered with how to get its files."""
     with pytest.raises(MissingFileError, match="download it first"):

@@ -276,7 +276,7 @@ def _check_path(path: str) -> None:
 def _hub_advice(given: str) -> str:
     """Advise somebody who may have given the name of a model on a hub."""
     parts = given.split("/")
-    if len(parts) <= 2 and all(parts) and not given.startswith("."):
+    if len(parts) <= 2 and all(parts) and not os.path.exists(parts[0]) and given[0] != ".":
         return (
             ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
         )
@@ -320,7 +320,22 @@ def _find_weights(folder: str) -> str:
             f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "
             "could run code when opened; convert them to safetensors first"
         )
-    raise FormatError(f"{where}: has no safetensors file")
+    inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
+    if inside:
+        raise FormatError(
+            f"{where}: has no safetensors file, but there are some in its folders "
+            f"({some(inside, 3)}); give one of those"
+        )
+    has = f"only {some(names, 3)}" if names else "nothing at all"
+    raise FormatError(f"{where}: has no safetensors file, {has}; give a folder with a checkpoint")
+
+
+def _holds_weights(path: str) -> bool:
+    """Whether a folder has a safetensors file, as far as can be seen."""
+    try:
+        return any(name.endswith(".safetensors") for name in os.listdir(path))
+    except OSError:
+        return False
 
 
 def _read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
