@@ -203,12 +203,13 @@ def test_durable_when_it_says_so(kitchen: Kitchen) -> None:
     for old in (False, True):
         if old:
             kitchen.with_old_soup()
-        restore(kitchen.stage, kitchen.before)
-        kitchen.cook(at=AT_EXIT, action="power")
-        after = Path(f"{kitchen.stage}.after")
-        left = after / kitchen.output.relative_to(kitchen.stage)
-        assert tree(left) == kitchen.new
-        assert os.listdir(left.parent) == ["soup"]
+        for plant in ("", "no checkpoints"):
+            restore(kitchen.stage, kitchen.before)
+            kitchen.cook(at=AT_EXIT, action="power", plant=plant)
+            after = Path(f"{kitchen.stage}.after")
+            left = after / kitchen.output.relative_to(kitchen.stage)
+            assert tree(left) == kitchen.new
+            assert os.listdir(left.parent) == ["soup"]
 
 
 @pytest.mark.parametrize("action", ["ENOSPC", "ENOSPC+", "EIO", "EIO+", "EROFS+", "EDQUOT"])
@@ -291,7 +292,9 @@ def test_a_planted_write_in_place_is_found(kitchen: Kitchen) -> None:
         kitchen.disturb("kill", step=3, plant="writes in place")
 
 
-@pytest.mark.parametrize("plant", ["no sync of shards", "no sync of folders"])
+@pytest.mark.parametrize(
+    "plant", ["no sync of shards", "no sync of folders", "no checkpoints, no sync of shards"]
+)
 def test_a_planted_lack_of_sync_is_found(kitchen: Kitchen, plant: str) -> None:
     """The law of durability fails for a writer that does not sync."""
     kitchen.cook(at=AT_EXIT, action="power", plant=plant)
