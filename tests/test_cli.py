@@ -213,14 +213,15 @@ def test_the_output_opens_in_safetensors(pair: tuple[Path, Path], tmp_path: Path
     a, b = pair
     assert command("uniform", a, b, "-o", tmp_path / "out", "--shard-size", "5kB").returncode == 0
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    total = 0
+    total = n_parameters = 0
     for name in set(index["weight_map"].values()):
         tensors = safetensors.torch.load_file(tmp_path / "out" / name)
         total += sum(each.nbytes for each in tensors.values())
+        n_parameters += sum(each.numel() for each in tensors.values())
         assert {index["weight_map"][key] for key in tensors} == {name}
         with safetensors.safe_open(tmp_path / "out" / name, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-    assert index["metadata"]["total_size"] == total
+    assert index["metadata"] == {"total_parameters": n_parameters, "total_size": total}
 
 
 def test_inspect_and_plan_look_only(pair: tuple[Path, Path], tmp_path: Path) -> None:

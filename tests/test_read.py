@@ -83,13 +83,13 @@ def test_a_change_during_the_pass_is_named(
     victim = paths[1] / "model.safetensors"
     monkeypatch.setattr(plan, "LEAF", 1000)
     cook = stream._Pass.cook
-    n_leaves = 0
+    n_leaves, changes_after = 0, 1 if when == "first" else 10
 
     def cooking(self: Any, *arguments: Any) -> None:
         nonlocal n_leaves
         cook(self, *arguments)
         n_leaves += 1
-        if n_leaves == (1 if when == "first" else 10):
+        if n_leaves == changes_after:
             change(victim)
 
     monkeypatch.setattr(stream._Pass, "cook", cooking)
@@ -98,6 +98,7 @@ def test_a_change_during_the_pass_is_named(
     assert str(refused.value).startswith(f"{victim}: ")
     assert CHANGES[change] in str(refused.value)
     assert "nothing was written" in str(refused.value)
+    assert n_leaves == changes_after, "hours of work went on"
     assert not (tmp_path / "out").exists()
 
 
