@@ -31,7 +31,7 @@ COMPILE_NBYTES = 1_000_000_000
 
 Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
 
-COMPILE_ROOM = 220_000_000
+COMPILE_ROOM = 219_000_000
 """Bytes a memory cgroup must allow for compiling: LLVM's library takes 170 MB of them as it is
 mapped. Measured, with cold libraries: 22 s for a soup of 2 GB in 220 MB; in 150 MB over 400 s, in
 which 127 GB were read again and again, and 31 s with numpy instead."""
