@@ -24,9 +24,10 @@ from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import Ingredient, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, parse_nbytes, plan_mix
+from streamsoup.plan import Leaf, MemoryPlan, MixPlan, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import Coefficients, Recipe
+from streamsoup.sizes import parse_nbytes
 
 __all__ = ["Geometry", "Place", "geometry"]
 
@@ -224,14 +225,13 @@ def plan_geometry(
     )
     plan = floats_of(plan_mix(opened, recipe))
     mapped = will_map(opened, options.io)
-    budget = options.memory
     n_rows = len(opened) + (base is None)
     memory = plan_inner_memory(
         plan,
         Gram.n_products(n_rows) + n_rows - 1,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=parse_nbytes(options.memory),
     )
     return plan, memory, mapped
 

@@ -47,9 +47,10 @@ def check_output(
         return target
     if not os.path.isdir(target):
         raise OutputExistsError(f"{where}: is a file; the output is a folder")
-    if overwrite:
+    begun = resumes and os.path.lexists(target + ".partial")
+    if overwrite or not begun:
         check_replaceable(target)
-    elif not (resumes and os.path.lexists(target + ".partial")):
+    if not overwrite and not begun:
         # Otherwise an earlier run may have been killed just after it put this very output in
         # place: `Staging` will tell, and tidy up.
         raise exists_already(target)

@@ -29,10 +29,9 @@ from streamsoup.plan import (
     MixPlan,
     PlannedTensor,
     fixed_nbytes,
-    nbytes_text,
-    parse_nbytes,
 )
 from streamsoup.reduce import Engine, Mix, MixWorker
+from streamsoup.sizes import nbytes_text, parse_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +175,7 @@ def find_device(
         budget=device_budget(device, options),
         mapped=mapped,
         threads=options.n_threads,
-        memory=parse_nbytes(memory) if isinstance(memory, str) else memory,
+        memory=parse_nbytes(memory),
         lands=lands,
         beside=beside,
     )

@@ -30,8 +30,8 @@ from streamsoup.plan import (
     MixPlan,
     PlannedTensor,
     fixed_nbytes,
-    nbytes_text,
 )
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
 __all__ = ["Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory", "symmetric"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.errors import printable
 from streamsoup.formats.shards import Ingredient
-from streamsoup.plan import nbytes_text
+from streamsoup.sizes import nbytes_text
 
 if TYPE_CHECKING:
     from streamsoup.soups.make import Order

@@ -8,16 +8,17 @@ from headers alone is refused here, at once, in one message.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, is_plain, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
 from streamsoup.formats.header import make_header
+from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
     "PlannedTensor",
     "Source",
     "fixed_nbytes",
-    "nbytes_text",
-    "parse_nbytes",
     "plan_files",
     "plan_memory",
     "plan_mix",
@@ -237,17 +236,16 @@ def plan_files(plan: MixPlan) -> FilePlan:
     if plan.recipe.shard_size is None:
         groups = _mirrored(plan, layout)
         names = list(layout.file_names)
-        index_name = plan.ingredients[0].index_name
+        index = plan.ingredients[0].index_name
         if plan.ingredients[0].folder is None:
             names = ["model.safetensors"]
     else:
         groups = _cut(plan, plan.recipe.shard_size)
-        count = len(groups)
-        stem = _stem(plan.ingredients[0])
-        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        index_name = plan.ingredients[0].index_name or f"{stem}.safetensors.index.json"
-        if count == 1:
-            names, index_name = [f"{stem}.safetensors"], None
+        called = _stem(plan.ingredients[0])
+        names = shard_names(called, len(groups))
+        index = plan.ingredients[0].index_name or index_name(called)
+        if len(groups) == 1:
+            index = None
     places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
     files: list[PlannedFile] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
@@ -259,7 +257,7 @@ def plan_files(plan: MixPlan) -> FilePlan:
             places[i] = (number, offset)
             offset += plan.tensors[i].nbytes
         files.append(PlannedFile(name, header, tuple(group), offset))
-    return FilePlan(tuple(files), tuple(places), index_name)
+    return FilePlan(tuple(files), tuple(places), index)
 
 
 def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
@@ -395,11 +393,10 @@ def _stem(ingredient: Ingredient) -> str:
     """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
     if ingredient.folder is None:
         return "model"
-    name = ingredient.layout.file_names[0].removesuffix(".safetensors")
-    stem, n_numbers = re.subn(r"[-_]\d+-of-\d+", "", name)
-    if ingredient.index_name is not None and not n_numbers:
-        stem = ingredient.index_name.partition(".safetensors.index.")[0]
-    return stem or "model"
+    shard = ingredient.layout.file_names[0]
+    if ingredient.index_name is None or is_numbered(shard):
+        return stem(shard)
+    return stem(ingredient.index_name)
 
 
 def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:
@@ -420,37 +417,3 @@ def _cut(plan: MixPlan, shard_size: int) -> list[list[int]]:
         groups[-1].append(i)
         filled += tensor.nbytes
     return groups
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_nbytes(text: str) -> int:
-    """Read a size in any common spelling: ``150MB``, ``5GiB``, ``5G``, ``1.5e9``, ``4096B``.
-
-    Raises `RecipeError` for anything else, and for a size below one byte.
-
-    >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
-    (5000000000, 1536)
-    """
-    pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
-    match = re.fullmatch(pattern, text.lower()) if is_plain(text) else None
-    unit = _UNITS.get(match[2]) if match else None
-    size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
-    if size < 1:
-        raise RecipeError(f"{printable(text)!r} is no size; write 150MB or 5GiB, say")
-    return size
-
-
-def nbytes_text(nbytes: float) -> str:
-    """Write a size for a person, in decimal units.
-
-    >>> nbytes_text(1_234_567_890)
-    '1.23 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from streamsoup.plan import nbytes_text
+from streamsoup.sizes import nbytes_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

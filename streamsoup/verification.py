@@ -23,9 +23,10 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import Ingredient, Shard, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
-from streamsoup.plan import LEAF, nbytes_text, parse_nbytes, plan_memory, plan_mix
+from streamsoup.plan import LEAF, plan_memory, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
+from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Verification", "read_provenance", "verify"]
@@ -190,12 +191,11 @@ def _rederive(
     opened = open_ingredients(paths)
     plan = plan_mix(opened, provenance.recipe)
     mapped = will_map(opened, options.io)
-    budget = options.memory
     memory = plan_memory(
         plan,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=parse_nbytes(options.memory),
     )
     sink = OnlyDigests(plan)
     mix = Mix(plan, memory, Engine(plan, compiles=memory.compiles))

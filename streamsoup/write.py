@@ -19,7 +19,8 @@ import xxhash
 
 from streamsoup.digest import SIZE, Digests
 from streamsoup.formats.files import Bytes, Descriptors
-from streamsoup.plan import FilePlan, Leaf, MixPlan, nbytes_text
+from streamsoup.plan import FilePlan, Leaf, MixPlan
+from streamsoup.sizes import nbytes_text
 from streamsoup.staging import Staging, remove_any
 
 __all__ = ["FileSink", "write_file"]

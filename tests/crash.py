@@ -285,6 +285,13 @@ def plant_fault(name: str) -> None:
         import streamsoup.soups.make as make
 
         staging.sync_folder = make.sync_folder = lambda path: None
+    elif name == "no checkpoints":  # no fault: a run that is done before the first one
+        import streamsoup.stream
+
+        streamsoup.stream.CHECKPOINT_S = 1e9
+    elif name == "no checkpoints, no sync of shards":
+        plant_fault("no checkpoints")
+        write.FileSink.sync = lambda self: None  # type: ignore[method-assign]
     elif name == "believes its notes":
         write.FileSession.restore = (  # type: ignore[method-assign]
             lambda self, leaf, nbytes: self._sink.noted(leaf)

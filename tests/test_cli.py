@@ -72,6 +72,9 @@ def test_wrong_usage_has_status_2(
         ["uniform", a, b, *out, "--io", "carrier-pigeon"],
         ["uniform", a, b, *out, "--threads", "0"],
         ["uniform", a, b, *out, "--threads", "many"],
+        ["uniform", a, b, *out, "--memory", "lots"],
+        ["uniform", a, b, *out, "--shard-size", "0"],
+        ["slerp", a, b, *out, "-t", "1.5"],
         ["uniform", a, b, *out, "--unknown"],
         ["mix", a, b, *out],
         ["mix", a, b, *out, "--coefficients", "a,b"],
@@ -109,6 +112,8 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
     """What the library refuses ends with status 1, one error on stderr, and no output."""
     a, b = map(str, pair)
     out = ["-o", str(tmp_path / "out")]
+    mine = str(tmp_path / "mine")
+    (tmp_path / "mine" / "life's work").mkdir(parents=True)
     for words, phrase in (
         (["uniform", a, str(tmp_path / "none"), *out], "no such file or folder"),
         (["mix", a, b, *out, "-c", "1"], "1 coefficients for 2 ingredients"),
@@ -116,10 +121,9 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
         (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
         (["uniform", a, b, *out, "--dtype", "int4"], "not one streamsoup averages in"),
-        (["uniform", a, b, *out, "--memory", "lots"], "is no size"),
         (["uniform", a, b, *out, "--memory", "1MB"], "too small"),
-        (["uniform", a, b, *out, "--shard-size", "0"], "is no size"),
         (["uniform", a, b, "-o", a], "lies in the ingredient"),
+        (["uniform", a, b, "-o", mine], "choose another folder or remove it yourself"),
         (["verify", a], "only a folder made by streamsoup"),
     ):
         ran = command(*words)
@@ -128,7 +132,7 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         assert phrase in ran.stderr
         assert ran.stderr.count("\n") == 1, ran.stderr
         assert not (tmp_path / "out").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "mine"}
 
 
 def test_a_soup_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -209,14 +213,15 @@ def test_the_output_opens_in_safetensors(pair: tuple[Path, Path], tmp_path: Path
     a, b = pair
     assert command("uniform", a, b, "-o", tmp_path / "out", "--shard-size", "5kB").returncode == 0
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    total = 0
+    total = n_parameters = 0
     for name in set(index["weight_map"].values()):
         tensors = safetensors.torch.load_file(tmp_path / "out" / name)
         total += sum(each.nbytes for each in tensors.values())
+        n_parameters += sum(each.numel() for each in tensors.values())
         assert {index["weight_map"][key] for key in tensors} == {name}
         with safetensors.safe_open(tmp_path / "out" / name, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-    assert index["metadata"]["total_size"] == total
+    assert index["metadata"] == {"total_parameters": n_parameters, "total_size": total}
 
 
 def test_inspect_and_plan_look_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -282,6 +287,23 @@ def test_the_unforeseen_is_said_in_one_line(
     assert said.count("\n") == 1
 
 
+def test_a_failing_system_is_no_defect_of_ours(
+    pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system call that fails unforeseen is said to be one, with the place."""
+    from streamsoup.soups import fixed
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fixed, "uniform", broken)
+    assert cli(["uniform", *map(str, pair), "-o", "out"]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: the system failed at ")
+    assert f"{Path(__file__).name}:" in said
+    assert said.endswith(": Input/output error\n")
+
+
 def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> None:
     """When the reader of a long listing goes away, the command ends without a traceback."""
     words = [sys.executable, "-m", "streamsoup", "inspect", str(pair[0]), "--tensors"]
@@ -314,6 +336,11 @@ def test_a_full_disk_behind_stdout_is_said(pair: tuple[Path, Path], tmp_path: Pa
                 "error: stdout: cannot be written: No space left on device; all work is done, "
                 "but its result is not printed\n"
             )
+        for helping in (["--help"], ["--version"], ["uniform", "-h"]):
+            call = [sys.executable, "-m", "streamsoup", *helping]
+            ran = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, check=False)
+            assert ran.returncode == 1
+            assert ran.stderr == b"error: stdout: cannot be written: No space left on device\n"
 
 
 def imported(words: list[str], cwd: Path) -> set[str]:

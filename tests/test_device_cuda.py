@@ -31,8 +31,8 @@ from streamsoup.kernels.device import Accelerator, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import nbytes_text, parse_nbytes
 from streamsoup.recipe import Coefficients
+from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.soups.backward import _vector
 from streamsoup.soups.live_mix import DeviceCandidates
 from streamsoup.soups.make import make, order

@@ -13,6 +13,7 @@ ROOT = Path(streamsoup.__file__).parent
 
 FLOORS = {
     "errors": 0,
+    "sizes": 0,
     "tensors": 0,
     "recipe": 0,
     "journal": 0,
@@ -61,6 +62,7 @@ WITHIN_A_FLOOR = {
     ("staging", "digest"),
     ("staging", "destination"),
     ("recipe", "errors"),
+    ("sizes", "errors"),
     ("tensors", "errors"),
     ("journal", "errors"),
     ("options", "errors"),

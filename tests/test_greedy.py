@@ -29,7 +29,8 @@ from streamsoup.errors import (
     TaskError,
 )
 from streamsoup.journal import Journal
-from streamsoup.soups.running import Candidates, Moved, plan_sums
+from streamsoup.soups.candidates import Candidates, Moved
+from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
 from streamsoup.soups.scoring import Outcome
 from streamsoup.soups.search import search

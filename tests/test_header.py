@@ -194,7 +194,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         "git lfs pull",
     ),
-    "an HTML page": (b"<!DOCTYPE html><html>not found</html>", "not a safetensors"),
+    "an HTML page": (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
     "text": (b"Hello, world! This is no model.\n", "not a safetensors"),
     "zeros": (bytes(1000), "'{'"),
     "JSON alone": (b'{"t":' + ENTRY + b"}", "is JSON text (give the folder it lies in), not saf"),

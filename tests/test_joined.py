@@ -18,8 +18,9 @@ from streamsoup.formats.files import Bytes
 from streamsoup.plan import Leaf
 from streamsoup.recipe import Coefficients
 from streamsoup.soups import joined
+from streamsoup.soups.candidates import Candidates
 from streamsoup.soups.make import Order, order
-from streamsoup.soups.running import Candidates, plan_sums
+from streamsoup.soups.running import plan_sums
 
 SIZES = [0, 1, 2, 3, 7, 40, 65]
 

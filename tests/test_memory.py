@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 from checkpoints import raw
 
+from streamsoup import Options, reduce
 from streamsoup.angles import plan_geometry
-from streamsoup.options import Options
+from streamsoup.kernels.cgroup import memory_limit
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.make import order
 
 SCRIPT = """
 import json, sys, threading, time
@@ -188,3 +192,39 @@ def test_hoarding_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     peak, planned = measure(tmp_path, model, 2)
     assert peak > planned
+
+
+def test_the_narrowest_memory_group_counts(tmp_path: Path) -> None:
+    """Groups of both versions, those above ours, and those that a container hides."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    own = tmp_path / "proc/self/cgroup"
+    assert memory_limit(str(tmp_path)) == math.inf
+    version1 = tmp_path / "sys/fs/cgroup/memory"
+    version2 = tmp_path / "sys/fs/cgroup/a.slice/b"
+    for folder in (version1, version2):
+        folder.mkdir(parents=True)
+    own.write_text("4:cpuset:/c\n3:cpu,memory:/docker/0:1\n0::/a.slice/b\n")
+    assert memory_limit(str(tmp_path)) == math.inf
+    (version2 / "memory.max").write_text("max\n")
+    assert memory_limit(str(tmp_path)) == math.inf
+    (version2 / "memory.max").write_text("300\n")
+    assert memory_limit(str(tmp_path)) == 300
+    (version2.parent / "memory.max").write_text("200\n")
+    assert memory_limit(str(tmp_path)) == 200
+    (version1 / "memory.limit_in_bytes").write_text("100\n")
+    assert memory_limit(str(tmp_path)) == 100
+
+
+@pytest.mark.parametrize(("allowed", "compiled"), [(150_000_000, 0), (math.inf, 1)])
+def test_where_the_compiler_would_crawl_numpy_does(
+    allowed: float, compiled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a memory group too small for LLVM nothing is compiled, however large the job."""
+    loads: list[object] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reduce, "memory_limit", lambda: allowed)
+    monkeypatch.setattr(reduce.Engine, "load", lambda self: loads.append(self))
+    model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
+    plan = order([model] * 260, Coefficients.uniform(260), method="uniform", options=Options()).plan
+    reduce.Engine(plan)
+    assert len(loads) == compiled

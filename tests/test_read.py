@@ -14,7 +14,7 @@ import psutil
 import pytest
 from checkpoints import command, content, save, save_sharded, tensor
 
-from streamsoup import Options, plan, read, stream, uniform
+from streamsoup import Options, plan, read, stream, uniform, verify
 from streamsoup.errors import ChangedIngredientError, FormatError
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
@@ -83,13 +83,13 @@ def test_a_change_during_the_pass_is_named(
     victim = paths[1] / "model.safetensors"
     monkeypatch.setattr(plan, "LEAF", 1000)
     cook = stream._Pass.cook
-    n_leaves = 0
+    n_leaves, changes_after = 0, 1 if when == "first" else 10
 
     def cooking(self: Any, *arguments: Any) -> None:
         nonlocal n_leaves
         cook(self, *arguments)
         n_leaves += 1
-        if n_leaves == (1 if when == "first" else 10):
+        if n_leaves == changes_after:
             change(victim)
 
     monkeypatch.setattr(stream._Pass, "cook", cooking)
@@ -98,6 +98,7 @@ def test_a_change_during_the_pass_is_named(
     assert str(refused.value).startswith(f"{victim}: ")
     assert CHANGES[change] in str(refused.value)
     assert "nothing was written" in str(refused.value)
+    assert n_leaves == changes_after, "hours of work went on"
     assert not (tmp_path / "out").exists()
 
 
@@ -130,6 +131,60 @@ def test_a_file_that_ends_early_is_an_error_not_a_hang(
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(FormatError, match=r"cannot be read at byte \d+: Input/output error"):
         uniform(paths, output=tmp_path / "out", options=Options(io="read", threads=1))
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+@pytest.mark.parametrize("call", ["open", "fstat", "stat"])
+def test_a_failing_disk_is_laid_to_the_shard(
+    call: str, io: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at a shard that fails once work is under way names the shard, not the output.
+
+    The shard is not said to have changed: what is finished is worth keeping.
+    """
+    (opened,) = open_ingredients([save(tmp_path / "m", MODEL)])
+    real, started = getattr(os, call), []
+    monkeypatch.setattr(stream._Pass, "work", _then(started, stream._Pass.work))
+
+    def fail(path: Any, *more: Any, **named: Any) -> Any:
+        where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if started and where.endswith("m/model.safetensors"):
+            raise OSError(5, "Input/output error")
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(FormatError, match=r"m/model\.safetensors: cannot be .*: Input/output err"):
+        uniform([opened], output=tmp_path / "out", options=Options(io=io, threads=1))
+
+
+def _then(started: list[bool], work: Callable[[Any], None]) -> Callable[[Any], None]:
+    def call(self: Any) -> None:
+        started.append(True)
+        work(self)
+
+    return call
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_what_was_read_is_read(io: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails at the closing of an ingredient's file has no say in the soup."""
+    paths = [save_sharded(tmp_path / f"m{i}", [MODEL, {"z": MODEL["a"]}]) for i in range(2)]
+    for path in paths:
+        (path / "config.json").write_text("{}")
+    close, n_failed = os.close, 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal n_failed
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)
+        if path.startswith((f"{paths[0]}/", f"{paths[1]}/")):
+            n_failed += 1
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "close", fail)
+    soup = uniform(paths, output=tmp_path / "out", options=Options(io=io, threads=1))
+    assert n_failed > 8
+    assert verify(soup.path).rederived
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

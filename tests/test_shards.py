@@ -181,7 +181,7 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     "file with control characters": (placed("\x1b[2J.safetensors"), "", "no such file"),
     "file a lone surrogate": (placed("\ud800.safetensors"), "", "not Unicode"),
     "file a raw byte": (placed("\udcff.safetensors"), "", "not Unicode"),
-    "file name too long": (placed("x" * 300 + ".safetensors"), "", "cannot be opened"),
+    "file name too long": (placed("x" * 300 + ".safetensors"), "", "cannot be read"),
     "file misplaced": (lambda f: index(f, dict.fromkeys("ab", SHARDS[0])), INDEX, "no shard holds"),
     "files exchanged": (
         lambda f: index(f, {"a": SHARDS[1], "b": SHARDS[0]}),
@@ -198,21 +198,21 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
         INDEX,
         f"does not list 1 tensor that its shards hold: c ({SHARDS[1]})",
     ),
-    "index a FIFO": (pipe_index, INDEX, "regular file"),
-    "index a folder": (folder_index, INDEX, "regular file"),
+    "index a FIFO": (pipe_index, INDEX, "not a regular file"),
+    "index a folder": (folder_index, INDEX, "not a regular file"),
     "index huge": (huge_index, INDEX, "too large"),
-    "index dangling": (dangling_index, INDEX, "cannot be opened"),
+    "index dangling": (dangling_index, INDEX, "cannot be read"),
     "index not UTF-8": (
         lambda f: (f / INDEX).write_bytes(b'{"weight_map":{"\xff":"x"}}') and None,
         INDEX,
         "not JSON",
     ),
-    "shard a FIFO": (pipe_shard, SHARDS[1], "regular file"),
-    "shard a folder": (folder_shard, SHARDS[1], "regular file"),
-    "shard a device": (device_shard, SHARDS[1], "regular file"),
+    "shard a FIFO": (pipe_shard, SHARDS[1], "not a regular file"),
+    "shard a folder": (folder_shard, SHARDS[1], "not a regular file"),
+    "shard a device": (device_shard, SHARDS[1], "not a regular file"),
     "shard missing": (no_shard, SHARDS[1], "no such file"),
     "shard dangling": (dangling_shard, SHARDS[1], "no such file"),
-    "shard circular": (circular_shard, SHARDS[1], "cannot be opened"),
+    "shard circular": (circular_shard, SHARDS[1], "cannot be read"),
     "shard a pointer": (pointer_shard, SHARDS[1], "git lfs pull"),
     "tensor in two shards": (twice, "", "in two shards"),
     "two checkpoints": (two_checkpoints, "", "two checkpoints in one folder"),
@@ -290,6 +290,23 @@ def test_an_unlistable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         open_ingredients([folder])
 
 
+def test_what_holds_no_checkpoint_is_answered_with_what_it_holds(tmp_path: Path) -> None:
+    """The folder of a run is answered with its checkpoints, an empty one with nothing."""
+    for name in ("checkpoint-1", "checkpoint-2"):
+        save(tmp_path / "run" / name, A)
+    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x\x1b.csv").write_text("")
+    for name, phrase in (
+        ("run", r"in its folders \(checkpoint-1, checkpoint-2\); give one of those"),
+        ("empty", "has no safetensors file, nothing at all; give a folder with a checkpoint"),
+        ("data", r"has no safetensors file, only x\\x1b.csv; give"),
+    ):
+        with pytest.raises(FormatError, match=phrase):
+            open_ingredients([tmp_path / name])
+
+
 def test_a_hub_id_gets_advice() -> None:
     """A name such as org/model is answered with how to get its files."""
     with pytest.raises(MissingFileError, match="download it first"):
@@ -339,9 +356,11 @@ def test_an_index_is_an_ingredient_too(tmp_path: Path, monkeypatch: pytest.Monke
         open_ingredients([folder / INDEX])
 
 
-def test_an_index_of_a_variant_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant", ["model.safetensors.index.fp16.json", "model.safetensors.fp16.index.json"]
+)
+def test_an_index_of_a_variant_is_one(tmp_path: Path, variant: str) -> None:
     """An index named for a variant of the weights opens, and the soup's is named alike."""
-    variant = "model.safetensors.index.fp16.json"
     folder = save_sharded(tmp_path / "m", [A, B])
     (folder / INDEX).rename(folder / variant)
     for given in (folder, folder / variant):
@@ -448,5 +467,5 @@ def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
     pipe_shard(bad)
     ran = command("uniform", good, bad, "-o", tmp_path / "out")
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == f"error: {bad / SHARDS[1]}: is not a regular file\n"
+    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: it is not a regular file\n"
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

@@ -143,8 +143,8 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
     assert [file.name for file in files] == ["config.json", "x.txt"]
     assert warnings == [
-        f"{a}: left out what is neither a plain file nor a link to one: "
-        "1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
+        f"{a}: left out what is neither a plain file nor a link to one; if the "
+        "soup needs it, copy it there: 1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
         f"side files of {b} differ from those of {a}, which are used: config.json, x.txt",
     ]
 

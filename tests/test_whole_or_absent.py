@@ -203,12 +203,13 @@ def test_durable_when_it_says_so(kitchen: Kitchen) -> None:
     for old in (False, True):
         if old:
             kitchen.with_old_soup()
-        restore(kitchen.stage, kitchen.before)
-        kitchen.cook(at=AT_EXIT, action="power")
-        after = Path(f"{kitchen.stage}.after")
-        left = after / kitchen.output.relative_to(kitchen.stage)
-        assert tree(left) == kitchen.new
-        assert os.listdir(left.parent) == ["soup"]
+        for plant in ("", "no checkpoints"):
+            restore(kitchen.stage, kitchen.before)
+            kitchen.cook(at=AT_EXIT, action="power", plant=plant)
+            after = Path(f"{kitchen.stage}.after")
+            left = after / kitchen.output.relative_to(kitchen.stage)
+            assert tree(left) == kitchen.new
+            assert os.listdir(left.parent) == ["soup"]
 
 
 @pytest.mark.parametrize("action", ["ENOSPC", "ENOSPC+", "EIO", "EIO+", "EROFS+", "EDQUOT"])
@@ -291,7 +292,9 @@ def test_a_planted_write_in_place_is_found(kitchen: Kitchen) -> None:
         kitchen.disturb("kill", step=3, plant="writes in place")
 
 
-@pytest.mark.parametrize("plant", ["no sync of shards", "no sync of folders"])
+@pytest.mark.parametrize(
+    "plant", ["no sync of shards", "no sync of folders", "no checkpoints, no sync of shards"]
+)
 def test_a_planted_lack_of_sync_is_found(kitchen: Kitchen, plant: str) -> None:
     """The law of durability fails for a writer that does not sync."""
     kitchen.cook(at=AT_EXIT, action="power", plant=plant)
@@ -306,3 +309,27 @@ def test_a_planted_belief_is_found(kitchen: Kitchen) -> None:
     _damage(kitchen)
     assert kitchen.cook(plant="believes its notes").status == 0
     assert tree(kitchen.output) != kitchen.new
+
+
+def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the first leaf is begun, the disk holds a place for every byte of every shard."""
+    from streamsoup import stream, uniform
+
+    with open(tmp_path / "probe", "wb") as probe:
+        try:
+            os.posix_fallocate(probe.fileno(), 0, 1 << 16)
+        except OSError:
+            pytest.skip("this file system reserves nothing")
+    shards = [{name: tensor(np.ones(100_000, "f4"))} for name in "ab"]
+    ingredient = save_sharded(tmp_path / "ingredient", shards)
+    cook, held = stream._Pass.cook, []
+
+    def cooking(*arguments: object) -> None:
+        files = (tmp_path / "out.partial" / "soup").glob("*.safetensors")
+        held.append([file.stat().st_blocks * 512 for file in files])
+        cook(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    uniform([ingredient], output=tmp_path / "out")
+    assert len(held[0]) == 2
+    assert min(held[0]) >= 400_000

@@ -127,7 +127,7 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
 @common.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights.")
 @click.option(
-    "-t", "t", type=common.Number(), help="For two: 0 is the first, 1 the second; default .5."
+    "-t", "t", type=common.Number(0, 1), help="For two: 0 is the first, 1 the second; default .5."
 )
 @click.option("--weights", "-w", metavar="W,W,…", help="For more: a weight for each.")
 @SOUP

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.errors import OutputError, StreamsoupError, is_plain, printable
+from streamsoup.errors import OutputError, RecipeError, StreamsoupError, is_plain, printable
 from streamsoup.supervise import supervised
 
 if TYPE_CHECKING:
@@ -62,6 +62,21 @@ class Number(click.FloatRange):
         return "" if self.min is None and self.max is None else super()._describe_range()
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
+    """A size in bytes, in any common spelling."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it, so that a refusal names the option."""
+        from streamsoup.sizes import parse_nbytes
+
+        try:
+            return parse_nbytes(value)
+        except RecipeError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+
 def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
     """Refuse what Python alone takes for a number: 1_0 for ten, and the digits of all scripts."""
     if isinstance(value, str) and not is_plain(value):
@@ -83,7 +98,9 @@ REPORTING = stack(
 )
 MAKING = stack(
     click.option("--dtype", default="same", show_default=True, help="f32, bf16, f16, f64, …"),
-    click.option("--shard-size", metavar="SIZE", help="Largest shard; default: as in the first."),
+    click.option(
+        "--shard-size", type=Size(), metavar="SIZE", help="Largest shard; default: as in the first."
+    ),
     click.option(
         "--non-float",
         type=click.Choice(["same", "first"]),
@@ -107,13 +124,19 @@ MAKING = stack(
     ),
     click.option(
         "--device-memory",
+        type=Size(),
         metavar="SIZE",
         help="On the device, by all --jobs; default: 1/8 of what is free.",
     ),
 )
 RUNNING = stack(
     click.option(
-        "--memory", default="150MB", show_default=True, metavar="SIZE", help="Of the whole process."
+        "--memory",
+        type=Size(),
+        default="150MB",
+        show_default=True,
+        metavar="SIZE",
+        help="Of the whole process.",
     ),
     click.option("--threads", type=Integer(1), help="Default: one per CPU, 8 at most."),
     click.option(
@@ -274,6 +297,11 @@ def in_words(error: Exception) -> str:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     at = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last is not None else "?"
+    if isinstance(error, OSError):
+        # Help and versions are printed by click.
+        printing = last is not None and last.tb_frame.f_globals.get("__name__") == "click.utils"
+        where = "stdout: cannot be written" if printing else f"the system failed at {printable(at)}"
+        return f"{where}: {error.strerror or printable(error)}"
     return (
         f"{type(error).__name__}: {printable(error)} (at {printable(at)}); "
         "this should not happen: please report it"

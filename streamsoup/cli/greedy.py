@@ -193,7 +193,7 @@ def _line(trial: Trial) -> str:
 
 def lines(soup: GreedySoup) -> list[str]:
     """Tell what a search found: a table of what was kept and left out, and what it took."""
-    from streamsoup.plan import nbytes_text
+    from streamsoup.sizes import nbytes_text
 
     report = soup.report
     if soup.finished and not soup.runs:

@@ -142,7 +142,7 @@ def learned(
 def describe(soup: LearnedSoup) -> list[str]:
     """Say what was learned, and what it took."""
     from streamsoup.inspection import short_names
-    from streamsoup.plan import nbytes_text
+    from streamsoup.sizes import nbytes_text
 
     first, best = soup.looks[0], soup.looks[soup.best]
     report = soup.report

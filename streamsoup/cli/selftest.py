@@ -19,21 +19,26 @@ from streamsoup.cli import common
     help="cpu, cuda or cuda:N; auto takes an accelerator if there is one.",
 )
 @click.option(
-    "--size", default="256MB", show_default=True, metavar="SIZE", help="Of what is timed."
+    "--size",
+    type=common.Size(),
+    default="256MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of what is timed.",
 )
 @click.option("--folder", metavar="DIR", help="Where to put files; default: temporary files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def selftest(device: str, size: str, folder: str | None, as_json: bool) -> int:
+def selftest(device: str, size: int, folder: str | None, as_json: bool) -> int:
     """Test bits, order and memory on this machine, and measure its rates."""
-    from streamsoup.plan import nbytes_text, parse_nbytes
     from streamsoup.selftest import selftest as run
+    from streamsoup.sizes import nbytes_text
 
     out = sys.stderr if as_json else sys.stdout
 
     def say(line: str) -> None:
         print(line, file=out, flush=True)
 
-    report = run(device, nbytes=parse_nbytes(size), folder=folder, say=say)
+    report = run(device, nbytes=size, folder=folder, say=say)
     for title, rates in (("limits of this machine", report.limits), ("reached", report.rates)):
         say(f"{title}:")
         for name, rate in rates.items():

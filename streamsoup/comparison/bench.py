@@ -22,9 +22,10 @@ from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
 from streamsoup.errors import TaskError
 from streamsoup.formats.shards import Ingredient
 from streamsoup.options import Options
-from streamsoup.plan import MixPlan, parse_nbytes, plan_memory, plan_mix
+from streamsoup.plan import MixPlan, plan_memory, plan_mix
 from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
+from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.make import AnyIngredient, order
 from streamsoup.task import Score, Task
 
@@ -390,12 +391,11 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         non_finite="propagate",
     )
     plan = plan_mix([ingredient], recipe)
-    budget = options.memory
     memory = plan_memory(
         plan,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+        budget=parse_nbytes(options.memory),
     )
     sink = OnlyDigests(plan)
     reader = open_reader(plan, memory, mapped=mapped)

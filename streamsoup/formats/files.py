@@ -10,12 +10,13 @@ import ctypes
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
+from streamsoup.formats.regular import close_read
 from streamsoup.formats.shards import Identity, Shard
 
 __all__ = ["Bytes", "Descriptors", "Window", "on_network", "open_shard"]
@@ -39,13 +40,18 @@ def open_shard(shard: Shard) -> int:
     """Open a shard for reading. Raises `ChangedIngredientError` if it is another file now."""
     try:
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = Identity.of(os.fstat(descriptor))
+        except OSError:
+            close_read(descriptor)
+            raise
     except FileNotFoundError:
         shard.check_unchanged()
         raise
     except OSError as error:
         raise FormatError(f"{printable(shard.path)}: cannot be opened: {error.strerror}") from None
-    if Identity.of(os.fstat(descriptor)) != shard.identity:
-        os.close(descriptor)
+    if found != shard.identity:
+        close_read(descriptor)
         shard.check_unchanged()
         raise ChangedIngredientError(f"{printable(shard.path)}: changed while it was being read")
     return descriptor
@@ -81,7 +87,7 @@ class Window:
                 None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, self._begin
             )
         finally:
-            os.close(descriptor)
+            close_read(descriptor)
         if address == _FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise FormatError(f"{printable(shard.path)}: cannot be mapped: {reason}")
@@ -105,6 +111,7 @@ class Descriptors:
         """Keep at most `limit` open."""
         self._limit = max(1, limit)
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._close: Callable[[int], None] = close_read
 
     def reading(self, shard: Shard) -> int:
         """Give a descriptor to read `shard` with."""
@@ -114,13 +121,14 @@ class Descriptors:
     def writing(self, path: str) -> int:
         """Give a descriptor to write the existing file at `path` with."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._close = os.close  # its error may be the only word of a write that failed
         found = self._get(path)
         return self._keep(path, os.open(path, flags)) if found is None else found
 
     def close(self) -> None:
         """Close all."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._close(self._open.popitem()[1])
 
     def _get(self, path: str) -> int | None:
         if path in self._open:
@@ -130,7 +138,7 @@ class Descriptors:
     def _keep(self, path: str, descriptor: int) -> int:
         self._open[path] = descriptor
         if len(self._open) > self._limit:
-            os.close(self._open.popitem(last=False)[1])
+            self._close(self._open.popitem(last=False)[1])
         return descriptor
 
 

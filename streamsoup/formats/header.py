@@ -42,7 +42,9 @@ class Header:
 def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
     """Read the length of the JSON from a file's first 8 bytes, and check it against its size."""
     if len(prefix) < 8:
-        raise CorruptFileError(f"has {file_nbytes} bytes, too few for a safetensors file")
+        raise CorruptFileError(
+            f"has {file_nbytes} bytes, too few for a safetensors file; copy or download it again"
+        )
     (length,) = struct.unpack("<Q", prefix[:8])
     kind = _recognise(prefix)
     if kind and 8 + length > file_nbytes:
@@ -54,7 +56,8 @@ def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
         )
     if 8 + length > file_nbytes:
         raise CorruptFileError(
-            f"is truncated: its header ends at byte {8 + length}, the file at {file_nbytes}"
+            f"is truncated: its header ends at byte {8 + length}, the file at {file_nbytes}; "
+            "copy or download it again"
         )
     return int(length)
 
@@ -84,7 +87,10 @@ def parse_header(text: bytes, file_nbytes: int) -> Header:
         end += spec.nbytes
     if end != file_nbytes:
         what = "is truncated" if end > file_nbytes else "has bytes after its last tensor"
-        raise CorruptFileError(f"{what}: its tensors end at byte {end}, the file at {file_nbytes}")
+        raise CorruptFileError(
+            f"{what}: its tensors end at byte {end}, the file at {file_nbytes}; "
+            "copy or download it again"
+        )
     return Header({spec.name: spec for spec in specs}, metadata, file_nbytes)
 
 
@@ -116,6 +122,8 @@ def _recognise(prefix: bytes) -> str | None:
         return "a Git LFS pointer, whose content was never fetched (run `git lfs pull`)"
     if prefix.startswith(b"{") and b"\0" not in prefix:
         return "JSON text (give the folder it lies in)"
+    if prefix.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
+        return "a web page, perhaps an error that was saved in its place (download it again)"
     if prefix.startswith(b"\x89HDF"):
         return "an HDF5 file"
     return None

@@ -11,9 +11,7 @@ each, so that 64 ingredients of 200 shards take the memory of one.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,15 +27,11 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
+from streamsoup.formats.index import check_index, is_index, read_index, stem
+from streamsoup.formats.regular import reading
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredients"]
-
-INDEX_LIMIT = 100_000_000
-"""The largest index in bytes, as for a header: ten times what any published model has."""
-
-_INDEX = re.compile(r"(.+)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
-"""What an index is called; the second part is a variant of the weights, such as ``.fp16``."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -78,10 +72,15 @@ class Shard:
         """
         try:
             status = os.stat(self.path)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ChangedIngredientError(
                 f"{printable(self.path)}: vanished while it was being read "
                 f"({error.strerror}); nothing was written"
+            ) from None
+        except OSError as error:
+            raise FormatError(
+                f"{printable(self.path)}: cannot be read any more: {error.strerror}; mend that, "
+                "and run again"
             ) from None
         found = Identity.of(status)
         if found == self.identity:
@@ -187,29 +186,30 @@ class Pantry:
             mode = os.stat(given).st_mode
         except FileNotFoundError:
             raise MissingFileError(
-                f"{printable(given)}: no such file or folder{_looks_like_hub_id(given)}"
+                f"{printable(given)}: no such file or folder; check the path{_hub_advice(given)}"
             ) from None
         except OSError as error:
             raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
         if stat.S_ISDIR(mode):
             name = _find_weights(given)
-            if _INDEX.fullmatch(name):
+            if is_index(name):
                 return self._open_index(given, given, name)
             shards: tuple[Shard, ...] = (self._open_shard(os.path.join(given, name)),)
             return Ingredient(given, given, shards, self.layout(shards, given), None)
         folder, name = os.path.split(given)
-        if _INDEX.fullmatch(name):
+        if is_index(name):
             return self._open_index(given, folder or os.curdir, name)
         shards = (self._open_shard(given),)
         return Ingredient(given, None, shards, self.layout(shards, given), None)
 
     def _open_index(self, given: str, folder: str, name: str) -> Ingredient:
         """Open the shards that the index `name` of a folder lists."""
-        weight_map = _read_index(os.path.join(folder, name))
+        weight_map = read_index(os.path.join(folder, name))
         files = sorted(set(weight_map.values()))
         shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
         layout = self.layout(shards, given)
-        _check_index(os.path.join(folder, name), weight_map, layout)
+        held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
+        check_index(os.path.join(folder, name), weight_map, held)
         return Ingredient(given, folder, shards, layout, name)
 
     def _open_shard(self, path: str) -> Shard:
@@ -221,26 +221,20 @@ class Pantry:
                 "convert it to safetensors first"
             )
         try:
-            # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise MissingFileError(f"{printable(path)}: no such file") from None
-        except OSError as error:
-            raise FormatError(f"{printable(path)}: cannot be opened: {error.strerror}") from None
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError("is not a regular file")
-            head = _read_exactly(descriptor, min(8, status.st_size), 0)
-            length = header_nbytes(head, status.st_size)
-            text = _read_exactly(descriptor, length, 8)
-            header = self.header(text, status.st_size)
+            with reading(path) as (descriptor, status):
+                head = _read_exactly(descriptor, min(8, status.st_size), 0)
+                length = header_nbytes(head, status.st_size)
+                text = _read_exactly(descriptor, length, 8)
+                header = self.header(text, status.st_size)
         except FormatError as error:
             raise type(error)(f"{printable(path)}: {error}") from None
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"{printable(path)}: no such file; the checkpoint is not complete, so download or "
+                "save it again"
+            ) from None
         except OSError as error:
             raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
         return Shard(path, Identity.of(status), header)
 
 
@@ -279,11 +273,13 @@ def _check_path(path: str) -> None:
         raise FormatError(f"{printable(path)}: a path holds no NUL character")
 
 
-def _looks_like_hub_id(given: str) -> str:
-    """Advise somebody who gave the name of a model on a hub."""
+def _hub_advice(given: str) -> str:
+    """Advise somebody who may have given the name of a model on a hub."""
     parts = given.split("/")
-    if len(parts) == 2 and all(parts) and not given.startswith("."):
-        return "; if it is a model on the Hugging Face Hub, download it first and give its folder"
+    if len(parts) <= 2 and all(parts) and not os.path.exists(parts[0]) and given[0] != ".":
+        return (
+            ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
+        )
     return ""
 
 
@@ -293,7 +289,7 @@ def _find_weights(folder: str) -> str:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise FormatError(f"{printable(folder)}: cannot be listed: {error.strerror}") from None
-    indexes = [name for name in names if _INDEX.fullmatch(name)]
+    indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)
     if "model.safetensors.index.json" in indexes:
@@ -303,8 +299,8 @@ def _find_weights(folder: str) -> str:
             f"{where}: has several indexes ({some(indexes)}); keep one, or give the file you mean"
         )
     if indexes:
-        listed = set(_read_index(os.path.join(folder, indexes[0])).values())
-        single = _INDEX.sub(r"\1\2.safetensors", indexes[0])
+        listed = set(read_index(os.path.join(folder, indexes[0])).values())
+        single = f"{stem(indexes[0])}.safetensors"
         if single in files and single not in listed:
             raise FormatError(
                 f"{where}: has both {printable(single)} and {printable(indexes[0])}, two "
@@ -324,92 +320,22 @@ def _find_weights(folder: str) -> str:
             f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "
             "could run code when opened; convert them to safetensors first"
         )
-    raise FormatError(f"{where}: has no safetensors file")
-
-
-def _read_index(path: str) -> dict[str, str]:
-    """Read the weight map of an index: tensor name to file name."""
-    where = printable(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be opened: {error.strerror}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{where}: is not a regular file")
-        if status.st_size > INDEX_LIMIT:
-            raise CorruptFileError(f"{where}: is too large for an index")
-        text = _read_exactly(descriptor, status.st_size, 0)
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
-    try:
-        # No number in it is used, and as text it may have any length.
-        index = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str
+    inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
+    if inside:
+        raise FormatError(
+            f"{where}: has no safetensors file, but there are some in its folders "
+            f"({some(inside, 3)}); give one of those"
         )
-    except CorruptFileError as error:
-        raise CorruptFileError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{where}: is not JSON: {printable(error)}") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{where}: has no weight_map of tensor names to file names")
-    for name, file in weight_map.items():
-        # One plain name: an index must not lead out of its folder, nor to a pickle.
-        if (
-            not isinstance(file, str)
-            or os.path.basename(file) != file
-            or file.startswith(".")
-            or "\\" in file
-            or "\0" in file
-            or not file.endswith(".safetensors")
-        ):
-            raise CorruptFileError(
-                f"{where}: places tensor {printable(name)!r} in {printable(file)!r}, "
-                "which is not the plain name of a safetensors file"
-            )
-    return weight_map
+    has = f"only {some(names, 3)}" if names else "nothing at all"
+    raise FormatError(f"{where}: has no safetensors file, {has}; give a folder with a checkpoint")
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise CorruptFileError(f"has the key {printable(key)!r} twice")
-        result[key] = value
-    return result
-
-
-def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def _check_index(path: str, weight_map: Mapping[str, str], layout: Layout) -> None:
-    """Refuse an index that does not agree with its shards, both ways."""
-    where = printable(path)
-    missing = [f"{name} ({file})" for name, file in weight_map.items() if name not in layout.places]
-    if missing:
-        raise CorruptFileError(
-            f"{where}: lists {_tensors(missing)} that no shard holds: {some(missing)}"
-        )
-    unlisted = [
-        f"{name} ({layout.file_names[number]})"
-        for name, (number, _) in layout.places.items()
-        if name not in weight_map
-    ]
-    if unlisted:
-        raise CorruptFileError(
-            f"{where}: does not list {_tensors(unlisted)} that its shards hold: {some(unlisted)}"
-        )
-    for name, (number, _) in layout.places.items():
-        if weight_map[name] != layout.file_names[number]:
-            raise CorruptFileError(
-                f"{where}: places tensor {printable(name)!r} in {printable(weight_map[name])}, "
-                f"but it is in {printable(layout.file_names[number])}"
-            )
+def _holds_weights(path: str) -> bool:
+    """Whether a folder has a safetensors file, as far as can be seen."""
+    try:
+        return any(name.endswith(".safetensors") for name in os.listdir(path))
+    except OSError:
+        return False
 
 
 def _read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from typing import NoReturn
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
+from streamsoup.formats.regular import reading
 from streamsoup.formats.shards import Ingredient
 from streamsoup.tensors import DType
 
@@ -78,8 +79,8 @@ def gather_side_files(
     warnings = []
     if strange:
         warnings.append(
-            f"{printable(first)}: left out what is neither a plain file nor a link to one: "
-            f"{some(strange)}"
+            f"{printable(first)}: left out what is neither a plain file nor a link to one; if the "
+            f"soup needs it, copy it there: {some(strange)}"
         )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
         names.remove(name)
@@ -167,14 +168,9 @@ def _is_side_folder(path: str) -> bool:
 
 def pieces(path: str) -> Iterator[bytes]:
     """Give the content of a regular file, a piece at a time. Raises `OSError` for all others."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "is not a regular file", path)
+    with reading(path) as (descriptor, _):
         while piece := os.read(descriptor, 1 << 20):
             yield piece
-    finally:
-        os.close(descriptor)
 
 
 def _size(path: str) -> int:

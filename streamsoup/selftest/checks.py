@@ -25,8 +25,8 @@ from streamsoup.kernels import blocks, reference
 from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape
 from streamsoup.options import Options
-from streamsoup.plan import nbytes_text
 from streamsoup.recipe import Coefficients
+from streamsoup.sizes import nbytes_text
 from streamsoup.soups.make import Order, make, order
 from streamsoup.tensors import DTYPES, DType
 

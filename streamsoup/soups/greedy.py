@@ -33,10 +33,10 @@ from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
-from streamsoup.plan import parse_nbytes
 from streamsoup.recipe import Coefficients
+from streamsoup.sizes import parse_nbytes
+from streamsoup.soups.candidates import Moved
 from streamsoup.soups.make import AnyIngredient, Order, Soup, make, order
-from streamsoup.soups.running import Moved
 from streamsoup.soups.scorebook import Members, Scorebook, fingerprint_of
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
@@ -315,8 +315,7 @@ class _Kitchen:
         return Crew(works, timeout=timeout, names=names)
 
     def _work(self, task: Any, number: int) -> Work:
-        budget = self.options.memory
-        nbytes = parse_nbytes(budget) if isinstance(budget, str) else budget
+        nbytes = parse_nbytes(self.options.memory)
         return Work(
             task,
             self.search.split,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError, ResumeError, TaskError, printable
 from streamsoup.options import Options
-from streamsoup.plan import nbytes_text
+from streamsoup.sizes import nbytes_text
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
 from streamsoup.soups.notebook import Notebook

@@ -18,25 +18,14 @@ from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import (
-    MemoryPlan,
-    MixPlan,
-    PlannedTensor,
-    nbytes_text,
-    parse_nbytes,
-    plan_memory,
-)
+from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
+from streamsoup.sizes import nbytes_text, parse_nbytes
+from streamsoup.soups.candidates import Candidates
 from streamsoup.soups.make import AnyIngredient, order
-from streamsoup.soups.running import (
-    Candidates,
-    Sums,
-    SumsPlace,
-    SumsPlan,
-    can_carry,
-)
+from streamsoup.soups.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.stream import run
 
 if TYPE_CHECKING:
@@ -101,12 +90,11 @@ class LiveMix:
         if self._found is not None:
             mix = self._found.mix(part, target=self._target, lanes=self._lanes)
             return mix, self._found.plan.memory
-        budget = self._options.memory
         memory = plan_memory(
             part,
             mapped=self._mapped,
             threads=self._options.n_threads,
-            budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+            budget=parse_nbytes(self._options.memory),
         )
         return Mix(part, memory, self._engine or Engine(part)), memory
 

@@ -20,15 +20,7 @@ from streamsoup.errors import FormatError, OutputError, StreamsoupError, printab
 from streamsoup.formats.shards import Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options
-from streamsoup.plan import (
-    FilePlan,
-    MemoryPlan,
-    MixPlan,
-    parse_nbytes,
-    plan_files,
-    plan_memory,
-    plan_mix,
-)
+from streamsoup.plan import FilePlan, MemoryPlan, MixPlan, plan_files, plan_memory, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import (
     ARITHMETIC,
@@ -40,6 +32,7 @@ from streamsoup.recipe import (
     Provenance,
     Recipe,
 )
+from streamsoup.sizes import parse_nbytes
 from streamsoup.staging import Staging, sync_folder
 from streamsoup.tensors import float_dtype
 from streamsoup.verification import read_provenance
@@ -113,7 +106,7 @@ def order(
         dtype=options.dtype if options.dtype == "same" else float_dtype(options.dtype).name,
         non_float=options.non_float,
         non_finite=options.non_finite,
-        shard_size=parse_nbytes(size) if isinstance(size, str) else size,
+        shard_size=None if size is None else parse_nbytes(size),
     )
     return plan_order(opened, recipe, options)
 
@@ -122,7 +115,6 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     """Plan a given recipe for open ingredients. See `order`."""
     plan = plan_mix(opened, recipe)
     mapped = will_map(opened, options.io)
-    budget = options.memory
     on_device = None
     why = "the bus takes longer than the sums" if options.device == "auto" else "told"
     summed_on = f"cpu, as {why}"
@@ -137,7 +129,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
             plan,
             mapped=mapped,
             threads=options.n_threads,
-            budget=parse_nbytes(budget) if isinstance(budget, str) else budget,
+            budget=parse_nbytes(options.memory),
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     side_files, warnings = gather_side_files(opened, dtype)

@@ -1,67 +1,40 @@
-"""Candidates: the mean of some ingredients, made again and again while one of them changes.
+"""The running sum of the accepted ingredients: where it is kept, and what that costs.
 
-A trial needs (Σ accepted + θᵢ) / (n+1). The sum over the accepted ingredients is a float64 partial
-sum in recipe order, so it may be kept and continued, and the bits are those of a pass over all.
-It is kept in whichever way moves the fewest bytes of files within the budget:
+It is a float64 partial sum in recipe order, so it may be continued, and the bits are those of a
+pass over all. It is kept in whichever way moves the fewest bytes of files within the budget:
 
 * not at all, the accepted ingredients are read again: while they are smaller than their sum;
 * in memory, if it fits: nothing but the new ingredient is read;
 * in a scratch file beside the output, 8 bytes an element.
-
-Nothing is ever undone by subtraction: a sum that does not fit a candidate is left, or made anew.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import BudgetError, NonFiniteError
-from streamsoup.formats.files import Bytes
-from streamsoup.kernels import blocks
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
-from streamsoup.read import open_reader
-from streamsoup.recipe import Coefficients
-from streamsoup.reduce import Engine, Mix, MixWorker, Reduction
-from streamsoup.soups.joined import Apart, Pieces, join, pieces_of
-from streamsoup.stream import Sink, run
+from streamsoup.errors import BudgetError
+from streamsoup.plan import MixPlan, plan_memory
 
 __all__ = [
-    "Candidates",
-    "Moved",
+    "FileSums",
+    "MemorySums",
     "Sums",
     "SumsPlace",
     "SumsPlan",
     "can_carry",
+    "open_sums",
     "plan_sums",
 ]
 
 Floats = NDArray[np.float64]
 
-THREAD_NBYTES = 8_000_000
-"""Bytes to read for each further thread: below, starting it costs more than it brings."""
 SumsPlace = Literal["reread", "memory", "file"]
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """What it took to make one candidate."""
-
-    nbytes_read: int
-    """Bytes of ingredients."""
-    nbytes_sums: int
-    """Bytes of the running sum read from and written to its scratch file."""
-    elapsed_s: float
-    where: str = ""
-    """On which device, why there, and whether the running sum is there; empty if long ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,165 +92,6 @@ def can_carry(plan: MixPlan) -> bool:
     return all(source.dtype.name != "F64" for tensor in plan.tensors for source in tensor.sources)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some tensors of a plan, joined where they may be, and what they are made of."""
-
-    plan: MixPlan
-    pieces: tuple[Pieces, ...]
-
-    @classmethod
-    def of(cls, whole: MixPlan, plan: MixPlan) -> _Part:
-        return cls(plan, pieces_of(whole, plan))
-
-
-class Candidates:
-    """Makes candidates out of a fixed list of ingredients, into any sink."""
-
-    joins = True
-    """Whether passes go over joined tensors (`soups.joined`)."""
-
-    def __init__(
-        self,
-        plan: MixPlan,
-        sums: SumsPlan,
-        *,
-        mapped: bool,
-        threads: int,
-        scratch: str | None,
-        where: str = "cpu",
-    ) -> None:
-        """Take the plan over all ingredients; keep nothing yet. `where` is for `Moved`."""
-        self.where = where
-        self.plan = plan
-        self.sums_plan = sums
-        self.mapped = mapped
-        self.threads = threads
-        self._scratch = scratch
-        self._engine = Engine(plan)
-        passes = join(plan) if self.joins else plan
-        mixed = frozenset(t.name for t in passes.tensors if t.operation == "mix")
-        copied = frozenset(t.name for t in passes.tensors if t.operation != "mix")
-        self._all = _Part.of(plan, passes)
-        self._mixed = _Part.of(plan, passes.only(mixed))
-        self._copied = _Part.of(plan, passes.only(copied))
-        self._sums: Sums | None = None
-        self._held: tuple[int, ...] = ()
-        """The ingredients whose sum is kept, in order."""
-
-    def mix(self, members: Sequence[int], sink: Sink, *, keep: bool) -> Moved:
-        """Put the mean of the ingredients `members`, in that order, into `sink`.
-
-        With `keep`, the sum of all but the last is kept for later candidates, where that is worth
-        it. `sink` is one for the plan over all ingredients. Raises what `run` raises; the sink
-        then holds parts of the candidate.
-        """
-        started = time.monotonic()
-        head = tuple(members[:-1])
-        worth = keep and self._is_worth(head)
-        held = self._held if self._held == head[: len(self._held)] else ()
-        if not worth and self._cost(head) <= self._cost(head[len(held) :]) + self._sums_cost(held):
-            held = ()
-        fresh = members[len(held) :]
-        n_tail = len(fresh) - 1 if worth and held != head else 0
-        if n_tail:
-            self._held = ()  # until every block of it is added: a failure leaves it in between
-            self._sums = self._sums or self.open_sums()
-        divisor = float(len(members))
-        try:
-            if held or n_tail:
-                self._run(self._mixed, fresh, divisor, sink, starts=bool(held), n_tail=n_tail)
-                if n_tail:
-                    self._held = head
-                if self._copied.plan.tensors:
-                    self._run(self._copied, [members[0], members[-1]], 2.0, sink)
-            else:
-                self._run(self._all, members, divisor, sink)
-        except NonFiniteError:
-            if self.joins:  # the same again, tensor by tensor, says in which it is
-                self._run(_Part.of(self.plan, self.plan), members, divisor, sink)
-            raise
-        moved = self._sums_cost(held) + (self.sums_plan.nbytes if n_tail else 0)
-        on_disk = self.sums_plan.place == "file"
-        elapsed_s = time.monotonic() - started
-        return Moved(self._cost(fresh), moved if on_disk else 0, elapsed_s, self.where)
-
-    def forget(self) -> None:
-        """Let go of the running sum, and of its file."""
-        if self._sums is not None:
-            self._sums.close()
-        self._sums, self._held = None, ()
-
-    def _is_worth(self, head: tuple[int, ...]) -> bool:
-        """Whether the sum of `head` is better kept than made again from its ingredients."""
-        if self.sums_plan.place == "memory":
-            return len(head) > 1
-        return self.sums_plan.place == "file" and self._cost(head) > self.sums_plan.nbytes
-
-    def _cost(self, members: Sequence[int]) -> int:
-        """Bytes of the ingredients `members`."""
-        return sum(self.plan.ingredients[i].nbytes for i in members)
-
-    def _sums_cost(self, held: tuple[int, ...]) -> int:
-        in_file = self.sums_plan.place == "file"
-        return self.sums_plan.nbytes if held and in_file else 0
-
-    def memory_of(self, part: MixPlan) -> MemoryPlan:
-        """Choose the blocks of a pass over a part of the plan."""
-        budget = self.sums_plan.memory
-        threads = min(self.threads, 1 + part.nbytes_read // THREAD_NBYTES)
-        return plan_memory(part, mapped=self.mapped, threads=threads, budget=budget)
-
-    def reduction(
-        self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
-    ) -> Reduction:
-        """Give the mix of a part; it may start from the running sum, and carry it on.
-
-        The sum is set to that after `n_tail` of the part's ingredients, unless that is 0.
-        """
-        if not starts and not n_tail:
-            return Mix(part, memory, self._engine)
-        assert isinstance(self._sums, (_MemorySums, _FileSums))
-        return _Trial(part, memory, self._engine, self._sums, starts, n_tail)
-
-    def _run(
-        self,
-        part: _Part,
-        members: Sequence[int],
-        divisor: float,
-        sink: Sink,
-        *,
-        starts: bool = False,
-        n_tail: int = 0,
-    ) -> None:
-        """Pass some ingredients through a part of the plan."""
-        plan = part.plan
-        ingredients = tuple(plan.ingredients[i] for i in members)
-        recipe = msgspec.structs.replace(
-            plan.recipe,
-            ingredients=tuple(ingredient.name for ingredient in ingredients),
-            coefficients=Coefficients((1.0,) * len(ingredients), divisor),
-        )
-        layout_of = tuple(plan.layout_of[i] for i in members)
-        plan = replace(plan, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
-        memory = self.memory_of(plan)
-        reduction = self.reduction(plan, memory, starts=starts, n_tail=n_tail)
-        reader = open_reader(plan, memory, mapped=self.mapped)
-        run(plan, memory, reader, reduction, Apart(sink, part.pieces), digest=False)
-
-    def open_sums(self) -> Sums:
-        """Make room for the running sum."""
-        places: dict[str, int] = {}
-        n = 0
-        for tensor in self._mixed.plan.tensors:
-            places[tensor.name] = n
-            n += tensor.n_units
-        if self.sums_plan.place == "memory":
-            return _MemorySums(places, n)
-        assert self._scratch is not None
-        return _FileSums(places, n, self._scratch)
-
-
 class Sums(Protocol):
     """The running sum: one float64 for each averaged element, by tensor, wherever it is kept."""
 
@@ -285,29 +99,48 @@ class Sums(Protocol):
         """Give the room back."""
 
 
-class _MemorySums:
-    """Sums in this process. Workers copy those of a tensor from an element on, and set them."""
+def open_sums(plan: MixPlan, place: SumsPlace, scratch: str | None) -> Sums:
+    """Make room for the running sum of a plan; `scratch` is the path of a file, if it is one."""
+    places: dict[str, int] = {}
+    n = 0
+    for tensor in plan.tensors:
+        if tensor.operation == "mix":
+            places[tensor.name] = n
+            n += tensor.n_units
+    if place == "memory":
+        return MemorySums(places, n)
+    assert scratch is not None
+    return FileSums(places, n, scratch)
+
+
+class MemorySums:
+    """Sums in this process."""
 
     def __init__(self, places: dict[str, int], n: int) -> None:
+        """Hold `n` sums; `places` says where those of each tensor begin."""
         self._places = places
         self._sums = np.empty(n)
 
     def read(self, tensor: str, start: int, into: Floats) -> None:
+        """Copy the sums of a tensor, from element `start` on."""
         begin = self._places[tensor] + start
         into[:] = self._sums[begin : begin + len(into)]
 
     def write(self, tensor: str, start: int, sums: Floats) -> None:
+        """Set the sums of a tensor, from element `start` on."""
         begin = self._places[tensor] + start
         self._sums[begin : begin + len(sums)] = sums
 
     def close(self) -> None:
+        """Give the memory back."""
         self._sums = np.empty(0)
 
 
-class _FileSums:
+class FileSums:
     """Sums in a file that has no name: a killed run leaves nothing behind."""
 
     def __init__(self, places: dict[str, int], n: int, path: str) -> None:
+        """Make room for `n` sums at once; `places` says where those of each tensor begin."""
         self._places = places
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o600)
@@ -322,6 +155,7 @@ class _FileSums:
             ) from None
 
     def read(self, tensor: str, start: int, into: Floats) -> None:
+        """Copy the sums of a tensor, from element `start` on."""
         offset = 8 * (self._places[tensor] + start)
         view = into.view(np.uint8).data
         while view:
@@ -332,66 +166,11 @@ class _FileSums:
             offset += n
 
     def write(self, tensor: str, start: int, sums: Floats) -> None:
+        """Set the sums of a tensor, from element `start` on."""
         from streamsoup.write import write_at
 
         write_at(self._descriptor, sums.view(np.uint8).data, 8 * (self._places[tensor] + start))
 
     def close(self) -> None:
+        """Give the file back."""
         os.close(self._descriptor)
-
-
-class _Trial(Mix):
-    """A mix that starts from the running sum, and may carry it on by all but the last."""
-
-    def __init__(
-        self,
-        plan: MixPlan,
-        memory: MemoryPlan,
-        engine: Engine,
-        sums: _MemorySums | _FileSums,
-        starts: bool,
-        n_tail: int,
-    ) -> None:
-        super().__init__(plan, memory, engine)
-        self.sums, self.starts, self.n_tail = sums, starts, n_tail
-
-    def worker(self) -> _TrialWorker:
-        return _TrialWorker(self)
-
-
-class _TrialWorker(MixWorker):
-    def __init__(self, trial: _Trial) -> None:
-        super().__init__(trial)
-        self._trial = trial
-
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        super().start(tensor, start, n_units)
-        self._start = start
-        self._done = False
-        self._watch_sameness = False
-        if self._trial.starts:
-            self._trial.sums.read(tensor.name, start, self._sums[:n_units])
-
-    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        n_tail = self._trial.n_tail
-        cut = min(max(n_tail - first, 0), len(inputs))
-        self._accumulate(first, inputs[:cut])
-        if n_tail and first + cut == n_tail and cut:
-            self._trial.sums.write(self._tensor.name, self._start, self._sums[: self._n])
-        self._accumulate(first + cut, inputs[cut:])
-
-    def _accumulate(self, first: int, inputs: Sequence[Bytes]) -> None:
-        if not inputs:
-            return
-        plan = self._trial.plan
-        sums = self._sums[: self._n]
-        last = first + len(inputs)
-        sources = [self._tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
-        fresh = first == 0 and not self._trial.starts
-        mixer = self._trial.engine.mixer(sources, self._tensor.dtype)
-        if mixer is None:
-            ones = [1.0] * len(inputs)
-            blocks.accumulate(sums, inputs, sources, ones, fresh=fresh)
-            return
-        addresses = np.array([block.ctypes.data for block in inputs], np.int64)
-        mixer(sums, addresses, np.ones(len(inputs)), fresh, 1.0, 0, self._n)

@@ -25,7 +25,7 @@ from typing import Any
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
-from streamsoup.soups.running import Moved
+from streamsoup.soups.candidates import Moved
 from streamsoup.soups.scoring import Outcome
 from streamsoup.task import Score
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
 from streamsoup.formats.files import Bytes, Descriptors
-from streamsoup.plan import FilePlan, Leaf, MixPlan, nbytes_text
-from streamsoup.soups.running import Candidates, Moved
+from streamsoup.plan import FilePlan, Leaf, MixPlan
+from streamsoup.sizes import nbytes_text
+from streamsoup.soups.candidates import Candidates, Moved
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
 

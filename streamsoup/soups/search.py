@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from streamsoup.errors import RecipeError, TaskError
-from streamsoup.soups.running import Moved, SumsPlace
+from streamsoup.soups.candidates import Moved
+from streamsoup.soups.running import SumsPlace
 from streamsoup.soups.scorebook import Members
 from streamsoup.soups.scoring import Outcome
 from streamsoup.task import Score

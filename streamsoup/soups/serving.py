@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.options import Options
-from streamsoup.soups.running import Candidates, SumsPlace, plan_sums
+from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.running import SumsPlace, plan_sums
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, contained
 from streamsoup.task.family import die_with_parent
 

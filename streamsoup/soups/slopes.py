@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from streamsoup.errors import TaskError
 from streamsoup.inner import Dot, Sums, Vector, floats_of, plan_inner_memory
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, parse_nbytes
+from streamsoup.plan import MemoryPlan, MixPlan
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Nothing
+from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.backward import Work
 from streamsoup.soups.joined import Apart, pieces_of
 from streamsoup.soups.mixture import Mixture
@@ -329,9 +330,5 @@ def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPla
         len(plan.ingredients),
         mapped=mapped,
         threads=options.n_threads,
-        budget=_budget(options),
+        budget=parse_nbytes(options.memory),
     )
-
-
-def _budget(options: Options) -> int:
-    return parse_nbytes(options.memory) if isinstance(options.memory, str) else options.memory

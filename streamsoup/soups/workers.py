@@ -271,7 +271,8 @@ class _Worker:
         time.sleep(0.05)  # for the listener to catch up
         error = getattr(errors, kind, TaskError)
         # What a command printed is in its error.
-        tail = self._tail.text() if error is TaskError and self._is_live else ""
+        own = error is TaskError and self._is_live and self._tail.content()
+        tail = self._tail.text() if own else ""
         raise error(f"{text}{_of(self.members, names)}{tail}")
 
     def _listen(self) -> None:

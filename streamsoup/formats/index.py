@@ -1,0 +1,161 @@
+"""The index of a checkpoint in shards: which file holds which tensor, and how all are called.
+
+``model.safetensors.index.json`` lies beside ``model-00001-of-00002.safetensors``, and so on.
+What they have in common is the *stem*, here ``model``. One that ends in a variant of the weights,
+``model.fp16``, has ``model.fp16-00001-of-00002.safetensors`` and, split, the index
+``model.safetensors.index.fp16.json``: so `save_pretrained` of transformers and diffusers writes
+them, and `from_pretrained` looks for no other. Diffusers once wrote
+``model.safetensors.fp16.index.json``, and still reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamsoup.errors import CorruptFileError, FormatError, printable, some
+from streamsoup.formats.regular import reading
+
+__all__ = [
+    "check_index",
+    "index_name",
+    "is_index",
+    "is_numbered",
+    "read_index",
+    "shard_names",
+    "stem",
+]
+
+INDEX_LIMIT = 100_000_000
+"""The largest index in bytes, as for a header: ten times what any published model has."""
+
+_INDEX = re.compile(
+    r"(?P<base>.+)\.safetensors(\.index(\.(?P<variant>[^.]+))?|\.(?P<old>[^.]+)\.index)\.json",
+    re.DOTALL,
+)
+_NUMBER = re.compile(r"[-_]\d+-of-\d+")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of that name is an index."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def stem(name: str) -> str:
+    """Give what the names of a checkpoint's files begin with, from that of its index or a shard.
+
+    >>> stem("model.safetensors.index.fp16.json"), stem("model-00001-of-00002.safetensors")
+    ('model.fp16', 'model')
+    """
+    index = _INDEX.fullmatch(name)
+    if index is None:
+        return _NUMBER.sub("", name.removesuffix(".safetensors")) or "model"
+    variant = index["variant"] or index["old"]
+    return f"{index['base']}.{variant}" if variant else index["base"]
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a shard's name says which it is, and of how many."""
+    return _NUMBER.search(name) is not None
+
+
+def shard_names(stem: str, n_shards: int) -> list[str]:
+    """Name the files of a checkpoint of so many shards."""
+    if n_shards == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05}-of-{n_shards:05}.safetensors" for i in range(n_shards)]
+
+
+def index_name(stem: str) -> str:
+    """Name the index of a checkpoint.
+
+    >>> index_name("model"), index_name("model.fp16")
+    ('model.safetensors.index.json', 'model.safetensors.index.fp16.json')
+    """
+    base, _, variant = stem.rpartition(".")
+    if not base or not variant:
+        return f"{stem}.safetensors.index.json"
+    return f"{base}.safetensors.index.{variant}.json"
+
+
+def read_index(path: str) -> dict[str, str]:
+    """Read the weight map of an index: tensor name to file name.
+
+    Raises `FormatError` for what is no such index, and for names that lead out of its folder.
+    """
+    where = printable(path)
+    try:
+        with reading(path) as (descriptor, status):
+            if status.st_size > INDEX_LIMIT:
+                raise CorruptFileError(f"{where}: is too large for an index")
+            with open(descriptor, "rb", closefd=False) as file:
+                text = file.read(status.st_size)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+    try:
+        # No number in it is used, and as text it may have any length.
+        index = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str
+        )
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{where}: is not JSON: {printable(error)}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{where}: has no weight_map of tensor names to file names")
+    for name, file in weight_map.items():
+        # One plain name: an index must not lead out of its folder, nor to a pickle.
+        if (
+            not isinstance(file, str)
+            or os.path.basename(file) != file
+            or file.startswith(".")
+            or "\\" in file
+            or "\0" in file
+            or not file.endswith(".safetensors")
+        ):
+            raise CorruptFileError(
+                f"{where}: places tensor {printable(name)!r} in {printable(file)!r}, "
+                "which is not the plain name of a safetensors file"
+            )
+    return weight_map
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise CorruptFileError(f"has the key {printable(key)!r} twice")
+        result[key] = value
+    return result
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def check_index(path: str, weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Refuse an index that does not agree with its shards, both ways.
+
+    `held` says in which file each tensor is; raises `CorruptFileError`.
+    """
+    where = printable(path)
+    missing = [f"{name} ({file})" for name, file in weight_map.items() if name not in held]
+    if missing:
+        raise CorruptFileError(
+            f"{where}: lists {_tensors(missing)} that no shard holds: {some(missing)}"
+        )
+    unlisted = [f"{name} ({file})" for name, file in held.items() if name not in weight_map]
+    if unlisted:
+        raise CorruptFileError(
+            f"{where}: does not list {_tensors(unlisted)} that its shards hold: {some(unlisted)}"
+        )
+    for name, file in held.items():
+        if weight_map[name] != file:
+            raise CorruptFileError(
+                f"{where}: places tensor {printable(name)!r} in {printable(weight_map[name])}, "
+                f"but it is in {printable(file)}"
+            )

@@ -1,0 +1,44 @@
+"""Sizes in bytes, as people write them and like to read them."""
+
+from __future__ import annotations
+
+import re
+
+from streamsoup.errors import RecipeError, is_plain, printable
+
+__all__ = ["nbytes_text", "parse_nbytes"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_nbytes(given: int | str) -> int:
+    """Read a size in any common spelling: ``150MB``, ``5GiB``, ``5G``, ``1.5e9``, ``4096B``.
+
+    A number is one already. Raises `RecipeError` for any other text, and for one below one byte.
+
+    >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
+    (5000000000, 1536)
+    """
+    if not isinstance(given, str):
+        return given
+    pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
+    match = re.fullmatch(pattern, given.lower()) if is_plain(given) else None
+    unit = _UNITS.get(match[2]) if match else None
+    size = int(min(float(match[1]) * unit, 2.0**63)) if match and unit else 0
+    if size < 1:
+        raise RecipeError(f"{printable(given)!r} is no size; write 150MB or 5GiB, say")
+    return size
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Write a size for a person, in decimal units.
+
+    >>> nbytes_text(1_234_567_890)
+    '1.23 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"

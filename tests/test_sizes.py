@@ -1,0 +1,40 @@
+"""Sizes: what people write, and what they are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamsoup.errors import RecipeError
+from streamsoup.sizes import nbytes_text, parse_nbytes
+
+
+def test_sizes_are_read_in_any_common_spelling() -> None:
+    """Decimal and binary units, any case, blanks, fractions and exponents; the rest is refused."""
+    for text, nbytes in {
+        "1": 1,
+        "4096B": 4096,
+        "150MB": 150 * 10**6,
+        "150 mb": 150 * 10**6,
+        "5G": 5 * 10**9,
+        "5GiB": 5 * 2**30,
+        "5gi": 5 * 2**30,
+        "1.5k": 1500,
+        " 0.5 KiB ": 512,
+        "1e9": 10**9,
+        "1.5e3MB": 15 * 10**8,
+        "2TB": 2 * 10**12,
+    }.items():
+        assert parse_nbytes(text) == nbytes, text
+    bad = ("", " ", "MB", "-1", "0", "0.4", "1.2.3", "nan", "inf", "1e", "5 PB", "5GBB", "1_000")
+    for text in (*bad, "0x10", "five", "5,0GB", "\x1b", "٣", "３", "1\u212a", "1\xa0kB"):
+        with pytest.raises(RecipeError, match="is no size"):
+            parse_nbytes(text)
+    assert parse_nbytes("9" * 500) == 2**63
+    assert parse_nbytes(4096) == 4096
+
+
+def test_sizes_are_written_for_people() -> None:
+    """Three digits and a decimal unit."""
+    sizes = (0, 999, 1000, 999_499, 1_234_567, 10**9, 12_345 * 10**9)
+    words = ["0 B", "999 B", "1 kB", "999 kB", "1.23 MB", "1 GB", "12.35 TB"]
+    assert [nbytes_text(n) for n in sizes] == words
