@@ -32,7 +32,7 @@ from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.live_mix import DeviceCandidates
 from streamsoup.soups.make import Order, make, order
-from streamsoup.soups.workers import Work, candidates_of
+from streamsoup.soups.serving import Work, candidates_of
 
 
 def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from checkpoints import content, save, tensor
 
@@ -123,6 +124,20 @@ def test_neighbours_do_not_disturb(tmp_path: Path) -> None:
     assert [finish(each)[0] for each in runs] == [0, 0, 0, 0]
 
 
+def child_of(pid: int) -> int:
+    """Give the process that does a command's work."""
+    (child,) = psutil.Process(pid).children()
+    return child.pid
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not just its name."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_the_holder_is_named_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
     """A second run names process and host; after a SIGKILL of the first, it just goes on."""
     a = large(tmp_path / "a")
@@ -132,13 +147,15 @@ def test_the_holder_is_named_and_a_dead_one_blocks_nobody(tmp_path: Path) -> Non
     assert status == 1
     assert f"is being written by process {pid} on {os.uname().nodename} since 20" in stderr
     first.send_signal(signal.SIGKILL)  # the parent; its child must not live on
-    second = start("uniform", a, a, "-o", tmp_path / "soup", "--threads", "2")
     first.wait()
-    time.sleep(0.2)
-    deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 10  # it may have to wait for the disk before it can die
+    while lives(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert wait_for_work(tmp_path / "soup.partial") != pid
+    second = start("uniform", a, a, "-o", tmp_path / "soup", "--threads", "2")
+    deadline = time.monotonic() + 10
+    while wait_for_work(tmp_path / "soup.partial") == pid and time.monotonic() < deadline:
+        time.sleep(0.01)  # what the dead one wrote is there until the next takes the lock
+    assert wait_for_work(tmp_path / "soup.partial") == child_of(second.pid)
     os.killpg(second.pid, signal.SIGINT)
     assert finish(second)[0] == 130
     assert [stream.close() for stream in (first.stdout, first.stderr) if stream] == [None, None]

@@ -171,7 +171,7 @@ def hostile(folder: Path, body: str) -> Path:
         ("os.abort()", "killed by SIGABRT;"),
         ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV;"),
         ("import signal; os.kill(os.getpid(), signal.SIGSTOP)", "longer than 3 s"),
-        ("sys.stdout.close(); print(1)", "closed file[^|]*; it printed nothing$"),
+        ("sys.stdout.close(); print(1)", "closed file[^|]*$"),
         ("os.closerange(3, 64)", r"ended itself with status 1.*\n  \| OSError: "),
         ("print('so far', flush=True); time.sleep(60)", r"longer than 3 s.*\n  \| so far"),
         ("[print('y' * 99) for _ in range(50000)]\n    raise KeyError", r"KeyError.*(\n  \| y+)+$"),
