@@ -24,6 +24,9 @@ PART = 1 << 24
 BUFFER = 1 << 20
 """Bytes of a plain read: larger ones fall out of the second cache before they are looked at."""
 
+REPEATS = 5
+"""Times that memory is read, of which the best counts."""
+
 
 def glance(words: NDArray[np.uint64]) -> None:
     """Look at every byte, in the cheapest way numpy has (measured: sums 52 GB/s, `max` 32)."""
@@ -101,11 +104,11 @@ def write(nbytes: int, path: str) -> float:
 
 
 def memory(n_threads: int) -> float:
-    """Give bytes per second read from memory, well outside of all caches: the best of five."""
+    """Give bytes per second read from memory, well outside of all caches: the best of `REPEATS`."""
     words = np.ones(1 << 27, np.uint64)
     parts = np.array_split(words, 64)
     jobs = [lambda part=part: glance(part) for part in parts]  # type: ignore[misc]
-    return words.nbytes / min(in_threads(n_threads, jobs) for _ in range(5))
+    return words.nbytes / min(in_threads(n_threads, jobs) for _ in range(REPEATS))
 
 
 if __name__ == "__main__":

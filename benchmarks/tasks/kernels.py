@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.limits import memory
+from benchmarks.limits import REPEATS, memory
 from benchmarks.measure import settle
 from benchmarks.rows import Session
 
@@ -43,7 +43,8 @@ def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
             inputs = _inputs(name, size, nbytes, strangers=strangers)
             settle()
             limit = memory(n_cpus)
-            rate = _rate(mixers[name], inputs, size, n_cpus)
+            # The best of as many as the limit is the best of: both are what the machine can do.
+            rate = max(_rate(mixers[name], inputs, size, n_cpus) for _ in range(REPEATS))
             rates.setdefault(case, []).append(rate / limit)
             session.add(
                 "kernels",

@@ -95,8 +95,14 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
             prepare(scratch_at, word, nbits)
         worst = np.uint64(0)
         next_try = 0
-        for start in range(0, n, BLOCK):
-            m = min(BLOCK, n - start)
+        # A first block that is short, so that those after it begin with a cache line: as headers
+        # are alike, all ingredients lie at the same place of a line.
+        lead = (-addresses[0] & 63) // size
+        for stop in range(lead, n + BLOCK, BLOCK):
+            start = max(0, stop - BLOCK)
+            m = min(stop, n) - start
+            if m <= 0:
+                continue
             if in_float32 and start >= next_try and m == BLOCK:
                 at = output + start * size
                 done, magnitude = mean(

@@ -71,14 +71,13 @@ def mean(
     for i in range(k):
         inputs[i] = addresses[i] + offset
     spans = numba.carray(pointer(scratch_at + _SPANS, word), (BLOCK,))
+    sums = numba.carray(pointer(scratch_at + _SUMS, types.float32), (BLOCK,))
     n_wide = 0
-    if _measure(inputs, k, scratch_at, spans, word, mask, huge) >= limit:
+    if _add_up(inputs, k, scratch_at, sums, spans, word, two, way, mask, huge) >= limit:
         for j in range(BLOCK):
             n_wide += spans[j] >= limit
         if n_wide > BLOCK // 16:
             return False, np.uint64(0)
-    sums = numba.carray(pointer(scratch_at + _SUMS, types.float32), (BLOCK,))
-    _add_up(inputs, k, sums, two, way)
     # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be halfway
     # between two values of `y`: k·h is a float32, so that a sum which is not k·h is more than 2^-24
     # of it away, and its quotient is not rounded to h. (Or k is a power of two, and it is exact.)
@@ -110,13 +109,23 @@ def mean(
 
 
 @numba.njit(forceinline=True)
-def _measure(
-    inputs: Any, k: int, scratch_at: int, spans: Any, word: Any, mask: int, huge: int
+def _add_up(
+    inputs: Any,
+    k: int,
+    scratch_at: int,
+    sums: Any,
+    spans: Any,
+    word: Any,
+    two: Any,
+    way: int,
+    mask: int,
+    huge: int,
 ) -> Any:
-    """Find how far apart the magnitudes of each element are, as bits; give the largest span.
+    """Add up a block in float32, and find how far apart the magnitudes of each element are.
 
-    Zeros do not count. Where a magnitude reaches `huge`, the span is `mask`. Asks for the block
-    after this one.
+    Four ingredients at a time, whose blocks are in the first cache when they are looked at again;
+    meanwhile their next blocks are asked for. Spans are counted in bits; zeros do not count. Where
+    a magnitude reaches `huge`, the span is `mask`. Gives the largest span.
     """
     one, magnitude = word(1), word(mask)
     size = 1 if mask < 256 else 2
@@ -127,6 +136,8 @@ def _measure(
         highs[j] = word(0)
     for j in range(BLOCK):
         lows[j] = word(2 * mask + 1)
+    for j in range(BLOCK):
+        sums[j] = np.float32(-0.0)  # so that -0 stays -0
     for i in range(0, k, 4):
         for ahead in range(4):
             for line in range(0, size * BLOCK, 64):
@@ -143,6 +154,19 @@ def _measure(
             low = min(low, min(word(a2 - one), word(a3 - one)))
             highs[j] = max(high, highs[j])
             lows[j] = min(low, lows[j])
+        y0 = numba.carray(pointer(inputs[i], two), (BLOCK,))
+        y1 = numba.carray(pointer(inputs[i + 1], two), (BLOCK,))
+        y2 = numba.carray(pointer(inputs[i + 2], two), (BLOCK,))
+        y3 = numba.carray(pointer(inputs[i + 3], two), (BLOCK,))
+        for j in range(_HALF):
+            low0, high0 = load_two(y0, j, _HALF, way)
+            low1, high1 = load_two(y1, j, _HALF, way)
+            low2, high2 = load_two(y2, j, _HALF, way)
+            low3, high3 = load_two(y3, j, _HALF, way)
+            first, second = sums[j] + low0, sums[_HALF + j] + high0
+            first, second = first + low1, second + high1
+            first, second = first + low2, second + high2
+            sums[j], sums[_HALF + j] = first + low3, second + high3
     widest = word(0)
     for j in range(BLOCK):
         span = word(highs[j] - word(lows[j] + one))
@@ -150,24 +174,3 @@ def _measure(
         spans[j] = span
         widest = max(widest, span)
     return widest
-
-
-@numba.njit(forceinline=True)
-def _add_up(inputs: Any, k: int, sums: Any, two: Any, way: int) -> None:
-    """Add up a block in float32, two elements at a time: the first of each, then the second."""
-    for j in range(BLOCK):
-        sums[j] = np.float32(-0.0)  # so that -0 stays -0
-    for i in range(0, k, 4):
-        x0 = numba.carray(pointer(inputs[i], two), (BLOCK,))
-        x1 = numba.carray(pointer(inputs[i + 1], two), (BLOCK,))
-        x2 = numba.carray(pointer(inputs[i + 2], two), (BLOCK,))
-        x3 = numba.carray(pointer(inputs[i + 3], two), (BLOCK,))
-        for j in range(_HALF):
-            low0, high0 = load_two(x0, j, _HALF, way)
-            low1, high1 = load_two(x1, j, _HALF, way)
-            low2, high2 = load_two(x2, j, _HALF, way)
-            low3, high3 = load_two(x3, j, _HALF, way)
-            low, high = sums[j] + low0, sums[_HALF + j] + high0
-            low, high = low + low1, high + high1
-            low, high = low + low2, high + high2
-            sums[j], sums[_HALF + j] = low + low3, high + high3
