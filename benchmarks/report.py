@@ -65,7 +65,20 @@ def short_table(rows: Sequence[Row]) -> str:
     for case in cases:
         ours = _rows(rows, case, "streamsoup")
         limits.append(f"{_median(ours, 'limit_s'):.2f} s")
-    return "\n\n".join([_table([head, [*limits, "", ""], *body]), _where(rows, cases)])
+    parts = [_table([head, [*limits, "", ""], *body]), _where(rows, cases), _alone(rows, cases)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _alone(rows: Sequence[Row], cases: Sequence[str]) -> str:
+    """Say what streamsoup took in a later session, without peers beside it."""
+    times = []
+    for case in cases:
+        last = latest(rows, "uniform", case, cache="warm", tool="streamsoup")
+        if last[0]["session"] > _rows(rows, case, "streamsoup")[0]["session"]:
+            ours, limit = _median(last, "wall_s"), _median(last, "limit_s")
+            times.append(f"{case} in {ours:.2f} s, where the limit was {limit:.2f} s")
+            about = f"commit {last[0]['commit']}, {last[0]['session'][:10]}"
+    return f"Later, without peers: {'; '.join(times)} ({about})." if times else ""
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -119,7 +132,7 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _skipped(row: Row, rows: Sequence[Row], case: str, cache: str) -> bool:
-    session = latest(rows, "uniform", case, cache=cache, tool="streamsoup")[0]["session"]
+    session = _compared(rows, case, cache)[0]["session"]
     return (
         row["task"] == "uniform"
         and row["case"] == case
@@ -290,15 +303,26 @@ def draw(rows: Sequence[Row]) -> None:
 
 def _tools(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> list[str]:
     return list(
-        dict.fromkeys(
-            row["tool"] for case in cases for row in latest(rows, "uniform", case, cache=cache)
-        )
+        dict.fromkeys(row["tool"] for case in cases for row in _compared(rows, case, cache))
     )
 
 
 def _rows(rows: Sequence[Row], case: str, tool: str, cache: str = "warm") -> list[Row]:
-    found = latest(rows, "uniform", case, cache=cache)
+    found = _compared(rows, case, cache)
     return [row for row in found if row["tool"] == tool and row["status"] == 0]
+
+
+def _compared(rows: Sequence[Row], case: str, cache: str) -> list[Row]:
+    """Give the last session with peers, if there is one: only side by side do times compare."""
+    beside = [
+        row["session"]
+        for row in rows
+        if (row["task"], row["case"], row.get("cache")) == ("uniform", case, cache)
+        and row["tool"] != "streamsoup"
+    ]
+    session = max(beside, default=None)
+    within = [row for row in rows if session is None or row["session"] == session]
+    return latest(within, "uniform", case, cache=cache)
 
 
 def _median(rows: Sequence[Row], key: str) -> float:

@@ -2,11 +2,13 @@
 
 The peer's way is what anyone does with a merge tool: write each candidate, load it, score it. It
 is given here as its parts that can be measured: a soup written for each trial, and loaded.
+Pure scoring is a process of its own that builds the model and scores it as often.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from benchmarks.checkpoints import Case, cache_folder, make
@@ -39,20 +41,26 @@ def run(session: Session, case: Case, *, score_s: float = 2.0, rounds: int = 2) 
         "STREAMSOUP_BENCH_N": str(case.n),
     }
     n_scores = 2 * case.n - 1
+    case_label = f"{case.label}, {score_s:g} s a score"
     for round_ in range(rounds):
+        alone = measure([sys.executable, str(TASK), str(n_scores)], env=env)
+        assert alone.status == 0, alone.stderr
+        shown = {"wall_s": "the same scores, s:", "peak_anonymous_nbytes": "peak memory:"}
+        row = alone.row()
+        session.add("greedy", "scoring alone", case_label, round=round_, shown=shown, **row)
         line = streamsoup("greedy", *ingredients, "--task", TASK, "-o", output, "--json", "-q")
         result = measure(line, output=output, env=env)
         assert result.status == 0, result.stderr
         soup = json.loads(result.stdout)
-        extra = result.wall_s - n_scores * score_s
+        extra = result.wall_s - alone.wall_s
         session.add(
             "greedy",
             "streamsoup",
-            f"{case.label}, {score_s:g} s a score",
+            case_label,
             round=round_,
             n_scores=n_scores,
             n_accepted=len(soup["recipe"]["ingredients"]),
-            share_of_scoring=result.wall_s / (n_scores * score_s),
+            share_of_scoring=result.wall_s / alone.wall_s,
             extra_s_per_score=extra / n_scores,
             extra_written_nbytes=result.written_nbytes - soup["nbytes_written"],
             shown=SHOWN,

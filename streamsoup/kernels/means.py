@@ -1,8 +1,8 @@
 """Means of 16- and 8-bit floats in numba, by way of float32, wherever that is exact.
 
-Twice the lanes of float64, and less to widen. A block is looked at first: its elements are summed
-in float32, but for those whose ingredients lie too far apart for that. Meanwhile the next block is
-on its way from memory.
+Twice the lanes of float64, and less to widen. While a block is added up, it is seen how far apart
+the ingredients of each element lie: those that lie too far apart are added up again, in float64.
+Meanwhile the next block is on its way from memory.
 """
 
 # Numba's decorators change what functions take: their types cannot be stated.
