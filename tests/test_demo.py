@@ -57,10 +57,10 @@ def test_no_judged_image_was_seen_in_training(parts: Parts) -> None:
     """No two of the images in all parts, trained on or judged, have the same pixels."""
     assert _n_shared([parts.pretrain, parts.train, *parts.judged.values()]) == 0
     assert {split: len(judged) for split, judged in parts.judged.items()} == {
-        "val": 400,
-        "test": 797,
+        "val": 600,
+        "test": 597,
         "MNIST": 1000,
-        "corrupted": 4 * 797,
+        "corrupted": 4 * 597,
     }
 
 
@@ -74,7 +74,7 @@ def test_parts_depend_on_the_seed_alone(parts: Parts) -> None:
     """The same seed gives the same splits and corruptions; another seed gives others."""
 
     def target_splits(seed: int) -> list[Digits]:
-        divided = digits.divide(digits.load_target(), [600, 400, 797], seed)
+        divided = digits.divide(digits.load_target(), [600, 600, 597], seed)
         return [*divided, digits.corrupt(divided[2], seed)]
 
     expected = [parts.train, *(parts.judged[split] for split in ("val", "test", "corrupted"))]

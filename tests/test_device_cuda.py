@@ -551,7 +551,7 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
             load_task(Toy()),
             sink,
             mixture,
-            frozenset(),
+            {},
             split="val",
             guard_split=None,
             guard_every=0,

@@ -50,8 +50,8 @@ class Sizes:
     pretrain: int = 4000
     mnist: int = 1000
     train: int = 600
-    val: int = 400
-    test: int = 797
+    val: int = 600
+    test: int = 597
 
 
 @dataclass(frozen=True, slots=True)

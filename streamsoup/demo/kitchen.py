@@ -36,7 +36,7 @@ from streamsoup.report.page import write_text
 from streamsoup.soups.greedy import GreedySoup
 from streamsoup.soups.learned import LearnedSoup
 
-BATCH = 40
+BATCH = 60
 """Validation images in a batch of the learned soup: ten batches, of which two watch."""
 
 

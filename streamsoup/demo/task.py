@@ -18,7 +18,7 @@ from streamsoup.demo.digits import Digits
 splits = ["val", "test", "MNIST", "corrupted"]
 shifts = ["MNIST", "corrupted"]
 
-LEARNED = 40
+LEARNED = 60
 """Images of a batch to learn from: ten batches of validation, of which two watch."""
 
 JUDGED = 1000
