@@ -268,7 +268,7 @@ def draw(rows: Sequence[Row]) -> None:
             ]
             bars = axis.barh(names, [medians[name] for name in names], color=colours)
             axis.bar_label(bars, fmt=" %.2f")
-            axis.set_title(f"{case}, warm: whole process, seconds")
+            axis.set_title(f"{case}, warm: seconds")
             axis.margins(x=0.12)
         figure.savefig(RESULTS / "uniform.svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -294,9 +294,9 @@ def draw(rows: Sequence[Row]) -> None:
                 axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=label)
         for axis, title in zip(axes, ("seconds, whole process", "peak memory, MB"), strict=True):
             axis.set(title=title, xlabel="GB read", xscale="log")
-            axis.set_ylim(bottom=0)
-            axis.legend()
         axes[0].set_yscale("log")
+        axes[0].legend()
+        axes[1].set_ylim(0, 2 * axes[1].get_ylim()[1])  # flat is to look flat
         figure.savefig(RESULTS / "growth.svg", metadata={"Date": None})
         pyplot.close(figure)
 
