@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,9 @@ Floats = NDArray[np.float64]
 Widened = NDArray[np.float64] | NDArray[np.float32]
 
 GRAIN = SMALLEST_BLOCK
+
+DOT_GRAINS = 4
+"""Grains that a dot pass widens at once: what that takes is less than rows of all ingredients."""
 
 SPARED_NBYTES = 16 * 2**20
 """What compiling the small kernel of products takes less than `plan.PROCESS_NBYTES` counts.
@@ -123,48 +127,40 @@ def symmetric(products: Floats) -> Floats:
     return matrix
 
 
-class _Worker:
-    """What the two workers share: rows of one grain, and results, a row of numbers a grain."""
+class _Worker(ABC):
+    """What the two workers share: their results, a row of numbers for each grain of a block."""
 
     n_ahead = 0
 
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, n_rows: int, n_values: int) -> None:
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, n_values: int) -> None:
         self._plan = plan
-        self._rows = np.zeros((n_rows, GRAIN))
-        self._results = np.empty((-(-memory.block // GRAIN), n_values))
+        self._room = np.empty((-(-memory.block // GRAIN), n_values))
         self.spoiled = False
 
     def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
         """Begin a block."""
         self._tensor, self._start, self._n = tensor, start, n_units
+        self._results = self._room[: -(-n_units // GRAIN)]
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Take the blocks of all ingredients at once."""
         assert (first, len(inputs)) == (0, len(self._plan.ingredients))
         sources = self._tensor.sources
-        dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
-        self._n_grains = -(-self._n // GRAIN)
         with np.errstate(all="ignore"):
-            for grain in range(self._n_grains):
-                begin, end = grain * GRAIN, min((grain + 1) * GRAIN, self._n)
-                if end - begin < GRAIN:
-                    self._rows[:, end - begin :] = 0.0
-                values = [
-                    blocks.widen(data[begin * d.itemsize : end * d.itemsize], d)
-                    for data, d in zip(inputs, dtypes, strict=True)
-                ]
-                self._reduce(begin, end - begin, values, self._results[grain])
-        self.spoiled = not bool(np.isfinite(self._results[: self._n_grains]).all())
+            self._fill(inputs, [sources[layout].dtype for layout in self._plan.layout_of])
+        self.spoiled = not bool(np.isfinite(self._results).all())
 
     def result(self) -> Bytes:
         """Give the numbers of each grain of the block."""
-        return self._results[: self._n_grains].reshape(-1).view(np.uint8)
+        return self._results.reshape(-1).view(np.uint8)
 
     def close(self) -> None:
-        """Do nothing: arrays go with the worker."""
+        """Let go of the numbers."""
+        del self._room
 
-    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
+        """Fill the results, grain by grain."""
 
 
 class _GramWorker(_Worker):
@@ -173,14 +169,23 @@ class _GramWorker(_Worker):
     def __init__(self, gram: Gram) -> None:
         from streamsoup.kernels.inner import inner
 
-        super().__init__(gram.plan, gram.memory, gram.n_rows, gram.n_values)
+        super().__init__(gram.plan, gram.memory, gram.n_values)
         self._inner = inner
         self._base = gram.base
+        self._rows = np.zeros((gram.n_rows, GRAIN))
         self._matrix = np.empty((gram.n_rows, gram.n_rows))
         self._upper = np.triu_indices(gram.n_rows)
         self._n_products = gram.n_products(gram.n_rows)
 
-    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
+    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
+        for out, begin in zip(self._results, range(0, self._n, GRAIN), strict=True):
+            end = min(begin + GRAIN, self._n)
+            if end - begin < GRAIN:
+                self._rows[:, end - begin :] = 0.0
+            values = [_part(data, d, begin, end) for data, d in zip(inputs, dtypes, strict=True)]
+            self._reduce(end - begin, values, out)
+
+    def _reduce(self, n: int, values: Sequence[Widened], out: Floats) -> None:
         """Take differences, count those that are not zero, and multiply all rows."""
         rows = self._rows[:, :n]
         changed = out[self._n_products :]
@@ -223,29 +228,31 @@ class Dot:
 
 
 class _DotWorker(_Worker):
-    """One thread's part of a dot pass."""
+    """One thread's part of a dot pass: a few grains of one ingredient at a time."""
 
     def __init__(self, dot: Dot) -> None:
-        from streamsoup.kernels.inner import inner
+        from streamsoup.kernels import inner
 
-        super().__init__(dot.plan, dot.memory, dot.n_values, dot.n_values)
-        self._inner = inner
+        super().__init__(dot.plan, dot.memory, dot.n_values)
+        self._dot = inner.dot
         self._vectors = dot.vectors
-        self._vector = np.zeros((1, GRAIN))
-        self._products = np.empty((1, dot.n_values))
 
-    def _reduce(self, begin: int, n: int, values: Sequence[Widened], out: Floats) -> None:
-        """Take differences to the first ingredient, and multiply them by the vector."""
+    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
+        """Multiply the vector with the first ingredient, and with differences to it."""
         vector = self._vectors[self._tensor.name]
-        size = vector.dtype.itemsize
-        at = (self._start + begin) * size
-        self._vector[0, :n] = blocks.widen(vector.data[at : at + n * size], vector.dtype)
-        rows = self._rows[:, :n]
-        rows[0] = values[0]
-        for row, value in zip(rows[1:], values[1:], strict=True):
-            np.subtract(value, values[0], out=row, dtype=np.float64)
-        self._inner(self._vector, self._rows, False, self._products)
-        out[:] = self._products[0]
+        for begin in range(0, self._n, DOT_GRAINS * GRAIN):
+            end = min(begin + DOT_GRAINS * GRAIN, self._n)
+            u = _part(vector.data, vector.dtype, self._start + begin, self._start + end)
+            out = self._results[begin // GRAIN : -(-end // GRAIN)]
+            first = _part(inputs[0], dtypes[0], begin, end)
+            self._dot(u, first, first[:0], out[:, 0])
+            for i in range(1, len(inputs)):
+                self._dot(u, _part(inputs[i], dtypes[i], begin, end), first, out[:, i])
+
+
+def _part(data: Bytes, dtype: DType, begin: int, end: int) -> Widened:
+    """Widen elements of raw data."""
+    return blocks.widen(data[begin * dtype.itemsize : end * dtype.itemsize], dtype)
 
 
 class Sums:

@@ -19,7 +19,7 @@ from streamsoup.cli import main
 from streamsoup.cli.geometry import describe, write_json
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
 from streamsoup.inner import GRAIN
-from streamsoup.kernels.inner import LANES, inner
+from streamsoup.kernels.inner import LANES, dot, inner
 from streamsoup.options import Options
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
@@ -428,3 +428,24 @@ def test_json_is_written_a_tensor_at_a_time(files: list[str]) -> None:
     printed = io.StringIO()
     write_json(found, printed)
     assert json.loads(printed.getvalue()) == found.to_builtins()
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 4095, 4096, 4097, 3 * 4096 + 77])
+def test_both_kernels_add_up_in_one_order(n: int) -> None:
+    """A vector's products have the bits of the same products in a matrix: one order is the law."""
+    rng = np.random.default_rng(n)
+    vector, row, first = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
+    n_grains = -(-n // GRAIN)
+    padded = np.zeros((3, n_grains * GRAIN))
+    padded[0, :n] = vector
+    padded[1, :n] = row.astype(np.float64) - first
+    padded[2, :n] = first
+    found = np.empty((n_grains, 2))
+    dot(vector, row, first, found[:, 0])
+    dot(vector.astype(np.float64), first, first[:0], found[:, 1])
+    for grain in range(n_grains):
+        rows = np.ascontiguousarray(padded[:, grain * GRAIN : (grain + 1) * GRAIN])
+        out = np.empty((1, 2))
+        inner(rows[:1], rows[1:], False, out)
+        assert found[grain].tobytes() == out[0].tobytes()
+    assert np.allclose(found.sum(0), [(padded[0] * padded[i]).sum() for i in (1, 2)], rtol=1e-9)
