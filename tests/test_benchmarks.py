@@ -40,6 +40,7 @@ def test_rows_name_no_place() -> None:
 def test_a_tiny_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are checked, then limits and streamsoup are measured, and rows come of it."""
     monkeypatch.setenv("STREAMSOUP_BENCH", str(tmp_path))
+    monkeypatch.setattr(uniform, "settle", lambda: None)  # other tests never let it be quiet
     uniform.run(Session(tmp_path / "rows", log=False), Case("0.5M", 3, "F16", 2), rounds=2)
     rows = read(tmp_path / "rows")
     ours = [row for row in rows if row["tool"] == "streamsoup"]
