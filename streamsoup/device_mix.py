@@ -190,7 +190,7 @@ def device_budget(device: Device[Any, Any], options: Options) -> int:
     if budget is None:
         with our_errors(device.name):
             return device.free_nbytes() // FREE_SHARE
-    return parse_nbytes(budget) if isinstance(budget, str) else budget
+    return parse_nbytes(budget)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ Widened = NDArray[np.float64] | NDArray[np.float32]
 GRAIN = SMALLEST_BLOCK
 
 DOT_GRAINS = 4
-"""Grains that a dot pass widens at once: what that takes is less than rows of all ingredients."""
+"""Grains that a dot pass widens at once: at most 22 bytes an element, as the rows of two take."""
 
 SPARED_NBYTES = 16 * 2**20
 """What compiling the small kernel of products takes less than `plan.PROCESS_NBYTES` counts.

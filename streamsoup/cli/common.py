@@ -34,32 +34,36 @@ def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-class Integer(click.IntRange):
+class _Plain:
+    """What is added to click's ranges of numbers: plain digits, and no range where none is given.
+
+    Python alone takes more for a number: 1_0 for ten, and the digits of all scripts.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it as click does, once it is plain."""
+        if isinstance(value, str) and not is_plain(value):
+            raise click.BadParameter(
+                f"{printable(value)!r} is no number in plain digits", ctx, param
+            )
+        return super().convert(value, param, ctx)  # type: ignore[misc]
+
+    def _describe_range(self) -> Any:
+        # Click would say "x<=None" of any number.
+        limits = (self.min, self.max)  # type: ignore[attr-defined]
+        return "" if limits == (None, None) else super()._describe_range()  # type: ignore[misc]
+
+
+class Integer(_Plain, click.IntRange):
     """A whole number, in a range if one is given."""
 
     name = "integer"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it as click does, once it is plain."""
-        return super().convert(_plain(value, param, ctx), param, ctx)
 
-    def _describe_range(self) -> str:
-        # Click would say "x<=None" of any number.
-        return "" if self.min is None and self.max is None else super()._describe_range()
-
-
-class Number(click.FloatRange):
+class Number(_Plain, click.FloatRange):
     """A number, in a range if one is given."""
 
     name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it as click does, once it is plain."""
-        return super().convert(_plain(value, param, ctx), param, ctx)
-
-    def _describe_range(self) -> str:
-        # Click would say "x<=None" of any number.
-        return "" if self.min is None and self.max is None else super()._describe_range()
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
@@ -75,13 +79,6 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
             return parse_nbytes(value)
         except RecipeError as error:
             raise click.BadParameter(str(error), ctx, param) from None
-
-
-def _plain(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-    """Refuse what Python alone takes for a number: 1_0 for ten, and the digits of all scripts."""
-    if isinstance(value, str) and not is_plain(value):
-        raise click.BadParameter(f"{printable(value)!r} is no number in plain digits", ctx, param)
-    return value
 
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")

@@ -13,18 +13,13 @@ from numpy.typing import NDArray
 
 from streamsoup.tensors import DType
 
-__all__ = ["accumulate", "finish", "narrow", "scratch_nbytes", "widen"]
+__all__ = ["accumulate", "finish", "narrow", "widen"]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 BLOCK = 1 << 14
-"""Elements at a time: their sums fill 64 KiB, and stay in a core's own cache."""
-
-
-def scratch_nbytes() -> int:
-    """Bytes a thread holds beside its arguments."""
-    return BLOCK * 64
+"""Elements at a time: their sums fill 128 KiB, and stay in a core's second cache."""
 
 
 def accumulate(

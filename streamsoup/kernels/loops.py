@@ -1,6 +1,6 @@
 """The arithmetic in numba: all ingredients of a block in one pass over memory.
 
-The sums of a few thousand elements stay in a core's first cache while ingredient after ingredient
+The sums of a few hundred elements stay in a core's first cache while ingredient after ingredient
 is added to them, four at a time in registers, and leave it once, rounded. The loops hold no
 branch and no call, so that LLVM turns them into vector instructions.
 
