@@ -1,6 +1,6 @@
 """The arithmetic in numpy, a cache-sized block at a time.
 
-About a third of the speed of the numba kernel, and ready some tenths of a second earlier: small
+Five (float32) to eleven (bfloat16) times slower than the numba kernel, and ready sooner: small
 jobs end before numba is imported. Also the one kernel for ingredients of several dtypes.
 """
 
