@@ -22,6 +22,7 @@ from streamsoup.digest import Digests
 from streamsoup.errors import Interrupted, NonFiniteError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
+from streamsoup.kernels.environment import standard_floats
 from streamsoup.plan import Leaf, MemoryPlan, MixPlan, PlannedTensor
 from streamsoup.read import Reader, Session
 from streamsoup.reduce import Reduction, Worker
@@ -214,6 +215,7 @@ class _Pass:
         try:
             under_way: deque[_Block] = deque()
             with (
+                standard_floats(),
                 closing(self.reader.session()) as reading,
                 closing(self.sink.session()) as writing,
                 closing(self.reduction.worker()) as worker,

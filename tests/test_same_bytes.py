@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import as_hub_snapshot, load, random_model, save, save_sharded, tensor
 
 from streamsoup import Options, mix, plan, reduce, stream, uniform, write
@@ -92,6 +93,44 @@ def test_blocks_do_not_change_bytes(
     cut = uniform(paths, output=tmp_path / "cut", options=Options(io="read"))
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert digests(cut) == digests(whole)
+
+
+@pytest.mark.parametrize("load_nbytes", [1, 10**12])
+def test_a_caller_that_flushes_subnormals_changes_no_byte(
+    load_nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a caller has told its processor does not hold for us, and holds for it afterwards."""
+    monkeypatch.setattr(reduce, "LOAD_NBYTES", load_nbytes)  # compiled kernels, or numpy
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", load_nbytes)
+    codes = np.arange(1, 125)  # all of them subnormal, in each of these
+    paths = [
+        save(
+            tmp_path / f"m{i}",
+            {
+                "f64": tensor((codes + i).astype(np.uint64).view(np.float64)),
+                "f32": tensor((codes + i).astype(np.uint32).view(np.float32)),
+                "bf16": tensor(np.repeat((codes + i).astype(np.uint16), 9), "BF16"),
+                "f16": tensor(np.repeat((codes + i).astype(np.uint16), 9).view(np.float16)),
+                "f8": tensor(np.repeat((codes % 4).astype(np.uint8), 9), "F8_E5M2"),
+            },
+        )
+        for i in range(3)
+    ]
+    uniform(paths, output=tmp_path / "standard")
+    expected = content(tmp_path / "standard")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    tiny = torch.tensor(1e-40)
+    try:
+        assert float(tiny * 1.0) == 0.0
+        uniform(paths, output=tmp_path / "flushed", options=Options(threads=1))
+        uniform(paths, output=tmp_path / "threads", options=Options(threads=2))
+        assert float(tiny * 1.0) == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+    assert content(tmp_path / "flushed") == expected
+    assert content(tmp_path / "threads") == expected
+    assert any(load(tmp_path / "standard")["f32"])
 
 
 def test_engines_do_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

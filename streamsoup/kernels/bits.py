@@ -15,7 +15,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from streamsoup.tensors import DType
@@ -24,14 +23,9 @@ __all__ = [
     "WORDS",
     "as_float64",
     "bits64",
-    "load_two",
     "narrow",
-    "narrow_small",
     "numbers",
-    "pair",
     "pointer",
-    "prefetch",
-    "store_two",
     "widen",
 ]
 
@@ -50,25 +44,6 @@ def pointer(typing: Any, address: Any, word: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return signature, generate
-
-
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
-    """Have the cache line at an address, which need not exist, on its way to the second cache.
-
-    Not to the first: blocks of the same tensor lie at the same place of a page in every ingredient,
-    so that all of them compete for the same few lines there, and push each other out.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, second, data = (ir.Constant(number, n) for n in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), read, second, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
 
 
 def _bitcast(source: Any, target: Any, llvm: ir.Type) -> Any:
@@ -91,16 +66,6 @@ bits64 = _bitcast(types.float64, types.uint64, ir.IntType(64))
 
 
 @intrinsic
-def _to_half(typing: Any, value: Any) -> Any:
-    """Round a float32 to a float16's bits, with the processor's own conversion."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
-
-
-@intrinsic
 def _from_half(typing: Any, bits: Any) -> Any:
     """Give the value of a float16's bits, exactly, with the processor's own conversion."""
 
@@ -117,12 +82,6 @@ def numbers(dtype: DType) -> tuple[int, ...]:
     way = names.index(dtype.name)
     row = (way, dtype.nbits, dtype.fraction, dtype.bias, dtype.largest, dtype.overflow, dtype.nan)
     return row
-
-
-def pair(dtype: tuple[int, ...]) -> Any:
-    """Give the type of the words in which `load_two` reads a 16- or 8-bit dtype."""
-    way, nbits, *_ = dtype
-    return WORDS[nbits if way == _F16 else 2 * nbits]
 
 
 @numba.njit(forceinline=True)
@@ -173,60 +132,3 @@ def narrow(
     code = small if absolute < np.uint64((1023 + 1 - bias) << 52) else code
     code = min(code, np.uint64(overflow))
     return (np.uint64(nan) if value != value else code | sign), code
-
-
-@numba.njit(forceinline=True)
-def load_two(x: Any, j: int, half: int, way: int) -> Any:
-    """Give the values of two 16- or 8-bit floats in float32, exactly; of E4M3, 2^-8 of them.
-
-    Which two: neighbours, read as one word, so that lanes need not be moved apart; of float16,
-    which the processor widens as it loads it, elements `j` and `half + j`.
-    """
-    if way == _F16:
-        return _from_half(np.uint16(x[j])), _from_half(np.uint16(x[half + j]))
-    if way == _BF16:
-        low = _as_float32(np.uint32(np.uint32(x[j]) << np.uint32(16)))
-        return low, _as_float32(np.uint32(np.uint32(x[j]) & np.uint32(0xFFFF0000)))
-    if way == _E5M2:  # the upper byte of a float16
-        low = _from_half(np.uint16(np.uint16(x[j]) << np.uint16(8)))
-        return low, _from_half(np.uint16(np.uint16(x[j]) & np.uint16(0xFF00)))
-    # E4M3: the sign stays, what is copied of it on the way is cut off.
-    first = np.int16(np.uint16(np.uint16(x[j]) << np.uint16(8))) >> np.int16(1)
-    second = np.int16(np.uint16(np.uint16(x[j]) & np.uint16(0xFF00))) >> np.int16(1)
-    low = _from_half(np.uint16(np.int16(first) & np.int16(-0x4001)))
-    return low, _from_half(np.uint16(np.int16(second) & np.int16(-0x4001)))
-
-
-@numba.njit(forceinline=True)
-def store_two(y: Any, j: int, half: int, low: Any, high: Any, way: int, nbits: int) -> None:
-    """Store the bits of two 16- or 8-bit floats where `load_two` would find them."""
-    if way == _F16:
-        y[j] = low
-        y[half + j] = high
-    else:
-        # What is not finite, and will be mended, must not spoil its neighbour.
-        low = np.uint32(np.uint32(low) & np.uint32((1 << nbits) - 1))
-        y[j] = low | np.uint32(np.uint32(high) << np.uint32(nbits))
-
-
-@numba.njit(forceinline=True)
-def narrow_small(value: Any, way: int, nbits: int, fraction: int, bias: int) -> Any:
-    """Round a float32 to the bits of a 16- or 8-bit float whose range it does not leave."""
-    if way == _F16:
-        return _to_half(value)
-    # Each step is cut to 32 bits, as numba would go on in 64, at half the lanes.
-    bits = _bits32(value)
-    shift = np.uint32(23 - fraction)
-    below_half = np.uint32((1 << (22 - fraction)) - 1)
-    absolute = bits if way == _BF16 else np.uint32(bits & np.uint32(0x7FFFFFFF))
-    parity = np.uint32(np.uint32(absolute >> shift) & np.uint32(1))
-    code = np.uint32(np.uint32(absolute + np.uint32(below_half + parity)) >> shift)
-    if way == _BF16:  # the upper half of a float32, sign included
-        return code
-    code = np.uint32(code - np.uint32((127 - bias) << fraction))
-    # As in `narrow`, with the 23 fraction bits of a float32.
-    scale = _as_float32(np.uint32((127 + bias - 1 + fraction) << 23))
-    small = _bits32(abs(value) * scale + np.float32(8388608.0)) & np.uint32((1 << 23) - 1)
-    code = np.uint32(small) if absolute < np.uint32((127 + 1 - bias) << 23) else code
-    sign = np.uint32(bits >> np.uint32(32 - nbits)) & np.uint32(1 << (nbits - 1))
-    return np.uint32(code | np.uint32(sign))

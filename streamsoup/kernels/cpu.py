@@ -29,14 +29,11 @@ from numpy.typing import NDArray
 
 from streamsoup.tensors import DType
 
-__all__ = ["BLOCK", "MOST", "Mixer", "find_mixer", "has_kernel", "mixer"]
+__all__ = ["BLOCK", "Mixer", "find_mixer", "has_kernel", "mixer"]
 
 BLOCK = 256
 """Elements at a time. Small: every ingredient's stream moves on often enough for the processor to
 see it coming, and what many of them hold at the same place of a page still fits the first cache."""
-
-MOST = 128
-"""Ingredients whose mean may be taken in float32: beyond, little would be exact."""
 
 _NEVER_CALLED = ("NRT_MemInfo_call_dtor", "numba_gil_ensure", "numba_gil_release")
 """What numba's wrapper would call on an exception; kernels raise none."""
@@ -71,7 +68,7 @@ class Mixer:
         memory: the caller keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = np.empty(3 * BLOCK + MOST, np.float64)
+            self._own.scratch = np.empty(3 * BLOCK, np.float64)
         spoiled = self._call(
             sums.ctypes.data if len(sums) else 0,
             addresses.ctypes.data,
@@ -145,7 +142,7 @@ def _cache_name(source: DType, output: DType) -> str:
     features: Any = llvm.get_host_cpu_features()
     parts = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features.flatten()]
     parts += [llvm.get_default_triple(), str(os.environ.get("NUMBA_CPU_NAME"))]
-    for room in ("bits.py", "cpu.py", "loops.py", "means.py"):
+    for room in ("bits.py", "cpu.py", "loops.py", "means.py", "vectors.py"):
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())
     key = xxhash.xxh3_128_hexdigest("\0".join(parts).encode())

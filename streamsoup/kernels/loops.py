@@ -26,12 +26,11 @@ from streamsoup.kernels.bits import (
     bits64,
     narrow,
     numbers,
-    pair,
     pointer,
     widen,
 )
-from streamsoup.kernels.cpu import BLOCK, MOST
-from streamsoup.kernels.means import mean, prepare
+from streamsoup.kernels.cpu import BLOCK
+from streamsoup.kernels.means import GROUP, MOST, STRETCH, mean_of
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
@@ -39,7 +38,13 @@ __all__ = ["compile_mix"]
 _SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.int64)
 
 _PATIENCE = 16
-"""Blocks that are not tried in float32 after one where it was not worth it."""
+"""Stretches that are not tried in float32 after one where it was not worth it."""
+
+
+@numba.njit(forceinline=True)
+def _never(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+    """Stand in for `means.mean` where there is none."""
+    return False, np.uint64(0)
 
 
 def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
@@ -60,7 +65,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
     word, to_word = WORDS[nbits], WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
     small = source == output and nbits <= 16
-    two_words = pair(source) if small else word
+    mean = mean_of(source) if small else _never
 
     # Never ``fastmath``: it reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch. A kernel must not allocate or raise: it is loaded without numba.
@@ -91,27 +96,26 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         mantissa = bits64(divisor) & np.uint64((1 << 52) - 1)
         exact = mantissa == np.uint64(0) and abs(divisor) >= 1.0 and abs(divisor) <= 2.0**100
         in_float32 = small and uniform and k <= MOST
-        if in_float32:
-            prepare(scratch_at, word, nbits)
         worst = np.uint64(0)
         next_try = 0
         # A first block that is short, so that those after it begin with a cache line: as headers
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
-        for stop in range(lead, n + BLOCK, BLOCK):
-            start = max(0, stop - BLOCK)
-            m = min(stop, n) - start
-            if m <= 0:
-                continue
-            if in_float32 and start >= next_try and m == BLOCK:
-                at = output + start * size
+        stop = 0
+        while stop < n:
+            start = stop
+            stretch = min(STRETCH, n - start) // GROUP * GROUP
+            if in_float32 and start >= max(lead, next_try) and stretch > 0:
                 done, magnitude = mean(
-                    addresses, start * size, scratch_at, at, word, two_words, source
+                    addresses, start * size, stretch, scratch_at, output + start * size
                 )
                 worst = max(worst, magnitude)
                 if done:
+                    stop = start + stretch
                     continue
-                next_try = start + _PATIENCE * BLOCK
+                next_try = start + _PATIENCE * STRETCH
+            stop = min(lead if start < lead else start + BLOCK, n)
+            m = stop - start
             acc_at = sums_at + 8 * start if sums_at != 0 else scratch_at
             acc = numba.carray(pointer(acc_at, types.float64), (m,))
             i = 0

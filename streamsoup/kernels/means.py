@@ -1,8 +1,9 @@
 """Means of 16- and 8-bit floats in numba, by way of float32, wherever that is exact.
 
-Twice the lanes of float64, and less to widen. While a block is added up, it is seen how far apart
-the ingredients of each element lie: those that lie too far apart are added up again, in float64.
-Meanwhile the next block is on its way from memory.
+Twice the elements of float64 in a register, and little to widen: the fields of a small float, put
+where those of a float32 are, are its value times a power of two, subnormals too. All ingredients of
+a few cache lines are added up and rounded in registers; meanwhile it is seen how far apart those of
+each element lie, and what lies too far apart is added up again, in float64.
 """
 
 # Numba's decorators change what functions take: their types cannot be stated.
@@ -17,160 +18,166 @@ import numba
 import numpy as np
 from numba import types
 
-from streamsoup.kernels.bits import (
-    load_two,
-    narrow,
-    narrow_small,
-    pointer,
-    prefetch,
-    store_two,
-    widen,
+from streamsoup.kernels.bits import WORDS, narrow, pointer, widen
+from streamsoup.kernels.vectors import (
+    Vector,
+    as_vector,
+    concatenated,
+    first_half,
+    larger,
+    load,
+    reaches,
+    second_half,
+    shifted_signed,
+    smaller,
+    splat,
+    store,
 )
-from streamsoup.kernels.cpu import BLOCK, MOST
 
-__all__ = ["mean", "prepare"]
+__all__ = ["GROUP", "MOST", "STRETCH", "mean_of"]
 
-_HALF = BLOCK // 2
-_SUMS, _ENDS, _ZEROS, _SPANS, _INPUTS = 0, 8 * BLOCK, 16 * BLOCK, 20 * BLOCK, 24 * BLOCK
-"""Where in the scratch of `cpu.Mixer` things are kept, in bytes."""
+MOST = 64
+"""Ingredients whose mean may be taken in float32: beyond, little would be exact."""
 
+GROUP = 128
+"""Elements at a time. Their sums fill eight registers of 64 bytes; each ingredient moves on by two
+cache lines (8 bits) or four (16 bits), which is what the processor sees coming by itself."""
 
-@numba.njit(forceinline=True)
-def prepare(scratch_at: int, word: Any, nbits: int) -> None:
-    """Set up the scratch: as many ingredients of -0, which changes neither sums nor spans."""
-    zeros = numba.carray(pointer(scratch_at + _ZEROS, word), (BLOCK,))
-    for j in range(BLOCK):
-        zeros[j] = word(1 << (nbits - 1))
-    inputs = numba.carray(pointer(scratch_at + _INPUTS, types.int64), (MOST,))
-    for i in range(MOST):
-        inputs[i] = scratch_at + _ZEROS
+STRETCH = 8 * GROUP
+"""Elements after which it is seen whether float32 is worth it."""
 
 
-@numba.njit(forceinline=True)
-def mean(
-    addresses: Any, offset: int, scratch_at: int, y_at: int, word: Any, two: Any, row: Any
-) -> Any:
-    """Put the means of `BLOCK` elements, `offset` bytes into the ingredients, at `y_at`.
-
-    Says whether it did: not where many elements need float64. Also says how far the magnitudes of
-    those few that did went beyond what is finite. `word` is the type of an element's bits, `two`
-    that of two of them (`bits.pair`), `row` what `bits.numbers` gives.
-    """
-    k = len(addresses)
-    way, nbits, fraction, bias, largest, overflow, nan = row
-    # Magnitudes that lie within 2^d are multiples of one unit, below 2^(fraction + 1 + d) of it. If
-    # `k` of them stay below 2^24, each of their sums is a float32.
-    n_doublings = 0
-    while (1 << n_doublings) < k:
-        n_doublings += 1
-    # Sums of bfloat16 must not overflow: `MOST` of the magnitudes below this do not.
-    huge = min(largest + 1, (254 - 7) << 7)
+def mean_of(dtype: tuple[int, ...]) -> Any:
+    """Give the compiled loop for a 16- or 8-bit dtype, as `bits.numbers` describes it."""
+    way, nbits, fraction, bias, most_finite, overflow, nan = dtype
+    size = nbits // 8
+    word: Any = WORDS[nbits]
+    words, singles = Vector(word, GROUP), Vector(types.float32, GROUP)
+    bits32 = Vector(types.uint32, GROUP)
+    apart, together = _conversions(nbits, fraction)
     mask = (1 << (nbits - 1)) - 1
-    limit = word(min((23 - fraction - n_doublings) << fraction, mask))
-    inputs = numba.carray(pointer(scratch_at + _INPUTS, types.int64), (MOST,))
-    for i in range(k):
-        inputs[i] = addresses[i] + offset
-    spans = numba.carray(pointer(scratch_at + _SPANS, word), (BLOCK,))
-    sums = numba.carray(pointer(scratch_at + _SUMS, types.float32), (BLOCK,))
-    n_wide = 0
-    if _add_up(inputs, k, scratch_at, sums, spans, word, two, way, mask, huge) >= limit:
-        for j in range(BLOCK):
-            n_wide += spans[j] >= limit
-        if n_wide > BLOCK // 16:
-            return False, np.uint64(0)
-    # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be halfway
-    # between two values of `y`: k·h is a float32, so that a sum which is not k·h is more than 2^-24
-    # of it away, and its quotient is not rounded to h. (Or k is a power of two, and it is exact.)
-    divisor = np.float32(k * (2.0**-8 if bias == 7 else 1.0))  # E4M3: see `load_two`
-    pairs = numba.carray(pointer(y_at, two), (BLOCK,))
-    if (1 << n_doublings) == k:  # multiplying by the reciprocal is the same, and takes no time
+    # Sums of bfloat16 must not overflow: `MOST` of the magnitudes below this do not.
+    huge = min(most_finite + 1, (254 - 6) << 7)
+    # E4M3 are multiples of 2^-9 below 2^9: sums of `MOST` of them stay within 2^24 multiples.
+    always_near = most_finite == 0x7E
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+        """Put the means of `n` elements, `offset` bytes into the ingredients, at `y_at`.
+
+        `n` is a multiple of `GROUP`. Says whether it did: not where many elements need float64.
+        Also says how far the magnitudes of those few that did went beyond what is finite.
+        """
+        k = len(addresses)
+        # Magnitudes within 2^d are multiples of one unit, below 2^(fraction + 1 + d) of it. If `k`
+        # of them stay below 2^24, each of their sums is a float32.
+        n_doublings = 0
+        while (1 << n_doublings) < k:
+            n_doublings += 1
+        limit = word(mask if always_near else min((23 - fraction - n_doublings) << fraction, mask))
+        # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be
+        # halfway between two values of `y`: k·h is a float32, so that a sum which is not k·h is
+        # more than 2^-24 of it away, and its quotient is not rounded to h; nor where float32 is
+        # subnormal, as it then has 12 places more. (Or k is a power of two, and it is exact.)
+        exact = (1 << n_doublings) == k
+        divisor = np.float32(k)
         reciprocal = np.float32(1.0) / divisor
-        for j in range(_HALF):
-            low = narrow_small(sums[j] * reciprocal, way, nbits, fraction, bias)
-            high = narrow_small(sums[_HALF + j] * reciprocal, way, nbits, fraction, bias)
-            store_two(pairs, j, _HALF, low, high, way, nbits)
-    else:
-        for j in range(_HALF):
-            low = narrow_small(sums[j] / divisor, way, nbits, fraction, bias)
-            high = narrow_small(sums[_HALF + j] / divisor, way, nbits, fraction, bias)
-            store_two(pairs, j, _HALF, low, high, way, nbits)
-    worst = np.uint64(0)
-    y = numba.carray(pointer(y_at, word), (BLOCK,))
-    for j in range(BLOCK if n_wide else 0):
-        if spans[j] >= limit:
-            total = widen(numba.carray(pointer(inputs[0], word), (BLOCK,))[j], way, nan)
-            for i in range(1, k):
-                x = numba.carray(pointer(inputs[i], word), (BLOCK,))
-                total += widen(x[j], way, nan)
-            bits, magnitude = narrow(total / k, way, nbits, fraction, bias, overflow, nan)
-            y[j] = word(bits)
-            worst = max(worst, magnitude)
-    return True, worst
+        n_far, worst = 0, np.uint64(0)
+        for at in range(0, n * size, GROUP * size):
+            sums: Any = splat(np.float32(-0.0), singles)  # so that -0 stays -0
+            # The largest magnitude; one less than the smallest that is not zero.
+            high, low = splat(word(0), words), splat(word(2 * mask + 1), words)
+            for i in range(k):
+                x = load(addresses[i] + (offset + at), words)
+                magnitude = x & word(mask)
+                high = larger(high, magnitude)
+                low = smaller(low, magnitude - word(1))
+                sums = sums + as_vector(apart(x), singles)
+            # Multiplying by the reciprocal is the same, and takes no time.
+            quotient = sums * reciprocal if exact else sums / divisor
+            # Half to even: just below half of the last kept place is added, plus its parity; a
+            # carry runs into the exponent.
+            bits = as_vector(quotient, bits32)
+            parity = (bits >> np.uint32(23 - fraction)) & np.uint32(1)
+            bits = bits + np.uint32((1 << (22 - fraction)) - 1) + parity
+            store(y_at + at, together(bits))
+            span = high if always_near else high - (low + word(1))
+            if reaches(span, limit) or reaches(high, word(huge)):
+                store(scratch_at, span)
+                store(scratch_at + GROUP * size, high)
+                here, reached = redo(addresses, offset + at, scratch_at, y_at + at, limit)
+                n_far, worst = n_far + here, max(worst, reached)
+                if n_far > n // 16:
+                    return False, np.uint64(0)
+        return True, worst
+
+    @numba.njit(error_model="numpy")
+    def redo(addresses: Any, offset: int, scratch_at: int, y_at: int, limit: Any) -> Any:
+        """Put the means of those elements of a group that lie far apart, and say how many."""
+        spans = numba.carray(pointer(scratch_at, word), (GROUP,))
+        highs = numba.carray(pointer(scratch_at + GROUP * size, word), (GROUP,))
+        y = numba.carray(pointer(y_at, word), (GROUP,))
+        n_far, worst = 0, np.uint64(0)
+        for j in range(GROUP):
+            if spans[j] >= limit or highs[j] >= word(huge):
+                total = -0.0
+                for i in range(len(addresses)):
+                    x = numba.carray(pointer(addresses[i] + offset, word), (GROUP,))
+                    total += widen(x[j], way, nan)
+                divided = total / len(addresses)
+                code, reached = narrow(divided, way, nbits, fraction, bias, overflow, nan)
+                y[j] = word(code)
+                n_far, worst = n_far + 1, max(worst, reached)
+        return n_far, worst
+
+    return mean
 
 
-@numba.njit(forceinline=True)
-def _add_up(
-    inputs: Any,
-    k: int,
-    scratch_at: int,
-    sums: Any,
-    spans: Any,
-    word: Any,
-    two: Any,
-    way: int,
-    mask: int,
-    huge: int,
-) -> Any:
-    """Add up a block in float32, and find how far apart the magnitudes of each element are.
+def _conversions(nbits: int, fraction: int) -> tuple[Any, Any]:
+    """Give what puts the fields of `GROUP` small floats into float32s, and takes them out again.
 
-    Four ingredients at a time, whose blocks are in the first cache when they are looked at again;
-    meanwhile their next blocks are asked for. Spans are counted in bits; zeros do not count. Where
-    a magnitude reaches `huge`, the span is `mask`. Gives the largest span.
+    Between the two, elements are in an order of their own.
     """
-    one, magnitude = word(1), word(mask)
-    size = 1 if mask < 256 else 2
-    # The largest magnitude; one less than the smallest that is not zero.
-    highs = numba.carray(pointer(scratch_at + _ENDS, word), (BLOCK,))
-    lows = numba.carray(pointer(scratch_at + _ENDS + size * BLOCK, word), (BLOCK,))
-    for j in range(BLOCK):
-        highs[j] = word(0)
-    for j in range(BLOCK):
-        lows[j] = word(2 * mask + 1)
-    for j in range(BLOCK):
-        sums[j] = np.float32(-0.0)  # so that -0 stays -0
-    for i in range(0, k, 4):
-        for ahead in range(4):
-            for line in range(0, size * BLOCK, 64):
-                prefetch(inputs[i + ahead] + size * BLOCK + line)
-        x0 = numba.carray(pointer(inputs[i], word), (BLOCK,))
-        x1 = numba.carray(pointer(inputs[i + 1], word), (BLOCK,))
-        x2 = numba.carray(pointer(inputs[i + 2], word), (BLOCK,))
-        x3 = numba.carray(pointer(inputs[i + 3], word), (BLOCK,))
-        for j in range(BLOCK):
-            a0, a1 = word(x0[j] & magnitude), word(x1[j] & magnitude)
-            a2, a3 = word(x2[j] & magnitude), word(x3[j] & magnitude)
-            high = max(max(a0, a1), max(a2, a3))
-            low = min(word(a0 - one), word(a1 - one))
-            low = min(low, min(word(a2 - one), word(a3 - one)))
-            highs[j] = max(high, highs[j])
-            lows[j] = min(low, lows[j])
-        y0 = numba.carray(pointer(inputs[i], two), (BLOCK,))
-        y1 = numba.carray(pointer(inputs[i + 1], two), (BLOCK,))
-        y2 = numba.carray(pointer(inputs[i + 2], two), (BLOCK,))
-        y3 = numba.carray(pointer(inputs[i + 3], two), (BLOCK,))
-        for j in range(_HALF):
-            low0, high0 = load_two(y0, j, _HALF, way)
-            low1, high1 = load_two(y1, j, _HALF, way)
-            low2, high2 = load_two(y2, j, _HALF, way)
-            low3, high3 = load_two(y3, j, _HALF, way)
-            first, second = sums[j] + low0, sums[_HALF + j] + high0
-            first, second = first + low1, second + high1
-            first, second = first + low2, second + high2
-            sums[j], sums[_HALF + j] = first + low3, second + high3
-    widest = word(0)
-    for j in range(BLOCK):
-        span = word(highs[j] - word(lows[j] + one))
-        span = magnitude if highs[j] >= word(huge) else span
-        spans[j] = span
-        widest = max(widest, span)
-    return widest
+    drop = 9 + fraction - nbits  # exponent bits that float32 has more
+    if nbits == 16:
+        return _step(types.uint16, types.uint32, drop)
+    # 8 bits to those of a bfloat16, and those to a float32: fewer instructions than at once.
+    to_brain, from_brain = _step(types.uint8, types.uint16, drop)
+    to_single, from_single = _step(types.uint16, types.uint32, 0)
+
+    @numba.njit(forceinline=True)
+    def apart(x: Any) -> Any:
+        return to_single(to_brain(x))
+
+    @numba.njit(forceinline=True)
+    def together(x: Any) -> Any:
+        return from_brain(from_single(x))
+
+    return apart, together
+
+
+def _step(element: Any, wide: Any, drop: int) -> tuple[Any, Any]:
+    """Give what puts small floats into the upper halves of words, and takes them out again.
+
+    There the exponent has `drop` more bits. Neighbours are read as one word, and come to lie half a
+    vector from each other, so that nothing need be moved from register to register.
+    """
+    width, small, words = element.bitwidth, Vector(element, GROUP), Vector(wide, GROUP // 2)
+    sign, magnitude = 1 << (2 * width - 1), (1 << (width - 1)) - 1
+
+    @numba.njit(forceinline=True)
+    def apart(x: Any) -> Any:
+        # The sign stays; what is copied of it on the way is cut off.
+        keep = wide(sign | magnitude << (width - drop))
+        second: Any = as_vector(x, words)
+        first = second << wide(width)
+        return concatenated(
+            shifted_signed(first, wide(drop)) & keep, shifted_signed(second, wide(drop)) & keep
+        )
+
+    @numba.njit(forceinline=True)
+    def together(x: Any) -> Any:
+        x = ((x << wide(drop)) & wide(magnitude << width)) | (x & wide(sign))
+        return as_vector((first_half(x) >> wide(width)) | second_half(x), small)
+
+    return apart, together
