@@ -4,7 +4,7 @@ The order is part of the law: a grain of 4096 elements is cut into 128 rows of 3
 adds its products up row by row, each product rounded and then added; then the lanes are folded,
 the upper half onto the lower, until one is left. So a sum depends on neither threads nor blocks.
 
-`in_numpy` is ready at once; `Products` is compiled (`tiles`), and forty times as fast. Both give
+`in_numpy` is ready at once; `Products` is compiled (`products`), and forty times as fast. Both give
 the same bits: as lanes begin at +0, none is ever -0, and rows of zeros change nothing.
 """
 
@@ -63,7 +63,7 @@ SUMS = 1 << 12
 STRIP = 4
 """Rows that are multiplied at once, at most: lanes are held for as many with all rows at least."""
 
-_ROOMS = ("bits.py", "inner.py", "tiles.py")
+_ROOMS = ("bits.py", "inner.py", "products.py", "tiles.py")
 """What the kernel is compiled from."""
 
 
@@ -137,7 +137,7 @@ class Products:
 
     def __init__(self, kernel: Kernel) -> None:
         """Wrap a kernel, which lives as long as this does."""
-        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 10)(kernel.address)
+        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 9)(kernel.address)
         self._kernel = kernel
         self._own = threading.local()
 
@@ -172,11 +172,15 @@ class Products:
         if getattr(self._own, "nbytes", 0) < nbytes:
             self._own.scratch, self._own.nbytes = np.empty(nbytes // 8), nbytes
         scratch = self._own.scratch
-        addresses = np.array([each.ctypes.data for each in inputs], np.int64)
-        kinds = np.array([KINDS.index(dtype.name) for dtype in dtypes], np.int64)
+        table = np.array(
+            [
+                (data.ctypes.data, KINDS.index(dtype.name), dtype.itemsize)
+                for data, dtype in zip(inputs, dtypes, strict=True)
+            ],
+            np.int64,
+        )
         self._call(
-            addresses.ctypes.data,
-            kinds.ctypes.data,
+            table.ctypes.data,
             n_rows,
             reference,
             to_mean,
@@ -206,6 +210,6 @@ def make_products() -> Products | None:
 
     if not has_kernel(DTYPES["F16"]):
         return None
-    from streamsoup.kernels.tiles import compile_products
+    from streamsoup.kernels.products import compile_products
 
     return Products(objects.make("inner", _ROOMS, compile_products))

@@ -1,8 +1,8 @@
-"""Inner products in numba and LLVM: the order of `inner`, as fast as a processor multiplies.
+"""What inner products are made of, in LLVM's own words: rows widened, and tiles multiplied.
 
-A chunk of all rows is widened to float64; then a *tile* of rows is multiplied with another, some
-lanes at a time: their sums stay in registers, and each number loaded is used several times. Sums
-of all lanes wait in memory for the next chunk, and are folded at the end of a grain.
+Numba has no vectors, and leaves it to LLVM to find some in loops. Here they are written down: that
+takes half the time to compile, and the sums of a *tile*, some rows by some others, some lanes at a
+time, are sure to stay in registers, where each number loaded is used several times.
 """
 
 # Numba's decorators and intrinsics change what functions take: their types cannot be stated.
@@ -14,34 +14,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from streamsoup.kernels.bits import pointer
-from streamsoup.kernels.inner import CHUNK, GRAIN, KINDS, LANES, STRIDE, STRIP
-from streamsoup.tensors import DTYPES, DType
+from streamsoup.kernels.inner import LANES, STRIDE
+from streamsoup.tensors import DType
 
-__all__ = ["compile_products"]
-
-_SIGNATURE = types.int64(*[types.int64] * 10)
-
-
-def compile_products() -> tuple[str, bytes]:
-    """Compile the kernel; `inner.Products` says how it is called. Seconds.
-
-    Gives its symbol and its object file.
-    """
-    # Registers: 32 of 8 lanes, or 16 of 4 or fewer.
-    wide = bool(llvm.get_host_cpu_features().get("avx512f"))
-    kernel = _compile(STRIP, 8) if wide else _compile(STRIP - 1, 4)
-    # What numba itself keeps in its cache; the wrapper is a plain C function.
-    _, _, (content, _) = kernel._library.serialize_using_object_code()
-    return kernel._wrapper_name, content
-
+__all__ = ["difference", "tile"]
 
 _NUMBER = ir.IntType(64)
 
@@ -58,7 +39,7 @@ def _load(builder: Any, pointer: Any, align: int = 8) -> Any:
     return value
 
 
-def _tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
+def tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
     """Make a function that multiplies a chunk of `rows` rows with one of `columns`.
 
     It takes the addresses of the first row of either side, and how many times `LANES` elements to
@@ -127,7 +108,7 @@ def _tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any
             builder.store(builder.extract_element(left, ir.IntType(32)(0)), at)
 
     @intrinsic
-    def tile(
+    def multiply(
         typing: Any, x_at: Any, y_at: Any, n: Any, sums_at: Any, fresh: Any, out_at: Any, pitch: Any
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -139,7 +120,7 @@ def _tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any
 
         return types.void(*[types.int64] * 7), generate
 
-    return tile
+    return multiply
 
 
 def _widened(builder: Any, x_at: Any, dtype: DType, width: int) -> Any:
@@ -178,7 +159,7 @@ def _widened(builder: Any, x_at: Any, dtype: DType, width: int) -> Any:
     return builder.fpext(x, many(double))
 
 
-def _difference(dtype: DType, width: int) -> Any:
+def difference(dtype: DType, width: int) -> Any:
     """Make a function that widens elements and takes others off; it counts what is not zero.
 
     It takes the addresses of raw elements, of a row of float64 to take off, and of the result;
@@ -186,7 +167,7 @@ def _difference(dtype: DType, width: int) -> Any:
     """
 
     @intrinsic
-    def difference(typing: Any, x_at: Any, less_at: Any, y_at: Any, n: Any) -> Any:
+    def subtract(typing: Any, x_at: Any, less_at: Any, y_at: Any, n: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x_at, less_at, y_at, n = args
             counter = cgutils.alloca_once_value(builder, _NUMBER(0))
@@ -212,177 +193,4 @@ def _difference(dtype: DType, width: int) -> Any:
 
         return types.int64(*[types.int64] * 4), generate
 
-    return difference
-
-
-@numba.njit(error_model="numpy")
-def _move_to_mean(rows_at: int, mean_at: int, n_rows: int, n: int) -> None:
-    """Measure rows from their mean, and the first, to which they were differences, too."""
-    # From differences to the first to differences to the mean: equal ones stay equal.
-    mean = numba.carray(pointer(mean_at, types.float64), (n,))
-    for r in range(1, n_rows):
-        row = numba.carray(pointer(rows_at + 8 * STRIDE * r, types.float64), (n,))
-        if r == 1:
-            for i in range(n):
-                mean[i] = row[i]
-        else:
-            for i in range(n):
-                mean[i] += row[i]
-    for i in range(n):
-        mean[i] /= n_rows - 1
-    for r in range(1, n_rows):
-        row = numba.carray(pointer(rows_at + 8 * STRIDE * r, types.float64), (n,))
-        for i in range(n):
-            row[i] -= mean[i]
-    first = numba.carray(pointer(rows_at, types.float64), (n,))
-    for i in range(n):
-        first[i] += mean[i]
-
-
-def _compile(strip: int, width: int) -> Any:
-    """Compile the kernel for tiles of `strip` rows by as many, `width` lanes at a time."""
-    square = _tile(strip, strip, width)
-    corner = _tile(strip, strip, width, diagonal=True)
-    column, row, single = (_tile(*s, width) for s in ((strip, 1), (1, strip), (1, 1)))
-    f64, f32, bf16, f16, e5m2, e4m3 = (_difference(DTYPES[name], width) for name in KINDS)
-    row_nbytes, lanes_nbytes = 8 * STRIDE, 8 * LANES
-
-    @numba.njit(error_model="numpy")
-    def fill(at: int, kind: int, begin: int, less_at: int, y_at: int, n: int) -> Any:
-        if kind == 0:
-            return f64(at + 8 * begin, less_at, y_at, n)
-        if kind == 1:
-            return f32(at + 4 * begin, less_at, y_at, n)
-        if kind == 2:
-            return bf16(at + 2 * begin, less_at, y_at, n)
-        if kind == 3:
-            return f16(at + 2 * begin, less_at, y_at, n)
-        if kind == 4:
-            return e5m2(at + begin, less_at, y_at, n)
-        return e4m3(at + begin, less_at, y_at, n)
-
-    @numba.njit(error_model="numpy")
-    def multiply(
-        rows_at: int, n_rows: int, upper: int, n: int, sums_at: int, fresh: int, out_at: int
-    ) -> None:
-        """Multiply the first rows, `upper` of `n_rows`, with themselves and all after them."""
-        at, to = sums_at, out_at
-        for i in range(0, upper, strip):
-            x_at = rows_at + row_nbytes * i
-            if i + strip > n_rows:  # the last rows, pair by pair
-                for a in range(i, n_rows):
-                    for b in range(a, n_rows):
-                        x, y = rows_at + row_nbytes * a, rows_at + row_nbytes * b
-                        single(x, y, n, at, fresh, to, 0)
-                        at += lanes_nbytes
-                        to += 8 if to != 0 else 0
-                return
-            pitch = 8 * (n_rows - i - 1)
-            corner(x_at, x_at, n, at, fresh, to, pitch)
-            at += lanes_nbytes * (strip * (strip + 1) // 2)
-            j = i + strip
-            while j < n_rows:
-                y_at = rows_at + row_nbytes * j
-                beside = to + 8 * (j - i) if to != 0 else 0
-                if j + strip <= n_rows:
-                    square(x_at, y_at, n, at, fresh, beside, pitch)
-                    at += lanes_nbytes * strip * strip
-                    j += strip
-                else:
-                    column(x_at, y_at, n, at, fresh, beside, pitch)
-                    at += lanes_nbytes * strip
-                    j += 1
-            to += strip * pitch + 8 * (strip - strip * (strip - 1) // 2) if to != 0 else 0
-
-    @numba.njit(error_model="numpy")
-    def multiply_first(
-        rows_at: int, n_rows: int, n: int, sums_at: int, fresh: int, out_at: int
-    ) -> None:
-        """Multiply the first row with all others."""
-        j = 1
-        while j < n_rows:
-            y_at, at = rows_at + row_nbytes * j, sums_at + lanes_nbytes * (j - 1)
-            to = out_at + 8 * (j - 1) if out_at != 0 else 0
-            if j + strip <= n_rows:
-                row(rows_at, y_at, n, at, fresh, to, 0)
-                j += strip
-            else:
-                single(rows_at, y_at, n, at, fresh, to, 0)
-                j += 1
-
-    # Never ``fastmath``: it reorders sums. A kernel must not allocate or raise: it is loaded
-    # without numba.
-    @numba.cfunc(_SIGNATURE, error_model="numpy")
-    def products(
-        addresses_at: Any,
-        kinds_at: Any,
-        n_rows: int,
-        reference: int,
-        to_mean: int,
-        n: int,
-        scratch_at: Any,
-        room: int,
-        out_at: Any,
-        n_values: int,
-    ) -> int:
-        addresses = numba.carray(pointer(addresses_at, types.int64), (n_rows,))
-        kinds = numba.carray(pointer(kinds_at, types.int64), (n_rows,))
-        # Scratch, from a cache line on: zeros, a mean, rows, lanes of pairs, counts.
-        zeros_at = (scratch_at + 63) // 64 * 64
-        mean_at = zeros_at + 8 * CHUNK
-        rows_at = mean_at + 8 * CHUNK
-        sums_at = rows_at + row_nbytes * n_rows
-        zeros = numba.carray(pointer(zeros_at, types.float64), (CHUNK,))
-        for i in range(CHUNK):
-            zeros[i] = 0.0
-        less_at = rows_at + row_nbytes * reference
-        for grain in range(0, n, GRAIN):
-            end = min(grain + GRAIN, n)
-            row_at = out_at + 8 * n_values * (grain // GRAIN)
-            top, done = 0, 0
-            # As many strips at once as lanes of their pairs have room.
-            while top < n_rows:
-                bottom, n_pairs = top, 0
-                while bottom < n_rows:
-                    m = min(strip, n_rows - bottom)
-                    more = m * (n_rows - bottom) - m * (m - 1) // 2
-                    if reference > 0:
-                        m, more = n_rows, n_rows - 1
-                    if n_pairs > 0 and n_pairs + more > room:
-                        break
-                    n_pairs += more
-                    bottom += m
-                counts_at = row_at + 8 * (n_values - n_rows + 1)
-                counts = numba.carray(pointer(counts_at, types.float64), (n_rows - 1,))
-                if reference == 0:
-                    for r in range(n_rows - 1):
-                        counts[r] = 0.0
-                for begin in range(grain, end, CHUNK):
-                    m = min(CHUNK, end - begin)
-                    for r in range(n_rows):
-                        y_at = rows_at + row_nbytes * r
-                        less = less_at if r > reference else zeros_at
-                        changed = fill(addresses[r], kinds[r], begin, less, y_at, m)
-                        if reference == 0 and r > 0:
-                            counts[r - 1] += changed
-                    if to_mean != 0:
-                        _move_to_mean(rows_at, mean_at, n_rows, m)
-                    whole = (m + LANES - 1) // LANES
-                    if m % LANES != 0:
-                        for r in range(n_rows):
-                            y_at = rows_at + row_nbytes * r
-                            y = numba.carray(pointer(y_at, types.float64), (CHUNK,))
-                            for i in range(m, whole * LANES):
-                                y[i] = 0.0
-                    fresh = 1 if begin == grain else 0
-                    to = row_at + 8 * done if begin + CHUNK >= end else 0
-                    if reference == 0:
-                        x_at = rows_at + row_nbytes * top
-                        multiply(x_at, n_rows - top, bottom - top, whole, sums_at, fresh, to)
-                    else:
-                        multiply_first(rows_at, n_rows, whole, sums_at, fresh, to)
-                done += n_pairs
-                top = bottom
-        return 0
-
-    return products
+    return subtract
