@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from streamsoup import Options, inner
 from streamsoup.angles import plan_geometry
-from streamsoup.kernels import blocks, reference
+from streamsoup.kernels import blocks, cpu, reference
 from streamsoup.kernels.inner import (
     GRAIN,
     LANES,
@@ -244,6 +244,13 @@ def test_a_kept_kernel_needs_no_numba() -> None:
         "assert 'numba' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_old_processor_has_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the instruction that widens float16 nothing is loaded or compiled."""
+    monkeypatch.setattr(cpu, "has_kernel", lambda dtype: False)
+    assert find_products() is None
+    assert make_products() is None
 
 
 def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ LANES = 32
 
 CHUNK = 16 * LANES
 """Elements of a grain that are widened before they are multiplied: those of a tile fit a first
-cache, and those of 64 ingredients a second one. Four times as many are slower by a tenth."""
+cache, and those of 64 ingredients a second one. Whole grains are slower by a tenth."""
 
 STRIDE = CHUNK + 16
 """Distance of widened rows, in elements: a power of two would have them compete for few lines."""
@@ -98,7 +98,7 @@ def in_numpy(
     reference: int,
     to_mean: bool,
 ) -> None:
-    """Do what `Products` does. Holds 64 KiB for each row."""
+    """Do what `Products` does. Holds 48 KiB for each row, and all products of a grain."""
     rows = np.zeros((len(inputs), GRAIN))
     upper = np.triu_indices(len(rows))
     products = np.empty((len(rows), len(rows)))
