@@ -25,6 +25,7 @@ from streamsoup.formats.files import Bytes
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.kernels.inner import find_products, in_numpy, make_products
 from streamsoup.plan import (
+    COMPILER_NBYTES,
     LARGEST_BLOCK,
     SMALLEST_BLOCK,
     Leaf,
@@ -76,17 +77,21 @@ def plan_inner_memory(
 ) -> MemoryPlan:
     """Choose blocks for a pass that gives `n_values` numbers a grain, within `budget` bytes.
 
-    Blocks shrink with the number of ingredients, as all of them are needed at once. Raises
-    `BudgetError` when the smallest do not fit; says how much would.
+    Blocks shrink with the number of ingredients, as all of them are needed at once. Nothing is
+    compiled where that leaves no room for them. Raises `BudgetError` when the smallest do not fit
+    even so; says how much would.
     """
     k = len(plan.ingredients)
     widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # A thread's rows of one grain, and as many numbers while numpy multiplies them (compiled, it is
     # less: `kernels.inner.Products.held_nbytes`); its leaf's sums. Beside them the sums of every
     # tensor, and those of leaves that wait for an earlier one.
-    fixed = fixed_nbytes(plan) - SPARED_NBYTES + 8 * n_values * (len(plan.tensors) + 1)
+    held = fixed_nbytes(plan) + 8 * n_values * (len(plan.tensors) + 1)
     each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
     per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
+    smallest = each + int(SMALLEST_BLOCK * per_element)
+    compiles = held - SPARED_NBYTES + smallest <= budget
+    fixed = held - (SPARED_NBYTES if compiles else COMPILER_NBYTES)
 
     def peak(block: int, workers: int) -> int:
         return fixed + workers * (each + int(block * per_element))
@@ -101,7 +106,7 @@ def plan_inner_memory(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
             f"ingredients take {nbytes_text(peak(block, threads))} at least"
         )
-    return MemoryPlan(threads, block, k, peak(block, threads))
+    return MemoryPlan(threads, block, k, peak(block, threads), compiles)
 
 
 class Products(Protocol):
@@ -120,17 +125,19 @@ class Products(Protocol):
         """Fill ``out (grain, value)`` with the products of the grains of `n` elements."""
 
 
-def fastest_products(plan: MixPlan, n_products: int) -> Products:
+def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
     """Give the compiled kernel if the job is worth it, and there is room to compile; else numpy.
 
-    The job: `n_products` of each element of the plan. The bits are the same. Takes milliseconds,
+    The job: `n_products` of each element of the plan. Without `compiles`, or in a memory cgroup
+    too small for it, only what is in the cache is used. The bits are the same. Takes milliseconds,
     or, the first time on a machine, seconds.
     """
     n_elements = sum(tensor.n_units for tensor in plan.tensors)
     # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
     in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
     found = find_products() if in_numpy_s >= LOAD_S else None
-    if found is None and in_numpy_s >= COMPILE_S and memory_limit() >= COMPILE_ROOM:
+    compiles = compiles and in_numpy_s >= COMPILE_S and memory_limit() >= COMPILE_ROOM
+    if found is None and compiles:
         found = make_products()
     return found or in_numpy
 
@@ -148,7 +155,8 @@ class Gram:
         self.plan, self.memory, self.base = plan, memory, base
         self.n_rows = len(plan.ingredients) + (0 if base else 1)
         self.n_values = self.n_products(self.n_rows) + self.n_rows - 1
-        self.products = fastest_products(plan, self.n_products(self.n_rows))
+        n_products = self.n_products(self.n_rows)
+        self.products = fastest_products(plan, n_products, compiles=memory.compiles)
 
     @staticmethod
     def n_products(n_rows: int) -> int:

@@ -266,12 +266,13 @@ def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(inner, "find_products", lambda: cache[0])
     monkeypatch.setattr(inner, "make_products", lambda: made)
     monkeypatch.setattr(inner, "memory_limit", lambda: allowed[0])
-    assert inner.fastest_products(plan, 10) is in_numpy
-    assert inner.fastest_products(plan, 10**6) is kept
+    assert inner.fastest_products(plan, 10, compiles=True) is in_numpy
+    assert inner.fastest_products(plan, 10**6, compiles=True) is kept
     cache[0] = None
-    assert inner.fastest_products(plan, 10**6) is in_numpy
-    assert inner.fastest_products(plan, 10**9) is made
+    assert inner.fastest_products(plan, 10**6, compiles=True) is in_numpy
+    assert inner.fastest_products(plan, 10**9, compiles=True) is made
+    assert inner.fastest_products(plan, 10**9, compiles=False) is in_numpy
     allowed[0] = 150e6
-    assert inner.fastest_products(plan, 10**9) is in_numpy
+    assert inner.fastest_products(plan, 10**9, compiles=True) is in_numpy
     cache[0] = kept
-    assert inner.fastest_products(plan, 10**9) is kept
+    assert inner.fastest_products(plan, 10**9, compiles=True) is kept

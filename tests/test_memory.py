@@ -169,7 +169,7 @@ def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"threads": 1, "io": "read"}, {"threads": 2, "load_nbytes": 2}],
+    [{}, {"threads": 1, "io": "read"}, {"load_nbytes": 2}, {"memory": "60MB"}],
     ids=str,
 )
 def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Path) -> None:
@@ -181,6 +181,8 @@ def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Pat
     model = sparse(tmp_path / "m", tensors | {"large": ("F32", (10**6,), 4_000_000)})
     peak, planned = measure(tmp_path, model, 32, geometry=True, **options)
     assert peak <= planned <= 150_000_000
+    compiled = len(list(tmp_path.glob("streamsoup/*.o"))) == 1
+    assert compiled == (not {"load_nbytes", "memory"} & options.keys())
 
 
 def test_products_of_64_fit_the_default_budget(tmp_path: Path) -> None:

@@ -150,7 +150,10 @@ class Slopes:
         if self._free and common:
             self._shares.append(_Share(self._common, (0,) * len(everyone)))
         self._mix = LiveMix(plan, sink, mapped=mapped, options=options, engine=Engine(plan))
-        self._products = fastest_products(self._own, N_PASSES * len(everyone))
+        memory = _inner_memory(self._own, mapped=mapped, options=options)
+        self._products = fastest_products(
+            self._own, N_PASSES * len(everyone), compiles=memory.compiles
+        )
         self._put_common: float | None = None
         self._put_fixed = False
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
