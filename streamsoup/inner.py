@@ -6,24 +6,26 @@ Sums follow one order, whatever the threads, blocks, budget or way of reading: g
 elements (`kernels.inner`), added up in order within a leaf; leaves in order within a tensor.
 
 `Gram` and `Dot` are reductions for `stream.run`, and `Sums` is the sink they share: a block's
-result is a row of numbers for each of its grains.
+result is a row of numbers for each of its grains. Which kernel multiplies is `fastest_products`.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import BudgetError
 from streamsoup.formats.files import Bytes
-from streamsoup.kernels import blocks
+from streamsoup.kernels.cgroup import memory_limit
+from streamsoup.kernels.inner import find_products, in_numpy, make_products
 from streamsoup.plan import (
+    COMPILER_NBYTES,
     LARGEST_BLOCK,
     SMALLEST_BLOCK,
     Leaf,
@@ -32,24 +34,37 @@ from streamsoup.plan import (
     PlannedTensor,
     fixed_nbytes,
 )
+from streamsoup.reduce import COMPILE_ROOM
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
-__all__ = ["Dot", "Gram", "Sums", "Vector", "floats_of", "plan_inner_memory", "symmetric"]
+__all__ = [
+    "Dot",
+    "Gram",
+    "Products",
+    "Sums",
+    "Vector",
+    "fastest_products",
+    "floats_of",
+    "plan_inner_memory",
+    "symmetric",
+]
 
 Floats = NDArray[np.float64]
-Widened = NDArray[np.float64] | NDArray[np.float32]
 
 GRAIN = SMALLEST_BLOCK
 
-DOT_GRAINS = 4
-"""Grains that a dot pass widens at once: at most 22 bytes an element, as the rows of two take."""
+LOAD_S = 0.1
+"""Time in numpy from which loading the compiled kernel pays (measured: it takes 50 ms)."""
 
-SPARED_NBYTES = 16 * 2**20
-"""What compiling the small kernel of products takes less than `plan.PROCESS_NBYTES` counts.
+COMPILE_S = 5.0
+"""Time in numpy from which compiling it pays (measured: it takes 3 s, once)."""
 
-Measured: the process holds 77 MB beside its blocks and sums after compiling it, 15 MB less than
-this leaves."""
+SPARED_NBYTES = 8 * 2**20
+"""What compiling the one kernel of products takes less than `plan.PROCESS_NBYTES` counts.
+
+Measured: 94 to 96 MiB in all after compiling it, where 104 are planned; 28 MiB with the kernel from
+the cache."""
 
 
 def floats_of(plan: MixPlan) -> MixPlan:
@@ -62,16 +77,21 @@ def plan_inner_memory(
 ) -> MemoryPlan:
     """Choose blocks for a pass that gives `n_values` numbers a grain, within `budget` bytes.
 
-    Blocks shrink with the number of ingredients, as all of them are needed at once. Raises
-    `BudgetError` when the smallest do not fit; says how much would.
+    Blocks shrink with the number of ingredients, as all of them are needed at once. Nothing is
+    compiled where that leaves no room for them. Raises `BudgetError` when the smallest do not fit
+    even so; says how much would.
     """
     k = len(plan.ingredients)
     widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
-    # A thread's rows of one grain, and a few more while they are widened; its leaf's sums. Beside
-    # them the sums of every tensor, and those of leaves that wait for an earlier one.
-    fixed = fixed_nbytes(plan) - SPARED_NBYTES + 8 * n_values * (len(plan.tensors) + 1)
+    # A thread's rows of one grain, and as many numbers while numpy multiplies them (compiled, it is
+    # less: `kernels.inner.Products.held_nbytes`); its leaf's sums. Beside them the sums of every
+    # tensor, and those of leaves that wait for an earlier one.
+    held = fixed_nbytes(plan) + 8 * n_values * (len(plan.tensors) + 1)
     each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
     per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
+    smallest = each + int(SMALLEST_BLOCK * per_element)
+    compiles = held - SPARED_NBYTES + smallest <= budget
+    fixed = held - (SPARED_NBYTES if compiles else COMPILER_NBYTES)
 
     def peak(block: int, workers: int) -> int:
         return fixed + workers * (each + int(block * per_element))
@@ -86,7 +106,40 @@ def plan_inner_memory(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
             f"ingredients take {nbytes_text(peak(block, threads))} at least"
         )
-    return MemoryPlan(threads, block, k, peak(block, threads))
+    return MemoryPlan(threads, block, k, peak(block, threads), compiles)
+
+
+class Products(Protocol):
+    """What multiplies: `kernels.inner.Products` says how."""
+
+    def __call__(
+        self,
+        inputs: Sequence[Bytes],
+        dtypes: Sequence[DType],
+        n: int,
+        out: Floats,
+        *,
+        reference: int,
+        to_mean: bool,
+    ) -> None:
+        """Fill ``out (grain, value)`` with the products of the grains of `n` elements."""
+
+
+def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
+    """Give the compiled kernel if the job is worth it, and there is room to compile; else numpy.
+
+    The job: `n_products` of each element of the plan. Without `compiles`, or in a memory cgroup
+    too small for it, only what is in the cache is used. The bits are the same. Takes milliseconds,
+    or, the first time on a machine, seconds.
+    """
+    n_elements = sum(tensor.n_units for tensor in plan.tensors)
+    # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
+    in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
+    found = find_products() if in_numpy_s >= LOAD_S else None
+    compiles = compiles and in_numpy_s >= COMPILE_S and memory_limit() >= COMPILE_ROOM
+    if found is None and compiles:
+        found = make_products()
+    return found or in_numpy
 
 
 class Gram:
@@ -102,15 +155,106 @@ class Gram:
         self.plan, self.memory, self.base = plan, memory, base
         self.n_rows = len(plan.ingredients) + (0 if base else 1)
         self.n_values = self.n_products(self.n_rows) + self.n_rows - 1
+        n_products = self.n_products(self.n_rows)
+        self.products = fastest_products(plan, n_products, compiles=memory.compiles)
 
     @staticmethod
     def n_products(n_rows: int) -> int:
         """Count the products of rows with ``j >= i``."""
         return n_rows * (n_rows + 1) // 2
 
-    def worker(self) -> _GramWorker:
+    def worker(self) -> _Worker:
         """Give a thread its own worker."""
-        return _GramWorker(self)
+        return _Worker(self)
+
+    def multiply(
+        self,
+        tensor: PlannedTensor,
+        start: int,
+        n: int,
+        inputs: Sequence[Bytes],
+        dtypes: Sequence[DType],
+        out: Floats,
+    ) -> None:
+        """Fill ``out (grain, value)`` for `n` elements of a tensor."""
+        if not self.base:  # the first row is what all are measured from, and is no ingredient
+            inputs, dtypes = [inputs[0], *inputs], [dtypes[0], *dtypes]
+        self.products(inputs, dtypes, n, out, reference=0, to_mean=not self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A tensor in memory to multiply ingredients with: raw little-endian elements."""
+
+    data: Bytes
+    dtype: DType
+
+
+class Dot:
+    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
+
+    def __init__(
+        self,
+        plan: MixPlan,
+        memory: MemoryPlan,
+        vectors: Mapping[str, Vector],
+        products: Products,
+    ) -> None:
+        """Hold what the workers share; `vectors` has one for each tensor of the plan."""
+        self.plan, self.memory, self.vectors, self.products = plan, memory, vectors, products
+        self.n_values = len(plan.ingredients)
+
+    def worker(self) -> _Worker:
+        """Give a thread its own worker."""
+        return _Worker(self)
+
+    def multiply(
+        self,
+        tensor: PlannedTensor,
+        start: int,
+        n: int,
+        inputs: Sequence[Bytes],
+        dtypes: Sequence[DType],
+        out: Floats,
+    ) -> None:
+        """Fill ``out (grain, value)`` for `n` elements of a tensor, from `start` on."""
+        vector = self.vectors[tensor.name]
+        size = vector.dtype.itemsize
+        u = vector.data[start * size : (start + n) * size]
+        inputs, dtypes = [u, *inputs], [vector.dtype, *dtypes]
+        self.products(inputs, dtypes, n, out, reference=1, to_mean=False)
+
+
+class _Worker:
+    """One thread's part of a pass: its results, a row of numbers for each grain of a block."""
+
+    n_ahead = 0
+
+    def __init__(self, reduction: Gram | Dot) -> None:
+        self._reduction, self._plan = reduction, reduction.plan
+        self._room = np.empty((-(-reduction.memory.block // GRAIN), reduction.n_values))
+        self.spoiled = False
+
+    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+        """Begin a block."""
+        self._tensor, self._start, self._n = tensor, start, n_units
+        self._results = self._room[: -(-n_units // GRAIN)]
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Take the blocks of all ingredients at once."""
+        assert (first, len(inputs)) == (0, len(self._plan.ingredients))
+        sources = self._tensor.sources
+        dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
+        self._reduction.multiply(self._tensor, self._start, self._n, inputs, dtypes, self._results)
+        self.spoiled = not bool(np.isfinite(self._results).all())
+
+    def result(self) -> Bytes:
+        """Give the numbers of each grain of the block."""
+        return self._results.reshape(-1).view(np.uint8)
+
+    def close(self) -> None:
+        """Let go of the numbers."""
+        del self._room
 
 
 def symmetric(products: Floats) -> Floats:
@@ -125,134 +269,6 @@ def symmetric(products: Floats) -> Floats:
     matrix[upper] = products
     matrix.T[upper] = products
     return matrix
-
-
-class _Worker(ABC):
-    """What the two workers share: their results, a row of numbers for each grain of a block."""
-
-    n_ahead = 0
-
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, n_values: int) -> None:
-        self._plan = plan
-        self._room = np.empty((-(-memory.block // GRAIN), n_values))
-        self.spoiled = False
-
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Begin a block."""
-        self._tensor, self._start, self._n = tensor, start, n_units
-        self._results = self._room[: -(-n_units // GRAIN)]
-
-    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Take the blocks of all ingredients at once."""
-        assert (first, len(inputs)) == (0, len(self._plan.ingredients))
-        sources = self._tensor.sources
-        with np.errstate(all="ignore"):
-            self._fill(inputs, [sources[layout].dtype for layout in self._plan.layout_of])
-        self.spoiled = not bool(np.isfinite(self._results).all())
-
-    def result(self) -> Bytes:
-        """Give the numbers of each grain of the block."""
-        return self._results.reshape(-1).view(np.uint8)
-
-    def close(self) -> None:
-        """Let go of the numbers."""
-        del self._room
-
-    @abstractmethod
-    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
-        """Fill the results, grain by grain."""
-
-
-class _GramWorker(_Worker):
-    """One thread's part of a Gram pass."""
-
-    def __init__(self, gram: Gram) -> None:
-        from streamsoup.kernels.inner import inner
-
-        super().__init__(gram.plan, gram.memory, gram.n_values)
-        self._inner = inner
-        self._base = gram.base
-        self._rows = np.zeros((gram.n_rows, GRAIN))
-        self._matrix = np.empty((gram.n_rows, gram.n_rows))
-        self._upper = np.triu_indices(gram.n_rows)
-        self._n_products = gram.n_products(gram.n_rows)
-
-    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
-        for out, begin in zip(self._results, range(0, self._n, GRAIN), strict=True):
-            end = min(begin + GRAIN, self._n)
-            if end - begin < GRAIN:
-                self._rows[:, end - begin :] = 0.0
-            values = [_part(data, d, begin, end) for data, d in zip(inputs, dtypes, strict=True)]
-            self._reduce(end - begin, values, out)
-
-    def _reduce(self, n: int, values: Sequence[Widened], out: Floats) -> None:
-        """Take differences, count those that are not zero, and multiply all rows."""
-        rows = self._rows[:, :n]
-        changed = out[self._n_products :]
-        theirs = values[1:] if self._base else values
-        for i, value in enumerate(theirs):
-            np.subtract(value, values[0], out=rows[1 + i], dtype=np.float64)
-            changed[i] = np.count_nonzero(rows[1 + i])
-        rows[0] = values[0]
-        if not self._base:
-            # From differences to the first to differences to the mean: equal ones stay equal.
-            mean = rows[1].copy()
-            for row in rows[2:]:
-                mean += row
-            mean /= len(theirs)
-            rows[1:] -= mean
-            rows[0] += mean
-        self._inner(self._rows, self._rows, True, self._matrix)
-        out[: self._n_products] = self._matrix[self._upper]
-
-
-@dataclass(frozen=True, slots=True)
-class Vector:
-    """A tensor in memory to multiply ingredients with: raw little-endian elements."""
-
-    data: Bytes
-    dtype: DType
-
-
-class Dot:
-    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
-
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, vectors: Mapping[str, Vector]) -> None:
-        """Hold what the workers share; `vectors` has one for each tensor of the plan."""
-        self.plan, self.memory, self.vectors = plan, memory, vectors
-        self.n_values = len(plan.ingredients)
-
-    def worker(self) -> _DotWorker:
-        """Give a thread its own worker."""
-        return _DotWorker(self)
-
-
-class _DotWorker(_Worker):
-    """One thread's part of a dot pass: a few grains of one ingredient at a time."""
-
-    def __init__(self, dot: Dot) -> None:
-        from streamsoup.kernels import inner
-
-        super().__init__(dot.plan, dot.memory, dot.n_values)
-        self._dot = inner.dot
-        self._vectors = dot.vectors
-
-    def _fill(self, inputs: Sequence[Bytes], dtypes: Sequence[DType]) -> None:
-        """Multiply the vector with the first ingredient, and with differences to it."""
-        vector = self._vectors[self._tensor.name]
-        for begin in range(0, self._n, DOT_GRAINS * GRAIN):
-            end = min(begin + DOT_GRAINS * GRAIN, self._n)
-            u = _part(vector.data, vector.dtype, self._start + begin, self._start + end)
-            out = self._results[begin // GRAIN : -(-end // GRAIN)]
-            first = _part(inputs[0], dtypes[0], begin, end)
-            self._dot(u, first, first[:0], out[:, 0])
-            for i in range(1, len(inputs)):
-                self._dot(u, _part(inputs[i], dtypes[i], begin, end), first, out[:, i])
-
-
-def _part(data: Bytes, dtype: DType, begin: int, end: int) -> Widened:
-    """Widen elements of raw data."""
-    return blocks.widen(data[begin * dtype.itemsize : end * dtype.itemsize], dtype)
 
 
 class Sums:

@@ -405,7 +405,7 @@ def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Mo
     """No home, or a cache that is not an absolute path: compiled kernels are kept nowhere."""
     import pwd
 
-    from streamsoup.kernels.cpu import _cache_folder
+    from streamsoup.kernels.objects import _cache_folder
 
     def nobody(uid: int) -> None:
         raise KeyError(uid)

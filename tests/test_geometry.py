@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import streamsoup
+from streamsoup import inner
 from streamsoup.angles import geometry, plan_geometry
 from streamsoup.cli import main
 from streamsoup.cli.geometry import describe, write_json
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
 from streamsoup.inner import GRAIN
-from streamsoup.kernels.inner import LANES, dot, inner
 from streamsoup.options import Options
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
@@ -56,32 +56,6 @@ def load(path: str) -> dict[str, np.ndarray]:
 def flat(state: dict[str, np.ndarray]) -> np.ndarray:
     """Put all tensors of floats into one row."""
     return np.concatenate([state[name].ravel() for name in sorted(state)])
-
-
-def specified(x: np.ndarray, y: np.ndarray) -> float:
-    """Add up as the law says, in plain Python: rows into lanes, lanes folded by halves."""
-    lanes = [0.0] * LANES
-    for i, (a, b) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        lanes[i % LANES] += a * b
-    while len(lanes) > 1:
-        half = len(lanes) // 2
-        lanes = [lanes[i] + lanes[half + i] for i in range(half)]
-    return lanes[0]
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 4), (2, 3), (5, 5)])
-def test_the_kernel_adds_up_in_the_order_specified(n: int, m: int) -> None:
-    """Every product has the bits of the plain Python loop, in whichever tile it was made."""
-    rng = np.random.default_rng(0)
-    left, right = rng.normal(size=(n, GRAIN)), rng.normal(size=(m, GRAIN))
-    out = np.full((n, m), np.nan)
-    inner(left, right, False, out)
-    assert out.tolist() == [[specified(x, y) for y in right] for x in left]
-    if n == m:
-        out = np.full((n, n), np.nan)
-        inner(left, left, True, out)
-        for i in range(n):
-            assert out[i, i:].tolist() == [specified(left[i], left[j]) for j in range(i, n)]
 
 
 def test_small_whole_numbers_are_exact(tmp_path: Path) -> None:
@@ -127,10 +101,14 @@ def test_against_numpy(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("base", [True, False])
-def test_the_same_bits_however_read(files: list[str], base: bool) -> None:
-    """Threads, blocks, budget and the way of reading leave every bit as it is."""
+def test_the_same_bits_however_read(
+    files: list[str], base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels, threads, blocks, budget and the way of reading leave every bit as it is."""
     anchor = files[0] if base else None
     first = geometry(files[1:], base=anchor)
+    monkeypatch.setattr(inner, "LOAD_S", 0.0)
+    monkeypatch.setattr(inner, "COMPILE_S", 0.0)
     seen = set()
     for options in (
         Options(threads=1),
@@ -167,7 +145,7 @@ def test_a_wrong_order_is_seen(files: list[str], monkeypatch: pytest.MonkeyPatch
     def other(left: Any, right: Any, triangle: bool, out: Any) -> None:
         out[:] = left @ right.T
 
-    monkeypatch.setattr("streamsoup.kernels.inner.inner", other)
+    monkeypatch.setattr("streamsoup.kernels.inner.multiply", other)
     changed = geometry(files[1:], base=files[0])
     assert not np.array_equal(first.total.rows, changed.total.rows)
     np.testing.assert_allclose(first.total.gram, changed.total.gram, rtol=1e-6, atol=1e-9)
@@ -428,24 +406,3 @@ def test_json_is_written_a_tensor_at_a_time(files: list[str]) -> None:
     printed = io.StringIO()
     write_json(found, printed)
     assert json.loads(printed.getvalue()) == found.to_builtins()
-
-
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 4095, 4096, 4097, 3 * 4096 + 77])
-def test_both_kernels_add_up_in_one_order(n: int) -> None:
-    """A vector's products have the bits of the same products in a matrix: one order is the law."""
-    rng = np.random.default_rng(n)
-    vector, row, first = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
-    n_grains = -(-n // GRAIN)
-    padded = np.zeros((3, n_grains * GRAIN))
-    padded[0, :n] = vector
-    padded[1, :n] = row.astype(np.float64) - first
-    padded[2, :n] = first
-    found = np.empty((n_grains, 2))
-    dot(vector, row, first, found[:, 0])
-    dot(vector.astype(np.float64), first, first[:0], found[:, 1])
-    for grain in range(n_grains):
-        rows = np.ascontiguousarray(padded[:, grain * GRAIN : (grain + 1) * GRAIN])
-        out = np.empty((1, 2))
-        inner(rows[:1], rows[1:], False, out)
-        assert found[grain].tobytes() == out[0].tobytes()
-    assert np.allclose(found.sum(0), [(padded[0] * padded[i]).sum() for i in (1, 2)], rtol=1e-9)

@@ -21,7 +21,7 @@ from streamsoup.soups.make import order
 
 SCRIPT = """
 import json, sys, threading, time
-from streamsoup import Options, angles, recipe, reduce
+from streamsoup import Options, angles, inner, recipe, reduce
 from streamsoup.soups import make
 
 def anonymous():
@@ -39,6 +39,7 @@ threading.Thread(target=watch, daemon=True).start()
 settings = json.loads(sys.argv[1])
 reduce.LOAD_NBYTES = settings.pop("load_nbytes")
 reduce.COMPILE_NBYTES = settings.pop("compile_nbytes")
+inner.LOAD_S = inner.COMPILE_S = 0 if reduce.LOAD_NBYTES == 1 else 1e9
 options = Options(**settings)
 paths = sys.argv[3:]
 if sys.argv[2] == "geometry":
@@ -92,13 +93,13 @@ def measure(
 ) -> tuple[int, int]:
     """Make a soup of `k` links to a model in a fresh process; give its peak and the planned.
 
-    With `geometry` they are measured instead, by a kernel that is compiled anew; with a
-    `compile_nbytes` of 1, those of soups are compiled anew too.
+    With `geometry` they are measured instead, by a kernel that is compiled anew, or in numpy with
+    any other `load_nbytes` than 1; with a `compile_nbytes` of 1, those of soups are compiled anew.
     """
     settings = options | {"load_nbytes": load_nbytes, "compile_nbytes": compile_nbytes}
     out = "geometry" if geometry else str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
-    env = {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
-    env |= {} if compile_nbytes > 1 else {"XDG_CACHE_HOME": str(tmp_path)}
+    anew = geometry or compile_nbytes == 1
+    env = {"XDG_CACHE_HOME": str(tmp_path)} if anew else {}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(settings), out, *links(tmp_path, model, k)],
         capture_output=True,
@@ -166,13 +167,22 @@ def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:
     assert peak <= planned <= 150_000_000
 
 
-@pytest.mark.parametrize("options", [{}, {"threads": 1, "io": "read"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threads": 1, "io": "read"}, {"load_nbytes": 2}, {"memory": "60MB"}],
+    ids=str,
+)
 def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Path) -> None:
-    """Compiling, blocks, and the products of all pairs in every tensor are within the plan."""
+    """Compiling, blocks, and the products of all pairs in every tensor are within the plan.
+
+    So are the rows that numpy multiplies where nothing is compiled.
+    """
     tensors = {f"layers.{i}.weight": ("BF16", (8,), 16) for i in range(400)}
     model = sparse(tmp_path / "m", tensors | {"large": ("F32", (10**6,), 4_000_000)})
     peak, planned = measure(tmp_path, model, 32, geometry=True, **options)
     assert peak <= planned <= 150_000_000
+    compiled = len(list(tmp_path.glob("streamsoup/*.o"))) == 1
+    assert compiled == (not {"load_nbytes", "memory"} & options.keys())
 
 
 def test_products_of_64_fit_the_default_budget(tmp_path: Path) -> None:

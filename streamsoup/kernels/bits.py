@@ -15,6 +15,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from streamsoup.tensors import DType
@@ -26,6 +27,7 @@ __all__ = [
     "narrow",
     "numbers",
     "pointer",
+    "prefetch",
     "widen",
 ]
 
@@ -44,6 +46,25 @@ def pointer(typing: Any, address: Any, word: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Have the cache line at an address, which need not exist, on its way to the second cache.
+
+    Not to the first: blocks of the same tensor lie at the same place of a page in every ingredient,
+    so that all of them compete for the same few lines there, and push each other out.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, second, data = (ir.Constant(number, n) for n in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), read, second, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 def _bitcast(source: Any, target: Any, llvm: ir.Type) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError
-from streamsoup.inner import Dot, Sums, Vector, floats_of, plan_inner_memory
+from streamsoup.inner import Dot, Sums, Vector, fastest_products, floats_of, plan_inner_memory
 from streamsoup.options import Options
 from streamsoup.plan import MemoryPlan, MixPlan
 from streamsoup.read import open_reader
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "Slopes", "find_equal"]
 
 Floats = NDArray[np.float64]
+
+N_PASSES = 20
+"""Passes of products that any search takes: what compiling for them is weighed against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,10 @@ class Slopes:
         if self._free and common:
             self._shares.append(_Share(self._common, (0,) * len(everyone)))
         self._mix = LiveMix(plan, sink, mapped=mapped, options=options, engine=Engine(plan))
+        memory = _inner_memory(self._own, mapped=mapped, options=options)
+        self._products = fastest_products(
+            self._own, N_PASSES * len(everyone), compiles=memory.compiles
+        )
         self._put_common: float | None = None
         self._put_fixed = False
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
@@ -305,7 +312,7 @@ class Slopes:
                 self._parts[names] = plan, memory, open_reader(plan, memory, mapped=self._mapped)
             plan, memory, reader = self._parts[names]
             started = time.monotonic()
-            dot = Dot(plan, memory, vectors)
+            dot = Dot(plan, memory, vectors, self._products)
             sums = Sums(plan, dot.n_values)
             run(plan, memory, reader, dot, sums, digest=False)
             self._count(plan.nbytes_read, started)

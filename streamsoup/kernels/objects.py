@@ -1,0 +1,128 @@
+"""Compiled kernels as object files: found in a cache, loaded in milliseconds, or made once.
+
+Importing numba and letting it load a cached kernel takes half a second, as long as a whole soup of
+small models. So what numba compiled is kept as a plain object file, and LLVM's loader, which numba
+brings along, puts it into memory; numba itself is imported only to compile.
+
+The cache is ``$XDG_CACHE_HOME/streamsoup`` (``~/.cache/streamsoup``), and is believed only if
+nobody else may write there. Where there is none, each process compiles for itself.
+"""
+
+# llvmlite has no types.
+# mypy: disable-error-code="no-untyped-call,import-untyped"
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import llvmlite.binding as llvm
+import xxhash
+
+__all__ = ["Kernel", "find", "make"]
+
+_NEVER_CALLED = (
+    *("NRT_MemInfo_call_dtor", "NRT_Free", "numba_gil_ensure", "numba_gil_release"),
+    *("numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct"),
+)
+"""What numba's wrapper would call on an exception; kernels raise none. All that is not found in the
+process is to be here: where one name is missing, LLVM leaves every call of the kernel at address 0,
+and says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A compiled function in memory."""
+
+    address: int
+    engine: object
+    """What keeps it there."""
+
+
+def find(label: str, rooms: Sequence[str]) -> Kernel | None:
+    """Give the kernel of a label if it is in the cache, or None. Takes milliseconds.
+
+    `rooms` are the files of this folder whose text it was compiled from.
+    """
+    folder = _cache_folder()
+    if folder is None:
+        return None
+    try:
+        with open(os.path.join(folder, _cache_name(label, rooms)), "rb") as file:
+            content = file.read()
+    except OSError:
+        return None
+    digest, kernel = content[:16], content[16:]
+    name, _, code = kernel.partition(b"\0")
+    # A file torn by a crash, or cut short by a full disk, is as good as none.
+    if xxhash.xxh3_128_digest(kernel) != digest:
+        return None
+    return _load(name.decode(), code)
+
+
+def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, bytes]]) -> Kernel:
+    """Keep, and load, what `compiled` gives: the symbol of a kernel, and its object file."""
+    name, code = compiled()
+    folder = _cache_folder()
+    if folder is not None:
+        _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
+    return _load(name, code)
+
+
+def _load(name: str, code: bytes) -> Kernel:
+    """Put an object file into memory."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    unreachable = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
+    for symbol in _NEVER_CALLED:
+        if llvm.address_of_symbol(symbol) is None:
+            llvm.add_symbol(symbol, unreachable)
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return Kernel(engine.get_function_address(name), engine)
+
+
+def _cache_name(label: str, rooms: Sequence[str]) -> str:
+    """Name the kernel after all it depends on: our code, numba, LLVM and this processor."""
+    features: Any = llvm.get_host_cpu_features()
+    parts = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features.flatten()]
+    parts += [llvm.get_default_triple(), str(os.environ.get("NUMBA_CPU_NAME"))]
+    for room in rooms:
+        with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
+            parts.append(file.read())
+    key = xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+    return f"{label}-{key}.o".lower()
+
+
+def _cache_folder() -> str | None:
+    """Give the folder of the cache, made if need be, if only this user may write to it."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(home):
+        return None  # no home is known, or the variable is to be ignored, as its specification says
+    folder = os.path.join(home, "streamsoup")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.stat(folder)
+    except OSError:
+        return None
+    private = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private else None
+
+
+def _store(folder: str, name: str, kernel: bytes) -> None:
+    """Keep a kernel for later processes; a cache that cannot be written does no harm."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=folder)
+        with open(descriptor, "wb") as file:
+            file.write(xxhash.xxh3_128_digest(kernel) + kernel)
+        os.replace(temporary, os.path.join(folder, name))
+    except OSError:
+        pass
