@@ -63,18 +63,38 @@ class Watcher:
 
 
 def _bar() -> Bar:
+    from collections.abc import Iterable
+
     from rich import progress
     from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Column, Table
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    class Fitting(progress.Progress):
+        """Leaves out what a narrow terminal has no room for, so that its line never wraps."""
+
+        def make_tasks_table(self, tasks: Iterable[progress.Task]) -> Table:
+            tasks = list(tasks)
+            roomy = console.options.update(max_width=1000)
+            for lacking in ((), (speed,), (speed, done), (speed, done, label), others):
+                self.columns = tuple(each for each in columns if each not in lacking)
+                table = super().make_tasks_table(tasks)
+                if Measurement.get(console, roomy, table).maximum - spare <= console.width:
+                    break
+            return table
+
+    console = Console(stderr=True)
+    longest, shortest = 40, 10
+    spare = longest - shortest
+    whole = Column(no_wrap=True)
+    label = progress.TextColumn("{task.description}", table_column=whole)
+    bar = progress.BarColumn(None, table_column=Column(min_width=shortest, max_width=longest))
+    done = progress.DownloadColumn(table_column=whole)
+    speed = progress.TransferSpeedColumn(table_column=whole)
+    left = progress.TimeRemainingColumn(table_column=whole)
+    columns = (label, bar, done, speed, left)
+    others = (label, done, speed, left)
+    return Fitting(console=console, transient=True)
 
 
 def anonymous_nbytes() -> int:
