@@ -222,12 +222,20 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     "nothing": (nothing, "", "no safetensors file"),
 }
 
+ADVICE = (
+    "; download, ",
+    "so download or save it again",
+    "mend that, and run again",
+    "git lfs pull",
+)
+ADVICE += ("give the file you mean", "convert them", "give a folder", "rename it")
+
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_folders_are_refused(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each wrong folder is refused at once, in one line that names the file at fault."""
+    """Each wrong folder is refused at once, in one line that names the file and says what to do."""
     from streamsoup.cli import cli
 
     breaker, named, phrase = HOSTILE[case]
@@ -238,6 +246,7 @@ def test_hostile_folders_are_refused(
     message = str(refused.value)
     assert message.startswith(str(folder / named))
     assert phrase in message
+    assert any(each in message for each in ADVICE)
     assert message.isprintable()
     assert cli(["inspect", str(folder)]) == 1
     printed = capsys.readouterr()
@@ -467,5 +476,6 @@ def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
     pipe_shard(bad)
     ran = command("uniform", good, bad, "-o", tmp_path / "out")
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: it is not a regular file\n"
+    why = "it is not a regular file; mend that, and run again"
+    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: {why}\n"
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

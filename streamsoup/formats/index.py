@@ -94,7 +94,9 @@ def read_index(path: str) -> dict[str, str]:
             with open(descriptor, "rb", closefd=False) as file:
                 text = file.read(status.st_size)
     except OSError as error:
-        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{where}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
     try:
         # No number in it is used, and as text it may have any length.
         index = json.loads(

@@ -75,7 +75,7 @@ class Shard:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ChangedIngredientError(
                 f"{printable(self.path)}: vanished while it was being read "
-                f"({error.strerror}); nothing was written"
+                f"({error.strerror}); nothing was written. Put it back, and run again"
             ) from None
         except OSError as error:
             raise FormatError(
@@ -180,7 +180,14 @@ class Pantry:
 
     def open(self, path: str | os.PathLike[str]) -> Ingredient:
         """Open one ingredient. See `open_ingredients`."""
-        given = os.fspath(path)
+        try:
+            return self._open(os.fspath(path))
+        except CorruptFileError as error:
+            raise CorruptFileError(
+                f"{error}; download, copy or save the checkpoint again"
+            ) from None
+
+    def _open(self, given: str) -> Ingredient:
         _check_path(given)
         try:
             mode = os.stat(given).st_mode
@@ -189,7 +196,9 @@ class Pantry:
                 f"{printable(given)}: no such file or folder; check the path{_hub_advice(given)}"
             ) from None
         except OSError as error:
-            raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
+            raise FormatError(
+                f"{printable(given)}: cannot be opened: {error.strerror}; mend that, and run again"
+            ) from None
         if stat.S_ISDIR(mode):
             name = _find_weights(given)
             if is_index(name):
@@ -234,7 +243,9 @@ class Pantry:
                 "save it again"
             ) from None
         except OSError as error:
-            raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+            raise FormatError(
+                f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+            ) from None
         return Shard(path, Identity.of(status), header)
 
 
@@ -270,7 +281,7 @@ def _check_path(path: str) -> None:
     except UnicodeEncodeError:
         raise FormatError(f"{printable(path)}: its path is not Unicode; rename it") from None
     if "\0" in path:
-        raise FormatError(f"{printable(path)}: a path holds no NUL character")
+        raise FormatError(f"{printable(path)}: a path holds no NUL character; check the path")
 
 
 def _hub_advice(given: str) -> str:
@@ -288,7 +299,9 @@ def _find_weights(folder: str) -> str:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise FormatError(f"{printable(folder)}: cannot be listed: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(folder)}: cannot be listed: {error.strerror}; mend that, and run again"
+        ) from None
     indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)

@@ -132,7 +132,9 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
 
 def _refuse_unlisted(error: OSError) -> NoReturn:
     path = printable(os.fsdecode(error.filename))
-    raise FormatError(f"{path}: cannot be listed: {error.strerror}") from None
+    raise FormatError(
+        f"{path}: cannot be listed: {error.strerror}; mend that, and run again"
+    ) from None
 
 
 def _is_regular(path: str) -> bool:
@@ -141,7 +143,9 @@ def _is_regular(path: str) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
             return False
-        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
 
 
 def _checked(name: str, path: str) -> str:
@@ -197,7 +201,9 @@ def _config(path: str) -> dict[str, object] | None:
     try:
         config = json.loads(b"".join(pieces(path)))
     except OSError as error:
-        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
     except (ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None

@@ -275,7 +275,8 @@ def _copy(file: SideFile, folder: str) -> FileRecord:
                 yield piece
         except OSError as error:
             raise FormatError(
-                f"{printable(file.path)}: cannot be copied: {error.strerror}"
+                f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run "
+                "again"
             ) from None
 
     path = os.path.join(folder, file.name)
