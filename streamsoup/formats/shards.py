@@ -193,7 +193,7 @@ class Pantry:
             mode = os.stat(given).st_mode
         except FileNotFoundError:
             raise MissingFileError(
-                f"{printable(given)}: no such file or folder; check the path{_hub_advice(given)}"
+                f"{printable(given)}: no such file or folder; check the path{_advice_for(given)}"
             ) from None
         except OSError as error:
             raise FormatError(
@@ -284,9 +284,11 @@ def _check_path(path: str) -> None:
         raise FormatError(f"{printable(path)}: a path holds no NUL character; check the path")
 
 
-def _hub_advice(given: str) -> str:
-    """Advise somebody who may have given the name of a model on a hub."""
+def _advice_for(given: str) -> str:
+    """Advise somebody who may have given a name that means something elsewhere."""
     parts = given.split("/")
+    if parts[0] == "~":
+        return " (only a shell replaces ~, and only where it is not quoted)"
     if len(parts) <= 2 and all(parts) and not os.path.exists(parts[0]) and given[0] != ".":
         return (
             ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
