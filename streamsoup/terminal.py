@@ -98,10 +98,13 @@ def _bar() -> Bar:
 
 
 def anonymous_nbytes() -> int:
-    """Bytes this process holds that are no copy of a file."""
+    """Bytes this process holds that are no copy of a file; 0 where the system does not tell."""
     import psutil
 
-    memory = psutil.Process().memory_info()
+    try:
+        memory = psutil.Process().memory_info()
+    except (psutil.Error, OSError):  # a sandbox without /proc
+        return 0
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
@@ -110,8 +113,6 @@ def summary(
 ) -> str:
     """Say in one line what was made, what was read, how fast, and with how much memory."""
     rate = nbytes_text(nbytes_read / max(elapsed_s, 1e-9))
+    peak = f", peak memory {nbytes_text(peak_nbytes)}" if peak_nbytes else ""
     written = f", {nbytes_text(nbytes_written)} written" if nbytes_written else ""
-    return (
-        f"{what}: {nbytes_text(nbytes_read)} read in {elapsed_s:.2f} s ({rate}/s){written}, "
-        f"peak memory {nbytes_text(peak_nbytes)}"
-    )
+    return f"{what}: {nbytes_text(nbytes_read)} read in {elapsed_s:.2f} s ({rate}/s){written}{peak}"

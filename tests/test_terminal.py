@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
-from streamsoup.terminal import _bar
+from streamsoup.stream import Progress
+from streamsoup.terminal import Watcher, _bar, summary
 
 
 def drawn(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -29,3 +31,18 @@ def test_the_bar_leaves_out_the_least_telling_first(monkeypatch: pytest.MonkeyPa
     for columns, n_parts in {80: 5, 40: 5, 38: 4, 30: 3, 20: 2, 12: 1}.items():
         (line,) = drawn(columns, monkeypatch)
         assert [part in line for part in parts] == [False] * (5 - n_parts) + [True] * n_parts
+
+
+def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sandbox without /proc the peak is not known, and not told; all else goes on."""
+
+    def nothing(*arguments: object) -> None:
+        raise psutil.NoSuchProcess(1)
+
+    assert Watcher("soup", quiet=True).peak_nbytes > 1_000_000
+    monkeypatch.setattr(psutil, "Process", nothing)
+    watcher = Watcher("soup", quiet=True)
+    watcher(Progress(1, 2, 3.0))
+    watcher.close()
+    assert watcher.peak_nbytes == 0
+    assert summary("soup", 10, 0, 1.0, 0) == "soup: 10 B read in 1.00 s (10 B/s)"

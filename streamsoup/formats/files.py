@@ -150,13 +150,14 @@ class Descriptors:
 
 
 def on_network(paths: Sequence[str]) -> bool:
-    """Whether any of `paths` lies on a network file system."""
+    """Whether any of `paths` lies on a network file system, or may, as nobody knows."""
     import psutil
 
-    mounts = {
-        partition.mountpoint: partition.fstype.lower()
-        for partition in psutil.disk_partitions(all=True)
-    }
+    try:
+        partitions = psutil.disk_partitions(all=True)
+    except OSError:  # a sandbox without /proc
+        return True
+    mounts = {partition.mountpoint: partition.fstype.lower() for partition in partitions}
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         at = folder
         while at not in mounts and at != os.path.dirname(at):
