@@ -146,6 +146,14 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
 
 
+def in_hub_cache(folder: Path) -> None:
+    """Leave a snapshot, as the hub's cache has it."""
+    for path in list(folder.iterdir()):
+        path.unlink()
+    save_sharded(folder / "snapshots" / "abc", [A, B])
+    (folder / "blobs").mkdir()
+
+
 def nothing(folder: Path) -> None:
     """Leave an empty folder."""
     for path in folder.iterdir():
@@ -198,6 +206,11 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
         INDEX,
         f"does not list 1 tensor that its shards hold: c ({SHARDS[1]})",
     ),
+    "passes over a shard": (
+        lambda f: index(f, {"a": SHARDS[0]}),
+        INDEX,
+        f"lists nothing of {SHARDS[1]}, by name of the same set",
+    ),
     "index a FIFO": (pipe_index, INDEX, "not a regular file"),
     "index a folder": (folder_index, INDEX, "not a regular file"),
     "index huge": (huge_index, INDEX, "too large"),
@@ -219,6 +232,7 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     "several indexes": (several_indexes, "", "several indexes"),
     "several files, no index": (several_files, "", "no index"),
     "only pickles": (only_pickles, "", "could run code"),
+    "a model in the cache of the hub": (in_hub_cache, "", "(snapshots/abc); give one of those"),
     "nothing": (nothing, "", "no safetensors file"),
 }
 
@@ -228,7 +242,13 @@ ADVICE = (
     "mend that, and run again",
     "git lfs pull",
 )
-ADVICE += ("give the file you mean", "convert them", "give a folder", "rename it")
+ADVICE += (
+    "give one of those",
+    "give the file you mean",
+    "convert them",
+    "give a folder",
+    "rename it",
+)
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -27,7 +27,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
-from streamsoup.formats.index import check_index, is_index, read_index, stem
+from streamsoup.formats.index import check_files, check_index, is_index, read_index, stem
 from streamsoup.formats.regular import reading
 from streamsoup.tensors import TensorSpec
 
@@ -219,6 +219,7 @@ class Pantry:
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
+        check_files(os.path.join(folder, name), files, _names_in(folder))
         return Ingredient(given, folder, shards, layout, name)
 
     def _open_shard(self, path: str) -> Shard:
@@ -296,14 +297,19 @@ def _advice_for(given: str) -> str:
     return ""
 
 
-def _find_weights(folder: str) -> str:
-    """Choose the file name of the index, or of the only safetensors file, in a folder."""
+def _names_in(folder: str) -> list[str]:
+    """List a folder."""
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise FormatError(
             f"{printable(folder)}: cannot be listed: {error.strerror}; mend that, and run again"
         ) from None
+
+
+def _find_weights(folder: str) -> str:
+    """Choose the file name of the index, or of the only safetensors file, in a folder."""
+    names = _names_in(folder)
     indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)
@@ -336,6 +342,9 @@ def _find_weights(folder: str) -> str:
             "could run code when opened; convert them to safetensors first"
         )
     inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
+    if not inside and "snapshots" in names:  # a model in the cache of the hub
+        snapshots = [os.path.join("snapshots", name) for name in _names_in(f"{folder}/snapshots")]
+        inside = [name for name in snapshots if _holds_weights(os.path.join(folder, name))]
     if inside:
         raise FormatError(
             f"{where}: has no safetensors file, but there are some in its folders "
