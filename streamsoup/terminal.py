@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from streamsoup.stream import Progress
 
-__all__ = ["Watcher", "show_warnings", "summary"]
+__all__ = ["Watcher", "clear_bar", "show_warnings", "summary"]
 
 PATIENCE_S = 0.4
 """A bar that comes and goes sooner than this only flickers."""
@@ -95,6 +95,19 @@ def _bar() -> Bar:
     columns = (label, bar, done, speed, left)
     others = (label, done, speed, left)
     return Fitting(console=console, transient=True)
+
+
+def clear_bar() -> None:
+    """Wipe out the bar of a process that was killed, and show the cursor that it hid."""
+    if not sys.stderr.isatty():
+        return
+    from rich.console import Console
+    from rich.control import Control
+    from rich.segment import ControlType
+
+    wipe = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+    with suppress(OSError):
+        Console(stderr=True).control(wipe, Control.show_cursor(True))
 
 
 def anonymous_nbytes() -> int:

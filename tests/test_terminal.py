@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
 
@@ -46,3 +51,38 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     watcher.close()
     assert watcher.peak_nbytes == 0
     assert summary("soup", 10, 0, 1.0, 0) == "soup: 10 B read in 1.00 s (10 B/s)"
+
+
+KILLED = """
+import os, signal, sys
+from streamsoup.cli.common import supervise
+from streamsoup.stream import Progress
+
+def work(options, watcher, as_json):
+    watcher(Progress(1, 2, 1.0))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+sys.exit(supervise(work, sys.argv[1], [], {"as_json": False, "quiet": False}))
+"""
+
+
+@pytest.mark.parametrize(("label", "resumes"), [("soup", True), ("geometry", False)])
+def test_a_killed_bar_leaves_the_terminal_in_order(label: str, resumes: bool) -> None:
+    """Whoever is killed with a bar on the terminal, the cursor comes back, and the bar goes."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, label], stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # nobody is left at the other end
+        while part := os.read(ours, 1 << 16):
+            said += part
+    os.close(ours)
+    assert process.wait() == 1
+    drawn, _, error = said.partition(b"\r\x1b[2K\x1b[?25h")
+    assert label.encode() in drawn
+    assert b"\x1b[?25l" in drawn
+    after = "; the same command goes on from there" if resumes else ""
+    why = f"killed by SIGKILL; the machine may be out of memory{after}\r\n"
+    assert error.decode() == f"error: the working process was {why}"
