@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, some
+from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
@@ -211,13 +212,13 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layouts = list(dict.fromkeys(ingredient.layout for ingredient in ingredients))
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
-    problems, advice = _disagreements(owners, output is not None)
+    problems, advice = disagreements(owners, convert=output is not None)
     for owner in owners:
         # A lone adapter as it is stays one; a factor of its factors would count twice.
         parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
         problems += [part for part in parts if part is not None]
     if problems:
-        raise MismatchError(_bounded(problems, advice))
+        raise MismatchError(in_words(problems, advice))
     strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
     if strangers:
         raise RecipeError(
@@ -337,72 +338,6 @@ def _plan_tensor(
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     rule: Operation = "first" if recipe.non_float == "first" or counter else "same"
     return PlannedTensor(name, spec.dtype, spec.shape, rule, spec.nbytes, sources, first_leaf)
-
-
-def _disagreements(owners: Sequence[Ingredient], convert: bool) -> tuple[list[str], list[str]]:
-    """List where layouts differ from the first in names, shapes or dtypes, a line each.
-
-    Gives what to do about them, too.
-    """
-    first = owners[0]
-    places = first.layout.places
-    problems: list[str] = []
-    advice: set[str] = set()
-    for other in owners[1:]:
-        pair = f"{printable(other.name)} and {printable(first.name)}"
-        theirs = other.layout.places
-        lacking = [name for name in places if name not in theirs]
-        extra = [name for name in theirs if name not in places]
-        if lacking:
-            problems.append(
-                f"{printable(other.name)} lacks {_count(lacking)} of {printable(first.name)}: "
-                f"{some(lacking)}"
-            )
-        if extra:
-            problems.append(
-                f"{printable(other.name)} has {_count(extra)} that {printable(first.name)} lacks: "
-                f"{some(extra)}"
-            )
-        if lacking or extra:
-            advice.add(_OTHER_NAMES)
-        shapes, dtypes = [], []
-        for name, (_, spec) in places.items():
-            if name not in theirs:
-                continue
-            found = theirs[name][1]
-            if found.shape != spec.shape:
-                shapes.append(f"{printable(name)} {list(found.shape)} and {list(spec.shape)}")
-            averaged = found.dtype.averaged and spec.dtype.averaged
-            if found.dtype != spec.dtype and not (convert and averaged):
-                dtypes.append(f"{printable(name)} {found.dtype.name} and {spec.dtype.name}")
-                advice.add(_OTHER_FLOATS if averaged else _OTHER_DTYPES)
-        if shapes:
-            advice.add(_OTHER_SHAPES)
-            problems.append(f"{pair} differ in the shape of {_count(shapes)}: {some(shapes)}")
-        if dtypes:
-            problems.append(f"{pair} differ in the dtype of {_count(dtypes)}: {some(dtypes)}")
-    return problems, [each for each in _ADVICE if each in advice]
-
-
-_OTHER_NAMES = "leave out what is of another architecture, or save it with the same tensors"
-_OTHER_SHAPES = "leave out what is of another architecture, or has resized embeddings"
-_OTHER_FLOATS = "choose one dtype for all floats with --dtype"
-_OTHER_DTYPES = "save the tensors that are no floats in the same dtype"
-_ADVICE = (_OTHER_NAMES, _OTHER_SHAPES, _OTHER_FLOATS, _OTHER_DTYPES)
-
-
-def _count(items: Sequence[object]) -> str:
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
-
-
-def _bounded(problems: list[str], advice: list[str]) -> str:
-    shown = problems[:12]
-    if len(problems) > len(shown):
-        shown.append(f"… and {len(problems) - len(shown)} more disagreements")
-    if len(shown) == 1:
-        return "; ".join([f"these ingredients cannot be averaged: {shown[0]}", *advice])
-    lines = [*(f"  {line}" for line in shown), *advice]
-    return "\n".join(["these ingredients cannot be averaged:", *lines])
 
 
 def _stem(ingredient: Ingredient) -> str:
