@@ -214,7 +214,7 @@ def plan_geometry(
 ) -> tuple[MixPlan, MemoryPlan, bool]:
     """Plan the pass; the base, if any, comes first. Reads headers only."""
     if not ingredients:
-        raise RecipeError("geometry needs at least one checkpoint")
+        raise RecipeError("geometry needs at least one checkpoint; give some")
     opened = open_ingredients([*([] if base is None else [base]), *ingredients])
     recipe = Recipe(
         ingredients=tuple(ingredient.name for ingredient in opened),

@@ -30,6 +30,12 @@ def check_output(
     where = printable(output)
     if output.endswith(".safetensors"):
         raise OutputError(f"{where}: the output is a folder; leave out '.safetensors'")
+    if output.split("/")[0] == "~":
+        # As elsewhere in Python it would be a folder of that name, and one day be removed as such.
+        raise OutputError(
+            f"{where}: only a shell replaces ~, and only where it is not quoted; "
+            "write the whole path, or ./~ for a folder of that name"
+        )
     target = os.path.realpath(output)
     if not os.path.basename(target):
         raise OutputError(f"{where}: cannot be replaced; name a new folder")
@@ -101,7 +107,10 @@ def check_replaceable(target: str) -> None:
             "does not replace it; choose another folder or remove it yourself"
         )
     if _id(target) in _ids_above(os.getcwd()) or os.path.ismount(target):
-        raise OutputExistsError(f"{where}: is in use as a folder to work in; choose another")
+        raise OutputExistsError(
+            f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
+            "choose a new folder in it"
+        )
 
 
 def _id(path: str) -> _Id:

@@ -132,15 +132,16 @@ def plan_device(
         block //= 2
     chosen = of(block, lanes)
     if chosen.device_nbytes + beside > budget:
+        more = "; raise it above that"
         without = f", {nbytes_text(beside)} of it for the running sum; --sums reread does without"
         raise BudgetError(
             f"a --device-memory of {nbytes_text(budget)} is too small: {device} needs "
-            f"{nbytes_text(chosen.device_nbytes + beside)} at least{without if beside else ''}"
+            f"{nbytes_text(chosen.device_nbytes + beside)} at least{without if beside else more}"
         )
     if chosen.memory.peak_nbytes > memory:
         raise BudgetError(
             f"a memory budget of {nbytes_text(memory)} is too small: feeding {device} takes "
-            f"{nbytes_text(chosen.memory.peak_nbytes)} at least"
+            f"{nbytes_text(chosen.memory.peak_nbytes)} at least; raise --memory above that"
         )
     return chosen
 

@@ -143,6 +143,8 @@ def printable(text: object, limit: int = 200) -> str:
     if len(raw) > limit:
         half = limit // 2
         raw = f"{raw[:half]}…{raw[-half:]}"
+    if raw.isprintable():  # as nearly all are, of a hundred thousand tensors
+        return raw
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamsoup.errors import BudgetError, MismatchError, RecipeError, printable, some
+from streamsoup.errors import BudgetError, MismatchError, RecipeError, some
+from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
@@ -211,16 +212,19 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layouts = list(dict.fromkeys(ingredient.layout for ingredient in ingredients))
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
-    problems = _disagreements(owners, output is not None)
+    problems, advice = disagreements(owners, convert=output is not None)
     for owner in owners:
         # A lone adapter as it is stays one; a factor of its factors would count twice.
         parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
         problems += [part for part in parts if part is not None]
     if problems:
-        raise MismatchError(_bounded(problems))
+        raise MismatchError(in_words(problems, advice))
     strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
     if strangers:
-        raise RecipeError(f"coefficients for tensors that no ingredient has: {some(strangers)}")
+        raise RecipeError(
+            f"coefficients for tensors that no ingredient has: {some(strangers)}; leave those out, "
+            "or take them from a soup of the same architecture"
+        )
     tensors: list[PlannedTensor] = []
     n_leaves = 0
     for name, (_, spec) in layouts[0].places.items():
@@ -288,7 +292,7 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
     if peak > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: "
-            f"this soup takes {nbytes_text(peak)} at least"
+            f"this soup takes {nbytes_text(peak)} at least; raise --memory above that"
         )
     return MemoryPlan(threads, block, group, peak, compiles)
 
@@ -334,59 +338,6 @@ def _plan_tensor(
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     rule: Operation = "first" if recipe.non_float == "first" or counter else "same"
     return PlannedTensor(name, spec.dtype, spec.shape, rule, spec.nbytes, sources, first_leaf)
-
-
-def _disagreements(owners: Sequence[Ingredient], convert: bool) -> list[str]:
-    """List where layouts differ from the first in names, shapes or dtypes, a line each."""
-    first = owners[0]
-    places = first.layout.places
-    problems: list[str] = []
-    for other in owners[1:]:
-        pair = f"{printable(other.name)} and {printable(first.name)}"
-        theirs = other.layout.places
-        lacking = [name for name in places if name not in theirs]
-        extra = [name for name in theirs if name not in places]
-        if lacking:
-            problems.append(
-                f"{printable(other.name)} lacks {_count(lacking)} of {printable(first.name)}: "
-                f"{some(lacking)}"
-            )
-        if extra:
-            problems.append(
-                f"{printable(other.name)} has {_count(extra)} that {printable(first.name)} lacks: "
-                f"{some(extra)}"
-            )
-        shapes, dtypes = [], []
-        for name, (_, spec) in places.items():
-            if name not in theirs:
-                continue
-            found = theirs[name][1]
-            if found.shape != spec.shape:
-                shapes.append(f"{printable(name)} {list(found.shape)} and {list(spec.shape)}")
-            averaged = found.dtype.averaged and spec.dtype.averaged
-            if found.dtype != spec.dtype and not (convert and averaged):
-                dtypes.append(f"{printable(name)} {found.dtype.name} and {spec.dtype.name}")
-        if shapes:
-            problems.append(f"{pair} differ in the shape of {_count(shapes)}: {some(shapes)}")
-        if dtypes:
-            advice = "" if convert else " (--dtype converts floats)"
-            problems.append(
-                f"{pair} differ in the dtype of {_count(dtypes)}{advice}: {some(dtypes)}"
-            )
-    return problems
-
-
-def _count(items: Sequence[object]) -> str:
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
-
-
-def _bounded(problems: list[str]) -> str:
-    shown = problems[:12]
-    if len(problems) > len(shown):
-        shown.append(f"… and {len(problems) - len(shown)} more disagreements")
-    if len(shown) == 1:
-        return f"these ingredients cannot be averaged: {shown[0]}"
-    return "these ingredients cannot be averaged:\n" + "\n".join(f"  {line}" for line in shown)
 
 
 def _stem(ingredient: Ingredient) -> str:

@@ -144,11 +144,13 @@ class _PlainSession:
             except EOFError:
                 shard.check_unchanged()
                 raise ChangedIngredientError(
-                    f"{printable(shard.path)}: ended at byte {begin}, before its header says"
+                    f"{printable(shard.path)}: ended at byte {begin}, before its header says; run "
+                    "again once nobody writes to it"
                 ) from None
             except OSError as error:
                 raise FormatError(
-                    f"{printable(shard.path)}: cannot be read at byte {begin}: {error.strerror}"
+                    f"{printable(shard.path)}: cannot be read at byte {begin}: {error.strerror}; "
+                    "mend that, or restore the file"
                 ) from error
             blocks.append(block)
         return blocks

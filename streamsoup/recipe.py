@@ -65,12 +65,15 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         factors = tuple(float(value) for value in values)
         for value in factors:
             if not math.isfinite(value):
-                raise RecipeError(f"coefficient {value} is not finite")
+                raise RecipeError(f"coefficient {value} is not finite; give plain numbers")
         if not normalize:
             return cls(factors)
         total = math.fsum(factors)
         if total == 0 or not math.isfinite(total):
-            raise RecipeError(f"coefficients that sum to {total} cannot be normalized")
+            raise RecipeError(
+                f"coefficients that sum to {total} cannot be normalized; give others, or take them "
+                "as they are"
+            )
         return cls(factors, total)
 
     @property
@@ -95,9 +98,11 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
                 )
             for value in values:
                 if not math.isfinite(value):
-                    raise RecipeError(f"coefficient {value}{where} is not finite")
+                    raise RecipeError(
+                        f"coefficient {value}{where} is not finite; give plain numbers"
+                    )
         if not math.isfinite(self.divisor) or self.divisor == 0:
-            raise RecipeError(f"divisor {self.divisor} divides nothing")
+            raise RecipeError(f"divisor {self.divisor} divides nothing; give one that is not 0")
 
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -120,7 +125,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     def check(self) -> None:
         """Raise `RecipeError` for a recipe that cannot be cooked whatever the files hold."""
         if not self.ingredients:
-            raise RecipeError("a soup needs at least one ingredient")
+            raise RecipeError("a soup needs at least one ingredient; give some")
         self.coefficients.check(len(self.ingredients))
         for what, value, known in (
             ("non_float", self.non_float, ("same", "first")),
@@ -129,7 +134,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
             if value not in known:
                 raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
         if self.shard_size is not None and self.shard_size < 1:
-            raise RecipeError(f"shard size {self.shard_size} is below one byte")
+            raise RecipeError(f"shard size {self.shard_size} is below one byte; give 5GB, say")
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ a group at a time, and takes the result. `Mix` is the one that makes soups.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from streamsoup.kernels.cpu import Mixer
 
 __all__ = ["Engine", "Mix", "MixWorker", "Nothing", "Reduction", "Worker"]
+
+log = logging.getLogger("streamsoup")
 
 LOAD_NBYTES = 64_000_000
 """Bytes to read from which loading a compiled kernel pays (measured: it takes 50 ms)."""
@@ -57,7 +60,15 @@ class Engine:
         }
         if plan.nbytes_read < LOAD_NBYTES:
             return
-        from streamsoup.kernels.cpu import find_mixer, has_kernel
+        try:
+            from streamsoup.kernels.cpu import find_mixer, has_kernel
+        except (ImportError, OSError) as error:
+            log.warning(
+                "compiled kernels cannot be loaded: %s; numpy makes the same sums, more slowly. "
+                "Install llvmlite anew, or grant more memory",
+                printable(error),
+            )
+            return
 
         self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
 

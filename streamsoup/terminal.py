@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from streamsoup.stream import Progress
 
-__all__ = ["Watcher", "show_warnings", "summary"]
+__all__ = ["Watcher", "clear_bar", "show_warnings", "summary"]
 
 PATIENCE_S = 0.4
 """A bar that comes and goes sooner than this only flickers."""
@@ -63,25 +63,61 @@ class Watcher:
 
 
 def _bar() -> Bar:
+    from collections.abc import Iterable
+
     from rich import progress
     from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Column, Table
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    class Fitting(progress.Progress):
+        """Leaves out what a narrow terminal has no room for, so that its line never wraps."""
+
+        def make_tasks_table(self, tasks: Iterable[progress.Task]) -> Table:
+            tasks = list(tasks)
+            roomy = console.options.update(max_width=1000)
+            for lacking in ((), (speed,), (speed, done), (speed, done, label), others):
+                self.columns = tuple(each for each in columns if each not in lacking)
+                table = super().make_tasks_table(tasks)
+                if Measurement.get(console, roomy, table).maximum - spare <= console.width:
+                    break
+            return table
+
+    console = Console(stderr=True)
+    longest, shortest = 40, 10
+    spare = longest - shortest
+    whole = Column(no_wrap=True)
+    label = progress.TextColumn("{task.description}", table_column=whole)
+    bar = progress.BarColumn(None, table_column=Column(min_width=shortest, max_width=longest))
+    done = progress.DownloadColumn(table_column=whole)
+    speed = progress.TransferSpeedColumn(table_column=whole)
+    left = progress.TimeRemainingColumn(table_column=whole)
+    columns = (label, bar, done, speed, left)
+    others = (label, done, speed, left)
+    return Fitting(console=console, transient=True)
+
+
+def clear_bar() -> None:
+    """Wipe out the bar of a process that was killed, and show the cursor that it hid."""
+    if not sys.stderr.isatty():
+        return
+    from rich.console import Console
+    from rich.control import Control
+    from rich.segment import ControlType
+
+    wipe = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+    with suppress(OSError):
+        Console(stderr=True).control(wipe, Control.show_cursor(True))
 
 
 def anonymous_nbytes() -> int:
-    """Bytes this process holds that are no copy of a file."""
+    """Bytes this process holds that are no copy of a file; 0 where the system does not tell."""
     import psutil
 
-    memory = psutil.Process().memory_info()
+    try:
+        memory = psutil.Process().memory_info()
+    except (psutil.Error, OSError):  # a sandbox without /proc
+        return 0
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
@@ -90,8 +126,6 @@ def summary(
 ) -> str:
     """Say in one line what was made, what was read, how fast, and with how much memory."""
     rate = nbytes_text(nbytes_read / max(elapsed_s, 1e-9))
+    peak = f", peak memory {nbytes_text(peak_nbytes)}" if peak_nbytes else ""
     written = f", {nbytes_text(nbytes_written)} written" if nbytes_written else ""
-    return (
-        f"{what}: {nbytes_text(nbytes_read)} read in {elapsed_s:.2f} s ({rate}/s){written}, "
-        f"peak memory {nbytes_text(peak_nbytes)}"
-    )
+    return f"{what}: {nbytes_text(nbytes_read)} read in {elapsed_s:.2f} s ({rate}/s){written}{peak}"

@@ -90,7 +90,9 @@ def read_provenance(folder: str) -> Provenance:
             "only a folder made by streamsoup can be verified"
         ) from None
     except RecipeError as error:
-        raise RecipeError(f"{printable(where)}: {error}") from None
+        raise RecipeError(
+            f"{printable(where)}: {error}; restore it, or make the soup again"
+        ) from None
 
 
 def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int:
@@ -186,7 +188,8 @@ def _rederive(
         return 0
     if len(paths) != len(provenance.ingredients):
         raise RecipeError(
-            f"{len(paths)} ingredients given for a soup of {len(provenance.ingredients)}"
+            f"{len(paths)} ingredients given for a soup of {len(provenance.ingredients)}; give "
+            "all, in the same order"
         )
     opened = open_ingredients(paths)
     plan = plan_mix(opened, provenance.recipe)
@@ -218,11 +221,14 @@ def _changed(ingredient: Ingredient, nbytes: int) -> str:
     return f"the ingredient {printable(ingredient.name)} is not the one that was used{size}"
 
 
+_ADVICE = "restore what has changed, or make the soup again"
+
+
 def _bounded(folder: str, problems: list[str], limit: int = 12) -> str:
     shown = problems[:limit]
     if len(problems) > limit:
         shown.append(f"… and {len(problems) - limit} more")
     if len(shown) == 1:
-        return f"{printable(folder)}: is not what its provenance says: {shown[0]}"
-    lines = "\n".join(f"  {line}" for line in shown)
+        return f"{printable(folder)}: is not what its provenance says: {shown[0]}; {_ADVICE}"
+    lines = "\n".join([*(f"  {line}" for line in shown), _ADVICE])
     return f"{printable(folder)}: is not what its provenance says:\n{lines}"

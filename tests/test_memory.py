@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from checkpoints import raw
 
-from streamsoup import Options, reduce
+from streamsoup import Options, reduce, uniform
 from streamsoup.angles import plan_geometry
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.recipe import Coefficients
@@ -223,6 +223,30 @@ def test_the_narrowest_memory_group_counts(tmp_path: Path) -> None:
     assert memory_limit(str(tmp_path)) == 200
     (version1 / "memory.limit_in_bytes").write_text("100\n")
     assert memory_limit(str(tmp_path)) == 100
+
+
+@pytest.mark.parametrize("error", [OSError("no libllvmlite.so"), ImportError("no llvmlite")])
+def test_without_a_compiler_numpy_does(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where LLVM's library cannot be loaded, a warning says so, and numpy makes the soup."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.startswith("llvmlite"):
+                raise error
+
+    for name in [
+        each for each in sys.modules if each.startswith(("llvmlite", "streamsoup.kernels.cpu"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
+    uniform([model] * 20, output=tmp_path / "soup")
+    assert "numpy makes the same sums, more slowly" in caplog.text
 
 
 @pytest.mark.parametrize(("allowed", "compiled"), [(150_000_000, 0), (math.inf, 1)])

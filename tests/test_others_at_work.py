@@ -302,6 +302,27 @@ def test_an_output_that_is_a_link(tmp_path: Path) -> None:
     assert run("uniform", a, a, "-o", tmp_path / "loop")[0] == 1
 
 
+def test_no_folder_called_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ~ that no shell replaced is neither a home nor, by accident, a new folder of that name."""
+    a = small(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    status, stderr = run("uniform", a, a, "-o", "~/soup")
+    assert (status, "write the whole path" in stderr) == (1, True)
+    assert "not quoted" in run("uniform", "~/a", a, "-o", "soup")[1]
+    assert os.listdir(tmp_path) == ["a"]
+    assert run("uniform", a, a, "-o", "./~") == (0, "")
+
+
+def test_the_folder_we_are_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's working folder is pulled away from under them; a new one in it will do."""
+    a = small(tmp_path / "a")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, stderr = run("uniform", a, a, "-o", ".", "--overwrite")
+    assert (status, "choose a new folder in it" in stderr) == (1, True)
+    assert run("uniform", a, a, "-o", "soup") == (0, "")
+
+
 def test_never_into_an_ingredient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No output in, over or around an ingredient, by whatever path or link."""
     a = small(tmp_path / "zoo" / "deep" / "a")

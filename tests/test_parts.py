@@ -216,8 +216,9 @@ def test_all_refusals_come_in_one_message(tmp_path: Path) -> None:
     with pytest.raises(MismatchError) as refused:
         planned([a, b])
     lines = str(refused.value).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert "lacks 1 tensor" in lines[1]
     assert f"{a}/model.safetensors: m.weight is a code" in lines[2]
     assert f"{a}/model.safetensors: m.lora_A belongs" in lines[3]
     assert f"{b}/model.safetensors: m.weight is a code" in lines[4]
+    assert lines[5].startswith("leave out what is of another architecture")

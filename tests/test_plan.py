@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -239,9 +240,31 @@ def test_all_disagreements_come_in_one_message() -> None:
         "  B lacks 1 tensor of A: z",
         "  B has 1 tensor that A lacks: w",
         "  B and A differ in the shape of 1 tensor: x [3, 2] and [2, 3]",
-        "  B and A differ in the dtype of 1 tensor (--dtype converts floats): y F16 and F32",
-        "  C and A differ in the dtype of 1 tensor (--dtype converts floats): z I32 and I64",
+        "  B and A differ in the dtype of 1 tensor: y F16 and F32",
+        "  C and A differ in the dtype of 1 tensor: z I32 and I64",
+        "leave out what is of another architecture, or save it with the same tensors",
+        "leave out what is of another architecture, or has resized embeddings",
+        "choose one dtype for all floats with --dtype",
+        "save the tensors that are no floats in the same dtype",
     ]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "advice"),
+    [
+        ({}, "; leave out what is of another architecture, or save it with the same tensors"),
+        (
+            {"x": ("F32", (3,))},
+            "; leave out what is of another architecture, or has resized embeddings",
+        ),
+        ({"x": ("F16", (2,))}, "; choose one dtype for all floats with --dtype"),
+        ({"x": ("I32", (2,))}, "; save the tensors that are no floats in the same dtype"),
+    ],
+)
+def test_a_disagreement_says_what_to_do(tensors: dict[str, tuple[str, Shape]], advice: str) -> None:
+    """A disagreement ends in the one thing to do about it."""
+    with pytest.raises(MismatchError, match=f"[^;]*{re.escape(advice)}$"):
+        planned(opened([{"x": ("F32", (2,))}], "A"), opened([tensors], "B"))
 
 
 def test_a_thousand_disagreements_stay_readable() -> None:

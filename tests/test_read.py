@@ -228,6 +228,16 @@ def test_network_file_systems_are_known(
     assert on_network([f"{tmp_path}/link/m.safetensors"]) is False
 
 
+def test_what_nobody_knows_may_be_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system does not tell what is mounted, shards are read: that is right anywhere."""
+
+    def no_proc(**_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/mounts")
+
+    monkeypatch.setattr(psutil, "disk_partitions", no_proc)
+    assert on_network(["/models/m.safetensors"])
+
+
 def test_a_link_into_a_network_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local folder of links to files on a network, such as a cache, is on a network."""
     (tmp_path / "far").mkdir()

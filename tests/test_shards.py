@@ -146,6 +146,14 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
 
 
+def in_hub_cache(folder: Path) -> None:
+    """Leave a snapshot, as the hub's cache has it."""
+    for path in list(folder.iterdir()):
+        path.unlink()
+    save_sharded(folder / "snapshots" / "abc", [A, B])
+    (folder / "blobs").mkdir()
+
+
 def nothing(folder: Path) -> None:
     """Leave an empty folder."""
     for path in folder.iterdir():
@@ -198,6 +206,11 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
         INDEX,
         f"does not list 1 tensor that its shards hold: c ({SHARDS[1]})",
     ),
+    "passes over a shard": (
+        lambda f: index(f, {"a": SHARDS[0]}),
+        INDEX,
+        f"lists nothing of {SHARDS[1]}, by name of the same set",
+    ),
     "index a FIFO": (pipe_index, INDEX, "not a regular file"),
     "index a folder": (folder_index, INDEX, "not a regular file"),
     "index huge": (huge_index, INDEX, "too large"),
@@ -219,15 +232,30 @@ HOSTILE: dict[str, tuple[Breaker, str, str]] = {
     "several indexes": (several_indexes, "", "several indexes"),
     "several files, no index": (several_files, "", "no index"),
     "only pickles": (only_pickles, "", "could run code"),
+    "a model in the cache of the hub": (in_hub_cache, "", "(snapshots/abc); give one of those"),
     "nothing": (nothing, "", "no safetensors file"),
 }
+
+ADVICE = (
+    "; download, ",
+    "so download or save it again",
+    "mend that, and run again",
+    "git lfs pull",
+)
+ADVICE += (
+    "give one of those",
+    "give the file you mean",
+    "convert them",
+    "give a folder",
+    "rename it",
+)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_folders_are_refused(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each wrong folder is refused at once, in one line that names the file at fault."""
+    """Each wrong folder is refused at once, in one line that names the file and says what to do."""
     from streamsoup.cli import cli
 
     breaker, named, phrase = HOSTILE[case]
@@ -238,6 +266,7 @@ def test_hostile_folders_are_refused(
     message = str(refused.value)
     assert message.startswith(str(folder / named))
     assert phrase in message
+    assert any(each in message for each in ADVICE)
     assert message.isprintable()
     assert cli(["inspect", str(folder)]) == 1
     printed = capsys.readouterr()
@@ -467,5 +496,6 @@ def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
     pipe_shard(bad)
     ran = command("uniform", good, bad, "-o", tmp_path / "out")
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: it is not a regular file\n"
+    why = "it is not a regular file; mend that, and run again"
+    assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: {why}\n"
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

@@ -143,6 +143,8 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
     assert [file.name for file in files] == ["config.json", "x.txt"]
     assert warnings == [
+        f"{a}: left out the folders with weights of their own; if the soup needs them, make a soup "
+        "of each, or copy them there: self",
         f"{a}: left out what is neither a plain file nor a link to one; if the "
         "soup needs it, copy it there: 1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
         f"side files of {b} differ from those of {a}, which are used: config.json, x.txt",
@@ -186,6 +188,16 @@ def test_huge_files_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.M
     files, warnings = gather_side_files(open_ingredients([a]), None)
     assert [file.name for file in files] == ["config.json"]
     assert warnings == [f"{a}/data.csv: left out, too large for a side file"]
+
+
+def test_weights_in_folders_are_left_out_and_named(tmp_path: Path) -> None:
+    """A part of the model in a folder of its own is not lost unsaid; checkpoints of a run are."""
+    parts = ("2_Dense/model.safetensors", "2_Dense/config.json", "deep/down/pytorch_model.bin")
+    a = fill(tmp_path / "a", ("config.json", *parts, "checkpoint-5/model.safetensors"))
+    files, (warning,) = gather_side_files(open_ingredients([a]), None)
+    assert [file.name for file in files] == ["config.json"]
+    assert warning.startswith(f"{a}: left out the folders with weights of their own")
+    assert warning.endswith(": 2_Dense, deep/down")
 
 
 def test_a_side_file_that_vanishes_is_named(

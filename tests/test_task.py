@@ -190,6 +190,40 @@ def test_hostile_tasks_in_a_process(
     assert not [p for p in psutil.Process().children(recursive=True) if p.name() != "ruff"]
 
 
+INTO_SOCKETS = """
+    import stat
+    for name in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{{name}}"
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            {does}
+    {then}
+"""
+SLEEPS = "time.sleep(100)"
+
+
+@pytest.mark.parametrize(
+    ("does", "then", "message"),
+    [
+        ("os.write(int(name), b'hello world')", SLEEPS, "wrote into a file descriptor"),
+        ("os.write(int(name), b'\\xff\\xff\\xff')", SLEEPS, "wrote into a file descriptor"),
+        ("os.write(int(name), bytes(4))", SLEEPS, "wrote into a file descriptor"),
+        ("os.write(int(name), b'\\x93so')", "return 1.0", "wrote into a file descriptor"),
+        ("os.write(int(name), b'x' * 100_000)", SLEEPS, "wrote into a file descriptor"),
+        ("os.close(int(name))", SLEEPS, "closed a file descriptor"),
+    ],
+)  # fmt: skip
+def test_whatever_a_task_does_to_the_connection(
+    tmp_path: Path, paths: list[str], does: str, then: str, message: str
+) -> None:
+    """Garbage where answers are expected, or nothing any more, is told at once, without a clock."""
+    task = hostile(tmp_path, INTO_SOCKETS.format(does=does, then=then))
+    search = SearchOptions(isolate=True)
+    started = time.monotonic()
+    with pytest.raises(TaskError, match=f"task.py: score: {message} that is not its own"):
+        greedy_soup(paths, task, output=tmp_path / "out", search=search)
+    assert time.monotonic() - started < 50
+
+
 def test_a_fork_does_not_answer_twice(tmp_path: Path, paths: list[str]) -> None:
     """The child of a task that forked is not taken for the task."""
     search = SearchOptions(isolate=True)

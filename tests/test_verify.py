@@ -183,7 +183,7 @@ def test_messages_stay_short(kitchen: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(VerificationError) as found:
         verify(kitchen / "soup")
-    assert len(str(found.value).splitlines()) == 14
+    assert len(str(found.value).splitlines()) == 15
     assert "and 288 more" in str(found.value)
 
 
@@ -198,5 +198,5 @@ def test_the_command_line_says_it_in_words(kitchen: Path) -> None:
     damage(kitchen / "out" / "config.json", 0)
     broken = command("verify", kitchen / "out", "--quick")
     assert (broken.returncode, broken.stdout) == (1, "")
-    expected = "is not what its provenance says: config.json has changed"
-    assert broken.stderr == f"error: {kitchen}/out: {expected}\n"
+    expected = "is not what its provenance says: config.json has changed; restore what has changed"
+    assert broken.stderr == f"error: {kitchen}/out: {expected}, or make the soup again\n"

@@ -24,6 +24,9 @@ def machine() -> Iterator[Machine]:
     machine.close()
 
 
+MADE_BEFORE = "exists already; --overwrite replaces it. This very recipe made it"
+
+
 class Kitchen:
     """Ingredients, the soup of an undisturbed run, and a stage to be disturbed on."""
 
@@ -97,7 +100,7 @@ class Kitchen:
         """Fail unless the same command leaves the soup, and nothing else."""
         whole = os.path.lexists(self.output) and tree(self.output) == self.new
         again = self.cook()
-        if not (whole and "exists already" in again.stderr):
+        if not (whole and MADE_BEFORE in again.stderr):
             assert again.status == 0, again.stderr
         assert tree(self.output) == self.new
         assert os.listdir(self.output.parent) == ["soup"], "debris"
@@ -152,6 +155,21 @@ def kitchen(tmp_path: Path, machine: Machine) -> Kitchen:
 def test_killed_at_any_call(kitchen: Kitchen) -> None:
     """A kill at any call leaves no output or the whole one; the same command then completes it."""
     assert len(kitchen.disturb("kill")) > 80
+
+
+def test_a_finished_soup_is_refused_and_known(kitchen: Kitchen) -> None:
+    """A run that is over is not resumed; only a soup of the same recipe is said to be that."""
+    assert kitchen.cook().status == 0
+    again = kitchen.cook()
+    assert (again.status, again.stderr.count("\n")) == (1, 1)
+    assert f"{kitchen.output}: {MADE_BEFORE}; `streamsoup verify` tells" in again.stderr
+    swapped = ["uniform", *kitchen.ingredients[::-1], "-o", kitchen.output]
+    mixed = ["mix", *kitchen.ingredients, "-c", ".5,.5", "-o", kitchen.output]
+    for other in (swapped, mixed):
+        assert "replaces it\n" in kitchen.machine.run(*other, stage=kitchen.stage).stderr
+    provenance = kitchen.output / "streamsoup.json"
+    provenance.write_text(provenance.read_text().replace("uniform", "universal"))
+    assert "replaces it\n" in kitchen.cook().stderr
 
 
 def test_killed_while_replacing(kitchen: Kitchen) -> None:

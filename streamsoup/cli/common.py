@@ -251,6 +251,8 @@ def supervise(
     settings: dict[str, Any],
 ) -> int:
     """Do work that reads weights in a child process; turn its errors into lines and statuses."""
+    from streamsoup.terminal import clear_bar
+
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
 
     def child() -> int:
@@ -276,10 +278,15 @@ def supervise(
             watcher.close()
         return 0
 
-    status = supervised(child, lambda number, started: _explain(number, started, paths))
+    after = "" if label in ("geometry", "verify") else "; the same command goes on from there"
+
+    def explain(number: int, started: float) -> str:
+        clear_bar()
+        return _explain(number, started, paths, after)
+
+    status = supervised(child, explain)
     if status > 128:
-        looks = label in ("geometry", "verify")
-        after = "" if looks else "; the same command goes on from there"
+        clear_bar()
         print(f"interrupted by {signal.Signals(status - 128).name}{after}", file=sys.stderr)
     return status
 
@@ -305,8 +312,8 @@ def in_words(error: Exception) -> str:
     )
 
 
-def _explain(number: int, started: float, paths: Sequence[str]) -> str:
-    """Say why the child died: of which shard, if it died of one."""
+def _explain(number: int, started: float, paths: Sequence[str], after: str) -> str:
+    """Say why the child died, of which shard if it died of one, and what comes `after`."""
     from streamsoup.formats.shards import Shard, open_ingredients
 
     if number == signal.SIGBUS:
@@ -329,7 +336,7 @@ def _explain(number: int, started: float, paths: Sequence[str]) -> str:
         )
     name = signal.Signals(number).name
     why = "; the machine may be out of memory" if number == signal.SIGKILL else ""
-    return f"the working process was killed by {name}{why}; the same command goes on from there"
+    return f"the working process was killed by {name}{why}{after}"
 
 
 def print_description(description: dict[str, Any]) -> None:

@@ -334,7 +334,7 @@ class Bench:
                 labels.append(_to_numpy(right))
         where = f"{self.task.name}: predictions on {split!r}"
         if not logits:
-            raise TaskError(f"{where}: there are none")
+            raise TaskError(f"{where}: there are none; yield a batch at least")
         for z, y in zip(logits, labels, strict=True):
             if z.ndim != 2 or y.shape != z.shape[:1] or z.shape[1] != logits[0].shape[1]:
                 what = f"{where}: logits and labels of a batch are to have the shapes"

@@ -156,7 +156,10 @@ class Cache:
         except OSError as error:
             # What numpy says of a full disk has no number: "3000 requested and 2016 written".
             why = error.strerror or "the disk did not take all of it; is it full?"
-            raise OutputError(f"{printable(path)}: cannot be written: {why}") from error
+            raise OutputError(
+                f"{printable(path)}: cannot be written: {why}; mend that, and the same "
+                "command goes on"
+            ) from error
         self._intact.add(name)
         return name, digest
 
@@ -213,7 +216,9 @@ def _take(folder: str) -> int:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{where}: cannot be made: {error.strerror}") from None
+        raise OutputError(
+            f"{where}: cannot be made: {error.strerror}; choose another folder, or mend that"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -46,7 +46,9 @@ class Plane:
         length = math.sqrt(max(float(g[0, 0]), 0.0))
         other = math.sqrt(max(float(g[1, 1]), 0.0))
         if length == 0 or other == 0:
-            raise RecipeError("no plane goes through three checkpoints of which two are equal")
+            raise RecipeError(
+                "no plane goes through three checkpoints of which two are equal; give others"
+            )
         along = float(g[0, 1]) / length
         across = math.sqrt(max(other**2 - along**2, 0.0))
         if across <= FLAT * other:

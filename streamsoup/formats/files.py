@@ -49,11 +49,16 @@ def open_shard(shard: Shard) -> int:
         shard.check_unchanged()
         raise
     except OSError as error:
-        raise FormatError(f"{printable(shard.path)}: cannot be opened: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(shard.path)}: cannot be opened: {error.strerror}; mend that, and run again"
+        ) from None
     if found != shard.identity:
         close_read(descriptor)
         shard.check_unchanged()
-        raise ChangedIngredientError(f"{printable(shard.path)}: changed while it was being read")
+        raise ChangedIngredientError(
+            f"{printable(shard.path)}: changed while it was being read; run again once nobody "
+            "writes to it"
+        )
     return descriptor
 
 
@@ -90,7 +95,9 @@ class Window:
             close_read(descriptor)
         if address == _FAILED:
             reason = os.strerror(ctypes.get_errno())
-            raise FormatError(f"{printable(shard.path)}: cannot be mapped: {reason}")
+            raise FormatError(
+                f"{printable(shard.path)}: cannot be mapped: {reason}; --io read does without"
+            )
         window = (ctypes.c_uint8 * nbytes).from_address(address)
         window.mapping = _Mapping(address, nbytes)  # type: ignore[attr-defined]
         self._content: Bytes = np.frombuffer(memoryview(window), np.uint8)
@@ -143,13 +150,14 @@ class Descriptors:
 
 
 def on_network(paths: Sequence[str]) -> bool:
-    """Whether any of `paths` lies on a network file system."""
+    """Whether any of `paths` lies on a network file system, or may, as nobody knows."""
     import psutil
 
-    mounts = {
-        partition.mountpoint: partition.fstype.lower()
-        for partition in psutil.disk_partitions(all=True)
-    }
+    try:
+        partitions = psutil.disk_partitions(all=True)
+    except OSError:  # a sandbox without /proc
+        return True
+    mounts = {partition.mountpoint: partition.fstype.lower() for partition in partitions}
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         at = folder
         while at not in mounts and at != os.path.dirname(at):

@@ -42,22 +42,19 @@ class Header:
 def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
     """Read the length of the JSON from a file's first 8 bytes, and check it against its size."""
     if len(prefix) < 8:
-        raise CorruptFileError(
-            f"has {file_nbytes} bytes, too few for a safetensors file; copy or download it again"
-        )
+        raise CorruptFileError(f"has {file_nbytes} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix[:8])
     kind = _recognise(prefix)
     if kind and 8 + length > file_nbytes:
         raise FormatError(f"is {kind}, not safetensors")
     if length > HEADER_LIMIT:
         raise CorruptFileError(
-            f"claims a header of {length} bytes, above the limit of {HEADER_LIMIT}; "
-            "it is damaged or not a safetensors file"
+            f"claims a header of {length} bytes, above the limit of {HEADER_LIMIT}, so it is "
+            "damaged or not a safetensors file"
         )
     if 8 + length > file_nbytes:
         raise CorruptFileError(
-            f"is truncated: its header ends at byte {8 + length}, the file at {file_nbytes}; "
-            "copy or download it again"
+            f"is truncated: its header ends at byte {8 + length}, the file at {file_nbytes}"
         )
     return int(length)
 
@@ -87,10 +84,7 @@ def parse_header(text: bytes, file_nbytes: int) -> Header:
         end += spec.nbytes
     if end != file_nbytes:
         what = "is truncated" if end > file_nbytes else "has bytes after its last tensor"
-        raise CorruptFileError(
-            f"{what}: its tensors end at byte {end}, the file at {file_nbytes}; "
-            "copy or download it again"
-        )
+        raise CorruptFileError(f"{what}: its tensors end at byte {end}, the file at {file_nbytes}")
     return Header({spec.name: spec for spec in specs}, metadata, file_nbytes)
 
 
@@ -117,7 +111,7 @@ def _recognise(prefix: bytes) -> str | None:
     if prefix.startswith(b"\x80") and prefix[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle, which could run code when opened (to be converted first)"
     if prefix.startswith(b"GGUF"):
-        return "a GGUF file, whose weights are quantised for inference"
+        return "a GGUF file, whose weights are quantised (use the checkpoint it was made of)"
     if prefix.startswith(b"version "):
         return "a Git LFS pointer, whose content was never fetched (run `git lfs pull`)"
     if prefix.startswith(b"{") and b"\0" not in prefix:
@@ -125,7 +119,7 @@ def _recognise(prefix: bytes) -> str | None:
     if prefix.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
         return "a web page, perhaps an error that was saved in its place (download it again)"
     if prefix.startswith(b"\x89HDF"):
-        return "an HDF5 file"
+        return "an HDF5 file (to be converted first)"
     return None
 
 
@@ -206,7 +200,7 @@ def _check_tensor(name: str, entry: Any, data_begin: int) -> TensorSpec:
     if dtype is None:
         raise UnsupportedDtypeError(
             f"{where} has dtype {printable(entry['dtype'], 40)!r}, "
-            f"which is none of {', '.join(DTYPES)}"
+            f"which is none of {', '.join(DTYPES)}; save it in one of those, or leave it out"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape):

@@ -20,6 +20,7 @@ from streamsoup.errors import CorruptFileError, FormatError, printable, some
 from streamsoup.formats.regular import reading
 
 __all__ = [
+    "check_files",
     "check_index",
     "index_name",
     "is_index",
@@ -36,7 +37,7 @@ _INDEX = re.compile(
     r"(?P<base>.+)\.safetensors(\.index(\.(?P<variant>[^.]+))?|\.(?P<old>[^.]+)\.index)\.json",
     re.DOTALL,
 )
-_NUMBER = re.compile(r"[-_]\d+-of-\d+")
+_NUMBER = re.compile(r"[-_]\d+(-of-\d+)")
 
 
 def is_index(name: str) -> bool:
@@ -94,7 +95,9 @@ def read_index(path: str) -> dict[str, str]:
             with open(descriptor, "rb", closefd=False) as file:
                 text = file.read(status.st_size)
     except OSError as error:
-        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{where}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
     try:
         # No number in it is used, and as text it may have any length.
         index = json.loads(
@@ -135,6 +138,24 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def check_files(path: str, listed: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse an index that passes over a shard of its own, by the names of all in its folder.
+
+    Shards are of one set if their names say so, such as ``model-00002-of-00002.safetensors``.
+    Raises `CorruptFileError`.
+    """
+    sets = {_NUMBER.sub(r"\1", name) for name in listed if is_numbered(name)}
+    over = [
+        name
+        for name in sorted(set(names).difference(listed))
+        if is_numbered(name) and name[0] != "." and _NUMBER.sub(r"\1", name) in sets
+    ]
+    if over:
+        raise CorruptFileError(
+            f"{printable(path)}: lists nothing of {some(over)}, by name of the same set as others"
+        )
 
 
 def check_index(path: str, weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
-from streamsoup.formats.index import check_index, is_index, read_index, stem
+from streamsoup.formats.index import check_files, check_index, is_index, read_index, stem
 from streamsoup.formats.regular import reading
 from streamsoup.tensors import TensorSpec
 
@@ -75,7 +75,7 @@ class Shard:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ChangedIngredientError(
                 f"{printable(self.path)}: vanished while it was being read "
-                f"({error.strerror}); nothing was written"
+                f"({error.strerror}); nothing was written. Put it back, and run again"
             ) from None
         except OSError as error:
             raise FormatError(
@@ -180,16 +180,25 @@ class Pantry:
 
     def open(self, path: str | os.PathLike[str]) -> Ingredient:
         """Open one ingredient. See `open_ingredients`."""
-        given = os.fspath(path)
+        try:
+            return self._open(os.fspath(path))
+        except CorruptFileError as error:
+            raise CorruptFileError(
+                f"{error}; download, copy or save the checkpoint again"
+            ) from None
+
+    def _open(self, given: str) -> Ingredient:
         _check_path(given)
         try:
             mode = os.stat(given).st_mode
         except FileNotFoundError:
             raise MissingFileError(
-                f"{printable(given)}: no such file or folder; check the path{_hub_advice(given)}"
+                f"{printable(given)}: no such file or folder; check the path{_advice_for(given)}"
             ) from None
         except OSError as error:
-            raise FormatError(f"{printable(given)}: cannot be opened: {error.strerror}") from None
+            raise FormatError(
+                f"{printable(given)}: cannot be opened: {error.strerror}; mend that, and run again"
+            ) from None
         if stat.S_ISDIR(mode):
             name = _find_weights(given)
             if is_index(name):
@@ -210,6 +219,7 @@ class Pantry:
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
+        check_files(os.path.join(folder, name), files, _names_in(folder))
         return Ingredient(given, folder, shards, layout, name)
 
     def _open_shard(self, path: str) -> Shard:
@@ -234,7 +244,9 @@ class Pantry:
                 "save it again"
             ) from None
         except OSError as error:
-            raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+            raise FormatError(
+                f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+            ) from None
         return Shard(path, Identity.of(status), header)
 
 
@@ -270,12 +282,14 @@ def _check_path(path: str) -> None:
     except UnicodeEncodeError:
         raise FormatError(f"{printable(path)}: its path is not Unicode; rename it") from None
     if "\0" in path:
-        raise FormatError(f"{printable(path)}: a path holds no NUL character")
+        raise FormatError(f"{printable(path)}: a path holds no NUL character; check the path")
 
 
-def _hub_advice(given: str) -> str:
-    """Advise somebody who may have given the name of a model on a hub."""
+def _advice_for(given: str) -> str:
+    """Advise somebody who may have given a name that means something elsewhere."""
     parts = given.split("/")
+    if parts[0] == "~":
+        return " (only a shell replaces ~, and only where it is not quoted)"
     if len(parts) <= 2 and all(parts) and not os.path.exists(parts[0]) and given[0] != ".":
         return (
             ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
@@ -283,12 +297,19 @@ def _hub_advice(given: str) -> str:
     return ""
 
 
+def _names_in(folder: str) -> list[str]:
+    """List a folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise FormatError(
+            f"{printable(folder)}: cannot be listed: {error.strerror}; mend that, and run again"
+        ) from None
+
+
 def _find_weights(folder: str) -> str:
     """Choose the file name of the index, or of the only safetensors file, in a folder."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise FormatError(f"{printable(folder)}: cannot be listed: {error.strerror}") from None
+    names = _names_in(folder)
     indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)
@@ -321,6 +342,9 @@ def _find_weights(folder: str) -> str:
             "could run code when opened; convert them to safetensors first"
         )
     inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
+    if not inside and "snapshots" in names:  # a model in the cache of the hub
+        snapshots = [os.path.join("snapshots", name) for name in _names_in(f"{folder}/snapshots")]
+        inside = [name for name in snapshots if _holds_weights(os.path.join(folder, name))]
     if inside:
         raise FormatError(
             f"{where}: has no safetensors file, but there are some in its folders "

@@ -40,6 +40,9 @@ LEFT_OUT = (
 )
 """Weights, the state of a training run, and descriptions of the one model it came from."""
 
+_OF_TRAINING = (".", "checkpoint-", "global_step", "runs", "wandb")
+"""What the names of folders begin with that a training run leaves."""
+
 LARGEST = 1_000_000_000
 """Bytes beyond which a file is no configuration and no tokenizer: left out, with a warning."""
 
@@ -75,8 +78,13 @@ def gather_side_files(
     first = ingredients[0].folder
     if first is None:
         return [], []
-    names, strange = _walk(first)
+    names, strange, heavy = _walk(first)
     warnings = []
+    if heavy:
+        warnings.append(
+            f"{printable(first)}: left out the folders with weights of their own; if the soup "
+            f"needs them, make a soup of each, or copy them there: {some(heavy)}"
+        )
     if strange:
         warnings.append(
             f"{printable(first)}: left out what is neither a plain file nor a link to one; if the "
@@ -95,7 +103,7 @@ def gather_side_files(
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs, _ = _walk(other.folder)
+        theirs, _, _ = _walk(other.folder)
         different = [
             name
             for name in sorted({*theirs, *names})
@@ -109,16 +117,21 @@ def gather_side_files(
     return files, warnings
 
 
-def _walk(folder: str) -> tuple[list[str], list[str]]:
+def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
     """List the side files below a folder, and what has their place but is no regular file.
 
-    Folders that hold weights of their own are left out. Raises `FormatError` for what cannot be
-    looked at: it may be a tokenizer.
+    Folders that hold weights of their own come third, and what they hold is left out; those of a
+    training run are passed over. Raises `FormatError` for what cannot be looked at: it may be a
+    tokenizer.
     """
     names: list[str] = []
     strange: list[str] = []
+    heavy: list[str] = []
     for at, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=False):
-        folders[:] = sorted(name for name in folders if _is_side_folder(os.path.join(at, name)))
+        folders[:] = sorted(name for name in folders if not name.startswith(_OF_TRAINING))
+        weighty = [name for name in folders if _holds_weights(os.path.join(at, name))]
+        heavy += [os.path.relpath(os.path.join(at, name), folder) for name in weighty]
+        folders[:] = [name for name in folders if name not in weighty]
         linked = [name for name in folders if os.path.islink(os.path.join(at, name))]
         for name in sorted(files + linked):
             path = os.path.join(at, name)
@@ -127,12 +140,14 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
                 continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             (names if _is_regular(path) else strange).append(_checked(relative, path))
-    return names, strange
+    return names, strange, heavy
 
 
 def _refuse_unlisted(error: OSError) -> NoReturn:
     path = printable(os.fsdecode(error.filename))
-    raise FormatError(f"{path}: cannot be listed: {error.strerror}") from None
+    raise FormatError(
+        f"{path}: cannot be listed: {error.strerror}; mend that, and run again"
+    ) from None
 
 
 def _is_regular(path: str) -> bool:
@@ -141,7 +156,9 @@ def _is_regular(path: str) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
             return False
-        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
 
 
 def _checked(name: str, path: str) -> str:
@@ -155,15 +172,12 @@ def _checked(name: str, path: str) -> str:
     return name
 
 
-def _is_side_folder(path: str) -> bool:
-    name = os.path.basename(path)
-    if name.startswith((".", "checkpoint-", "global_step", "runs", "wandb")):
-        return False
+def _holds_weights(path: str) -> bool:
     try:
         files = os.listdir(path)
     except OSError as error:
         _refuse_unlisted(error)
-    return not any(file.endswith((".safetensors", ".bin", ".pt")) for file in files)
+    return any(file.endswith((".safetensors", ".bin", ".pt")) for file in files)
 
 
 def pieces(path: str) -> Iterator[bytes]:
@@ -197,7 +211,9 @@ def _config(path: str) -> dict[str, object] | None:
     try:
         config = json.loads(b"".join(pieces(path)))
     except OSError as error:
-        raise FormatError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+        ) from None
     except (ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None

@@ -217,7 +217,9 @@ def open_device(name: str) -> Accelerator | HostDevice:
     if index >= count:
         raise DeviceError(f"--device {name}: there are {count}, numbered from 0")
     if wanted.type == "mps":
-        raise DeviceError(f"--device {name}: it has no float64, in which streamsoup sums")
+        raise DeviceError(
+            f"--device {name}: it has no float64, in which sums are; use --device cpu"
+        )
     return Accelerator(torch.device(wanted.type, index))
 
 

@@ -76,6 +76,9 @@ def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coe
     return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
 
 
+_ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
+
+
 def _read_coefficients(path: str) -> Coefficients:
     where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
     try:
@@ -83,11 +86,12 @@ def _read_coefficients(path: str) -> Coefficients:
         inner = whole["recipe"]["coefficients"] if "recipe" in whole else whole
         return msgspec.convert(inner, Coefficients)
     except OSError as error:
-        raise RecipeError(f"{printable(where)}: cannot be read: {error.strerror}") from None
+        raise RecipeError(
+            f"{printable(where)}: cannot be read: {error.strerror}; {_ADVICE}"
+        ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, RecursionError) as error:
         raise RecipeError(
-            f"{printable(where)}: holds no coefficients ({printable(error)}); give a soup, its "
-            f'{PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
+            f"{printable(where)}: holds no coefficients ({printable(error)}); {_ADVICE}"
         ) from None
 
 

@@ -16,7 +16,13 @@ import xxhash
 from streamsoup import __version__
 from streamsoup.destination import check_output
 from streamsoup.digest import Digests, digest_bytes
-from streamsoup.errors import FormatError, OutputError, StreamsoupError, printable
+from streamsoup.errors import (
+    FormatError,
+    OutputError,
+    OutputExistsError,
+    StreamsoupError,
+    printable,
+)
 from streamsoup.formats.shards import Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options
@@ -168,6 +174,14 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
                 staging.commit(staging.complete)
                 return _finished(target, plan, started)
             provenance = _fill(ordered, staging, options)
+    except OutputExistsError as error:
+        # A run that is killed when nothing is left to do, or was never told of as done, is none
+        # that can be resumed: it is over.
+        if not _made_before(given, plan):
+            raise
+        raise OutputExistsError(
+            f"{error}. This very recipe made it; `streamsoup verify` tells whether it is unchanged"
+        ) from None
     except OSError as error:
         if isinstance(error, StreamsoupError):
             raise
@@ -211,6 +225,20 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
         sync_folder(folder)
     staging.commit(digest_bytes(text))
     return provenance
+
+
+def _made_before(output: str, plan: MixPlan) -> bool:
+    """Whether the soup that is there says that it was made by this recipe, of the same paths."""
+    import msgspec
+
+    try:
+        found = read_provenance(os.path.realpath(output))
+    except StreamsoupError:
+        return False
+    paths = tuple(os.path.abspath(ingredient.name) for ingredient in plan.ingredients)
+    there = tuple(record.path for record in found.ingredients)
+    recipe = msgspec.structs.replace(found.recipe, ingredients=plan.recipe.ingredients)
+    return found.intact and there == paths and recipe == plan.recipe
 
 
 def _not_written(output: str, error: OSError) -> OutputError:
@@ -275,7 +303,8 @@ def _copy(file: SideFile, folder: str) -> FileRecord:
                 yield piece
         except OSError as error:
             raise FormatError(
-                f"{printable(file.path)}: cannot be copied: {error.strerror}"
+                f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run "
+                "again"
             ) from None
 
     path = os.path.join(folder, file.name)

@@ -244,7 +244,9 @@ def _take(root: str) -> int:
         if names and not set(names) & set(_OURS):
             raise OutputError(f"{where}: is in the way and not ours; move it elsewhere") from None
     except OSError as error:
-        raise OutputError(f"{where}: cannot be made: {error.strerror}") from None
+        raise OutputError(
+            f"{where}: cannot be made: {error.strerror}; choose another output, or mend that"
+        ) from None
     while True:
         path = os.path.join(root, "lock")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -152,7 +152,8 @@ class FolderScorer:
                 raise
             raise OutputError(
                 f"{printable(path)}: a candidate of {nbytes_text(ordered.plan.nbytes_written)} "
-                f"cannot be written: {error.strerror or error}"
+                f"cannot be written: {error.strerror or error}; mend that, and the same command "
+                "goes on"
             ) from error
         started = time.monotonic()
         score = self._task.run(path, self._split, to_beat)

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.options import Options
 from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.connection import Connection
 from streamsoup.soups.running import SumsPlace, plan_sums
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, contained
 from streamsoup.task.family import die_with_parent
@@ -102,14 +103,14 @@ def serve(descriptor: int, parent: int, is_live: bool) -> None:
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
-    connection = Connection(descriptor)
+    connection = Connection(socket.socket(fileno=descriptor))
     mine = os.getpid()
     status = 1
 
     def say(kind: str, content: Any = None) -> None:
         if os.getpid() != mine:
             os._exit(0)  # a task forked, and its child came back here
-        connection.send_bytes(pickle.dumps((kind, content)))
+        connection.send(pickle.dumps((kind, content)))
 
     try:
         _serve(connection, say, is_live)
@@ -137,14 +138,21 @@ def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> N
         )
 
 
+def _next(connection: Connection) -> bytes:
+    """Wait for what is asked next."""
+    content = connection.take(wait=True)
+    assert content is not None
+    return content
+
+
 def _serve_command(connection: Connection, say: Callable[..., None]) -> None:
-    work: Work = pickle.loads(connection.recv_bytes())
+    work: Work = pickle.loads(_next(connection))
     task, folder = work.task, os.path.dirname(work.scratch)
     split = task.check_split(work.split)
     say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
     scorer: FolderScorer | None = None
     while True:
-        members, to_beat, keep = pickle.loads(connection.recv_bytes())
+        members, to_beat, keep = pickle.loads(_next(connection))
         scorer = scorer or FolderScorer(
             task, work.ordered, candidates_of(work, None), split=split, folder=folder
         )
@@ -156,7 +164,7 @@ def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
     from streamsoup.live import ModelSink  # imports torch
     from streamsoup.task import load_task
 
-    pickled = connection.recv_bytes()
+    pickled = _next(connection)
     say("doing", "loading the task")
     work: Work = pickle.loads(pickled)
     task = load_task(work.task)
@@ -166,7 +174,7 @@ def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
     say("loaded", {"task": task.name, "code": task.fingerprint, "split": split})
     scorer: LiveScorer | None = None
     while True:
-        members, to_beat, keep = pickle.loads(connection.recv_bytes())
+        members, to_beat, keep = pickle.loads(_next(connection))
         if scorer is None:
             say("doing", f"{task.name}: build")
             with contained(task.name, "build"):

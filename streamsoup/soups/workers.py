@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from streamsoup import errors
 from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some
+from streamsoup.soups.connection import Connection
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import Outcome, Scorer
 from streamsoup.soups.serving import Work
@@ -32,6 +32,9 @@ from streamsoup.task.command import CommandTask
 from streamsoup.task.family import Family, Tail
 
 __all__ = ["Alone", "Crew", "Scorers"]
+
+DYING_S = 2.0
+"""How long a worker may take from its last word to its end."""
 
 
 class Scorers(Protocol):
@@ -175,7 +178,7 @@ class _Worker:
         )
         self._process = self._family.leader
         theirs.close()
-        self.connection = Connection(ours.detach())
+        self.connection = Connection(ours)
         self.died = os.pidfd_open(self._process.pid)
         self._listener = threading.Thread(
             target=self._listen, name="streamsoup-listen", daemon=True
@@ -219,12 +222,15 @@ class _Worker:
 
     def message(self, names: Sequence[str]) -> tuple[str, Any] | None:
         """Take a message, or find out why there is none. Raises `TaskError` for a dead worker."""
-        if self.connection.poll():
-            try:
-                kind, content = pickle.loads(self.connection.recv_bytes())
-            except (EOFError, OSError, pickle.UnpicklingError):
-                pass
-            else:
+        try:
+            pickled = self.connection.take(wait=False)
+        except TaskError as error:
+            self._fail("TaskError", f"{self._doing}: {error}", names)
+        except EOFError:
+            self._await_end(names)
+        else:
+            if pickled is not None:
+                kind, content = pickle.loads(pickled)
                 if kind == "error":
                     self._fail(content[0], content[1], names)
                 return kind, content
@@ -253,9 +259,17 @@ class _Worker:
 
     def _send(self, content: bytes) -> None:
         try:
-            self.connection.send_bytes(content)
+            self.connection.send(content)
         except OSError:
             pass  # it died; the next look at it says how
+
+    def _await_end(self, names: Sequence[str]) -> None:
+        """Wait for a worker to end that has nothing more to say."""
+        try:
+            self._process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
+            closed = "closed a file descriptor that is not its own, the worker's connection"
+            self._fail("TaskError", f"{self._doing}: {closed} to streamsoup", names)
 
     def _end(self) -> str:
         """Say how it ended, or that it did not."""

@@ -215,7 +215,7 @@ def _load(text: str) -> Any:
     found: Any = module
     for part in attribute.split(".") if attribute else ():
         if not hasattr(found, part):
-            raise TaskError(f"{printable(path)}: has no {printable(attribute)!r}")
+            raise TaskError(f"{printable(path)}: has no {printable(attribute)!r}; check the name")
         found = getattr(found, part)
     return found
 
@@ -223,7 +223,7 @@ def _load(text: str) -> Any:
 def _load_file(path: str) -> ModuleType:
     where = printable(path)
     if not os.path.isfile(path):
-        raise TaskError(f"{where}: no such task file")
+        raise TaskError(f"{where}: no such task file; check the path")
     folder, file = os.path.split(os.path.abspath(path))
     module_name = f"streamsoup_task_{os.path.splitext(file)[0]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
