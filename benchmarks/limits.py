@@ -2,7 +2,8 @@
 
 A process of its own for each answer, which it prints as JSON: seconds inside the process, so a
 limit never pays for starting Python. ``mapped N FILE...`` and ``plain N FILE...`` read all bytes
-with N threads, ``write NBYTES FILE`` writes and syncs, ``memory N`` reads what is in memory.
+with N threads, ``write NBYTES FILE`` writes and syncs, ``both N NBYTES OUTPUT FILE...`` does that
+while N threads read plainly, ``memory N`` reads what is in memory.
 """
 
 from __future__ import annotations
@@ -103,6 +104,16 @@ def write(nbytes: int, path: str) -> float:
     return elapsed
 
 
+def both(n_threads: int, nbytes: int, output: str, paths: Sequence[str]) -> float:
+    """Write and sync a file while others are read: what a disk that does both has to do."""
+    started = time.perf_counter()
+    writer = threading.Thread(target=write, args=(nbytes, output))
+    writer.start()
+    plain(n_threads, paths)
+    writer.join()
+    return time.perf_counter() - started
+
+
 def memory(n_threads: int) -> float:
     """Give bytes per second read from memory, well outside of all caches: the best of `REPEATS`."""
     words = np.ones(1 << 27, np.uint64)
@@ -115,6 +126,8 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "write":
         print(json.dumps(write(int(rest[0]), rest[1])))
+    elif what == "both":
+        print(json.dumps(both(int(rest[0]), int(rest[1]), rest[2], rest[3:])))
     elif what == "memory":
         print(json.dumps(memory(int(rest[0]))))
     else:

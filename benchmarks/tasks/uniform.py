@@ -3,7 +3,8 @@
 Every round measures the limit, then streamsoup, then each peer, so that whatever else the machine
 does falls on all alike. The limit is: read every mapped page of every input once, with all cores,
 then write and sync as many bytes as the output has. For a cold cache, it is the fastest of several
-ways to read the files from the disk, and nothing for the output, which is written meanwhile.
+ways to read the files from the disk, and nothing for the output; beside it, the fastest while as
+many bytes are written to the same disk and synced.
 """
 
 from __future__ import annotations
@@ -117,6 +118,12 @@ def _limit(
     rate = case.nbytes_each / write_s / 1e9
     session.add("limits", "write and sync", case.label, **numbers, seconds=write_s, gb_per_s=rate)
     if cold:
+        for n_threads in (n_cpus, 4, 8):
+            _prepare(ingredients, cold)
+            both_s = _ask("both", n_threads, case.nbytes_each, room / "limit", *files)
+            name = f"read plain, {n_threads} threads, write and sync meanwhile"
+            moved = (case.n + 1) * case.nbytes_each / both_s / 1e9
+            session.add("limits", name, case.label, **numbers, seconds=both_s, gb_per_s=moved)
         return min(seconds.values())
     return seconds[f"mapped, {n_cpus} threads"] + write_s
 
