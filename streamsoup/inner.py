@@ -104,7 +104,7 @@ def plan_inner_memory(
     if peak(block, threads) > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
-            f"ingredients take {nbytes_text(peak(block, threads))} at least"
+            f"ingredients take {nbytes_text(peak(block, threads))} at least; raise --memory"
         )
     return MemoryPlan(threads, block, k, peak(block, threads), compiles)
 

@@ -133,7 +133,9 @@ def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngred
             continue  # in memory: no file to mind
         path = os.path.realpath(os.fspath(named))
         if root == path or root.startswith(path + os.sep):
-            raise OutputError(f"{where}: lies in the ingredient {printable(path)}")
+            raise OutputError(
+                f"{where}: lies in the ingredient {printable(path)}; choose a folder outside of it"
+            )
 
 
 def splits_of(task: Task) -> Splits:
