@@ -281,7 +281,9 @@ class DeviceWorker:
         """Blocks to start before the first result is asked for."""
         return self._mix.chosen.shape.in_flight - 1 if self._averages else 0
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
         """Begin a block of `n_units` of `tensor`."""
         from streamsoup.kernels.device import our_errors
 

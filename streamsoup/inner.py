@@ -235,7 +235,9 @@ class _Worker:
         self._room = np.empty((-(-reduction.memory.block // GRAIN), reduction.n_values))
         self.spoiled = False
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
         """Begin a block."""
         self._tensor, self._start, self._n = tensor, start, n_units
         self._results = self._room[: -(-n_units // GRAIN)]
@@ -317,6 +319,10 @@ class _SumsSession:
 
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         """Know of nothing that was finished earlier."""
+        return None
+
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Have none: what is written is added up."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:

@@ -83,6 +83,8 @@ class ModelSink:
         """
         self.model = model
         self.plan = plan
+        self._apart = False
+        """Whether no ingredient is known to share the model's memory."""
         self.live = _named_as(plan, tensors_of(model))
         """All persistent tensors of the model, by the names of the plan."""
         self._memory = {name: _memory_of(name, tensor) for name, tensor in self.live.items()}
@@ -122,6 +124,15 @@ class ModelSink:
         """Say that nothing is finished: a model in memory keeps nothing from an earlier run."""
         return None
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Give the memory of a parameter, unless an ingredient may share it."""
+        planned = self.plan.tensors[leaf.tensor]
+        target = self.targets.get(planned.name)
+        if not self._apart or target is None or target.raw is None:
+            return None
+        begin = start * planned.unit_nbytes
+        return target.raw[begin : begin + nbytes]
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Put a finished block of the leaf's tensor in place, from unit `start` on."""
         planned = self.plan.tensors[leaf.tensor]
@@ -130,7 +141,9 @@ class ModelSink:
             return
         if target.raw is not None:
             begin = start * planned.unit_nbytes
-            target.raw[begin : begin + len(block)] = block
+            place = target.raw[begin : begin + len(block)]
+            if place.ctypes.data != block.ctypes.data:  # made elsewhere
+                place[:] = block
             return
         dtype = TORCH_DTYPES[planned.dtype.name]
         with torch.inference_mode(target.tensor.is_inference()), torch.no_grad():
@@ -156,6 +169,7 @@ class ModelSink:
         """Raise `MismatchError` if an ingredient is this very model.
 
         For a search: the first candidate would overwrite it. A single mix may be made in place.
+        Results are then made where they belong, rather than copied there.
         """
         tensors = self.live.values()
         own = {t.untyped_storage().data_ptr() for t in tensors if type(t) in _PLAIN and t.numel()}
@@ -166,6 +180,7 @@ class ModelSink:
                         f"{ingredient.name}: shares memory with the model that candidates are put "
                         "into, which would overwrite it; give a copy, or another model"
                     )
+        self._apart = True
 
     def check(self) -> None:
         """Raise `TaskError` if the model's tensors are no longer the ones that were matched."""

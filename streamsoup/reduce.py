@@ -105,8 +105,13 @@ class Worker(Protocol):
     def n_ahead(self) -> int:
         """Blocks to start before the first result is asked for: accelerators work on several."""
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Begin a block: `n_units` of `tensor` from unit `start` on."""
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block: `n_units` of `tensor` from unit `start` on.
+
+        The result may be made in `room`, which is no part of any ingredient.
+        """
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Take the blocks of ingredients `first` and following, in order."""
@@ -135,7 +140,9 @@ class Nothing:
         """Give a thread this very object: it holds nothing."""
         return self
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
         """Begin a block."""
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
@@ -180,11 +187,13 @@ class MixWorker:
         self.spoiled = False
         """Whether the last result holds a NaN or an Inf."""
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        """Begin a block of `n_units` of `tensor`."""
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block of `n_units` of `tensor`, and make it in `room`, if there is one."""
         self._tensor = tensor
         self._n = n_units
-        self._output = self._result[: n_units * tensor.unit_nbytes]
+        self._output = self._result[: n_units * tensor.unit_nbytes] if room is None else room
         plan = self._mix.plan
         self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
         self._watch_sameness = plan.keeps_equal(tensor)

@@ -57,6 +57,12 @@ class SinkSession(Protocol):
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         """Give the digests of a leaf that need not be made again, or None."""
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Give the memory where a result is to be, which may be made there; or None.
+
+        It is told from unit `start` of the leaf's tensor on, and is written all the same.
+        """
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Take the result from unit `start` of the leaf's tensor on; valid during the call."""
 
@@ -86,6 +92,10 @@ class Nowhere:
 
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         """Know of nothing that was finished earlier."""
+        return None
+
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Have no place of its own."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
@@ -266,7 +276,8 @@ class _Pass:
             if self.stop.is_set():
                 raise Interrupted("stopped")
             n_units = min(memory.block, end - start)
-            worker.start(tensor, start, n_units)
+            room = writing.room(leaf, start, n_units * tensor.unit_nbytes)
+            worker.start(tensor, start, n_units, room)
             for first in range(0, k, memory.group):
                 last = min(first + memory.group, k)
                 inputs = reading.block(tensor, first, last, start, n_units)

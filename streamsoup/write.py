@@ -149,6 +149,10 @@ class FileSession:
             offset += len(part)
         return digests if digest.digest() == digests[:SIZE] else None
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Have none: files are written, never mapped."""
+        return None
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Write a finished block of the leaf's tensor, from unit `start` on."""
         path, offset = self._sink.place(leaf, start)

@@ -34,6 +34,8 @@ class Shelf:
         self.found = {t.name: np.zeros(t.nbytes, np.uint8) for t in ordered.plan.tensors}
         self.n_puts = {t.name: np.zeros(t.nbytes, np.int64) for t in ordered.plan.tensors}
         self.n_blocks = 0
+        self.roomy, self.n_made_there = False, 0
+        """Whether results may be made where they belong."""
 
     def session(self) -> Shelf:
         return self
@@ -41,10 +43,17 @@ class Shelf:
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         return None
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        begin = start * self.sizes[leaf.tensor]
+        return self.found[self.names[leaf.tensor]][begin : begin + nbytes] if self.roomy else None
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         name, begin = self.names[leaf.tensor], start * self.sizes[leaf.tensor]
         assert len(block), "a piece without bytes"
-        self.found[name][begin : begin + len(block)] = block
+        place = self.found[name][begin : begin + len(block)]
+        if self.roomy:
+            self.n_made_there += place.ctypes.data == block.ctypes.data
+        place[:] = block
         self.n_puts[name][begin : begin + len(block)] += 1
         self.n_blocks += 1
 
@@ -119,9 +128,10 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
     try:
         for place in ("memory", "reread"):
             ordered, made = candidates(paths, place)
-            for members in ((0, 1, 2), (0, 1, 2)):
+            for roomy in (False, True):
                 shelf = Shelf(ordered)
-                made.mix(members, shelf, keep=True)
+                shelf.roomy = roomy
+                made.mix((0, 1, 2), shelf, keep=True)
                 for planned in expected.plan.tensors:
                     source = planned.sources[0]
                     shard = expected.plan.ingredients[0].shards[source.shard]
@@ -132,6 +142,20 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
             made.forget()
     finally:
         joined.LARGEST_BLOCK = before
+
+
+def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
+    """A block of one tensor goes into its memory at once; one of several is cut up first."""
+    for number, (layout, n_there) in enumerate(
+        [([("a", "F32", 5000)], 1), ([("a", "F32", 50), ("b", "F32", 50)], 0)]
+    ):
+        paths = [str(save(tmp_path / f"m{number}{s}", tensors_of(layout, s))) for s in (1, 2)]
+        ordered, made = candidates(paths)
+        shelf = Shelf(ordered)
+        shelf.roomy = True
+        made.mix((0, 1), shelf, keep=False)
+        assert shelf.n_made_there == n_there
+        assert all((n == 1).all() for n in shelf.n_puts.values())
 
 
 def test_tensors_side_by_side_are_one_pass(tmp_path: Path) -> None:

@@ -219,8 +219,10 @@ class _TrialWorker(MixWorker):
         super().__init__(trial)
         self._trial = trial
 
-    def start(self, tensor: PlannedTensor, start: int, n_units: int) -> None:
-        super().start(tensor, start, n_units)
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        super().start(tensor, start, n_units, room)
         self._start = start
         self._done = False
         self._watch_sameness = False

@@ -104,6 +104,15 @@ class _ApartSession(Nowhere):
     def __init__(self, session: SinkSession, pieces: Sequence[Pieces]) -> None:
         self._session, self._pieces = session, pieces
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        pieces = self._pieces[leaf.tensor]
+        ends = (*pieces.starts[1:], leaf.start + leaf.n_units)
+        i = bisect_right(pieces.starts, start) - 1
+        if start + nbytes // pieces.unit_nbytes > ends[i]:
+            return None  # it lies in several tensors
+        piece = replace(leaf, tensor=pieces.numbers[i])
+        return self._session.room(piece, start - pieces.starts[i], nbytes)
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         pieces = self._pieces[leaf.tensor]
         size, ends = pieces.unit_nbytes, (*pieces.starts[1:], leaf.start + leaf.n_units)

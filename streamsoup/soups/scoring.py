@@ -227,6 +227,9 @@ class _CandidateSession:
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         return None
 
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        return None
+
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         from streamsoup.write import write_at
 
