@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +198,38 @@ def test_the_barycentre_of_many() -> None:
         ways = (units - np.cos(angles)[:, None] * point) / np.sin(angles)[:, None]
         pull = (shares * angles) @ ways
         assert np.linalg.norm(pull) < 1e-7 * spread
+
+
+_ON_SPHERES = """
+import numpy as np
+from streamsoup.soups.closed import sphere_factors
+rng = np.random.default_rng(5)
+for n in (2, 3, 8, 40):
+    for _ in range(20):
+        vectors = rng.normal(size=50) + rng.normal(size=(n, 50))
+        gram = (vectors[:, None] * vectors).cumsum(axis=2)[..., -1]
+        print(sphere_factors(gram, np.full(n, 1 / n) if n > 2 else np.array([0.7, 0.3])).tobytes())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        # Before and since numpy 2.4; it ignores names that it does not know.
+        ("NPY_DISABLE_CPU_FEATURES", "AVX512F AVX512CD AVX512_SKX X86_V4"),
+        ("OPENBLAS_CORETYPE", "Prescott"),
+    ],
+)
+def test_the_barycentre_does_not_depend_on_the_processor(name: str, value: str) -> None:
+    """Neither numpy's vector functions nor its BLAS have a say in the soup."""
+    bare = {each: setting for each, setting in os.environ.items() if each != name}
+    here, there = (
+        subprocess.run(
+            [sys.executable, "-c", _ON_SPHERES], env=settings, capture_output=True, check=True
+        ).stdout
+        for settings in (bare, {**bare, name: value})
+    )
+    assert here == there
 
 
 def test_spheres_without_a_mean() -> None:

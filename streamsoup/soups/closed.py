@@ -244,23 +244,33 @@ def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
     units = gram / np.outer(norms, norms)
     point = shares.copy()
     for _ in range(200):
-        length = math.sqrt(max(float(point @ units @ point), 0.0))
+        length = math.sqrt(max(_dot(point, _times(units, point)), 0.0))
         if length < 1e-9:
             return None
         point = point / length
-        cosines = np.clip(units @ point, -1.0, 1.0)
-        angles = np.arccos(cosines)
-        sines = np.sin(angles)
+        cosines = np.clip(_times(units, point), -1.0, 1.0)
+        # One by one: what numpy makes of many at once depends on the processor.
+        angles = np.array([math.acos(cosine) for cosine in cosines])
+        sines = np.array([math.sin(angle) for angle in angles])
         if (sines[angles > 1.0] < 1e-9).any():
             return None  # opposite: every way leads there
         stretch = np.where(sines > 1e-9, angles / np.where(sines > 1e-9, sines, 1.0), 1.0)
         pull = shares * stretch
-        way = pull - float(pull @ cosines) * point
-        length = math.sqrt(max(float(way @ units @ way), 0.0))
+        way = pull - _dot(pull, cosines) * point
+        length = math.sqrt(max(_dot(way, _times(units, way)), 0.0))
         if length < 1e-15:
             break
         point = math.cos(length) * point + math.sin(length) / length * way
     return point
+
+
+def _times(symmetric: Floats, vector: Floats) -> Floats:
+    """Give their product, added up row by row: the order of BLAS depends on the processor."""
+    return np.asarray((symmetric * vector[:, None]).sum(axis=0))
+
+
+def _dot(left: Floats, right: Floats) -> float:
+    return math.fsum(left * right)
 
 
 def _about_zero(place: Place) -> Floats:
