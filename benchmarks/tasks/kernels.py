@@ -1,7 +1,7 @@
 """How fast are the kernels alone, beside the bandwidth of reading memory?
 
 All cores, inputs far larger than any cache: fine-tunes of one base, as in `checkpoints`; and, for
-bfloat16, strangers to each other, whose sums are less often exact in float32.
+bfloat16, strangers to each other, whose sums are less often exact in float32, and many of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from benchmarks.rows import Session
 
 __all__ = ["run"]
 
-K = 8
+MANY = 32
+"""Ingredients whose streams outnumber the ways of a first cache, and what processors foresee."""
+
 BLOCK = 1 << 18
 """Elements of a call, as in a large run."""
 
 
 def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
-    """Measure every dtype that is averaged, with as many ingredients as `K`."""
+    """Measure every dtype that is averaged, with 8 ingredients, and bfloat16 with `MANY`."""
     from streamsoup.kernels.cpu import mixer
     from streamsoup.tensors import DTYPES
 
@@ -37,10 +39,12 @@ def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
     mixers = {name: mixer(DTYPES[name], DTYPES[name]) for name in dtypes}
     rates: dict[str, list[float]] = {}
     for round_ in range(rounds):
-        for name, strangers in [*((name, False) for name in dtypes), ("BF16", True)]:
+        cases = [(name, 8, False) for name in dtypes] + [("BF16", 8, True), ("BF16", MANY, False)]
+        for name, k, strangers in cases:
             case = name.lower() + (", strangers" if strangers else "")
+            case += f", {k} ingredients" if k != 8 else ""
             size = DTYPES[name].itemsize
-            inputs = _inputs(name, size, nbytes, strangers=strangers)
+            inputs = _inputs(name, size, nbytes, k=k, strangers=strangers)
             settle()
             limit = memory(n_cpus)
             # The best of as many as the limit is the best of: both are what the machine can do.
@@ -51,7 +55,7 @@ def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
                 "streamsoup",
                 case,
                 round=round_,
-                n=K,
+                n=k,
                 n_threads=n_cpus,
                 gb_per_s=rate / 1e9,
                 limit_gb_per_s=limit / 1e9,
@@ -61,14 +65,14 @@ def run(session: Session, *, nbytes: int = 1 << 30, rounds: int = 5) -> None:
 
 
 def _inputs(
-    name: str, size: int, nbytes: int, *, strangers: bool = False
+    name: str, size: int, nbytes: int, *, k: int = 8, strangers: bool = False
 ) -> list[NDArray[np.uint8]]:
     """Make ingredients of ordinary values: none is a NaN, few are subnormal."""
-    n = nbytes // K // size
+    n = nbytes // k // size
     rng = np.random.default_rng(0)
     base = rng.standard_normal(1 << 20, dtype=np.float32) * np.float32(0.02)
     inputs = []
-    for i in range(K):
+    for i in range(k):
         own = rng.standard_normal(len(base), dtype=np.float32) * np.float32(0.002)
         values = np.roll(base, i) if strangers else base + own
         inputs.append(np.resize(_words(name, values), n * size))
@@ -97,9 +101,9 @@ def _rate(
     mix: Callable[..., bool], inputs: list[NDArray[np.uint8]], size: int, n_threads: int
 ) -> float:
     """Give bytes of input per second."""
-    n = len(inputs[0]) // size
+    k, n = len(inputs), len(inputs[0]) // size
     todo, lock = iter(range(0, n - BLOCK + 1, BLOCK)), threading.Lock()
-    nothing, ones = np.empty(0), np.ones(K)
+    nothing, ones = np.empty(0), np.ones(k)
     bases = np.array([each.ctypes.data for each in inputs], np.int64)
 
     def work() -> None:
@@ -110,7 +114,7 @@ def _rate(
                 start = next(todo, None)
             if start is None:
                 return
-            mix(nothing, bases + start * size, ones, True, float(K), at, BLOCK)
+            mix(nothing, bases + start * size, ones, True, float(k), at, BLOCK)
 
     threads = [threading.Thread(target=work) for _ in range(n_threads)]
     started = time.perf_counter()
@@ -118,4 +122,4 @@ def _rate(
         thread.start()
     for thread in threads:
         thread.join()
-    return n // BLOCK * BLOCK * size * K / (time.perf_counter() - started)
+    return n // BLOCK * BLOCK * size * k / (time.perf_counter() - started)

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numba import types
 
-from streamsoup.kernels.bits import WORDS, narrow, pointer, widen
+from streamsoup.kernels.bits import WORDS, narrow, pointer, prefetch, widen
 from streamsoup.kernels.vectors import (
     Vector,
     as_vector,
@@ -43,8 +43,13 @@ GROUP = 128
 """Elements at a time. Their sums fill eight registers of 64 bytes; each ingredient moves on by two
 cache lines (8 bits) or four (16 bits), which is what the processor sees coming by itself."""
 
-STRETCH = 8 * GROUP
-"""Elements after which it is seen whether float32 is worth it."""
+AT_ONCE = 8
+"""Ingredients at a time: more streams than this a processor does not foresee. Their sums wait in
+the first cache for the next ones, and what those will read is asked for a stretch ahead."""
+
+STRETCH = 4 * GROUP
+"""Elements of some ingredients before it is the turn of the next, and after which it is seen
+whether float32 is worth it."""
 
 
 def mean_of(dtype: tuple[int, ...]) -> Any:
@@ -60,6 +65,14 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
     huge = min(most_finite + 1, (254 - 6) << 7)
     # E4M3 are multiples of 2^-9 below 2^9: sums of `MOST` of them stay within 2^24 multiples.
     always_near = most_finite == 0x7E
+
+    @numba.njit(forceinline=True)
+    def rounded(value: Any) -> Any:
+        # Half to even: just below half of the last kept place is added, plus its parity; a carry
+        # runs into the exponent.
+        bits: Any = as_vector(value, bits32)
+        parity = (bits >> np.uint32(23 - fraction)) & np.uint32(1)
+        return together(bits + np.uint32((1 << (22 - fraction)) - 1) + parity)
 
     @numba.njit(forceinline=True, error_model="numpy")
     def mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
@@ -83,39 +96,54 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
         divisor = np.float32(k)
         reciprocal = np.float32(1.0) / divisor
         n_far, worst = 0, np.uint64(0)
-        for at in range(0, n * size, GROUP * size):
-            sums: Any = splat(np.float32(-0.0), singles)  # so that -0 stays -0
-            # The largest magnitude; one less than the smallest that is not zero.
-            high, low = splat(word(0), words), splat(word(2 * mask + 1), words)
-            for i in range(k):
-                x = load(addresses[i] + (offset + at), words)
-                magnitude = x & word(mask)
-                high = larger(high, magnitude)
-                low = smaller(low, magnitude - word(1))
-                sums = sums + as_vector(apart(x), singles)
-            # Multiplying by the reciprocal is the same, and takes no time.
-            quotient = sums * reciprocal if exact else sums / divisor
-            # Half to even: just below half of the last kept place is added, plus its parity; a
-            # carry runs into the exponent.
-            bits = as_vector(quotient, bits32)
-            parity = (bits >> np.uint32(23 - fraction)) & np.uint32(1)
-            bits = bits + np.uint32((1 << (22 - fraction)) - 1) + parity
-            store(y_at + at, together(bits))
-            span = high if always_near else high - (low + word(1))
-            if reaches(span, limit) or reaches(high, word(huge)):
-                store(scratch_at, span)
-                store(scratch_at + GROUP * size, high)
-                here, reached = redo(addresses, offset + at, scratch_at, y_at + at, limit)
-                n_far, worst = n_far + here, max(worst, reached)
-                if n_far > n // 16:
-                    return False, np.uint64(0)
+        highs_at = scratch_at + 4 * STRETCH
+        lows_at = highs_at + size * STRETCH
+        for first in range(0, k, AT_ONCE):
+            last = min(first + AT_ONCE, k)
+            for at in range(0, n * size, GROUP * size):
+                sums: Any = splat(np.float32(-0.0), singles)  # so that -0 stays -0
+                # The largest magnitude; one less than the smallest that is not zero.
+                high, low = splat(word(0), words), splat(word(2 * mask + 1), words)
+                sums_at = scratch_at + 4 // size * at
+                if first > 0:
+                    sums = load(sums_at, singles)
+                    high, low = load(highs_at + at, words), load(lows_at + at, words)
+                for i in range(first, last):
+                    x_at = addresses[i] + (offset + at)
+                    x = load(x_at, words)
+                    if k > AT_ONCE:
+                        for line in range(0, GROUP * size, 64):
+                            prefetch(x_at + STRETCH * size + line)
+                    magnitude = x & word(mask)
+                    high = larger(high, magnitude)
+                    low = smaller(low, magnitude - word(1))
+                    sums = sums + as_vector(apart(x), singles)
+                if last < k:
+                    store(sums_at, sums)
+                    store(highs_at + at, high)
+                    store(lows_at + at, low)
+                    continue
+                # Multiplying by the reciprocal is the same, and takes no time.
+                store(y_at + at, rounded(sums * reciprocal if exact else sums / divisor))
+                span = high if always_near else high - (low + word(1))
+                if reaches(span, limit) or reaches(high, word(huge)):
+                    store(highs_at + at, high)
+                    store(lows_at + at, span)
+                    here, reached = redo(
+                        addresses, offset + at, highs_at + at, lows_at + at, y_at + at, limit
+                    )
+                    n_far, worst = n_far + here, max(worst, reached)
+                    if n_far > n // 16:
+                        return False, np.uint64(0)
         return True, worst
 
     @numba.njit(error_model="numpy")
-    def redo(addresses: Any, offset: int, scratch_at: int, y_at: int, limit: Any) -> Any:
+    def redo(
+        addresses: Any, offset: int, highs_at: int, spans_at: int, y_at: int, limit: Any
+    ) -> Any:
         """Put the means of those elements of a group that lie far apart, and say how many."""
-        spans = numba.carray(pointer(scratch_at, word), (GROUP,))
-        highs = numba.carray(pointer(scratch_at + GROUP * size, word), (GROUP,))
+        highs = numba.carray(pointer(highs_at, word), (GROUP,))
+        spans = numba.carray(pointer(spans_at, word), (GROUP,))
         y = numba.carray(pointer(y_at, word), (GROUP,))
         n_far, worst = 0, np.uint64(0)
         for j in range(GROUP):
