@@ -238,7 +238,7 @@ def _others(rows: Sequence[Row]) -> Iterable[str]:
             found = latest(rows, task, case)
             for tool in dict.fromkeys(row["tool"] for row in found):
                 mine = [row for row in found if row["tool"] == tool]
-                shown = [f"{label} {_spread(mine, key)}" for key, label in mine[0]["shown"].items()]
+                shown = [f"{label} {_number(mine, key)}" for key, label in mine[0]["shown"].items()]
                 lines.append([case, tool, "; ".join(shown)])
         if lines:
             about = _about(latest(rows, task, cases[-1]))
@@ -337,12 +337,21 @@ def _spread(rows: Sequence[Row], key: str) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
+def _number(rows: Sequence[Row], key: str) -> str:
+    """Give a number as its name asks for: bytes as their median, all else with its spread."""
+    if key.endswith("nbytes"):
+        return _nbytes(_median(rows, key) / 1e6)
+    return _spread(rows, key)
+
+
 def _percent(share: float) -> str:
     return "0" if share == 0 else f"{share:.2%}" if share >= 5e-5 else f"{share:.0e}"
 
 
 def _nbytes(mega: float) -> str:
-    return f"{mega:.0f} MB" if mega < 999.5 else f"{mega / 1000:.1f} GB"
+    if mega < 999.5:
+        return f"{mega:.0f} MB" if mega >= 1 else f"{1000 * mega:.0f} kB"
+    return f"{mega / 1000:.1f} GB"
 
 
 def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
