@@ -19,7 +19,7 @@ from streamsoup.angles import geometry, plan_geometry
 from streamsoup.cli import main
 from streamsoup.cli.geometry import describe, write_json
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
-from streamsoup.inner import GRAIN
+from streamsoup.kernels.inner import GRAIN
 from streamsoup.options import Options
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
