@@ -42,7 +42,7 @@ which 127 GB were read again and again, and 31 s with numpy instead."""
 
 
 def loads_kernels() -> bool:
-    """Whether LLVM's library, which loads compiled kernels, is to be had; a warning if it is not."""
+    """Whether LLVM's library, which loads compiled kernels, can be had; a warning if it cannot."""
     try:
         importlib.import_module("streamsoup.kernels.objects")
     except (ImportError, OSError) as error:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options
+from streamsoup import Options, reduce
 from streamsoup.errors import MismatchError, TaskError
 from streamsoup.live import ModelSink, recalibrate, tensors_of
 from streamsoup.read import open_reader
@@ -96,6 +96,26 @@ def test_tied_weights_are_written_once_under_any_name(tmp_path: Path, names: lis
     assert torch.equal(model.embed.weight, ((weights[0].double() + weights[1]) / 2).float())
     assert torch.equal(model.cache, torch.full((3,), 9.0))
     assert len(sink.targets) == 1
+
+
+@pytest.mark.parametrize("load_nbytes", [1, 10**12])
+def test_a_model_may_be_mixed_into_itself(
+    load_nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model is an ingredient, no element is lost that compiled loops look at twice."""
+    monkeypatch.setattr(reduce, "LOAD_NBYTES", load_nbytes)  # compiled kernels, or numpy
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", load_nbytes)
+    models = [nn.Linear(100, 100, bias=False).bfloat16() for _ in range(3)]
+    with torch.no_grad():
+        # Here and there too far apart for float32, where 256 + x - 256 would be 0.
+        for model, value in zip(models, (256.0, 2.0**-14 + 2.0**-21, -256.0), strict=True):
+            model.weight.view(-1)[::53] = value
+    states = [{"weight": model.weight.detach().clone()} for model in models]
+    expected = nn.Linear(100, 100, bias=False).bfloat16()
+    streamsoup.mix_into(expected, states)
+    streamsoup.mix_into(models[0], [models[0], *states[1:]])
+    assert torch.equal(models[0].weight, expected.weight)
+    assert expected.weight[0, 0] != 0
 
 
 def test_order_of_elements_hooks_and_wrappers_do_not_matter(tmp_path: Path) -> None:

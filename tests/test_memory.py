@@ -232,7 +232,7 @@ def test_without_a_compiler_numpy_does(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Where LLVM's library cannot be loaded, a warning says so, and numpy does all there is to do."""
+    """Where LLVM's library cannot be loaded, a warning says so, and numpy does the work."""
 
     class Broken:
         def find_spec(self, name: str, *_: object) -> None:
