@@ -194,8 +194,11 @@ def test_what_is_not_finite_stays_so(dtype: DType, at: int) -> None:
     words = [some(rng, dtype, GRAIN + 3).view(f"u{dtype.itemsize}") for _ in range(3)]
     words[1][at] = dtype.nan
     data = [each.view(np.uint8) for each in words]
+    changed = np.stack([widened(row, dtype) != widened(data[0], dtype) for row in data[1:]])
+    assert changed[0, at]
     for kernel in (in_numpy, compiled(), of_another_width()):
         out = found_by(kernel, data, [dtype] * 3, "base", 8)
+        assert out[:, 6:].sum(axis=0).tolist() == changed.sum(axis=1).tolist()
         assert np.isfinite(out[at // GRAIN]).tolist() == [
             True,
             False,
