@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options, reduce
+from streamsoup import Options, plan, reduce
 from streamsoup.errors import MismatchError, TaskError
 from streamsoup.live import ModelSink, recalibrate, tensors_of
 from streamsoup.read import open_reader
@@ -26,10 +26,12 @@ def ordered(paths: list[str]) -> Order:
     return order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
 
 
-def mix_into(model: nn.Module, paths: list[str]) -> ModelSink:
-    """Put the mean of checkpoints into a model."""
+def mix_into(model: nn.Module, paths: list[str], *, apart: bool = False) -> ModelSink:
+    """Put the mean of checkpoints into a model; there at once, if they are known to be `apart`."""
     planned = ordered(paths)
     sink = ModelSink(model, planned.plan)
+    if apart:
+        sink.check_apart()
     reader = open_reader(planned.plan, planned.memory, mapped=True)
     mix = Mix(planned.plan, planned.memory, Engine(planned.plan))
     run(planned.plan, planned.memory, reader, mix, sink, digest=False)
@@ -48,19 +50,47 @@ def save(folder: Path, states: list[dict[str, torch.Tensor]]) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apart", [False, True])
 def test_a_mix_in_place_is_what_loading_the_soup_gives(
-    tmp_path: Path, dtype: torch.dtype, live: torch.dtype
+    tmp_path: Path,
+    dtype: torch.dtype,
+    live: torch.dtype,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every parameter and buffer has the bits that load_state_dict gives it from the soup."""
+    """Every parameter and buffer has the bits that load_state_dict gives it from the soup.
+
+    Blocks are much smaller than tensors.
+    """
+    monkeypatch.setattr(plan, "LARGEST_BLOCK", 64)
     paths = networks.ingredients(tmp_path, 3, dtype)
     soup = streamsoup.uniform(paths, output=tmp_path / "soup")
     expected, model = networks.build().to(live), networks.build().to(live)
     expected.load_state_dict(load_file(Path(soup.path) / "model.safetensors"))
     places = {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
-    mix_into(model, paths)
+    mix_into(model, paths, apart=apart)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert places == {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
+
+
+def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
+    """Once no ingredient can be in the way, a parameter's own memory is where its blocks are made.
+
+    Not where the model is of another dtype, or keeps its elements in another order.
+    """
+    planned = ordered(networks.ingredients(tmp_path, 2)).plan
+    plain, narrow, turned = networks.build(), networks.build().bfloat16(), networks.build()
+    turned[0].weight.data = turned[0].weight.data.T.contiguous().T
+    for model, has_room in ((plain, True), (narrow, False), (turned, False)):
+        sink = ModelSink(model, planned)
+        (leaf,) = (x for x in planned.leaves() if planned.tensors[x.tensor].name == "0.weight")
+        assert sink.room(leaf, 5, 40) is None
+        sink.check_apart()
+        room = sink.room(leaf, 5, 40)
+        assert (room is not None) == has_room
+        if room is not None:
+            assert (room.ctypes.data, len(room)) == (model[0].weight.data_ptr() + 20, 40)
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
