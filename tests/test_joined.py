@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamsoup
-from streamsoup import Options
+from streamsoup import Options, plan
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.plan import Leaf
@@ -124,7 +124,10 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
     uniform = streamsoup.uniform(paths, output=tmp_path / "uniform")
     expected = order([uniform.path], Coefficients.uniform(1), method="greedy", options=Options())
     before = joined.LARGEST_BLOCK
-    joined.LARGEST_BLOCK = largest.draw(st.sampled_from([1, 8, 50, before]))
+    most = largest.draw(st.sampled_from([1, 8, 50, before]))
+    # Also blocks smaller than what was joined, as where memory is short.
+    block = largest.draw(st.sampled_from([3, 16, before]))
+    joined.LARGEST_BLOCK, plan.LARGEST_BLOCK = most, block
     try:
         for place in ("memory", "reread"):
             ordered, made = candidates(paths, place)
@@ -141,7 +144,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
                     assert (shelf.n_puts[planned.name] == 1).all(), planned.name
             made.forget()
     finally:
-        joined.LARGEST_BLOCK = before
+        joined.LARGEST_BLOCK = plan.LARGEST_BLOCK = before
 
 
 def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
