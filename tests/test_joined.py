@@ -147,16 +147,17 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
         joined.LARGEST_BLOCK = plan.LARGEST_BLOCK = before
 
 
-def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_results_are_made_where_they_belong(tmp_path: Path, keep: bool) -> None:
     """A block of one tensor goes into its memory at once; one of several is cut up first."""
     for number, (layout, n_there) in enumerate(
         [([("a", "F32", 5000)], 1), ([("a", "F32", 50), ("b", "F32", 50)], 0)]
     ):
-        paths = [str(save(tmp_path / f"m{number}{s}", tensors_of(layout, s))) for s in (1, 2)]
-        ordered, made = candidates(paths)
+        paths = [str(save(tmp_path / f"m{number}{s}", tensors_of(layout, s))) for s in (1, 2, 3)]
+        ordered, made = candidates(paths, "memory")
         shelf = Shelf(ordered)
         shelf.roomy = True
-        made.mix((0, 1), shelf, keep=False)
+        made.mix((0, 1, 2), shelf, keep=keep)
         assert shelf.n_made_there == n_there
         assert all((n == 1).all() for n in shelf.n_puts.values())
 
