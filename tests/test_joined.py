@@ -70,10 +70,11 @@ class Shelf:
 def candidates(paths: list[str], place: Any = None) -> tuple[Order, Candidates]:
     """Plan candidates of `paths`."""
     ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=Options())
+    scratch = str(Path(paths[0]).parent / "sum")
     sums = plan_sums(
-        ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=None, place=place
+        ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=scratch, place=place
     )
-    return ordered, Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=None)
+    return ordered, Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=scratch)
 
 
 @st.composite
@@ -129,7 +130,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
     block = largest.draw(st.sampled_from([3, 16, before]))
     joined.LARGEST_BLOCK, plan.LARGEST_BLOCK = most, block
     try:
-        for place in ("memory", "reread"):
+        for place in ("memory", "reread", "file"):
             ordered, made = candidates(paths, place)
             for roomy in (False, True):
                 shelf = Shelf(ordered)
