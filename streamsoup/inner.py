@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from streamsoup.errors import BudgetError
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.cgroup import memory_limit
-from streamsoup.kernels.inner import find_products, in_numpy, make_products
+from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
 from streamsoup.plan import (
     COMPILER_NBYTES,
     LARGEST_BLOCK,
@@ -34,7 +34,7 @@ from streamsoup.plan import (
     PlannedTensor,
     fixed_nbytes,
 )
-from streamsoup.reduce import COMPILE_ROOM
+from streamsoup.reduce import COMPILE_ROOM, loads_kernels
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
@@ -51,8 +51,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-
-GRAIN = SMALLEST_BLOCK
 
 LOAD_S = 0.1
 """Time in numpy from which loading the compiled kernel pays (measured: it takes 50 ms)."""
@@ -135,7 +133,9 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
     n_elements = sum(tensor.n_units for tensor in plan.tensors)
     # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
     in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
-    found = find_products() if in_numpy_s >= LOAD_S else None
+    if in_numpy_s < LOAD_S or not loads_kernels():
+        return in_numpy
+    found = find_products()
     compiles = compiles and in_numpy_s >= COMPILE_S and memory_limit() >= COMPILE_ROOM
     if found is None and compiles:
         found = make_products()

@@ -196,16 +196,6 @@ class ModelSink:
                 "scoring may change their values at most"
             )
 
-    def keep(self) -> dict[str, Tensor]:
-        """Copy what a mix would overwrite, into CPU memory. Costs as much memory as the model."""
-        return {name: target.tensor.to("cpu", copy=True) for name, target in self.targets.items()}
-
-    def put_back(self, kept: Mapping[str, Tensor]) -> None:
-        """Put back what `keep` copied."""
-        for name, target in self.targets.items():
-            with torch.inference_mode(target.tensor.is_inference()), torch.no_grad():
-                target.tensor.copy_(kept[name])
-
     def _gather(self, target: Target, planned: PlannedTensor, start: int, block: Bytes) -> None:
         """Collect a tensor whose elements lie out of order, and store it when it is whole."""
         with target.lock:

@@ -300,15 +300,15 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
 PROCESS_NBYTES = 104 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler included.
 
-Measured: 9 MB beside its blocks with kernels from the cache, 85 MB after compiling one, 99 MB
-after two.
+Measured: 9 MB beside its blocks with kernels from the cache, 82 to 96 MB after compiling one, 100
+to 108 MB after two: those of float8 take most.
 """
 
 COMPILER_NBYTES = 60 * 2**20
 """What of it only compiling takes."""
 
 KERNEL_NBYTES = 14 * 2**20
-"""What compiling each further kernel takes, after two (measured: 11 to 14 MB)."""
+"""What compiling each further kernel takes, after two (measured: 3 to 14 MB)."""
 
 
 def fixed_nbytes(plan: MixPlan) -> int:

@@ -6,6 +6,7 @@ a group at a time, and takes the result. `Mix` is the one that makes soups.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -22,7 +23,7 @@ from streamsoup.tensors import DType
 if TYPE_CHECKING:
     from streamsoup.kernels.cpu import Mixer
 
-__all__ = ["Engine", "Mix", "MixWorker", "Nothing", "Reduction", "Worker"]
+__all__ = ["Engine", "Mix", "MixWorker", "Nothing", "Reduction", "Worker", "loads_kernels"]
 
 log = logging.getLogger("streamsoup")
 
@@ -38,6 +39,20 @@ COMPILE_ROOM = 219_000_000
 """Bytes a memory cgroup must allow for compiling: LLVM's library takes 170 MB of them as it is
 mapped. Measured, with cold libraries: 22 s for a soup of 2 GB in 220 MB; in 150 MB over 400 s, in
 which 127 GB were read again and again, and 31 s with numpy instead."""
+
+
+def loads_kernels() -> bool:
+    """Whether LLVM's library, which loads compiled kernels, can be had; a warning if it cannot."""
+    try:
+        importlib.import_module("streamsoup.kernels.objects")
+    except (ImportError, OSError) as error:
+        log.warning(
+            "compiled kernels cannot be loaded: %s; numpy makes the same sums, more slowly. "
+            "Install llvmlite anew, or grant more memory",
+            printable(error),
+        )
+        return False
+    return True
 
 
 class Engine:
@@ -58,20 +73,11 @@ class Engine:
             for tensor in plan.tensors
             if tensor.operation == "mix" and len({s.dtype for s in tensor.sources}) == 1
         }
-        if plan.nbytes_read < LOAD_NBYTES:
+        if plan.nbytes_read < LOAD_NBYTES or not loads_kernels():
             return
-        try:
-            from streamsoup.kernels.cpu import find_mixer, has_kernel
-        except (ImportError, OSError) as error:
-            log.warning(
-                "compiled kernels cannot be loaded: %s; numpy makes the same sums, more slowly. "
-                "Install llvmlite anew, or grant more memory",
-                printable(error),
-            )
-            return
+        from streamsoup.kernels.cpu import find_mixer, has_kernel
 
         self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
-
         for source, output in self._pairs:
             if (mixer := find_mixer(source, output)) is not None:
                 self._mixers[source.name, output.name] = mixer

@@ -58,9 +58,9 @@ class SinkSession(Protocol):
         """Give the digests of a leaf that need not be made again, or None."""
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Give the memory where a result is to be, which may be made there; or None.
+        """Give the memory in which the result from unit `start` on is to end, or None.
 
-        It is told from unit `start` of the leaf's tensor on, and is written all the same.
+        It may then be made there; `write` is told of it all the same.
         """
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:

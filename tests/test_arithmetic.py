@@ -387,6 +387,51 @@ def test_means_by_way_of_float32_are_those_of_float64(dtype: DType, k: int) -> N
         assert (in_numba(inputs, dtype, [1.0] * k, divisor, dtype) == ours).all()
 
 
+def among_ones(columns: Bits, dtype: DType) -> list[Bits]:
+    """Put columns ``(ingredient, element)`` between ordinary ones, too few to give up on them."""
+    whole = np.full((len(columns), 32 * columns.shape[1]), reference.narrow(1.0, dtype))
+    whole[:, ::32] = columns
+    return list(whole.astype(WORDS[dtype.nbits]))
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2"])
+@pytest.mark.parametrize("k", [3, 4, 7, 8, 33, 63, 64])
+def test_a_unit_beside_a_tie_counts_up_to_the_last(name: str, k: int) -> None:
+    """A sum one unit of its smallest value beside a tie, about as large as a float32 can hold."""
+    dtype = DTYPES[name]
+    assert dtype.fraction is not None
+    rng = np.random.default_rng(k)
+    values = np.array([reference.widen(code, dtype) for code in range(dtype.largest + 1)])
+    units = np.round(values / values[1])
+    # As wide as allowed, by the argument in `means`, and an exponent less or more.
+    doublings = 23 - dtype.fraction - (k - 1).bit_length()
+    size = doublings + rng.integers(-1, 2, 3000)
+    odd = 2 * rng.integers(1 << dtype.fraction, 2 << dtype.fraction, 3000) + 1
+    middle = odd * np.exp2(size - 1)
+    left = k * middle + rng.choice([-1.0, 1.0], 3000)
+    columns = np.zeros((k, 3000), np.int64)
+    for i in range(k):
+        wanted = middle * rng.uniform(0.7, 1.4, 3000) if i < k - 4 else left
+        codes = np.searchsorted(units, np.abs(wanted), side="right") - 1
+        left -= np.copysign(units[codes], wanted)
+        columns[i] = codes + (wanted < 0) * (1 << (dtype.nbits - 1))
+    columns = columns[:, left == 0]
+    assert columns.shape[1] > 300
+    inputs = among_ones(columns, dtype)
+    ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
+    assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 8, 63, 64])
+def test_sums_that_a_float32_cannot_hold(k: int) -> None:
+    """Means of the largest bfloat16 are finite, whatever their sums."""
+    dtype = DTYPES["BF16"]
+    codes = np.arange(dtype.largest - 1200, dtype.largest + 1)
+    for columns in (np.tile(codes, (k, 1)), np.tile(codes | 1 << 15, (k, 1))):
+        found = in_numba(among_ones(columns, dtype), dtype, [1.0] * k, float(k), dtype)
+        assert (found[::32] == columns[0]).all()
+
+
 @pytest.mark.parametrize(("name", "tie", "tiny"), [("BF16", -6, -30), ("F16", -9, -24)])
 def test_what_float32_would_lose_decides_a_tie(name: str, tie: int, tiny: int) -> None:
     """4 + 2ᵗ is halfway when divided by 4; a value too small for a float32 sum lifts it up."""

@@ -220,8 +220,8 @@ for n in (2, 3, 8, 40):
         ("OPENBLAS_CORETYPE", "Prescott"),
     ],
 )
-def test_the_barycentre_does_not_depend_on_the_processor(name: str, value: str) -> None:
-    """Neither numpy's vector functions nor its BLAS have a say in the soup."""
+def test_numpy_has_no_say_in_the_barycentre(name: str, value: str) -> None:
+    """Neither its vector functions nor its BLAS, which depend on the processor, touch the soup."""
     bare = {each: setting for each, setting in os.environ.items() if each != name}
     here, there = (
         subprocess.run(

@@ -26,7 +26,13 @@ from streamsoup.comparison.pairs import choose_pairs
 from streamsoup.comparison.paths import sweep
 from streamsoup.comparison.rows import MEAN, Comparison
 from streamsoup.comparison.table import CompareOptions, compare, splits_of
-from streamsoup.errors import OutputBusyError, OutputError, RecipeError, TaskError
+from streamsoup.errors import (
+    MismatchError,
+    OutputBusyError,
+    OutputError,
+    RecipeError,
+    TaskError,
+)
 from streamsoup.soups.search import random_order
 from streamsoup.task import load_task
 
@@ -471,6 +477,15 @@ def test_sweep_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
     assert sum(line["kind"] == "point" for line in lines) == 16
     with pytest.raises(RecipeError):
         sweep(*folders[:2], task, [math.nan], cache=tmp_path / "cache")
+
+
+def test_a_model_that_is_an_ingredient_is_refused(folders: list[str], tmp_path: Path) -> None:
+    """The first mixture would overwrite it, and all later ones would be of something else."""
+    model = build()
+    before = model[0].weight.clone()
+    with pytest.raises(MismatchError, match="shares memory with the model"):
+        sweep(model, folders[0], Counting(), [0.5, 0], cache=tmp_path / "cache", model=model)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import streamsoup
-from streamsoup import inner
+from streamsoup import inner, plan
 from streamsoup.angles import geometry, plan_geometry
 from streamsoup.cli import main
 from streamsoup.cli.geometry import describe, write_json
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
-from streamsoup.inner import GRAIN
+from streamsoup.kernels.inner import GRAIN, in_numpy
 from streamsoup.options import Options
+from streamsoup.read import open_reader
+from streamsoup.stream import run
+from streamsoup.tensors import DTYPES
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
 
@@ -74,6 +77,30 @@ def test_small_whole_numbers_are_exact(tmp_path: Path) -> None:
                 for a, b, c in zip(exact[1 + i], exact[1 + j], exact[0], strict=True)
             )
             assert Fraction(float(found.total.gram[i, j])) == product
+
+
+@pytest.mark.parametrize("n_grains", [1, 2, 100])
+def test_tensors_of_many_leaves_and_blocks(
+    n_grains: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is multiplied with its own part of a vector, and every leaf of a tensor counts."""
+    monkeypatch.setattr(plan, "LEAF", n_grains * GRAIN)
+    monkeypatch.setattr(inner, "LARGEST_BLOCK", GRAIN)
+    rng = np.random.default_rng(2)
+    u, *rows = (rng.integers(-9, 9, 5 * GRAIN + 17).astype("f4") for _ in range(4))
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for row, path in zip(rows, paths, strict=True):
+        save_file({"w": row}, path)
+    steps = np.stack([row - rows[0] for row in rows[1:]]).astype("i8")
+    assert geometry(paths[1:], base=paths[0]).total.gram.tolist() == (steps @ steps.T).tolist()
+    planned, _, mapped = plan_geometry(paths, base=None, options=Options())
+    memory = inner.plan_inner_memory(planned, 3, mapped=mapped, threads=2, budget=10**9)
+    vector = inner.Vector(u.view(np.uint8), DTYPES["F32"])
+    dot = inner.Dot(planned, memory, {"w": vector}, in_numpy)
+    sums = inner.Sums(planned, dot.n_values)
+    reader = open_reader(planned, memory, mapped=mapped)
+    run(planned, memory, reader, dot, sums, digest=False)
+    assert sums.of_tensors[0].tolist() == [float(u @ rows[0]), *(steps @ u).tolist()]
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])

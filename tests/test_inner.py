@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
+import platform
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from streamsoup import Options, inner
 from streamsoup.angles import plan_geometry
 from streamsoup.kernels import blocks, cpu, reference
 from streamsoup.kernels.inner import (
+    _ROOMS,
     GRAIN,
     LANES,
     STRIP,
@@ -191,8 +194,11 @@ def test_what_is_not_finite_stays_so(dtype: DType, at: int) -> None:
     words = [some(rng, dtype, GRAIN + 3).view(f"u{dtype.itemsize}") for _ in range(3)]
     words[1][at] = dtype.nan
     data = [each.view(np.uint8) for each in words]
+    changed = np.stack([widened(row, dtype) != widened(data[0], dtype) for row in data[1:]])
+    assert changed[0, at]
     for kernel in (in_numpy, compiled(), of_another_width()):
         out = found_by(kernel, data, [dtype] * 3, "base", 8)
+        assert out[:, 6:].sum(axis=0).tolist() == changed.sum(axis=1).tolist()
         assert np.isfinite(out[at // GRAIN]).tolist() == [
             True,
             False,
@@ -251,6 +257,34 @@ def test_an_old_processor_has_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "has_kernel", lambda dtype: False)
     assert find_products() is None
     assert make_products() is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="others have the instruction")
+def test_where_numba_compiles_for_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters of several kinds are told so; LLVM would end the process for want of a function."""
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert not any(cpu.has_kernel(DTYPES[name]) for name in ("F16", "F8_E4M3", "F8_E5M2"))
+    assert all(cpu.has_kernel(DTYPES[name]) for name in ("BF16", "F32", "F64"))
+    assert make_products() is None
+
+
+def rooms_below(room: str) -> set[str]:
+    """Give the rooms that a room of the kernels is made of, itself included."""
+    text = (Path(cpu.__file__).parent / f"{room}.py").read_text()
+    found = {room}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "streamsoup.kernels."
+        ):
+            below = str(node.module).split(".")[2]
+            found |= rooms_below(below) if below not in ("blocks", "objects") else set()
+    return found
+
+
+@pytest.mark.parametrize(("room", "rooms"), [("loops", cpu._ROOMS), ("products", _ROOMS)])
+def test_a_kernel_is_known_by_all_it_is_made_of(room: str, rooms: tuple[str, ...]) -> None:
+    """A cache from before a change would otherwise be believed after it."""
+    assert {f"{each}.py" for each in rooms_below(room)} == set(rooms)
 
 
 def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

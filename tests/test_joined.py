@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamsoup
-from streamsoup import Options
+from streamsoup import Options, plan
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.plan import Leaf
@@ -70,10 +70,11 @@ class Shelf:
 def candidates(paths: list[str], place: Any = None) -> tuple[Order, Candidates]:
     """Plan candidates of `paths`."""
     ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=Options())
+    scratch = str(Path(paths[0]).parent / "sum")
     sums = plan_sums(
-        ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=None, place=place
+        ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=scratch, place=place
     )
-    return ordered, Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=None)
+    return ordered, Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=scratch)
 
 
 @st.composite
@@ -124,9 +125,12 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
     uniform = streamsoup.uniform(paths, output=tmp_path / "uniform")
     expected = order([uniform.path], Coefficients.uniform(1), method="greedy", options=Options())
     before = joined.LARGEST_BLOCK
-    joined.LARGEST_BLOCK = largest.draw(st.sampled_from([1, 8, 50, before]))
+    most = largest.draw(st.sampled_from([1, 8, 50, before]))
+    # Also blocks smaller than what was joined, as where memory is short.
+    block = largest.draw(st.sampled_from([3, 16, before]))
+    joined.LARGEST_BLOCK, plan.LARGEST_BLOCK = most, block
     try:
-        for place in ("memory", "reread"):
+        for place in ("memory", "reread", "file"):
             ordered, made = candidates(paths, place)
             for roomy in (False, True):
                 shelf = Shelf(ordered)
@@ -141,19 +145,20 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
                     assert (shelf.n_puts[planned.name] == 1).all(), planned.name
             made.forget()
     finally:
-        joined.LARGEST_BLOCK = before
+        joined.LARGEST_BLOCK = plan.LARGEST_BLOCK = before
 
 
-def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_results_are_made_where_they_belong(tmp_path: Path, keep: bool) -> None:
     """A block of one tensor goes into its memory at once; one of several is cut up first."""
     for number, (layout, n_there) in enumerate(
         [([("a", "F32", 5000)], 1), ([("a", "F32", 50), ("b", "F32", 50)], 0)]
     ):
-        paths = [str(save(tmp_path / f"m{number}{s}", tensors_of(layout, s))) for s in (1, 2)]
-        ordered, made = candidates(paths)
+        paths = [str(save(tmp_path / f"m{number}{s}", tensors_of(layout, s))) for s in (1, 2, 3)]
+        ordered, made = candidates(paths, "memory")
         shelf = Shelf(ordered)
         shelf.roomy = True
-        made.mix((0, 1), shelf, keep=False)
+        made.mix((0, 1, 2), shelf, keep=keep)
         assert shelf.n_made_there == n_there
         assert all((n == 1).all() for n in shelf.n_puts.values())
 

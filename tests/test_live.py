@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options
+from streamsoup import Options, plan, reduce
 from streamsoup.errors import MismatchError, TaskError
 from streamsoup.live import ModelSink, recalibrate, tensors_of
 from streamsoup.read import open_reader
@@ -26,10 +26,12 @@ def ordered(paths: list[str]) -> Order:
     return order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
 
 
-def mix_into(model: nn.Module, paths: list[str]) -> ModelSink:
-    """Put the mean of checkpoints into a model."""
+def mix_into(model: nn.Module, paths: list[str], *, apart: bool = False) -> ModelSink:
+    """Put the mean of checkpoints into a model; there at once, if they are known to be `apart`."""
     planned = ordered(paths)
     sink = ModelSink(model, planned.plan)
+    if apart:
+        sink.check_apart()
     reader = open_reader(planned.plan, planned.memory, mapped=True)
     mix = Mix(planned.plan, planned.memory, Engine(planned.plan))
     run(planned.plan, planned.memory, reader, mix, sink, digest=False)
@@ -48,19 +50,47 @@ def save(folder: Path, states: list[dict[str, torch.Tensor]]) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apart", [False, True])
 def test_a_mix_in_place_is_what_loading_the_soup_gives(
-    tmp_path: Path, dtype: torch.dtype, live: torch.dtype
+    tmp_path: Path,
+    dtype: torch.dtype,
+    live: torch.dtype,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every parameter and buffer has the bits that load_state_dict gives it from the soup."""
+    """Every parameter and buffer has the bits that load_state_dict gives it from the soup.
+
+    Blocks are much smaller than tensors.
+    """
+    monkeypatch.setattr(plan, "LARGEST_BLOCK", 64)
     paths = networks.ingredients(tmp_path, 3, dtype)
     soup = streamsoup.uniform(paths, output=tmp_path / "soup")
     expected, model = networks.build().to(live), networks.build().to(live)
     expected.load_state_dict(load_file(Path(soup.path) / "model.safetensors"))
     places = {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
-    mix_into(model, paths)
+    mix_into(model, paths, apart=apart)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert places == {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
+
+
+def test_results_are_made_where_they_belong(tmp_path: Path) -> None:
+    """Once no ingredient can be in the way, a parameter's own memory is where its blocks are made.
+
+    Not where the model is of another dtype, or keeps its elements in another order.
+    """
+    planned = ordered(networks.ingredients(tmp_path, 2)).plan
+    plain, narrow, turned = networks.build(), networks.build().bfloat16(), networks.build()
+    turned[0].weight.data = turned[0].weight.data.T.contiguous().T
+    for model, has_room in ((plain, True), (narrow, False), (turned, False)):
+        sink = ModelSink(model, planned)
+        (leaf,) = (x for x in planned.leaves() if planned.tensors[x.tensor].name == "0.weight")
+        assert sink.room(leaf, 5, 40) is None
+        sink.check_apart()
+        room = sink.room(leaf, 5, 40)
+        assert (room is not None) == has_room
+        if room is not None:
+            assert (room.ctypes.data, len(room)) == (model[0].weight.data_ptr() + 20, 40)
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
@@ -98,8 +128,31 @@ def test_tied_weights_are_written_once_under_any_name(tmp_path: Path, names: lis
     assert len(sink.targets) == 1
 
 
-def test_order_of_elements_hooks_and_wrappers_do_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load_nbytes", [1, 10**12])
+def test_a_model_may_be_mixed_into_itself(
+    load_nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model is an ingredient, no element is lost that compiled loops look at twice."""
+    monkeypatch.setattr(reduce, "LOAD_NBYTES", load_nbytes)  # compiled kernels, or numpy
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", load_nbytes)
+    models = [nn.Linear(100, 100, bias=False).bfloat16() for _ in range(3)]
+    with torch.no_grad():
+        # Here and there too far apart for float32, where 256 + x - 256 would be 0.
+        for model, value in zip(models, (256.0, 2.0**-14 + 2.0**-21, -256.0), strict=True):
+            model.weight.view(-1)[::53] = value
+    states = [{"weight": model.weight.detach().clone()} for model in models]
+    expected = nn.Linear(100, 100, bias=False).bfloat16()
+    streamsoup.mix_into(expected, states)
+    streamsoup.mix_into(models[0], [models[0], *states[1:]])
+    assert torch.equal(models[0].weight, expected.weight)
+    assert expected.weight[0, 0] != 0
+
+
+def test_order_of_elements_hooks_and_wrappers_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Channels-last weights, hooked modules and names of torch.compile get the same values."""
+    monkeypatch.setattr(plan, "LARGEST_BLOCK", 64)
     states = [nn.Conv2d(3, 4, 3).state_dict() for _ in range(2)]
     paths = save(tmp_path, states)
     expected = ((states[0]["weight"].double() + states[1]["weight"]) / 2).float()
@@ -158,18 +211,6 @@ def test_a_model_that_was_converted_and_back_is_named(tmp_path: Path) -> None:
     model.double().float()
     with pytest.raises(TaskError, match=r"0\.weight"):
         sink.check()
-
-
-def test_what_was_in_the_model_can_be_put_back(tmp_path: Path) -> None:
-    """Keep, mix, put back: the same bits as before."""
-    paths = networks.ingredients(tmp_path, 2)
-    model = networks.build()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    kept = ModelSink(model, ordered(paths).plan).keep()
-    sink = mix_into(model, paths)
-    assert not torch.equal(before["0.weight"], model[0].weight)
-    sink.put_back(kept)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_statistics_are_measured_as_torch_does() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from checkpoints import raw
 
-from streamsoup import Options, reduce, uniform
-from streamsoup.angles import plan_geometry
+from streamsoup import Options, inner, reduce, uniform
+from streamsoup.angles import geometry, plan_geometry
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import order
@@ -232,20 +232,23 @@ def test_without_a_compiler_numpy_does(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Where LLVM's library cannot be loaded, a warning says so, and numpy makes the soup."""
+    """Where LLVM's library cannot be loaded, a warning says so, and numpy does the work."""
 
     class Broken:
         def find_spec(self, name: str, *_: object) -> None:
             if name.startswith("llvmlite"):
                 raise error
 
-    for name in [
-        each for each in sys.modules if each.startswith(("llvmlite", "streamsoup.kernels.cpu"))
-    ]:
+    kernels = ("llvmlite", "streamsoup.kernels.cpu", "streamsoup.kernels.objects")
+    for name in [each for each in sys.modules if each.startswith(kernels)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(inner, "LOAD_S", 0.0)
     model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
     uniform([model] * 20, output=tmp_path / "soup")
+    assert "numpy makes the same sums, more slowly" in caplog.text
+    caplog.clear()
+    assert geometry([model] * 2).total.gram.tolist() == [[0.0] * 2] * 2
     assert "numpy makes the same sums, more slowly" in caplog.text
 
 

@@ -309,7 +309,9 @@ class Bench:
                 self.task.need("build")
                 with contained(self.task.name, "build"):
                     self._model = self.task.build()
-            self._sink = ModelSink(self._model, self.plan)
+            sink = ModelSink(self._model, self.plan)
+            sink.check_apart()
+            self._sink = sink
             self._training = [(module, module.training) for module in self._model.modules()]
         return self._sink
 

@@ -150,7 +150,7 @@ def check_files(path: str, listed: Sequence[str], names: Sequence[str]) -> None:
     over = [
         name
         for name in sorted(set(names).difference(listed))
-        if is_numbered(name) and name[0] != "." and _NUMBER.sub(r"\1", name) in sets
+        if is_numbered(name) and _NUMBER.sub(r"\1", name) in sets
     ]
     if over:
         raise CorruptFileError(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import threading
 
@@ -75,10 +76,16 @@ class Mixer:
 
 
 def has_kernel(source: DType) -> bool:
-    """Whether this processor can do it: small floats are widened by an instruction of 2012."""
+    """Whether this processor can do it: small floats are widened by an instruction of 2012.
+
+    Nor can it where numba was told to compile for any processor, old ones too.
+    """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     small = source.name in ("F16", "F8_E4M3", "F8_E5M2")
-    return not (x86 and small) or bool(llvm.get_host_cpu_features().get("f16c"))
+    if not (x86 and small):
+        return True
+    generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
+    return not generic and bool(llvm.get_host_cpu_features().get("f16c"))
 
 
 def find_mixer(source: DType, output: DType) -> Mixer | None:

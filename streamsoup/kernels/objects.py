@@ -91,10 +91,11 @@ def _load(name: str, code: bytes) -> Kernel:
 
 
 def _cache_name(label: str, rooms: Sequence[str]) -> str:
-    """Name the kernel after all it depends on: our code, numba, LLVM and this processor."""
+    """Name the kernel after all it depends on: our code, numba, LLVM and the processor."""
     features: Any = llvm.get_host_cpu_features()
     parts = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features.flatten()]
-    parts += [llvm.get_default_triple(), str(os.environ.get("NUMBA_CPU_NAME"))]
+    parts.append(llvm.get_default_triple())
+    parts += [str(os.environ.get(name)) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     for room in rooms:
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())

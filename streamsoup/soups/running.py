@@ -47,10 +47,6 @@ class SumsPlan:
     memory: int
     """Budget left for blocks."""
 
-    def largest_trial_nbytes(self, ingredient_nbytes: int) -> int:
-        """Bound what a trial reads: one ingredient, and the running sum or what is cheaper."""
-        return ingredient_nbytes + max(self.nbytes, ingredient_nbytes)
-
 
 def plan_sums(
     plan: MixPlan,
