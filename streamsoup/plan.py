@@ -264,8 +264,10 @@ def plan_files(plan: MixPlan) -> FilePlan:
     return FilePlan(tuple(files), tuple(places), index)
 
 
-def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
-    """Choose the largest blocks whose peak stays within `budget` bytes.
+def plan_memory(
+    plan: MixPlan, *, mapped: bool, threads: int, budget: int, largest: int = LARGEST_BLOCK
+) -> MemoryPlan:
+    """Choose the largest blocks, up to `largest` elements, whose peak is within `budget` bytes.
 
     There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
     the smallest blocks do not fit; says how much would.
@@ -274,21 +276,22 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
     widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     group = k if mapped else min(k, READ_GROUP)
-    # Each element of a block: its sum, what the numpy kernel makes of it, and its result;
-    # when files are read rather than mapped, the group's inputs too.
-    per_element = 8 + 24 + widest + (0 if mapped else group * widest_in)
+    # Each element of a block: its sum, its result, and what looking for the cause of a NaN makes of
+    # it, or comparing float64 with the first; when files are read rather than mapped, the group's
+    # inputs too. Numpy makes more, of a part of a block at a time.
+    per_element = 8 + widest + (16 if widest_in == 8 else 8) + (0 if mapped else group * widest_in)
     pairs = {(s.dtype, t.dtype) for t in plan.tensors if t.operation == "mix" for s in t.sources}
     compiler = COMPILER_NBYTES + KERNEL_NBYTES * max(len(pairs) - 2, 0)
     fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
     # So many tensors that little is left for the rest: better slower than not at all.
-    compiles = fixed + SMALLEST_BLOCK * per_element <= budget
+    compiles = fixed + NUMPY_NBYTES + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else compiler
-    block = LARGEST_BLOCK
+    block = largest
     threads = min(threads, max(1, plan.n_leaves))
-    while block > SMALLEST_BLOCK and fixed + threads * block * per_element > budget:
+    while block > SMALLEST_BLOCK and fixed + threads * _held(block, per_element) > budget:
         block //= 2
-    threads = max(1, min(threads, (budget - fixed) // (block * per_element)))
-    peak = fixed + threads * block * per_element
+    threads = max(1, min(threads, (budget - fixed) // _held(block, per_element)))
+    peak = fixed + threads * _held(block, per_element)
     if peak > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: "
@@ -296,6 +299,14 @@ def plan_memory(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> Me
         )
     return MemoryPlan(threads, block, group, peak, compiles)
 
+
+def _held(block: int, per_element: int) -> int:
+    """Bytes that a thread holds."""
+    return NUMPY_NBYTES + block * per_element
+
+
+NUMPY_NBYTES = 2**20
+"""What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
 
 PROCESS_NBYTES = 104 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler included.

@@ -27,6 +27,10 @@ from streamsoup.stream import Sink, run
 
 __all__ = ["Candidates", "Moved"]
 
+LARGEST_CANDIDATE = 1 << 20
+"""Elements of a candidate worked on at once. More than in other passes: nothing is digested, so
+blocks need not be in a cache for a second look, and Python has less to do."""
+
 THREAD_NBYTES = 8_000_000
 """Bytes to read for each further thread: below, starting it costs more than it brings."""
 
@@ -151,7 +155,9 @@ class Candidates:
         """Choose the blocks of a pass over a part of the plan."""
         budget = self.sums_plan.memory
         threads = min(self.threads, 1 + part.nbytes_read // THREAD_NBYTES)
-        return plan_memory(part, mapped=self.mapped, threads=threads, budget=budget)
+        return plan_memory(
+            part, mapped=self.mapped, threads=threads, budget=budget, largest=LARGEST_CANDIDATE
+        )
 
     def reduction(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
