@@ -265,9 +265,9 @@ def plan_files(plan: MixPlan) -> FilePlan:
 
 
 def plan_memory(
-    plan: MixPlan, *, mapped: bool, threads: int, budget: int, largest: int = LARGEST_BLOCK
+    plan: MixPlan, *, mapped: bool, threads: int, budget: int, times: int = 1
 ) -> MemoryPlan:
-    """Choose the largest blocks, up to `largest` elements, whose peak is within `budget` bytes.
+    """Choose the largest blocks, up to `times` `LARGEST_BLOCK`, whose peak is within `budget`.
 
     There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
     the smallest blocks do not fit; says how much would.
@@ -286,7 +286,7 @@ def plan_memory(
     # So many tensors that little is left for the rest: better slower than not at all.
     compiles = fixed + NUMPY_NBYTES + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else compiler
-    block = largest
+    block = times * LARGEST_BLOCK
     threads = min(threads, max(1, plan.n_leaves))
     while block > SMALLEST_BLOCK and fixed + threads * _held(block, per_element) > budget:
         block //= 2

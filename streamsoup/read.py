@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -16,14 +17,18 @@ import numpy as np
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.files import Bytes, Descriptors, Window, on_network
 from streamsoup.formats.memory import MemoryShard
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.shards import Ingredient, Shard
 from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
 
-__all__ = ["MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
+__all__ = ["Kept", "MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
 
 WINDOW = 1 << 23
 """Bytes of an ingredient that a thread maps at once: large enough that opening and mapping cost
 nothing beside reading, small enough for any number of ingredients."""
+
+
+KEPT_NBYTES = 1 << 32
+"""Bytes of ingredients that stay mapped from one run to the next: 8 MiB of page tables."""
 
 
 def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "read"]) -> bool:
@@ -37,9 +42,36 @@ def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "rea
     return not on_network([shard.path for each in ingredients for shard in each.shards])
 
 
-def open_reader(plan: MixPlan, memory: MemoryPlan, *, mapped: bool) -> Reader:
-    """Give the reader of a run."""
-    return MappedReader(plan) if mapped else PlainReader(plan, memory)
+def open_reader(
+    plan: MixPlan, memory: MemoryPlan, *, mapped: bool, kept: Kept | None = None
+) -> Reader:
+    """Give the reader of a run; what is mapped may be `kept` for others."""
+    return MappedReader(plan, kept) if mapped else PlainReader(plan, memory)
+
+
+class Kept:
+    """Whole shards that stay mapped from one run to the next, as many as are within some bytes.
+
+    Mapping pages, and letting go of them, takes as long as summing them. What stays costs page
+    tables: a 512th of its bytes. Several threads may use it at once.
+    """
+
+    def __init__(self, nbytes: int = KEPT_NBYTES) -> None:
+        """Map nothing yet, and never more than `nbytes`."""
+        self._left = nbytes
+        self._windows: dict[str, Window] = {}
+        self._lock = threading.Lock()
+
+    def of(self, shard: Shard) -> Window | None:
+        """Give a shard's window; None if there is no more room for it."""
+        window = self._windows.get(shard.path)
+        if window is not None:
+            return window
+        with self._lock:
+            if shard.path not in self._windows and shard.identity.size <= self._left:
+                self._windows[shard.path] = Window(shard, 0, shard.identity.size)
+                self._left -= shard.identity.size
+            return self._windows.get(shard.path)
 
 
 class Session(Protocol):
@@ -64,20 +96,20 @@ class Reader(Protocol):
 class MappedReader:
     """Ingredients read by touching mapped memory: nothing is copied, nothing allocated."""
 
-    def __init__(self, plan: MixPlan) -> None:
+    def __init__(self, plan: MixPlan, kept: Kept | None = None) -> None:
         """Map nothing yet: shards are mapped when first touched."""
-        self._plan = plan
+        self._plan, self._kept = plan, kept
 
     def session(self) -> _MappedSession:
         """Give a thread its own windows."""
-        return _MappedSession(self._plan)
+        return _MappedSession(self._plan, self._kept)
 
 
 class _MappedSession:
     """A window into each ingredient, which moves along with the stream."""
 
-    def __init__(self, plan: MixPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: MixPlan, kept: Kept | None) -> None:
+        self._plan, self._kept = plan, kept
         self._windows: dict[int, tuple[int, Window]] = {}
 
     def block(
@@ -90,6 +122,9 @@ class _MappedSession:
             shard = self._plan.ingredients[i].shards[number]
             if isinstance(shard, MemoryShard):
                 blocks.append(shard.memory[begin:end])
+                continue
+            if self._kept is not None and (whole := self._kept.of(shard)) is not None:
+                blocks.append(whole.view(begin, end))
                 continue
             at, window = self._windows.get(i, (-1, None))
             if window is None or at != number or not window.covers(begin, end):

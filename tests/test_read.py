@@ -18,6 +18,11 @@ from streamsoup import Options, plan, read, stream, uniform, verify
 from streamsoup.errors import ChangedIngredientError, FormatError
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.make import order
+from streamsoup.soups.running import plan_sums
+from streamsoup.stream import Nowhere
 
 MODEL = {"a": tensor(np.arange(5000.0)), "b": tensor(np.arange(5000.0))}
 
@@ -347,3 +352,35 @@ def _few_descriptors() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+
+def test_what_is_kept_is_mapped_once_and_within_bounds(tmp_path: Path) -> None:
+    """Shards beyond the bytes that may be kept move past as ever; all go with their keeper."""
+    paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(3)]
+    opened = open_ingredients(paths)
+    nbytes = paths[0].stat().st_size
+    kept = read.Kept(2 * nbytes + 1)
+    windows = [kept.of(each.shards[0]) for each in opened]
+    assert windows[0] is kept.of(opened[0].shards[0])
+    assert windows[1] is not None
+    assert windows[2] is None
+    assert mapped_nbytes(paths[0]) >= nbytes
+    assert mapped_nbytes(paths[2]) == 0
+    del windows, kept
+    assert [mapped_nbytes(path) for path in paths] == [0, 0, 0]
+
+
+def test_candidates_map_a_shard_once(tmp_path: Path) -> None:
+    """From one candidate to the next they stay; a shard that changes meanwhile is named."""
+    paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(2)]
+    ordered = order(paths, Coefficients.uniform(2), method="greedy", options=Options())
+    sums = plan_sums(ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=None)
+    made = Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=None)
+    made.mix((0, 1), Nowhere(), keep=False)
+    assert all(mapped_nbytes(path) > 0 for path in paths)
+    made.forget()
+    assert [mapped_nbytes(path) for path in paths] == [0, 0]
+    made.mix((1,), Nowhere(), keep=False)
+    os.truncate(paths[1], paths[1].stat().st_size - 1)
+    with pytest.raises(ChangedIngredientError, match=r"m1/model\.safetensors"):
+        made.mix((1,), Nowhere(), keep=False)

@@ -280,7 +280,7 @@ class Bench:
         if self._mix is None:
             self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
         mix, memory = self._mix.reduction(part)
-        reader = open_reader(part, memory, mapped=self._mapped)
+        reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         run(part, memory, reader, mix, sink, digest=False)
         if self._recalibrate and len(mixture.members) > 1:
             with contained(self.task.name, "recalibration"):

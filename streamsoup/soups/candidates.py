@@ -18,7 +18,7 @@ from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
 from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
-from streamsoup.read import open_reader
+from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix, MixWorker, Reduction
 from streamsoup.soups.joined import Apart, Pieces, join, pieces_of
@@ -27,9 +27,9 @@ from streamsoup.stream import Sink, run
 
 __all__ = ["Candidates", "Moved"]
 
-LARGEST_CANDIDATE = 1 << 20
-"""Elements of a candidate worked on at once. More than in other passes: nothing is digested, so
-blocks need not be in a cache for a second look, and Python has less to do."""
+TIMES = 4
+"""How much larger blocks may be than in other passes: nothing is digested, so they need not be in a
+cache for a second look, and Python has less to do."""
 
 THREAD_NBYTES = 8_000_000
 """Bytes to read for each further thread: below, starting it costs more than it brings."""
@@ -84,6 +84,7 @@ class Candidates:
         self.threads = threads
         self._scratch = scratch
         self._engine = Engine(plan)
+        self._kept = Kept()
         passes = join(plan) if self.joins else plan
         mixed = frozenset(t.name for t in passes.tensors if t.operation == "mix")
         copied = frozenset(t.name for t in passes.tensors if t.operation != "mix")
@@ -132,10 +133,11 @@ class Candidates:
         return Moved(self._cost(fresh), moved if on_disk else 0, elapsed_s, self.where)
 
     def forget(self) -> None:
-        """Let go of the running sum, and of its file."""
+        """Let go of the running sum, and of files."""
         if self._sums is not None:
             self._sums.close()
         self._sums, self._held = None, ()
+        self._kept = Kept()
 
     def _is_worth(self, head: tuple[int, ...]) -> bool:
         """Whether the sum of `head` is better kept than made again from its ingredients."""
@@ -155,9 +157,7 @@ class Candidates:
         """Choose the blocks of a pass over a part of the plan."""
         budget = self.sums_plan.memory
         threads = min(self.threads, 1 + part.nbytes_read // THREAD_NBYTES)
-        return plan_memory(
-            part, mapped=self.mapped, threads=threads, budget=budget, largest=LARGEST_CANDIDATE
-        )
+        return plan_memory(part, mapped=self.mapped, threads=threads, budget=budget, times=TIMES)
 
     def reduction(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
@@ -193,7 +193,7 @@ class Candidates:
         plan = replace(plan, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
         memory = self.memory_of(plan)
         reduction = self.reduction(plan, memory, starts=starts, n_tail=n_tail)
-        reader = open_reader(plan, memory, mapped=self.mapped)
+        reader = open_reader(plan, memory, mapped=self.mapped, kept=self._kept)
         run(plan, memory, reader, reduction, Apart(sink, part.pieces), digest=False)
 
     def open_sums(self) -> Sums:

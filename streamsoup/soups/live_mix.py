@@ -19,7 +19,7 @@ from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
 from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
-from streamsoup.read import open_reader
+from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -79,6 +79,8 @@ class LiveMix:
         `DeviceError` and `BudgetError`.
         """
         self._mapped, self._options, self._engine = mapped, options, engine
+        self.kept = Kept()
+        """What stays mapped, for the readers of its runs."""
         self._found: OnDevice | None = None
         self._lanes: list[Lane[Any, Any]] = []
         if device_of(sink, options) != "cpu":

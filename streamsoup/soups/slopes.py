@@ -287,7 +287,7 @@ class Slopes:
         recipe = msgspec.structs.replace(plan.recipe, coefficients=coefficients)
         part = replace(plan, recipe=recipe)
         mix, memory = self._mix.reduction(part)
-        reader = open_reader(part, memory, mapped=self._mapped)
+        reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         started = time.monotonic()
         to_model = Apart(self._sink, pieces_of(self._sink.plan, part))
         run(part, memory, reader, mix, to_model, digest=False)
@@ -309,7 +309,8 @@ class Slopes:
             if names not in self._parts:
                 plan = share.plan.only(names)
                 memory = _inner_memory(plan, mapped=self._mapped, options=self._options)
-                self._parts[names] = plan, memory, open_reader(plan, memory, mapped=self._mapped)
+                reader = open_reader(plan, memory, mapped=self._mapped, kept=self._mix.kept)
+                self._parts[names] = plan, memory, reader
             plan, memory, reader = self._parts[names]
             started = time.monotonic()
             dot = Dot(plan, memory, vectors, self._products)
