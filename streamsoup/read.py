@@ -69,7 +69,11 @@ class Kept:
             return window
         with self._lock:
             if shard.path not in self._windows and shard.identity.size <= self._left:
-                self._windows[shard.path] = Window(shard, 0, shard.identity.size)
+                try:
+                    self._windows[shard.path] = Window(shard, 0, shard.identity.size)
+                except FormatError:  # no address space is left, and small windows may still do
+                    self._left = 0
+                    return None
                 self._left -= shard.identity.size
             return self._windows.get(shard.path)
 

@@ -370,6 +370,25 @@ def test_what_is_kept_is_mapped_once_and_within_bounds(tmp_path: Path) -> None:
     assert [mapped_nbytes(path) for path in paths] == [0, 0, 0]
 
 
+def test_what_cannot_be_mapped_whole_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `ulimit -v`: then windows go on moving, and no more is tried."""
+    paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(2)]
+    first, second = (each.shards[0] for each in open_ingredients(paths))
+    kept = read.Kept()
+    assert kept.of(first) is not None
+
+    def failing(*arguments: Any) -> None:
+        raise FormatError("cannot be mapped")
+
+    monkeypatch.setattr(read, "Window", failing)
+    assert kept.of(second) is None
+    monkeypatch.undo()
+    assert kept.of(second) is None
+    assert kept.of(first) is not None
+
+
 def test_candidates_map_a_shard_once(tmp_path: Path) -> None:
     """From one candidate to the next they stay; a shard that changes meanwhile is named."""
     paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(2)]
