@@ -21,11 +21,14 @@ from streamsoup.kernels import objects
 from streamsoup.kernels.objects import Kernel
 from streamsoup.tensors import DType
 
-__all__ = ["BLOCK", "Mixer", "find_mixer", "has_kernel", "mixer"]
+__all__ = ["BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]
 
 BLOCK = 256
 """Elements at a time. Small: every ingredient's stream moves on often enough for the processor to
 see it coming, and what many of them hold at the same place of a page still fits the first cache."""
+
+SCRATCH = 3 * BLOCK
+"""Numbers of float64 that a kernel may use as it likes."""
 
 _ROOMS = ("bits.py", "cpu.py", "loops.py", "means.py", "vectors.py")
 """What the kernels are compiled from."""
@@ -60,7 +63,7 @@ class Mixer:
         memory: the caller keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = np.empty(3 * BLOCK, np.float64)
+            self._own.scratch = np.empty(SCRATCH, np.float64)
         spoiled = self._call(
             sums.ctypes.data if len(sums) else 0,
             addresses.ctypes.data,

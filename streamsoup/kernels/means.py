@@ -19,6 +19,7 @@ import numpy as np
 from numba import types
 
 from streamsoup.kernels.bits import WORDS, narrow, pointer, prefetch, widen
+from streamsoup.kernels.cpu import SCRATCH
 from streamsoup.kernels.vectors import (
     Vector,
     as_vector,
@@ -56,6 +57,7 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
     """Give the compiled loop for a 16- or 8-bit dtype, as `bits.numbers` describes it."""
     way, nbits, fraction, bias, most_finite, overflow, nan = dtype
     size = nbits // 8
+    assert (4 + 2 * size) * STRETCH <= 8 * SCRATCH, "sums, highs and lows of a stretch"
     word: Any = WORDS[nbits]
     words, singles = Vector(word, GROUP), Vector(types.float32, GROUP)
     bits32 = Vector(types.uint32, GROUP)
