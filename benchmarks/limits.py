@@ -2,8 +2,9 @@
 
 A process of its own for each answer, which it prints as JSON: seconds inside the process, so a
 limit never pays for starting Python. ``mapped N FILE...`` and ``plain N FILE...`` read all bytes
-with N threads, ``write NBYTES FILE`` writes and syncs, ``both N NBYTES OUTPUT FILE...`` does that
-while N threads read plainly, ``memory N`` reads what is in memory.
+with N threads, ``write NBYTES FILE`` writes and syncs, ``reserved NBYTES FILE`` has the disk make
+room first, ``both N NBYTES OUTPUT FILE...`` does that while N threads read plainly, ``memory N``
+reads what is in memory.
 """
 
 from __future__ import annotations
@@ -90,11 +91,13 @@ def plain(n_threads: int, paths: Sequence[str]) -> float:
     return in_threads(n_threads, jobs)
 
 
-def write(nbytes: int, path: str) -> float:
-    """Write a file, and wait until it is on disk."""
+def write(nbytes: int, path: str, *, reserved: bool = False) -> float:
+    """Write a file, after making room for all of it if `reserved`, and wait until it is on disk."""
     block = os.urandom(1 << 22)
     started = time.perf_counter()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    if reserved:
+        os.posix_fallocate(descriptor, 0, nbytes)
     for at in range(0, nbytes, len(block)):
         os.pwrite(descriptor, block[: min(len(block), nbytes - at)], at)
     os.fsync(descriptor)
@@ -107,7 +110,7 @@ def write(nbytes: int, path: str) -> float:
 def both(n_threads: int, nbytes: int, output: str, paths: Sequence[str]) -> float:
     """Write and sync a file while others are read: what a disk that does both has to do."""
     started = time.perf_counter()
-    writer = threading.Thread(target=write, args=(nbytes, output))
+    writer = threading.Thread(target=write, args=(nbytes, output), kwargs={"reserved": True})
     writer.start()
     plain(n_threads, paths)
     writer.join()
@@ -124,8 +127,8 @@ def memory(n_threads: int) -> float:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "write":
-        print(json.dumps(write(int(rest[0]), rest[1])))
+    if what in ("write", "reserved"):
+        print(json.dumps(write(int(rest[0]), rest[1], reserved=what == "reserved")))
     elif what == "both":
         print(json.dumps(both(int(rest[0]), int(rest[1]), rest[2], rest[3:])))
     elif what == "memory":

@@ -103,7 +103,7 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
         lines = []
         for tool in _tools(rows, [case], cache):
             found = _rows(rows, case, tool, cache)
-            shares = [row["limit_s"] / row["wall_s"] for row in found]
+            limits = [key for key in ("limit_s", "at_once_s") if key in found[0]]
             lines.append(
                 (
                     _median(found, "wall_s"),
@@ -112,7 +112,7 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
                         _spread(found, "wall_s"),
                         f"{_median(found, 'sync_s'):.2f}",
                         f"{_median(found, 'cpu_s'):.1f}",
-                        f"{statistics.median(shares):.2f}",
+                        " / ".join(f"{_share(found, key):.2f}" for key in limits),
                         _nbytes(_median(found, "peak_anonymous_nbytes") / 1e6),
                         f"{_median(found, 'read_nbytes') / 1e9:.2f}",
                         f"{_median(found, 'written_nbytes') / 1e9:.2f}",
@@ -129,6 +129,11 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
         ]
         table = _table([head, *(line for _, line in sorted(lines, key=lambda pair: pair[0]))])
         yield "\n\n".join([title, table, *skipped, _where(rows, [case], cache)])
+
+
+def _share(rows: Sequence[Row], limit: str) -> float:
+    """Give the median of a limit over the wall time of its own round."""
+    return statistics.median(row[limit] / row["wall_s"] for row in rows)
 
 
 def _skipped(row: Row, rows: Sequence[Row], case: str, cache: str) -> bool:
@@ -177,15 +182,17 @@ def _growth(rows: Sequence[Row]) -> str:
             for case, group in zip(cases, groups, strict=True)
         ]
         head = ["case", "GB read", "wall s: median (least–most)", "CPU s", "peak memory, MB"]
+        start, *groups = groups
         moved = [(g[0]["input_nbytes"] + g[0]["output_nbytes"]) for g in groups]
         peaks = [_median(group, "peak_anonymous_nbytes") for group in groups]
         fits = []
         for key in ("wall_s", "cpu_s"):
-            each = [_median(group, key) for group in groups]
-            fits.append(f"{key[:-2]} time {exponent(list(zip(moved, each, strict=True))):.2f}")
-            half = len(groups) // 2
-            late = exponent(list(zip(moved[half - 1 :], each[half - 1 :], strict=True)))
-            fits[-1] += f" ({late:.2f} over the larger half)"
+            whole = [_median(group, key) for group in groups]
+            beyond = [seconds - _median(start, key) for seconds in whole]
+            fits.append(
+                f"{key[:-2]} time {exponent(list(zip(moved, beyond, strict=True))):.2f} "
+                f"beyond start-up ({exponent(list(zip(moved, whole, strict=True))):.2f} with it)"
+            )
         memory = exponent(list(zip([g[0][of] for g in groups], peaks, strict=True)))
         middle = statistics.median(peaks)
         swing = max(max(peaks) / middle - 1, 1 - min(peaks) / middle)
