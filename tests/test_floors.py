@@ -19,6 +19,7 @@ FLOORS = {
     "journal": 0,
     "supervise": 0,
     "options": 0,
+    "versions": 0,
     "formats": 1,
     "kernels": 1,
     "plan": 2,
@@ -44,7 +45,6 @@ FLOORS = {
     "demo": 5,
     "plot": 5,
     "report": 5,
-    "distributed": 5,
 }
 """Each room's floor. A new room is entered here, on the lowest floor its imports allow."""
 

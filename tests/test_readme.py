@@ -25,10 +25,11 @@ def commands(text: str) -> list[str]:
 def parse(command: str) -> None:
     """Read a command line as the program would, without running it."""
     name, *arguments = shlex.split(command)[1:]
-    chosen = main.get_command(click.Context(main), name)
+    parent = click.Context(main, **main.context_settings)
+    chosen = main.get_command(parent, name)
     if chosen is None:
         raise click.UsageError(f"no command {name}")
-    chosen.make_context(name, arguments, parent=click.Context(main))
+    chosen.make_context(name, arguments, parent=parent)
 
 
 @pytest.mark.parametrize("command", commands(README))

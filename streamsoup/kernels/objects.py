@@ -19,11 +19,13 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import xxhash
+
+from streamsoup.versions import numba_version
 
 __all__ = ["Kernel", "find", "make"]
 
@@ -93,8 +95,8 @@ def _load(name: str, code: bytes) -> Kernel:
 def _cache_name(label: str, rooms: Sequence[str]) -> str:
     """Name the kernel after all it depends on: our code, numba, LLVM and the processor."""
     features: Any = llvm.get_host_cpu_features()
-    parts = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features.flatten()]
-    parts.append(llvm.get_default_triple())
+    parts = [numba_version(), llvmlite.__version__, llvm.get_host_cpu_name()]
+    parts += [features.flatten(), llvm.get_default_triple()]
     parts += [str(os.environ.get(name)) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     for room in rooms:
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:

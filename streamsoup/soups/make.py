@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from streamsoup import __version__
 from streamsoup.destination import check_output
 from streamsoup.digest import Digests, digest_bytes
 from streamsoup.errors import (
@@ -42,6 +40,7 @@ from streamsoup.sizes import parse_nbytes
 from streamsoup.staging import Staging, sync_folder
 from streamsoup.tensors import float_dtype
 from streamsoup.verification import read_provenance
+from streamsoup.versions import versions
 
 if TYPE_CHECKING:
     from streamsoup.device_mix import OnDevice
@@ -336,8 +335,6 @@ def _index(plan: MixPlan, files: FilePlan) -> bytes:
 
 
 def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) -> Provenance:
-    from importlib.metadata import version
-
     plan, files = ordered.plan, ordered.files
     records = tuple(
         IngredientRecord(
@@ -348,16 +345,13 @@ def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) 
     shards = tuple(
         FileRecord(file.name, file.nbytes, digest_bytes(file.header)) for file in files.files
     )
-    versions = {name: version(name) for name in ("numpy", "numba", "xxhash")}
-    versions["streamsoup"] = __version__
-    versions["python"] = platform.python_version()
     return Provenance(
         recipe=plan.recipe,
         ingredients=records,
         shards=shards,
         side_files=tuple(side_files),
         tensors=digests.of_soup(),
-        versions=versions,
+        versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         report=ordered.report,
     )
