@@ -19,7 +19,7 @@ import xxhash
 
 from streamsoup.digest import SIZE, Digests
 from streamsoup.formats.files import Bytes, Descriptors
-from streamsoup.plan import FilePlan, Leaf, MixPlan
+from streamsoup.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
 from streamsoup.staging import Staging, remove_any
 
@@ -38,8 +38,11 @@ class FileSink:
         self._files = files
         self._staging = staging
         self._digests = digests
+        self._paths = [os.path.join(staging.folder, file.name) for file in files.files]
         self._lock = threading.Lock()
-        self._finished: list[Leaf] = []
+        self._finished: list[int] = []
+        self._touched: set[int] = set()
+        """Files with leaves that are finished and not noted yet."""
         self._noted = self._read_notes()
         self._prepare()
 
@@ -49,7 +52,7 @@ class FileSink:
 
     def path(self, number: int) -> str:
         """Give the path of a shard in the making."""
-        return os.path.join(self._staging.folder, self._files.files[number].name)
+        return self._paths[number]
 
     def place(self, leaf: Leaf, start: int) -> tuple[str, int]:
         """Give the file and the offset at which unit `start` of the leaf's tensor belongs."""
@@ -58,41 +61,42 @@ class FileSink:
 
     def noted(self, leaf: Leaf) -> bytes | None:
         """Give the digests that an earlier run noted for a leaf, if it finished it."""
-        return self._digests.get(leaf.number) if leaf.number in self._noted else None
+        return self._digests.get(leaf.number) if self._noted[leaf.number] else None
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
         """Take note of a leaf that is written."""
         with self._lock:
             self._digests.put(leaf.number, digests)
-            if leaf.number not in self._noted:
-                self._finished.append(leaf)
+            if not self._noted[leaf.number]:
+                self._finished.append(leaf.number)
+                self._touched.add(self._files.places[leaf.tensor][0])
 
     def checkpoint(self) -> None:
         """Sync what is written, then note it in the journal. Waits for the disk."""
         with self._lock:
             finished, self._finished = self._finished, []
-        if not finished:
-            return
-        for path in sorted({self.place(leaf, 0)[0] for leaf in finished}):
-            sync_file(path)
-        notes = [[leaf.number, self._digests.get(leaf.number).hex()] for leaf in finished]
-        self._staging.journal.append({"leaves": notes})
+            touched, self._touched = self._touched, set()
+        for number in sorted(touched):
+            sync_file(self.path(number))
+        for at in range(0, len(finished), NOTES):
+            notes = [[leaf, self._digests.get(leaf).hex()] for leaf in finished[at : at + NOTES]]
+            self._staging.journal.append({"leaves": notes})
 
     def sync(self) -> None:
         """Wait until every shard is on disk."""
         for number in range(len(self._files.files)):
             sync_file(self.path(number))
 
-    def _read_notes(self) -> set[int]:
-        """Put what an earlier run noted into the table; give the numbers of its leaves."""
-        noted: set[int] = set()
+    def _read_notes(self) -> bytearray:
+        """Put what an earlier run noted into the table; give a 1 for each of its leaves."""
+        noted = bytearray(self._plan.n_leaves)
         row = SIZE * (1 + len(self._plan.ingredients))
         for record in self._staging.journal:
             for number, text in record.get("leaves", ()):
                 digests = bytes.fromhex(text)
                 if len(digests) == row and 0 <= number < self._plan.n_leaves:
                     self._digests.put(number, digests)
-                    noted.add(number)
+                    noted[number] = 1
         return noted
 
     def _prepare(self) -> None:
@@ -115,7 +119,7 @@ class FileSink:
                 if os.fstat(descriptor).st_size != file.nbytes:
                     os.ftruncate(descriptor, 0)
                     _reserve(descriptor, file.nbytes, folder)
-                elif self._noted:
+                elif any(self._noted):
                     # Work is believed if the disk gives it back, not the cache: after a failed
                     # write the two may differ.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

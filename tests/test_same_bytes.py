@@ -142,6 +142,7 @@ def test_engines_do_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save(tmp_path / f"m{i}", {"w": tensor(rng.standard_normal(600_000).astype(np.float16))})
         for i in range(3)
     ]
+    monkeypatch.setattr(plan, "LARGEST_BLOCK", 1 << 18)  # three blocks
     mix(paths, FACTORS, output=tmp_path / "numpy")
     original = reduce.Engine.mixer
     n_calls = 0

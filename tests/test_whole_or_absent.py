@@ -10,8 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import save_sharded, tensor
+from checkpoints import save, save_sharded, tensor
 from crash import AT_EXIT, Machine, Result, restore
+
+from streamsoup import Options
+from streamsoup.destination import check_output
+from streamsoup.digest import Digests
+from streamsoup.plan import NOTES
+from streamsoup.recipe import Coefficients
+from streamsoup.soups.make import order
+from streamsoup.staging import Staging
+from streamsoup.write import FileSink
 
 Tree = dict[str, bytes]
 
@@ -286,6 +295,30 @@ def test_resumes_what_is_finished(kitchen: Kitchen) -> None:
     assert kitchen.machine.run(*other, stage=kitchen.stage).status == 0
     assert tree(kitchen.output) != kitchen.new
     assert os.listdir(kitchen.stage) == ["soup"]
+
+
+def test_notes_of_many_leaves(tmp_path: Path) -> None:
+    """Many leaves finished at once are noted in records of bounded size, and all believed."""
+    n = 2 * NOTES + 88
+    model = save(tmp_path / "m", {f"t{i}": tensor(np.ones(3, np.float32)) for i in range(n)})
+    ordered = order([str(model)], Coefficients.uniform(1), method="uniform", options=Options())
+    target = check_output(str(tmp_path / "soup"), (), overwrite=False, resumes=True)
+
+    def sink(staging: Staging) -> FileSink:
+        return FileSink(ordered.plan, ordered.files, staging, Digests(ordered.plan))
+
+    leaves = list(ordered.plan.leaves())
+    with Staging(target, "order", overwrite=False) as staging:
+        writing = sink(staging)
+        for leaf in leaves:
+            writing.finish_leaf(leaf, leaf.number.to_bytes(32))
+        writing.checkpoint()
+        writing.checkpoint()  # nothing is left to note
+        sizes = [len(record["leaves"]) for record in staging.journal if "leaves" in record]
+    assert sizes == [NOTES, NOTES, 88]
+    with Staging(target, "order", overwrite=False) as staging:
+        resumed = sink(staging)
+        assert [resumed.noted(leaf) for leaf in leaves] == [i.to_bytes(32) for i in range(n)]
 
 
 def test_damaged_work_is_made_again(kitchen: Kitchen) -> None:

@@ -27,7 +27,7 @@ from streamsoup.stream import Sink, run
 
 __all__ = ["Candidates", "Moved"]
 
-TIMES = 4
+TIMES = 2
 """How much larger blocks may be than in other passes: nothing is digested, so they need not be in a
 cache for a second look, and Python has less to do."""
 
