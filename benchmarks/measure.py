@@ -9,7 +9,6 @@ and what they leave to be written must not burden whoever runs next.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import resource
 import shutil
@@ -21,9 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
-__all__ = ["Measurement", "claim_memory", "drop_cache", "measure", "settle", "sync", "warm_cache"]
+__all__ = ["Measurement", "drop_cache", "measure", "settle", "sync", "warm_cache"]
 
 SAMPLE_S = 0.01
 """Time between looks at memory: about half a percent of one core."""
@@ -156,23 +153,6 @@ def warm_cache(folders: Sequence[Path]) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-
-
-def claim_memory(nbytes: int) -> None:
-    """Touch as much free memory, and let go of it again. What is cached stays.
-
-    A virtual machine may hand free memory back to its host (free page reporting), and whoever
-    touches it next waits for the host: measured 4 µs a page, which is 1 GB/s, against 2.7 µs for
-    a page that was in use before. That is neither the disk's doing nor any tool's.
-    """
-    free = os.sysconf("SC_AVPHYS_PAGES") * _PAGE
-    with mmap.mmap(-1, max(_PAGE, min(nbytes, free * 9 // 10))) as memory:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without large pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        words = np.frombuffer(memory, np.uint8)
-        words[::_PAGE] = 1
-        del words
 
 
 def files_of(folders: Sequence[Path]) -> list[Path]:

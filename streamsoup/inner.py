@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import BudgetError
 from streamsoup.formats.files import Bytes
-from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
 from streamsoup.plan import (
     COMPILER_NBYTES,
@@ -34,7 +33,7 @@ from streamsoup.plan import (
     PlannedTensor,
     fixed_nbytes,
 )
-from streamsoup.reduce import COMPILE_ROOM, loads_kernels
+from streamsoup.reduce import can_compile, loads_kernels
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
@@ -126,8 +125,8 @@ class Products(Protocol):
 def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
     """Give the compiled kernel if the job is worth it, and there is room to compile; else numpy.
 
-    The job: `n_products` of each element of the plan. Without `compiles`, or in a memory cgroup
-    too small for it, only what is in the cache is used. The bits are the same. Takes milliseconds,
+    The job: `n_products` of each element of the plan. Without `compiles`, or where numba cannot,
+    only what is in the cache is used. The bits are the same. Takes milliseconds,
     or, the first time on a machine, seconds.
     """
     n_elements = sum(tensor.n_units for tensor in plan.tensors)
@@ -136,7 +135,7 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
     if in_numpy_s < LOAD_S or not loads_kernels():
         return in_numpy
     found = find_products()
-    compiles = compiles and in_numpy_s >= COMPILE_S and memory_limit() >= COMPILE_ROOM
+    compiles = compiles and in_numpy_s >= COMPILE_S and can_compile()
     if found is None and compiles:
         found = make_products()
     return found or in_numpy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +24,16 @@ from streamsoup.tensors import DType
 if TYPE_CHECKING:
     from streamsoup.kernels.cpu import Mixer
 
-__all__ = ["Engine", "Mix", "MixWorker", "Nothing", "Reduction", "Worker", "loads_kernels"]
+__all__ = [
+    "Engine",
+    "Mix",
+    "MixWorker",
+    "Nothing",
+    "Reduction",
+    "Worker",
+    "can_compile",
+    "loads_kernels",
+]
 
 log = logging.getLogger("streamsoup")
 
@@ -55,6 +65,12 @@ def loads_kernels() -> bool:
     return True
 
 
+def can_compile() -> bool:
+    """Whether numba may compile: nobody has switched it off, and there is room for it."""
+    is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
+    return not is_off and memory_limit() >= COMPILE_ROOM
+
+
 class Engine:
     """The fastest kernel that is ready: numpy at once, numba when it has been loaded.
 
@@ -64,8 +80,8 @@ class Engine:
     def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
         """Load compiled kernels if the job is worth it; for a large one, compile missing ones.
 
-        Without `compiles`, or in a memory cgroup too small for it, numpy does what is not in the
-        cache.
+        Without `compiles`, in a memory cgroup too small for it, or where numba is switched off
+        (``NUMBA_DISABLE_JIT``), numpy does what is not in the cache.
         """
         self._mixers: dict[tuple[str, str], Mixer] = {}
         self._pairs = {
@@ -83,7 +99,7 @@ class Engine:
                 self._mixers[source.name, output.name] = mixer
         missing = len(self._mixers) < len(self._pairs)
         worth = missing and plan.nbytes_read >= COMPILE_NBYTES
-        if compiles and worth and memory_limit() >= COMPILE_ROOM:
+        if compiles and worth and can_compile():
             self.load()
 
     def load(self) -> None:

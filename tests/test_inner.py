@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from streamsoup import Options, inner
+from streamsoup import Options, inner, reduce
 from streamsoup.angles import plan_geometry
 from streamsoup.kernels import blocks, cpu, reference
 from streamsoup.kernels.inner import (
@@ -299,7 +299,7 @@ def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     allowed = [math.inf]
     monkeypatch.setattr(inner, "find_products", lambda: cache[0])
     monkeypatch.setattr(inner, "make_products", lambda: made)
-    monkeypatch.setattr(inner, "memory_limit", lambda: allowed[0])
+    monkeypatch.setattr(reduce, "memory_limit", lambda: allowed[0])
     assert inner.fastest_products(plan, 10, compiles=True) is in_numpy
     assert inner.fastest_products(plan, 10**6, compiles=True) is kept
     cache[0] = None
@@ -307,6 +307,9 @@ def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     assert inner.fastest_products(plan, 10**9, compiles=True) is made
     assert inner.fastest_products(plan, 10**9, compiles=False) is in_numpy
     allowed[0] = 150e6
+    assert inner.fastest_products(plan, 10**9, compiles=True) is in_numpy
+    allowed[0] = math.inf
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     assert inner.fastest_products(plan, 10**9, compiles=True) is in_numpy
     cache[0] = kept
     assert inner.fastest_products(plan, 10**9, compiles=True) is kept

@@ -276,3 +276,6 @@ def test_where_the_compiler_would_crawl_numpy_does(
     plan = order([model] * 260, Coefficients.uniform(260), method="uniform", options=Options()).plan
     reduce.Engine(plan)
     assert len(loads) == compiled
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    reduce.Engine(plan)
+    assert len(loads) == compiled

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.checkpoints import Case, cache_folder, make
-from benchmarks.measure import claim_memory, measure, remove, settle, warm_cache
+from benchmarks.measure import measure, remove, settle, warm_cache
 from benchmarks.ours import uniform
 from benchmarks.rows import Session
 
@@ -31,7 +31,6 @@ def run(session: Session, cases: Sequence[Case], *, rounds: int = 3) -> None:
             ingredients = make(case)
             settle()
             warm_cache(ingredients)
-            claim_memory(2 * case.nbytes_each)
             result = measure(uniform(output, ingredients), output=output)
             assert result.status == 0, result.stderr
             session.add(

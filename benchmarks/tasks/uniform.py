@@ -19,7 +19,6 @@ from benchmarks.answers import Answer, check
 from benchmarks.checkpoints import Case, cache_folder, make
 from benchmarks.measure import (
     Measurement,
-    claim_memory,
     drop_cache,
     measure,
     remove,
@@ -87,7 +86,7 @@ def run(
             # take from the cache what lay there for a minute.
             start = command(peer, output, tiny) if peer is not None else uniform(output, tiny)
             measure(start, output=output, env=env)
-            _prepare(case, ingredients, cold)
+            _prepare(ingredients, cold)
             result = measure(line, output=output, env=env)
             remove(output)
             session.add(
@@ -114,7 +113,7 @@ def _limits(
     read, written = case.n * case.nbytes_each, case.nbytes_each
 
     def add(what: str, nbytes: int, *arguments: object) -> float:
-        _prepare(case, ingredients, cold)
+        _prepare(ingredients, cold)
         seconds = _ask(*arguments)
         rate = nbytes / seconds / 1e9
         session.add("limits", what, case.label, **numbers, seconds=seconds, gb_per_s=rate)
@@ -147,10 +146,9 @@ def _ask(*arguments: object) -> float:
     return float(json.loads(result.stdout))
 
 
-def _prepare(case: Case, ingredients: Sequence[Path], cold: bool) -> None:
+def _prepare(ingredients: Sequence[Path], cold: bool) -> None:
     settle()
     (drop_cache if cold else warm_cache)(ingredients)
-    claim_memory((case.n + 2) * case.nbytes_each)
 
 
 def _output(name: str) -> Path:
