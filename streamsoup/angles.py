@@ -24,10 +24,9 @@ from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import Ingredient, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, plan_mix
+from streamsoup.plan import Leaf, MemoryPlan, MixPlan, memory_budget, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import Coefficients, Recipe
-from streamsoup.sizes import parse_nbytes
 
 __all__ = ["Geometry", "Place", "geometry"]
 
@@ -231,7 +230,7 @@ def plan_geometry(
         Gram.n_products(n_rows) + n_rows - 1,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(options.memory),
+        budget=memory_budget(plan, options.memory),
     )
     return plan, memory, mapped
 

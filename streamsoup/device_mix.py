@@ -29,6 +29,7 @@ from streamsoup.plan import (
     MixPlan,
     PlannedTensor,
     fixed_nbytes,
+    memory_budget,
 )
 from streamsoup.reduce import Engine, Mix, MixWorker
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -169,14 +170,13 @@ def find_device(
     from streamsoup.kernels.device import open_device
 
     device = open_device(options.device)
-    memory = options.memory
     chosen = plan_device(
         plan,
         device=device.name,
         budget=device_budget(device, options),
         mapped=mapped,
         threads=options.n_threads,
-        memory=parse_nbytes(memory),
+        memory=memory_budget(plan, options.memory),
         lands=lands,
         beside=beside,
     )

@@ -27,8 +27,9 @@ class Options:
     """Integers and the like: refuse unless equal, or take those of the first ingredient."""
     non_finite: Literal["refuse", "propagate"] = "refuse"
     """NaN and Inf in the soup: refuse, naming where they come from, or let them pass."""
-    memory: int | str = "150MB"
-    """Anonymous memory of the whole process, at its peak."""
+    memory: int | str | None = None
+    """Anonymous memory of the whole process, at its peak; None for 150 MB, or what the plan of tens
+    of thousands of tensors takes."""
     threads: int | None = None
     """Threads that read and sum; None for the CPUs this process may use, 8 at most."""
     device: str = "auto"

@@ -19,7 +19,7 @@ from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
-from streamsoup.sizes import nbytes_text
+from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "PlannedTensor",
     "Source",
     "fixed_nbytes",
+    "memory_budget",
     "plan_files",
     "plan_memory",
     "plan_mix",
@@ -50,6 +51,12 @@ of waiting for each other's turn there: 2^18 takes a tenth longer, 2^20 no less 
 
 SMALLEST_BLOCK = 1 << 12
 """Below this, more time goes into calls than into sums."""
+
+DEFAULT_NBYTES = 150_000_000
+"""Memory budget of the whole process where none is given, for up to some 5,000 tensors."""
+
+WORKING_NBYTES = 30_000_000
+"""What of a budget is left for blocks at least, where none is given."""
 
 READ_GROUP = 4
 """Ingredients whose blocks are held at once when files are read rather than mapped."""
@@ -303,6 +310,16 @@ def plan_memory(
             f"this soup takes {nbytes_text(peak)} at least; raise --memory above that"
         )
     return MemoryPlan(threads, block, group, peak, compiles)
+
+
+def memory_budget(plan: MixPlan, told: int | str | None) -> int:
+    """Give the budget of a run in bytes: as told, or `DEFAULT_NBYTES`, or what many tensors take.
+
+    The plan of 50,000 tensors takes 100 MB itself: who set no limit wants no refusal.
+    """
+    if told is not None:
+        return parse_nbytes(told)
+    return max(DEFAULT_NBYTES, fixed_nbytes(plan) + WORKING_NBYTES)
 
 
 def _held(block: int, per_element: int) -> int:

@@ -23,10 +23,10 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import Ingredient, Shard, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
-from streamsoup.plan import LEAF, plan_memory, plan_mix
+from streamsoup.plan import LEAF, memory_budget, plan_memory, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
-from streamsoup.sizes import nbytes_text, parse_nbytes
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Verification", "read_provenance", "verify"]
@@ -198,7 +198,7 @@ def _rederive(
         plan,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(options.memory),
+        budget=memory_budget(plan, options.memory),
     )
     sink = OnlyDigests(plan)
     mix = Mix(plan, memory, Engine(plan, compiles=memory.compiles))

@@ -19,7 +19,15 @@ from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
 from streamsoup.inner import plan_inner_memory
-from streamsoup.plan import LEAF, MixPlan, plan_files, plan_memory, plan_mix
+from streamsoup.plan import (
+    LEAF,
+    MixPlan,
+    fixed_nbytes,
+    memory_budget,
+    plan_files,
+    plan_memory,
+    plan_mix,
+)
 from streamsoup.recipe import Coefficients, Provenance, Recipe
 from streamsoup.tensors import DTYPES, float_dtype
 
@@ -226,6 +234,22 @@ def test_memory_does_not_grow_with_ingredients_or_size() -> None:
         a = plan_memory(few, mapped=mapped, threads=2, budget=150_000_000)
         b = plan_memory(many, mapped=mapped, threads=2, budget=150_000_000)
         assert b.peak_nbytes < 1.25 * a.peak_nbytes
+
+
+def test_without_a_budget_no_plan_is_refused_for_its_size() -> None:
+    """150 MB, and more where a plan takes more: a mixture of 60,000 experts has room for blocks."""
+    few = planned(*[opened([{f"layers.{i}": ("BF16", (10**6,)) for i in range(1000)}])] * 8)
+    assert memory_budget(few, None) == 150_000_000
+    assert memory_budget(few, "1GB") == 10**9
+    many = planned(*[opened([{f"experts.{i}": ("BF16", (10**6,)) for i in range(60_000)}])] * 8)
+    budget = memory_budget(many, None)
+    assert budget > fixed_nbytes(many) > 150_000_000
+    for mapped in (True, False):
+        memory = plan_memory(many, mapped=mapped, threads=2, budget=budget)
+        assert memory.compiles
+        assert memory.threads == 2
+        assert memory.block >= 2**17
+        assert memory.peak_nbytes <= budget
 
 
 def test_all_disagreements_come_in_one_message() -> None:

@@ -22,10 +22,9 @@ from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
 from streamsoup.errors import TaskError
 from streamsoup.formats.shards import Ingredient
 from streamsoup.options import Options
-from streamsoup.plan import MixPlan, plan_memory, plan_mix
+from streamsoup.plan import MixPlan, memory_budget, plan_memory, plan_mix
 from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
-from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.make import AnyIngredient, order
 from streamsoup.task import Score, Task
 
@@ -397,7 +396,7 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         plan,
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(options.memory),
+        budget=memory_budget(plan, options.memory),
     )
     sink = OnlyDigests(plan)
     reader = open_reader(plan, memory, mapped=mapped)

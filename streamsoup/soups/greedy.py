@@ -33,8 +33,8 @@ from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
+from streamsoup.plan import memory_budget
 from streamsoup.recipe import Coefficients
-from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.candidates import Moved
 from streamsoup.soups.make import AnyIngredient, Order, Soup, make, order
 from streamsoup.soups.scorebook import Members, Scorebook, fingerprint_of
@@ -315,7 +315,7 @@ class _Kitchen:
         return Crew(works, timeout=timeout, names=names)
 
     def _work(self, task: Any, number: int) -> Work:
-        nbytes = parse_nbytes(self.options.memory)
+        nbytes = memory_budget(self.ordered.plan, self.options.memory)
         return Work(
             task,
             self.search.split,

@@ -18,11 +18,11 @@ from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
+from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, memory_budget, plan_memory
 from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
-from streamsoup.sizes import nbytes_text, parse_nbytes
+from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates
 from streamsoup.soups.make import AnyIngredient, order
 from streamsoup.soups.running import Sums, SumsPlace, SumsPlan, can_carry
@@ -96,7 +96,7 @@ class LiveMix:
             part,
             mapped=self._mapped,
             threads=self._options.n_threads,
-            budget=parse_nbytes(self._options.memory),
+            budget=memory_budget(part, self._options.memory),
         )
         return Mix(part, memory, self._engine or Engine(part)), memory
 

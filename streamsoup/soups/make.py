@@ -24,7 +24,15 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options
-from streamsoup.plan import FilePlan, MemoryPlan, MixPlan, plan_files, plan_memory, plan_mix
+from streamsoup.plan import (
+    FilePlan,
+    MemoryPlan,
+    MixPlan,
+    memory_budget,
+    plan_files,
+    plan_memory,
+    plan_mix,
+)
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import (
     ARITHMETIC,
@@ -134,7 +142,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
             plan,
             mapped=mapped,
             threads=options.n_threads,
-            budget=parse_nbytes(options.memory),
+            budget=memory_budget(plan, options.memory),
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     side_files, warnings = gather_side_files(opened, dtype)

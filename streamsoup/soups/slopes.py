@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from streamsoup.errors import TaskError
 from streamsoup.inner import Dot, Sums, Vector, fastest_products, floats_of, plan_inner_memory
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan
+from streamsoup.plan import MemoryPlan, MixPlan, memory_budget
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Nothing
-from streamsoup.sizes import parse_nbytes
 from streamsoup.soups.backward import Work
 from streamsoup.soups.joined import Apart, pieces_of
 from streamsoup.soups.mixture import Mixture
@@ -338,5 +337,5 @@ def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPla
         len(plan.ingredients),
         mapped=mapped,
         threads=options.n_threads,
-        budget=parse_nbytes(options.memory),
+        budget=memory_budget(plan, options.memory),
     )
