@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,25 @@ def large(folder: Path, gigabytes: float = 2) -> Path:
     return folder
 
 
-def start(*argv: str | Path, **options: object) -> subprocess.Popen[str]:
-    """Start a command in a group of its own, as a terminal does."""
+def start(
+    *argv: str | Path, ignored: Sequence[signal.Signals] = (), **options: object
+) -> subprocess.Popen[str]:
+    """Start a command in a group of its own, as a terminal does, which ignores no other signals.
+
+    The tests may be run by nohup, or in the background.
+    """
+
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
     return subprocess.Popen(
         [*COMMAND, *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed,
         **options,  # type: ignore[call-overload]
     )
 
@@ -204,11 +216,8 @@ def test_stopped_before_it_begins(tmp_path: Path) -> None:
 def test_nohup_is_respected(tmp_path: Path) -> None:
     """A signal that was ignored when the command started stays ignored."""
     a = small(tmp_path / "a")
-    ignore = [signal.SIGHUP, signal.SIGCHLD]
-    command = start(
-        *("uniform", a, a, "-o", tmp_path / "soup"),
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignore],
-    )
+    words = ("uniform", a, a, "-o", tmp_path / "soup")
+    command = start(*words, ignored=[signal.SIGHUP, signal.SIGCHLD])
     for _ in range(20):
         command.send_signal(signal.SIGHUP)
         time.sleep(0.02)
