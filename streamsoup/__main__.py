@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 
@@ -11,6 +12,9 @@ def main() -> None:
     try:
         from streamsoup.cli import cli
 
+        # What is imported stays to the end: looking through it for garbage, here, in the child
+        # that works and at the exit of both, takes 6 to 12 ms.
+        gc.freeze()
         for stream in (sys.stdout, sys.stderr):
             # A terminal that lacks a character must not turn a finished soup into a failure.
             if isinstance(stream, io.TextIOWrapper):
