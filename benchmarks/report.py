@@ -6,11 +6,12 @@ The README's table goes between its markers; all tables go into `benchmarks/READ
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import RESULTS, Row, latest, read
-from benchmarks.tasks.growth import exponent
+from benchmarks.tasks.growth import START, exponent
 
 __all__ = ["inserted", "main", "short_table", "tables"]
 
@@ -158,17 +159,28 @@ def _limits(rows: Sequence[Row]) -> str:
     return "### What the machine can do\n\n" + _table([head, *lines]) if lines else ""
 
 
-def _growth(rows: Sequence[Row]) -> str:
+def _grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
+    """Give what grew, its column, and the rows of the last session in which nothing else did.
+
+    Those of `START`, which is all start-up, come first.
+    """
     mine = [row for row in rows if row["task"] == "growth"]
-    text = []
-    for what, of in (("ingredients", "n"), ("bytes of a model", "output_nbytes")):
-        sessions: dict[str, list[Row]] = {}
+    ways = (("ingredients", "n", "size"), ("bytes of a model", "output_nbytes", "n"))
+    for what, of, fixed in ways:
+        series: dict[tuple[str, Any], list[Row]] = {}
         for row in mine:
-            sessions.setdefault(row["session"], []).append(row)
-        fitting = [s for s, each in sessions.items() if len({row[of] for row in each}) > 2]
-        if not fitting:
-            continue
-        found = sessions[max(fitting)]
+            if row["case"] != START.label:
+                series.setdefault((row["session"], row[fixed]), []).append(row)
+        fitting = [key for key, each in series.items() if len({row[of] for row in each}) > 2]
+        if fitting:
+            last = max(fitting)
+            start = [row for row in mine if (row["session"], row["case"]) == (last[0], START.label)]
+            yield what, of, start + series[last]
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    text = []
+    for what, of, found in _grown(rows):
         cases = list(dict.fromkeys(row["case"] for row in found))
         groups = [[row for row in found if row["case"] == case] for case in cases]
         lines = [
@@ -279,12 +291,10 @@ def draw(rows: Sequence[Row]) -> None:
             axis.margins(x=0.12)
         figure.savefig(RESULTS / "uniform.svg", metadata={"Date": None})
         pyplot.close(figure)
-    grown = [row for row in rows if row["task"] == "growth"]
+    grown = list(_grown(rows))
     if grown:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-        for session in dict.fromkeys(row["session"] for row in grown):
-            mine = [row for row in grown if row["session"] == session]
-            varied = "n" if len({row["n"] for row in mine}) > 1 else "size"
+        for _, of, mine in grown:
             points = sorted(
                 {
                     (
@@ -296,7 +306,7 @@ def draw(rows: Sequence[Row]) -> None:
                     for group in [[row for row in mine if row["case"] == case]]
                 }
             )
-            label = "more ingredients" if varied == "n" else "larger models"
+            label = "more ingredients" if of == "n" else "larger models"
             for axis, column in zip(axes, (1, 2), strict=True):
                 axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=label)
         for axis, title in zip(axes, ("seconds, whole process", "peak memory, MB"), strict=True):
