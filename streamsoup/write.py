@@ -1,8 +1,9 @@
 """The file sink: each finished block is written once, at the place the plan gave it.
 
 Files are made at their full size before the work begins, so that a full disk is known at once.
-Results are plain writes; what is finished is synced and then noted in the journal, with its
-digests, every second or so; a resumed run believes a note only if the bytes match it.
+Results are plain writes, and the disk begins with each leaf as soon as it is finished. Now and then
+what is finished is synced, and then noted in the journal with its digests; a resumed run believes a
+note only if the bytes match it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ __all__ = ["FileSink", "write_file"]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE = 2
+
+EARLY_NBYTES = 1 << 20
+"""Bytes of a leaf from which the disk is told to begin with it: smaller ones go together."""
 
 
 class FileSink:
@@ -64,7 +70,11 @@ class FileSink:
         return self._digests.get(leaf.number) if self._noted[leaf.number] else None
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Take note of a leaf that is written."""
+        """Take note of a leaf that is written, and have the disk begin with it."""
+        path, offset = self.place(leaf, leaf.start)
+        nbytes = leaf.n_units * self._plan.tensors[leaf.tensor].unit_nbytes
+        if nbytes >= EARLY_NBYTES and not self._noted[leaf.number]:
+            begin_writing(path, offset, nbytes)
         with self._lock:
             self._digests.put(leaf.number, digests)
             if not self._noted[leaf.number]:
@@ -188,6 +198,24 @@ def write_file(path: str, content: Iterable[bytes]) -> None:
             write_at(descriptor, piece, offset)
             offset += len(piece)
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def begin_writing(path: str, offset: int, nbytes: int) -> None:
+    """Have the disk begin with bytes of a file; wait for nothing.
+
+    Left to the next sync, the disk would idle meanwhile, and the end of the run wait for it: a
+    tenth of the time of a soup.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while _LIBC.sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ESPIPE):
+                return  # no such call here: the next sync does it
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))  # the next sync may not say so again
     finally:
         os.close(descriptor)
 

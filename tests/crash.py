@@ -156,8 +156,13 @@ class Fault:
         import streamsoup.staging
         import streamsoup.write
 
-        for module, name in ((streamsoup.staging, "renameat2"), (streamsoup.write, "fallocate")):
+        for module, name in (
+            (streamsoup.staging, "renameat2"),
+            (streamsoup.write, "fallocate"),
+            (streamsoup.write, "sync_file_range"),
+        ):
             module._LIBC = Library(module._LIBC, name, self)  # type: ignore[attr-defined]
+        streamsoup.write.EARLY_NBYTES = 1  # our leaves are small
 
     def wrap(self, name: str, real: Any) -> Any:
         def call(*args: Any, **named: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from streamsoup.destination import check_output
 from streamsoup.digest import Digests
 from streamsoup.plan import NOTES
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.make import order
+from streamsoup.soups.make import make, order
 from streamsoup.staging import Staging
 from streamsoup.write import FileSink
 
@@ -360,6 +362,36 @@ def test_a_planted_belief_is_found(kitchen: Kitchen) -> None:
     _damage(kitchen)
     assert kitchen.cook(plant="believes its notes").status == 0
     assert tree(kitchen.output) != kitchen.new
+
+
+@pytest.mark.parametrize(("code", "fails"), [(errno.ENOSYS, False), (errno.EIO, True)])
+def test_the_disk_is_told_to_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fails: bool
+) -> None:
+    """With each leaf of some size; where there is no such call it is let be, errors are errors."""
+    from streamsoup import write
+    from streamsoup.errors import OutputError
+
+    told = []
+
+    class Disk:
+        fallocate = write._LIBC.fallocate
+
+        def sync_file_range(self, descriptor: int, offset: int, nbytes: int, flags: int) -> int:
+            told.append((offset, nbytes, flags))
+            ctypes.set_errno(code)
+            return -1
+
+    monkeypatch.setattr(write, "_LIBC", Disk())
+    small, large = np.ones(9, "f4"), np.ones(write.EARLY_NBYTES // 4, "f4")
+    model = save(tmp_path / "m", {"a": tensor(small), "b": tensor(large), "c": tensor(small)})
+    ordered = order([str(model)], Coefficients.uniform(1), method="uniform", options=Options())
+    if fails:
+        with pytest.raises(OutputError, match="Input/output error"):
+            make(ordered, output=tmp_path / "out", options=Options())
+    else:
+        make(ordered, output=tmp_path / "out", options=Options())
+    assert told == [(ordered.files.places[1][1], large.nbytes, 2)]
 
 
 def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
