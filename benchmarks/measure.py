@@ -147,7 +147,12 @@ def drop_cache(folders: Sequence[Path]) -> None:
 
 
 def warm_cache(folders: Sequence[Path]) -> None:
-    """Read the files once, so that the page cache has them."""
+    """Read the files once, so that the page cache has them.
+
+    The cache holds a file in pieces of the size in which it was written or read. Mapping the same
+    file takes twice as long in small pieces as in large ones (measured: 14 and 28 GB/s), so files
+    that are to be compared are dropped first, and then all read in this one way.
+    """
     buffer = bytearray(1 << 22)
     for path in files_of(folders):
         with path.open("rb", buffering=0) as file:

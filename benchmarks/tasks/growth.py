@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.checkpoints import Case, cache_folder, make
-from benchmarks.measure import measure, remove, settle, warm_cache
+from benchmarks.measure import drop_cache, measure, remove, settle, warm_cache
 from benchmarks.ours import uniform
 from benchmarks.rows import Session
 
@@ -25,7 +25,7 @@ def run(session: Session, cases: Sequence[Case], *, rounds: int = 3) -> None:
     cases = [START, *cases]
     output = cache_folder() / "soups" / "growth"
     for case in cases:
-        make(case)
+        drop_cache(make(case))  # to be read anew: see `warm_cache`
     for round_ in range(rounds):
         for case in cases:
             ingredients = make(case)
