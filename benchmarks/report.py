@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.rows import RESULTS, Row, latest, read
 from benchmarks.tasks.growth import START, exponent
 
-__all__ = ["inserted", "main", "short_table", "tables"]
+__all__ = ["grown", "inserted", "main", "short_table", "tables"]
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HERE = Path(__file__).parent
@@ -159,7 +159,7 @@ def _limits(rows: Sequence[Row]) -> str:
     return "### What the machine can do\n\n" + _table([head, *lines]) if lines else ""
 
 
-def _grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
+def grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
     """Give what grew, its column, and the rows of the last session in which nothing else did.
 
     Those of `START`, which is all start-up, come first.
@@ -180,7 +180,7 @@ def _grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
 
 def _growth(rows: Sequence[Row]) -> str:
     text = []
-    for what, of, found in _grown(rows):
+    for what, of, found in grown(rows):
         cases = list(dict.fromkeys(row["case"] for row in found))
         groups = [[row for row in found if row["case"] == case] for case in cases]
         lines = [
@@ -291,10 +291,10 @@ def draw(rows: Sequence[Row]) -> None:
             axis.margins(x=0.12)
         figure.savefig(RESULTS / "uniform.svg", metadata={"Date": None})
         pyplot.close(figure)
-    grown = list(_grown(rows))
-    if grown:
+    series = list(grown(rows))
+    if series:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-        for _, of, mine in grown:
+        for _, of, mine in series:
             points = sorted(
                 {
                     (

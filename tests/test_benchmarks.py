@@ -10,7 +10,7 @@ import pytest
 from benchmarks.answers import check
 from benchmarks.checkpoints import Case, make
 from benchmarks.measure import measure
-from benchmarks.report import BEGIN, END, inserted, short_table, tables
+from benchmarks.report import BEGIN, END, grown, inserted, short_table, tables
 from benchmarks.rows import Session, read
 from benchmarks.tasks import uniform
 from benchmarks.tasks.growth import exponent
@@ -82,3 +82,23 @@ def test_exponents_are_those_of_powers() -> None:
     """A cubic has exponent 3."""
     xs = np.arange(1.0, 9.0)
     assert exponent(list(zip(xs, 5 * xs**3, strict=True))) == pytest.approx(3)
+
+
+def test_only_one_thing_grows_in_a_table() -> None:
+    """A session may measure more ingredients and larger models: each table has its own rows."""
+    cases = [(2, "0.5M", 1), (2, "125M", 250), (8, "125M", 250), (64, "125M", 250)]
+    cases += [(2, "1.1B", 2200), (2, "2.2B", 4400)]
+    rows = [
+        {
+            "task": "growth",
+            "session": "now",
+            "case": Case(size, n).label,
+            "n": n,
+            "size": size,
+            "output_nbytes": nbytes,
+        }
+        for n, size, nbytes in cases
+    ]
+    number, sizes = [[row["case"] for row in found] for _, _, found in grown(rows)]
+    assert number == [Case(size, n).label for n, size, _ in cases[:4]]
+    assert sizes == [Case(size, 2).label for size in ("0.5M", "125M", "1.1B", "2.2B")]
