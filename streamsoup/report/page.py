@@ -153,10 +153,11 @@ def _html_picture(picture: Picture, folder: str) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 84rem; margin: 2rem auto;
   padding: 0 1rem; }
+p, figure, pre { max-width: 64rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
+th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.bold { font-weight: 600; }
