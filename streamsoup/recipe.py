@@ -92,8 +92,9 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         for tensor, values in rows:
             where = f" for tensor {printable(tensor)!r}" if tensor else ""
             if len(values) != n_ingredients:
+                what = "coefficient" if len(values) == 1 else "coefficients"
                 raise RecipeError(
-                    f"{len(values)} coefficients{where} for {n_ingredients} ingredients; "
+                    f"{len(values)} {what}{where} for {n_ingredients} ingredients; "
                     "give one for each, in the same order"
                 )
             for value in values:

@@ -116,7 +116,7 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
     (tmp_path / "mine" / "life's work").mkdir(parents=True)
     for words, phrase in (
         (["uniform", a, str(tmp_path / "none"), *out], "no such file or folder"),
-        (["mix", a, b, *out, "-c", "1"], "1 coefficients for 2 ingredients"),
+        (["mix", a, b, *out, "-c", "1"], "1 coefficient for 2 ingredients"),
         (["mix", a, b, *out, "-c", "1,-1", "--normalize"], "cannot be normalized"),
         (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
         (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
