@@ -324,7 +324,7 @@ def test_coefficients_must_fit() -> None:
     m = opened([{"a": ("F32", (2,))}])
     for coefficients, phrase in (
         (Coefficients((1.0,)), "1 coefficient for 2 ingredients"),
-        (Coefficients((1.0, 1.0), 1.0, {"a": (1.0,)}), "1 coefficients for tensor 'a' for 2"),
+        (Coefficients((1.0, 1.0), 1.0, {"a": (1.0,)}), "1 coefficient for tensor 'a' for 2"),
         (Coefficients((1.0, 1.0), 1.0, {"b": (1.0, 1.0)}), "tensors that no ingredient has: b"),
         (Coefficients((1.0, math.inf)), "inf is not finite"),
         (Coefficients((1.0, 1.0), 0.0), "divides nothing"),
