@@ -33,11 +33,11 @@ format: $(VENV)/.dev  ## format the code and sort its imports
 	@$(BIN)/ruff check --select I --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/.dev  ## measure against peers and this machine's limits: minutes, 3 GB
+bench: $(VENV)/.dev  ## measure against peers and this machine's limits: ten minutes, 3 GB
 	@$(BIN)/python -m benchmarks quick
 	@$(BIN)/python -m benchmarks report
 
-bench-full: $(VENV)/.dev  ## measure everything: an hour or more, 40 GB
+bench-full: $(VENV)/.dev  ## measure everything: about an hour, 40 GB
 	@$(BIN)/python -m benchmarks full
 	@$(BIN)/python -m benchmarks report
 

@@ -15,8 +15,8 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("quick", help="a few minutes, 3 GB of disk")
-    commands.add_parser("full", help="an hour or so, 40 GB of disk")
+    commands.add_parser("quick", help="some ten minutes, 3 GB of disk")
+    commands.add_parser("full", help="about an hour, 40 GB of disk")
     one = commands.add_parser("uniform", help="one case of the uniform soup")
     one.add_argument("size", choices=SIZES)
     one.add_argument("n", type=int)
