@@ -168,12 +168,12 @@ def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:
     assert peak <= planned <= 150_000_000
 
 
-@pytest.mark.parametrize(("n", "length"), [(40_000, 40), (4_000, 8_000)])
+@pytest.mark.parametrize(("n", "length"), [(50_000, 40), (4_000, 8_000)])
 def test_headers_are_in_the_plan(n: int, length: int, tmp_path: Path) -> None:
     """Empty tensors, of which there is nothing but the names, and long names."""
     names = [f"layers.{i}.".ljust(length, "x") for i in range(n)]
     model = sparse(tmp_path / "m", dict.fromkeys(names, ("BF16", (0,), 0)))
-    peak, planned = measure(tmp_path, model, 2)
+    peak, planned = measure(tmp_path, model, 2, memory="300MB")
     assert 70_000_000 < peak <= planned
 
 
