@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 Tensor = tuple[str, Sequence[int], bytes]
 """Dtype, shape and raw bytes."""
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+
+
+def needs(module: ModuleType, *version: int) -> pytest.MarkDecorator:
+    """Skip a test of what came with a later version than the one here."""
+    here = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[: len(version)])
+    wanted = ".".join(map(str, version))
+    return pytest.mark.skipif(here < version, reason=f"needs {module.__name__} {wanted}")
 
 
 def tensor(array: Any, dtype: str | None = None) -> Tensor:

@@ -119,7 +119,8 @@ print(torch.backends.cpu.get_cpu_capability())
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == {"default": "DEFAULT", "avx2": "AVX2"}[capability]
+    units = done.stdout.strip().replace("NO AVX", "DEFAULT")  # the word of older torch
+    assert units == capability.upper()
 
 
 def test_torchs_own_narrowing_would_not_do() -> None:

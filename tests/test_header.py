@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from checkpoints import content, header_text, raw, tensor
+from checkpoints import content, header_text, needs, raw, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -296,6 +296,7 @@ def _sized(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> tuple[byte
     return header_text(tensors), len(content(tensors))
 
 
+@needs(safetensors, 0, 8)
 def test_the_table_has_all_dtypes_of_safetensors() -> None:
     """What the reference reader lists as known is in our table, and nothing else is."""
     bad = raw(entry("F31"), bytes(4))
@@ -328,6 +329,7 @@ def test_valid_oddities_are_accepted() -> None:
             assert theirs[name]["data"] == whole[spec.begin : spec.begin + spec.nbytes]
 
 
+@needs(torch, 2, 7)
 def test_what_torch_writes_is_read_back(tmp_path: Path) -> None:
     """Files that safetensors writes from torch, in each dtype it knows, are read entry by entry."""
     named = (
@@ -433,6 +435,7 @@ def safetensors_or_ours(whole: bytes) -> None:
     parse_header(whole[8 : 8 + length], len(whole))
 
 
+@needs(safetensors, 0, 4, 5)
 def test_what_safetensors_saves_we_accept() -> None:
     """Random models saved by the safetensors library are accepted, whatever their shapes."""
     rng = np.random.default_rng(5)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import needs
 
 from streamsoup import selftest
 from streamsoup.cli import cli
@@ -69,6 +70,7 @@ def test_a_full_disk_is_no_failed_check(
     assert err.endswith("(No space left on device); choose another --folder or a smaller --size\n")
 
 
+@needs(torch, 2, 7)
 @pytest.mark.parametrize(
     ("built_for", "why"),
     [

@@ -203,7 +203,9 @@ def open_device(name: str) -> Accelerator | HostDevice:
     if wanted.type in ("cpu", "meta"):
         raise RecipeError(f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N")
     if not _knows_accelerators():
-        raise DeviceError(f"--device {name} needs torch 2.7 or newer; this is {torch.__version__}")
+        raise DeviceError(
+            f"--device {name}: torch {torch.__version__} is too old; install 2.7 or newer"
+        )
     # Without check_available, a build for CUDA says "cuda" on machines that have no driver.
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != wanted.type:
