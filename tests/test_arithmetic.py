@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from checkpoints import load, load_array, save, tensor
 
 from streamsoup import Options, mix, reduce, uniform
 from streamsoup.errors import MismatchError, NonFiniteError
-from streamsoup.kernels import blocks, cpu, means, reference
+from streamsoup.kernels import blocks, cpu, flags, means, reference
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DTYPES, DType
 
@@ -485,6 +486,68 @@ def test_the_last_bit_of_the_smallest_decides_a_tie(name: str) -> None:
             column[:7] = value
         assert (in_numba(inputs, dtype, [1.0] * 8, 8.0, dtype)[:7] == one + 1).all(), d
     assert n_lost, "float32 alone would have done"
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 12, 33, 64])
+def test_means_of_relatives(name: str, k: int) -> None:
+    """Fine-tuned models lie close together: no sum is rounded, whole tensors go the fastest way.
+
+    Among them are zeros, subnormal numbers only, and what is not finite and cancelled by others.
+    """
+    dtype = DTYPES[name]
+    rng = np.random.default_rng(k)
+    n = 20 * means.STRETCH + 77
+    top = dtype.largest >> 1
+    codes = rng.integers(top // 4, top, n) + rng.integers(-1, 2, (k, n))
+    codes |= rng.integers(0, 2, n) << (dtype.nbits - 1)
+    codes[:, ::5] = 0
+    codes[:, ::7] = 1 << (dtype.nbits - 1)
+    some = slice(4 * means.STRETCH, 6 * means.STRETCH)
+    codes[:, some] = rng.integers(0, 1 << (dtype.fraction or 0), (k, 2 * means.STRETCH))
+    inputs = list(codes.astype(WORDS[dtype.nbits]))
+    ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
+    assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
+    # After some stretches that went well: largest values, with signs in turn, and what is beyond.
+    at = 10 * means.STRETCH + 3
+    for bad in (dtype.overflow, dtype.nan):
+        for i in {0, k - 1}:
+            for j, x in enumerate(inputs):
+                x[at] = dtype.largest | (j % 2) << (dtype.nbits - 1)
+            inputs[i][at] = bad
+            ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
+            assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
+
+
+@pytest.mark.skipif(not flags.CAN_TELL, reason="not known how, on this processor")
+def test_the_processor_tells_what_it_rounded() -> None:
+    """Sums that are exact, subnormal ones too, leave no flag; others do, until it is cleared."""
+
+    @numba.njit
+    def was_rounded(x: Any, y: Any, address: int) -> bool:
+        flags.forget(address)
+        total = np.empty(4, np.float32)
+        for i in range(4):
+            total[i] = x[i] + y[i]
+        return flags.rounded(address)
+
+    word = np.zeros(1, np.uint32)
+    small, large = 2.0**-149, float(np.finfo(np.float32).max)
+    for x, y, expected in (
+        (1.0, 2.0**-23, False),
+        (1.0, 2.0**-24, True),
+        (1.0, -(2.0**-24), False),
+        (1.0, -(2.0**-25), True),
+        (3 * small, small, False),
+        (1.0, small, True),
+        (large, -small, True),
+        (large, large, True),
+        (large, -large, False),
+        (np.inf, 1.0, False),
+    ):
+        xs, ys = np.ones(4, np.float32), np.ones(4, np.float32)
+        xs[2], ys[2] = x, y
+        assert was_rounded(xs, ys, word.ctypes.data) == expected, (x, y)
 
 
 def test_a_wrong_kernel_would_be_caught() -> None:

@@ -30,7 +30,7 @@ see it coming, and what many of them hold at the same place of a page still fits
 SCRATCH = 3 * BLOCK
 """Numbers of float64 that a kernel may use as it likes."""
 
-_ROOMS = ("bits.py", "cpu.py", "loops.py", "means.py", "vectors.py")
+_ROOMS = ("bits.py", "cpu.py", "flags.py", "loops.py", "means.py", "vectors.py")
 """What the kernels are compiled from."""
 
 

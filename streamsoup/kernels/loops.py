@@ -30,7 +30,7 @@ from streamsoup.kernels.bits import (
     widen,
 )
 from streamsoup.kernels.cpu import BLOCK
-from streamsoup.kernels.means import GROUP, MOST, STRETCH, mean_of
+from streamsoup.kernels.means import GROUP, MOST, STRETCH, means_of, never
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
@@ -38,11 +38,11 @@ __all__ = ["compile_mix"]
 _SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.int64)
 
 _PATIENCE = 16
-"""Stretches that are not tried in float32 after one where it was not worth it."""
+"""Stretches that are not tried in a faster way after one where it was not worth it."""
 
 
 @numba.njit(forceinline=True)
-def _never(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+def _never_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
     """Stand in for `means.mean` where there is none."""
     return False, np.uint64(0)
 
@@ -65,7 +65,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
     word, to_word = WORDS[nbits], WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
     small = source == output and nbits <= 16
-    mean = mean_of(source) if small else _never
+    unrounded_mean, mean = means_of(source) if small else (never, _never_mean)
 
     # Never ``fastmath``: it reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch. A kernel must not allocate or raise: it is loaded without numba.
@@ -97,7 +97,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         exact = mantissa == np.uint64(0) and abs(divisor) >= 1.0 and abs(divisor) <= 2.0**100
         in_float32 = small and uniform and k <= MOST
         worst = np.uint64(0)
-        next_try = 0
+        next_try, next_quick_try = 0, 0
         # A first block that is short, so that those after it begin with a cache line: as headers
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
@@ -105,7 +105,15 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         while stop < n:
             start = stop
             stretch = min(STRETCH, n - start) // GROUP * GROUP
-            if in_float32 and start >= max(lead, next_try) and stretch > 0:
+            can = in_float32 and start >= lead and stretch > 0
+            if can and start >= next_quick_try:
+                if unrounded_mean(
+                    addresses, start * size, stretch, scratch_at, output + start * size
+                ):
+                    stop = start + stretch
+                    continue
+                next_quick_try = start + _PATIENCE * STRETCH
+            if can and start >= next_try:
                 done, magnitude = mean(
                     addresses, start * size, stretch, scratch_at, output + start * size
                 )

@@ -2,8 +2,9 @@
 
 Twice the elements of float64 in a register, and little to widen: the fields of a small float, put
 where those of a float32 are, are its value times a power of two, subnormals too. All ingredients of
-a few cache lines are added up and rounded in registers; meanwhile it is seen how far apart those of
-each element lie, and what lies too far apart is added up again, in float64.
+a few cache lines are added up in registers, and the processor is asked whether it had to round a
+sum (`flags`). Where it had, or cannot be asked, it is seen how far apart the values of each element
+lie, and what lies too far apart is added up again, in float64.
 """
 
 # Numba's decorators change what functions take: their types cannot be stated.
@@ -20,6 +21,7 @@ from numba import types
 
 from streamsoup.kernels.bits import WORDS, narrow, pointer, prefetch, widen
 from streamsoup.kernels.cpu import SCRATCH
+from streamsoup.kernels.flags import CAN_TELL, forget, rounded
 from streamsoup.kernels.vectors import (
     Vector,
     as_vector,
@@ -35,7 +37,7 @@ from streamsoup.kernels.vectors import (
     store,
 )
 
-__all__ = ["GROUP", "MOST", "STRETCH", "mean_of"]
+__all__ = ["GROUP", "MOST", "STRETCH", "means_of"]
 
 MOST = 64
 """Ingredients whose mean may be taken in float32: beyond, little would be exact."""
@@ -53,11 +55,14 @@ STRETCH = 4 * GROUP
 whether float32 is worth it."""
 
 
-def mean_of(dtype: tuple[int, ...]) -> Any:
-    """Give the compiled loop for a 16- or 8-bit dtype, as `bits.numbers` describes it."""
+def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
+    """Give the compiled loops for a 16- or 8-bit dtype, as `bits.numbers` describes it.
+
+    The first is the faster, and does it where no sum is rounded; the second where few are.
+    """
     way, nbits, fraction, bias, most_finite, overflow, nan = dtype
     size = nbits // 8
-    assert (4 + 2 * size) * STRETCH <= 8 * SCRATCH, "sums, highs and lows of a stretch"
+    assert (4 + 2 * size) * STRETCH + 4 <= 8 * SCRATCH, "sums, highs and lows of a stretch, a word"
     word: Any = WORDS[nbits]
     words, singles = Vector(word, GROUP), Vector(types.float32, GROUP)
     bits32 = Vector(types.uint32, GROUP)
@@ -67,14 +72,59 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
     huge = min(most_finite + 1, (254 - 6) << 7)
     # E4M3 are multiples of 2^-9 below 2^9: sums of `MOST` of them stay within 2^24 multiples.
     always_near = most_finite == 0x7E
+    # In the fields of a float32, what is not finite stays so in bfloat16 alone: sums tell.
+    brain = fraction == 7
 
     @numba.njit(forceinline=True)
-    def rounded(value: Any) -> Any:
+    def narrowed(value: Any) -> Any:
         # Half to even: just below half of the last kept place is added, plus its parity; a carry
         # runs into the exponent.
         bits: Any = as_vector(value, bits32)
         parity = (bits >> np.uint32(23 - fraction)) & np.uint32(1)
         return together(bits + np.uint32((1 << (22 - fraction)) - 1) + parity)
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def divided(sums: Any, k: int) -> Any:
+        # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be
+        # halfway between two values of `y`: k·h is a float32, so that a sum which is not k·h is
+        # more than 2^-24 of it away, and its quotient is not rounded to h; nor where float32 is
+        # subnormal, as it then has 12 places more. Or k is a power of two, and it is exact:
+        # multiplying by the reciprocal is the same, and takes no time.
+        divisor = np.float32(k)
+        reciprocal = np.float32(1.0) / divisor
+        return narrowed(sums * reciprocal if k & (k - 1) == 0 else sums / divisor)
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def unrounded_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+        """Do what `mean` does if no sum is rounded and all is finite; say whether it did."""
+        k = len(addresses)
+        flags_at = scratch_at + (4 + 2 * size) * STRETCH
+        high: Any = splat(word(0), words)
+        forget(flags_at)
+        for first in range(0, k, AT_ONCE):
+            for at in range(0, n * size, GROUP * size):
+                sums: Any = splat(np.float32(-0.0), singles)  # so that -0 stays -0
+                sums_at = scratch_at + 4 // size * at
+                if first > 0:
+                    sums = load(sums_at, singles)
+                for i in range(first, min(first + AT_ONCE, k)):
+                    x_at = addresses[i] + (offset + at)
+                    x = load(x_at, words)
+                    if k > AT_ONCE:
+                        for line in range(0, GROUP * size, 64):
+                            prefetch(x_at + STRETCH * size + line)
+                    if not brain:
+                        high = larger(high, x & word(mask))
+                    sums = sums + as_vector(apart(x), singles)
+                store(sums_at, sums)
+        if rounded(flags_at):
+            return False
+        for at in range(0, n * size, GROUP * size):
+            y = divided(load(scratch_at + 4 // size * at, singles), k)
+            if brain:
+                high = larger(high, y & word(mask))
+            store(y_at + at, y)
+        return not reaches(high, word(most_finite + 1))
 
     @numba.njit(forceinline=True, error_model="numpy")
     def mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
@@ -90,13 +140,6 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
         while (1 << n_doublings) < k:
             n_doublings += 1
         limit = word(mask if always_near else min((23 - fraction - n_doublings) << fraction, mask))
-        # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be
-        # halfway between two values of `y`: k·h is a float32, so that a sum which is not k·h is
-        # more than 2^-24 of it away, and its quotient is not rounded to h; nor where float32 is
-        # subnormal, as it then has 12 places more. (Or k is a power of two, and it is exact.)
-        exact = (1 << n_doublings) == k
-        divisor = np.float32(k)
-        reciprocal = np.float32(1.0) / divisor
         n_far, worst = 0, np.uint64(0)
         highs_at = scratch_at + 4 * STRETCH
         lows_at = highs_at + size * STRETCH
@@ -118,15 +161,15 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
                             prefetch(x_at + STRETCH * size + line)
                     magnitude = x & word(mask)
                     high = larger(high, magnitude)
-                    low = smaller(low, magnitude - word(1))
+                    if not always_near:
+                        low = smaller(low, magnitude - word(1))
                     sums = sums + as_vector(apart(x), singles)
                 if last < k:
                     store(sums_at, sums)
                     store(highs_at + at, high)
                     store(lows_at + at, low)
                     continue
-                # Multiplying by the reciprocal is the same, and takes no time.
-                store(y_at + at, rounded(sums * reciprocal if exact else sums / divisor))
+                store(y_at + at, divided(sums, k))
                 span = high if always_near else high - (low + word(1))
                 if reaches(span, limit) or reaches(high, word(huge)):
                     store(highs_at + at, high)
@@ -160,7 +203,14 @@ def mean_of(dtype: tuple[int, ...]) -> Any:
                 n_far, worst = n_far + 1, max(worst, reached)
         return n_far, worst
 
-    return mean
+    # Those that are always near need no second look anyway.
+    return (unrounded_mean if CAN_TELL and not always_near else never), mean
+
+
+@numba.njit(forceinline=True)
+def never(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+    """Stand in for an `unrounded_mean` where there is none."""
+    return False
 
 
 def _conversions(nbits: int, fraction: int) -> tuple[Any, Any]:
