@@ -135,9 +135,9 @@ def narrow(
         magnitude = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
         return (np.uint64(nan) if magnitude > np.uint64(overflow) else bits), magnitude
     if way == _F32:
-        bits = np.uint64(_bits32(np.float32(value)))
-        magnitude = bits & np.uint64(0x7FFFFFFF)
-        return (np.uint64(nan) if magnitude > np.uint64(overflow) else bits), magnitude
+        bits = _bits32(np.float32(value))
+        magnitude = bits & np.uint32(0x7FFFFFFF)
+        return (np.uint32(nan) if magnitude > np.uint32(overflow) else bits), magnitude
     # Directly from the bits of float64: by way of float32 rounds twice. Adding just below half
     # of the last kept place, plus its parity, rounds half to even; a carry runs into the exponent.
     bits = bits64(value)

@@ -21,16 +21,20 @@ from streamsoup.kernels import objects
 from streamsoup.kernels.objects import Kernel
 from streamsoup.tensors import DType
 
-__all__ = ["BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]
+__all__ = ["AT_ONCE", "BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]
 
 BLOCK = 256
 """Elements at a time. Small: every ingredient's stream moves on often enough for the processor to
 see it coming, and what many of them hold at the same place of a page still fits the first cache."""
 
+AT_ONCE = 8
+"""Ingredients at a time: more streams than this a processor does not foresee. Their sums wait in
+the first cache for the next ones, and what those will read is asked for a block ahead."""
+
 SCRATCH = 3 * BLOCK
 """Numbers of float64 that a kernel may use as it likes."""
 
-_ROOMS = ("bits.py", "cpu.py", "flags.py", "loops.py", "means.py", "vectors.py")
+_ROOMS = ("bits.py", "cpu.py", "flags.py", "loops.py", "means.py", "sums.py", "vectors.py")
 """What the kernels are compiled from."""
 
 

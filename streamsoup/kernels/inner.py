@@ -63,7 +63,7 @@ SUMS = 1 << 12
 STRIP = 4
 """Rows that are multiplied at once, at most: lanes are held for as many with all rows at least."""
 
-_ROOMS = ("bits.py", "inner.py", "products.py", "tiles.py")
+_ROOMS = ("bits.py", "inner.py", "products.py", "tiles.py", "vectors.py")
 """What the kernel is compiled from."""
 
 

@@ -1,11 +1,10 @@
 """The arithmetic in numba: all ingredients of a block in one pass over memory.
 
-The sums of a few hundred elements stay in a core's first cache while ingredient after ingredient
-is added to them, four at a time in registers, and leave it once, rounded. The loops hold no
-branch and no call, so that LLVM turns them into vector instructions.
+Sums are made in registers, in float64 (`sums`), or for means of 16- and 8-bit floats in float32
+wherever that is exact (`means`). Those of a few hundred elements stay in a core's first cache, and
+leave it once, rounded, by loops without a branch or a call, which LLVM turns into vectors.
 
-Means of 16- and 8-bit floats are taken in float32 wherever that is exact (`means`). Compiled per
-pair of input and output dtype, to an object file that `cpu` keeps and loads.
+Compiled per pair of input and output dtype, to an object file that `cpu` keeps and loads.
 """
 
 # Numba's decorators change what functions take: their types cannot be stated.
@@ -31,6 +30,8 @@ from streamsoup.kernels.bits import (
 )
 from streamsoup.kernels.cpu import BLOCK
 from streamsoup.kernels.means import GROUP, MOST, STRETCH, means_of, never
+from streamsoup.kernels.sums import GROUP as WIDE
+from streamsoup.kernels.sums import sums_of
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
@@ -38,7 +39,8 @@ __all__ = ["compile_mix"]
 _SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.int64)
 
 _PATIENCE = 16
-"""Stretches that are not tried in a faster way after one where it was not worth it."""
+"""Stretches that are not tried in float32 after one where it was not worth it; and how many times
+in a row asking the processor is put off for longer and longer, as long as the answer is no."""
 
 
 @numba.njit(forceinline=True)
@@ -52,18 +54,19 @@ def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
 
     Gives its symbol and its object file; `cpu.Mixer` says how it is called. About a second.
     """
-    kernel = _compile(numbers(source), numbers(output))
+    kernel = _compile(numbers(source), numbers(output), sums_of(source))
     # What numba itself keeps in its cache; the wrapper is a plain C function.
     _, _, (content, _) = kernel._library.serialize_using_object_code()
     return kernel._wrapper_name, content
 
 
-def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
-    """Compile one kernel. It closes over plain numbers only, which are constants to LLVM."""
+def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
+    """Compile one kernel around `sums.add`. What else it closes over is constant to LLVM."""
     way, nbits, _, _, _, _, nan = source
     to_way, to_nbits, to_fraction, to_bias, to_largest, to_overflow, to_nan = output
     word, to_word = WORDS[nbits], WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
+    reach = types.uint32 if to_nbits == 32 else types.uint64
     small = source == output and nbits <= 16
     unrounded_mean, mean = means_of(source) if small else (never, _never_mean)
 
@@ -97,7 +100,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
         exact = mantissa == np.uint64(0) and abs(divisor) >= 1.0 and abs(divisor) <= 2.0**100
         in_float32 = small and uniform and k <= MOST
         worst = np.uint64(0)
-        next_try, next_quick_try = 0, 0
+        next_try, next_question, n_refused = 0, 0, 0
         # A first block that is short, so that those after it begin with a cache line: as headers
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
@@ -106,13 +109,14 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
             start = stop
             stretch = min(STRETCH, n - start) // GROUP * GROUP
             can = in_float32 and start >= lead and stretch > 0
-            if can and start >= next_quick_try:
+            if can and start >= next_question:
                 if unrounded_mean(
                     addresses, start * size, stretch, scratch_at, output + start * size
                 ):
-                    stop = start + stretch
+                    stop, n_refused = start + stretch, 0
                     continue
-                next_quick_try = start + _PATIENCE * STRETCH
+                n_refused = min(n_refused + 1, _PATIENCE)
+                next_question = start + n_refused * STRETCH
             if can and start >= next_try:
                 done, magnitude = mean(
                     addresses, start * size, stretch, scratch_at, output + start * size
@@ -126,35 +130,14 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
             m = stop - start
             acc_at = sums_at + 8 * start if sums_at != 0 else scratch_at
             acc = numba.carray(pointer(acc_at, types.float64), (m,))
-            i = 0
-            if fresh != 0:
-                x0 = numba.carray(pointer(addresses[0] + start * size, word), (m,))
-                factor = factors[0]
-                if plain:
-                    for j in range(m):
-                        acc[j] = widen(x0[j], way, nan)
-                else:
-                    for j in range(m):
-                        value = widen(x0[j], way, nan)
-                        acc[j] = factor * value
-                i = 1
-            while plain and i + 4 <= k:
-                x0 = numba.carray(pointer(addresses[i] + start * size, word), (m,))
-                x1 = numba.carray(pointer(addresses[i + 1] + start * size, word), (m,))
-                x2 = numba.carray(pointer(addresses[i + 2] + start * size, word), (m,))
-                x3 = numba.carray(pointer(addresses[i + 3] + start * size, word), (m,))
-                for j in range(m):
-                    total = acc[j] + widen(x0[j], way, nan)
-                    total += widen(x1[j], way, nan)
-                    total += widen(x2[j], way, nan)
-                    acc[j] = total + widen(x3[j], way, nan)
-                i += 4
-            while i < k:
-                x0 = numba.carray(pointer(addresses[i] + start * size, word), (m,))
-                factor = factors[i]
-                for j in range(m):
-                    acc[j] += factor * widen(x0[j], way, nan)
-                i += 1
+            whole = m // WIDE * WIDE
+            add(addresses, factors, plain, fresh != 0, start, whole, acc_at)
+            for j in range(whole, m):
+                total = acc[j] if fresh == 0 else -0.0
+                for i in range(k):
+                    x = numba.carray(pointer(addresses[i] + (start + j) * size, word), (1,))
+                    total += factors[i] * widen(x[0], way, nan)
+                acc[j] = total
             if output == 0:
                 continue
             if divisor != 1.0:
@@ -176,12 +159,14 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...]) -> Any:
                 for j in range(m):
                     acc[j] = as_float64(first[j]) if equal[j] == 0 else acc[j]
             y = numba.carray(pointer(output + start * to_size, to_word), (m,))
+            reached = reach(0)
             for j in range(m):
                 bits, magnitude = narrow(
                     acc[j], to_way, to_nbits, to_fraction, to_bias, to_overflow, to_nan
                 )
                 y[j] = to_word(bits)
-                worst = max(worst, magnitude)
+                reached = max(reached, magnitude)
+            worst = max(worst, np.uint64(reached))
         return 1 if worst > np.uint64(to_largest) else 0
 
     return mix

@@ -20,7 +20,7 @@ import numpy as np
 from numba import types
 
 from streamsoup.kernels.bits import WORDS, narrow, pointer, prefetch, widen
-from streamsoup.kernels.cpu import SCRATCH
+from streamsoup.kernels.cpu import AT_ONCE, SCRATCH
 from streamsoup.kernels.flags import CAN_TELL, forget, rounded
 from streamsoup.kernels.vectors import (
     Vector,
@@ -45,10 +45,6 @@ MOST = 64
 GROUP = 128
 """Elements at a time. Their sums fill eight registers of 64 bytes; each ingredient moves on by two
 cache lines (8 bits) or four (16 bits), which is what the processor sees coming by itself."""
-
-AT_ONCE = 8
-"""Ingredients at a time: more streams than this a processor does not foresee. Their sums wait in
-the first cache for the next ones, and what those will read is asked for a stretch ahead."""
 
 STRETCH = 4 * GROUP
 """Elements of some ingredients before it is the turn of the next, and after which it is seen
@@ -100,7 +96,8 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
         k = len(addresses)
         flags_at = scratch_at + (4 + 2 * size) * STRETCH
         high: Any = splat(word(0), words)
-        forget(flags_at)
+        if not always_near:
+            forget(flags_at)
         for first in range(0, k, AT_ONCE):
             for at in range(0, n * size, GROUP * size):
                 sums: Any = splat(np.float32(-0.0), singles)  # so that -0 stays -0
@@ -117,7 +114,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
                         high = larger(high, x & word(mask))
                     sums = sums + as_vector(apart(x), singles)
                 store(sums_at, sums)
-        if rounded(flags_at):
+        if not always_near and rounded(flags_at):
             return False
         for at in range(0, n * size, GROUP * size):
             y = divided(load(scratch_at + 4 // size * at, singles), k)
@@ -203,8 +200,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
                 n_far, worst = n_far + 1, max(worst, reached)
         return n_far, worst
 
-    # Those that are always near need no second look anyway.
-    return (unrounded_mean if CAN_TELL and not always_near else never), mean
+    return (unrounded_mean if CAN_TELL or always_near else never), mean
 
 
 @numba.njit(forceinline=True)

@@ -11,7 +11,6 @@ time, are sure to stay in registers, where each number loaded is used several ti
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from llvmlite import ir
@@ -20,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from streamsoup.kernels.inner import LANES, STRIDE
+from streamsoup.kernels.vectors import widen_at
 from streamsoup.tensors import DType
 
 __all__ = ["difference", "tile"]
@@ -32,10 +32,10 @@ def _at(builder: Any, address: Any, nbytes: int, kind: ir.Type) -> Any:
     return builder.inttoptr(builder.add(address, _NUMBER(nbytes)), kind.as_pointer())
 
 
-def _load(builder: Any, pointer: Any, align: int = 8) -> Any:
-    """Load what may lie anywhere."""
+def _load(builder: Any, pointer: Any) -> Any:
+    """Load numbers of float64."""
     value = builder.load(pointer)
-    value.align = align
+    value.align = 8
     return value
 
 
@@ -123,42 +123,6 @@ def tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
     return multiply
 
 
-def _widened(builder: Any, x_at: Any, dtype: DType, width: int) -> Any:
-    """Load some elements and give their values in float64, exactly, as `bits.widen` does."""
-
-    def many(kind: ir.Type) -> Any:
-        return ir.VectorType(kind, width)
-
-    def each(value: int | float, kind: ir.Type) -> Any:
-        return ir.Constant(many(kind), [value] * width)
-
-    half, single, double = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-    word16, word32 = ir.IntType(16), ir.IntType(32)
-    stored = {"F64": double, "F32": single, "F16": half}.get(dtype.name, ir.IntType(dtype.nbits))
-    x = _load(builder, _at(builder, x_at, 0, many(stored)), align=1)
-    if dtype.name == "F64":
-        return x
-    if dtype.name == "BF16":
-        x = builder.shl(builder.zext(x, many(word32)), each(16, word32))
-        x = builder.bitcast(x, many(single))
-    elif dtype.name == "F16":
-        x = builder.fpext(x, many(single))
-    elif dtype.name == "F8_E5M2":  # the upper byte of a float16
-        x = builder.shl(builder.zext(x, many(word16)), each(8, word16))
-        x = builder.fpext(builder.bitcast(x, many(half)), many(single))
-    elif dtype.name == "F8_E4M3":
-        # In the fields of a float16 it is 2^-8 of its value, subnormals too; 0x7F alone is NaN.
-        byte = builder.zext(x, many(word16))
-        sign = builder.shl(builder.and_(byte, each(0x80, word16)), each(8, word16))
-        magnitude = builder.and_(byte, each(0x7F, word16))
-        fields = builder.or_(sign, builder.shl(magnitude, each(7, word16)))
-        x = builder.fpext(builder.bitcast(fields, many(half)), many(single))
-        x = builder.fmul(x, each(256.0, single))
-        is_nan = builder.icmp_unsigned("==", magnitude, each(dtype.nan, word16))
-        x = builder.select(is_nan, each(math.nan, single), x)
-    return builder.fpext(x, many(double))
-
-
 def difference(dtype: DType, width: int) -> Any:
     """Make a function that widens elements and takes others off; it counts what is not zero.
 
@@ -181,7 +145,7 @@ def difference(dtype: DType, width: int) -> Any:
                     raw = builder.add(x_at, builder.mul(index, _NUMBER(dtype.itemsize)))
                     place = builder.mul(index, _NUMBER(8))
                     less = _load(builder, _at(builder, builder.add(less_at, place), 0, vector))
-                    value = builder.fsub(_widened(builder, raw, dtype, step), less)
+                    value = builder.fsub(widen_at(builder, raw, dtype, step), less)
                     at = _at(builder, builder.add(y_at, place), 0, vector)
                     builder.store(value, at).align = 8
                     changed = builder.fcmp_unordered("!=", value, ir.Constant(vector, None))

@@ -10,6 +10,7 @@ one type, or a vector and a number of the type of its elements, which is put eve
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from streamsoup.tensors import DType
 
 __all__ = [
     "Vector",
@@ -33,6 +36,8 @@ __all__ = [
     "smaller",
     "splat",
     "store",
+    "widen_at",
+    "widened",
 ]
 
 _LLVM = {
@@ -40,11 +45,12 @@ _LLVM = {
     types.uint16: ir.IntType(16),
     types.uint32: ir.IntType(32),
     types.float32: ir.FloatType(),
+    types.float64: ir.DoubleType(),
 }
 
 
 class Vector(types.Type):
-    """`n` elements of ``uint8``, ``uint16``, ``uint32`` or ``float32``."""
+    """`n` elements of ``uint8``, ``uint16``, ``uint32``, ``float32`` or ``float64``."""
 
     def __init__(self, element: Any, n: int) -> None:
         """Name the type after what it holds: numba compares types by their names."""
@@ -85,7 +91,7 @@ def _teach(function: Callable[..., Any], on_integers: str | None, on_floats: str
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector, right = sig.args
-        name = on_floats if vector.element == types.float32 else on_integers
+        name = on_floats if isinstance(vector.element, types.Float) else on_integers
         assert name is not None
         value = args[1] if right == vector else _everywhere(builder, args[1], vector)
         return getattr(builder, name)(args[0], value)
@@ -211,3 +217,62 @@ def concatenated(typing: Any, first: Any, second: Any) -> Any:
         return builder.shuffle_vector(*args, _places(0, both.n))
 
     return both(first, first), generate
+
+
+def widen_at(builder: Any, address: Any, dtype: DType, n: int) -> Any:
+    """Load `n` elements of a dtype and give their values in float64, exactly, as `bits.widen`."""
+
+    def many(kind: ir.Type) -> Any:
+        return ir.VectorType(kind, n)
+
+    def each(value: int | float, kind: ir.Type) -> Any:
+        return ir.Constant(many(kind), [value] * n)
+
+    half, single, double = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+    word16, word32 = ir.IntType(16), ir.IntType(32)
+    stored = {"F64": double, "F32": single, "F16": half}.get(dtype.name, ir.IntType(dtype.nbits))
+    x = builder.load(builder.inttoptr(address, many(stored).as_pointer()), align=1)
+    if dtype.name == "F64":
+        return x
+    if dtype.name == "BF16":
+        x = builder.shl(builder.zext(x, many(word32)), each(16, word32))
+        x = builder.bitcast(x, many(single))
+    elif dtype.name == "F16":
+        x = builder.fpext(x, many(single))
+    elif dtype.name == "F8_E5M2":  # the upper byte of a float16
+        x = builder.shl(builder.zext(x, many(word16)), each(8, word16))
+        x = builder.fpext(builder.bitcast(x, many(half)), many(single))
+    elif dtype.name == "F8_E4M3":
+        # In the fields of a float16 it is 2^-8 of its value, subnormals too; 0x7F alone is NaN.
+        byte = builder.zext(x, many(word16))
+        sign = builder.shl(builder.and_(byte, each(0x80, word16)), each(8, word16))
+        magnitude = builder.and_(byte, each(0x7F, word16))
+        fields = builder.or_(sign, builder.shl(magnitude, each(7, word16)))
+        x = builder.fpext(builder.bitcast(fields, many(half)), many(single))
+        x = builder.fmul(x, each(256.0, single))
+        is_nan = builder.icmp_unsigned("==", magnitude, each(dtype.nan, word16))
+        x = builder.select(is_nan, each(math.nan, single), x)
+    return builder.fpext(x, many(double))
+
+
+def widened(dtype: DType, n: int) -> Any:
+    """Make a function that loads `n` elements from an address, with their values in float64."""
+
+    @intrinsic
+    def load_widened(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            # A register at a time, so that none need be taken apart.
+            step = ir.IntType(64)(8 * dtype.itemsize)
+            at, parts = args[0], []
+            for _ in range(n // 8):
+                parts.append(widen_at(builder, at, dtype, 8))
+                at = builder.add(at, step)
+            while len(parts) > 1:
+                places = _places(0, 2 * parts[0].type.count)
+                pairs = zip(parts[::2], parts[1::2], strict=True)
+                parts = [builder.shuffle_vector(*pair, places) for pair in pairs]
+            return parts[0]
+
+        return Vector(types.float64, n)(types.int64), generate
+
+    return load_widened
