@@ -152,8 +152,8 @@ def test_the_plan_holds(options: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("memory", "compiles"), [("300MB", True), ("120MB", False)])
 def test_compiling_is_in_the_plan(memory: str, compiles: bool, tmp_path: Path) -> None:
-    """Three kernels are compiled within the plan; without room for that, they are not."""
-    dtypes = (("F32", 4), ("BF16", 2), ("F16", 2))
+    """Four kernels, those that take most, are compiled within the plan, or not at all."""
+    dtypes = (("F8_E4M3", 1), ("F8_E5M2", 1), ("F16", 2), ("BF16", 2))
     tensors = {name: (name, (10**6,), size * 10**6) for name, size in dtypes}
     model = sparse(tmp_path / "m", tensors)
     peak, planned = measure(tmp_path, model, 2, compile_nbytes=1, threads=1, memory=memory)
