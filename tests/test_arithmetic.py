@@ -17,7 +17,7 @@ from checkpoints import load, load_array, save, tensor
 
 from streamsoup import Options, mix, reduce, uniform
 from streamsoup.errors import MismatchError, NonFiniteError
-from streamsoup.kernels import blocks, cpu, flags, means, reference
+from streamsoup.kernels import blocks, cpu, flags, means, objects, reference
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DTYPES, DType
 
@@ -548,6 +548,27 @@ def test_the_processor_tells_what_it_rounded() -> None:
         xs, ys = np.ones(4, np.float32), np.ones(4, np.float32)
         xs[2], ys[2] = x, y
         assert was_rounded(xs, ys, word.ctypes.data) == expected, (x, y)
+
+
+@pytest.mark.skipif(not flags.CAN_TELL, reason="nobody asks")
+def test_a_processor_that_tells_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulators may leave the flag alone: sums are then looked at, as on other processors."""
+    from streamsoup.kernels import loops
+
+    dtype = DTYPES["BF16"]
+    monkeypatch.setattr(flags, "_INEXACT", 0)
+    anew = numba.njit(forceinline=True)(flags.is_believed.py_func)
+    monkeypatch.setattr(loops, "is_believed", anew)
+    kernel = cpu.Mixer(objects._load(*loops.compile_mix(dtype, dtype)))
+    # The last two lift the mean of eight above a tie, which is lost in float32.
+    values = [1.5] * 5 + [0.5 + 4 * 2.0**-7, 2.0**-16 * (1 + 2.0**-7), -(2.0**-16)]
+    inputs = [np.full(1024, reference.narrow(1.0, dtype), np.uint16) for _ in values]
+    for column, value in zip(inputs, values, strict=True):
+        column[:7] = reference.narrow(value, dtype)
+    found = np.empty(1024, np.uint16)
+    addresses = np.array([column.ctypes.data for column in inputs], np.int64)
+    kernel(np.empty(0), addresses, np.ones(8), True, 8.0, found.ctypes.data, len(found))
+    assert (found == in_numpy(inputs, dtype, [1.0] * 8, 8.0, dtype)).all()
 
 
 def test_a_wrong_kernel_would_be_caught() -> None:

@@ -6,7 +6,7 @@ be loaded after `forget`, and stored before `rounded`, across which no access to
 """
 
 # Numba's intrinsics change what functions take: their types cannot be stated.
-# mypy: disable-error-code="untyped-decorator,import-untyped,no-untyped-call"
+# mypy: disable-error-code="untyped-decorator,import-untyped,no-untyped-call,call-arg,attr-defined"
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import platform
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["CAN_TELL", "forget", "rounded"]
+from streamsoup.kernels.bits import pointer
+
+__all__ = ["CAN_TELL", "forget", "is_believed", "rounded"]
 
 CAN_TELL = platform.machine().lower() in ("x86_64", "amd64")
 """Whether it is known here how to ask. On other processors all goes without."""
@@ -61,3 +65,18 @@ def rounded(typing: Any, address: Any) -> Any:
         return builder.icmp_unsigned("!=", builder.and_(state, _WORD(_INEXACT)), _WORD(0))
 
     return types.boolean(types.int64), generate
+
+
+@numba.njit(forceinline=True)
+def is_believed(address: int) -> bool:
+    """Whether a sum that has to be rounded raises the flag: what emulates a processor may not.
+
+    `address` is of 16 bytes to work in.
+    """
+    if not CAN_TELL:
+        return True  # nobody asks
+    numbers = numba.carray(pointer(address + 4, types.float32), (3,))
+    numbers[0], numbers[1] = np.float32(1), np.float32(2.0**-24)
+    forget(address)
+    numbers[2] = numbers[0] + numbers[1]
+    return rounded(address)

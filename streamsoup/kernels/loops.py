@@ -29,6 +29,7 @@ from streamsoup.kernels.bits import (
     widen,
 )
 from streamsoup.kernels.cpu import BLOCK
+from streamsoup.kernels.flags import is_believed
 from streamsoup.kernels.means import GROUP, MOST, STRETCH, means_of, never
 from streamsoup.kernels.sums import GROUP as WIDE
 from streamsoup.kernels.sums import sums_of
@@ -101,6 +102,8 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         in_float32 = small and uniform and k <= MOST
         worst = np.uint64(0)
         next_try, next_question, n_refused = 0, 0, 0
+        if in_float32 and not is_believed(scratch_at):
+            next_question = n
         # A first block that is short, so that those after it begin with a cache line: as headers
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
