@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
-__all__ = ["supervised"]
+__all__ = ["leave", "open_standard_streams", "supervised"]
 
 GRACE_S = 1.2
 """Time to stop in good order after Ctrl-C or SIGTERM. Work that is cut off is resumed anyway."""
@@ -36,7 +37,6 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
     SIGHUP, and 1 where the child died otherwise.
     """
     started = time.time()
-    _open_standard_streams()
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -86,11 +86,7 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
     return os.waitstatus_to_exitcode(status)
 
 
-class _LeftAloneError(Exception):
-    """The child is killed, but not dead yet."""
-
-
-def _open_standard_streams() -> None:
+def open_standard_streams() -> None:
     """Put something at descriptors 0 to 2, lest a shard be opened there and printed into."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
@@ -98,6 +94,15 @@ def _open_standard_streams() -> None:
     # Python has no streams where it found the descriptors closed.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with what is printed, and leave the rest to the system (6 ms less)."""
+    os._exit(_flush(status))
+
+
+class _LeftAloneError(Exception):
+    """The child is killed, but not dead yet."""
 
 
 def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) -> None:
