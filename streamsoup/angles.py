@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,8 +53,7 @@ BIAS = 0.02
 """Change of a cosine by rounding, from which it is worth a note: a right angle looks like 89°."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class Place(msgspec.Struct, frozen=True, eq=False):
     """Where the ingredients lie in the space of one tensor, or of all."""
 
     name: str
@@ -144,8 +143,7 @@ class Place:
         }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Geometry:
+class Geometry(msgspec.Struct, frozen=True, eq=False):
     """What one pass over all ingredients has shown."""
 
     names: tuple[str, ...]

@@ -14,8 +14,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from streamsoup.errors import BudgetError, StreamsoupError, printable
 from streamsoup.formats.files import Bytes
@@ -62,8 +63,7 @@ FREE_SHARE = 8
 """The default budget is one part in so many of the device's free memory: it is the model's."""
 
 
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
+class DevicePlan(msgspec.Struct, frozen=True):
     """What a run will hold on a device and beside it, decided before anything is allocated."""
 
     device: str
@@ -147,8 +147,7 @@ def plan_device(
     return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevice:
+class OnDevice(msgspec.Struct, frozen=True):
     """An accelerator that was found, and what a run will hold there."""
 
     device: Device[Any, Any]
@@ -194,8 +193,7 @@ def device_budget(device: Device[Any, Any], options: Options) -> int:
     return parse_nbytes(budget)
 
 
-@dataclass(frozen=True, slots=True)
-class RunningSum:
+class RunningSum(msgspec.Struct, frozen=True):
     """Sums that stay on the device from one mix to the next, and what to do with them.
 
     Not where float64 is averaged: which values were equal so far, sums do not tell.

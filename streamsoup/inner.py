@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -181,8 +181,7 @@ class Gram:
         self.products(inputs, dtypes, n, out, reference=0, to_mean=not self.base)
 
 
-@dataclass(frozen=True, slots=True)
-class Vector:
+class Vector(msgspec.Struct, frozen=True):
     """A tensor in memory to multiply ingredients with: raw little-endian elements."""
 
     data: Bytes
@@ -309,12 +308,11 @@ class Sums:
         return planned.first_leaf + planned.n_leaves
 
 
-@dataclass(slots=True)
-class _SumsSession:
+class _SumsSession(msgspec.Struct):
     """One thread's leaf in the making."""
 
     sums: Sums
-    values: Floats = field(repr=False)
+    values: Floats
 
     def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
         """Know of nothing that was finished earlier."""

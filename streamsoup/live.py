@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor
 """Types whose memory is what it seems; subclasses may be quantised, sharded or lazy."""
 
 
-@dataclass(slots=True)
-class Target:
+class Target(msgspec.Struct):
     """Where one tensor of a plan goes."""
 
     tensor: Tensor
@@ -64,7 +63,7 @@ class Target:
     """Its memory as bytes, if a block of the planned dtype can be put there as it is."""
     flat: Tensor | None
     """Its elements in order, if they lie so; None for a tensor that is gathered first."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
     gathered: Tensor | None = None
     """What has come so far of a tensor whose elements lie out of order."""
     n_units: int = 0

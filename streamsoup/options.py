@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 from streamsoup.errors import RecipeError
 
 __all__ = ["Options"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What every verb accepts. Nothing here but `dtype`, `shard_size` and the rules changes bytes.
 
     Sizes are bytes, or text such as ``"5GB"``.

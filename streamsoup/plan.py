@@ -9,8 +9,10 @@ from headers alone is refused here, at once, in one message.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from streamsoup.errors import BudgetError, MismatchError, RecipeError, some
 from streamsoup.formats.disagreements import disagreements, in_words
@@ -64,8 +66,7 @@ READ_GROUP = 4
 Operation = Literal["mix", "same", "first"]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """Where one layout keeps one tensor."""
 
     shard: int
@@ -73,8 +74,7 @@ class Source:
     dtype: DType
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class PlannedTensor(msgspec.Struct, frozen=True):
     """One tensor of the soup."""
 
     name: str
@@ -109,8 +109,7 @@ class PlannedTensor:
         return -(-self.n_units // LEAF)
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True):
     """A range of one tensor, the same in all ingredients: the unit of work."""
 
     number: int
@@ -119,8 +118,7 @@ class Leaf:
     n_units: int
 
 
-@dataclass(frozen=True, slots=True)
-class MixPlan:
+class MixPlan(msgspec.Struct, frozen=True):
     """Which tensors the soup has, and what is read and done for each."""
 
     recipe: Recipe
@@ -176,8 +174,7 @@ class MixPlan:
         return 8 * sum(tensor.n_units for tensor in self.tensors if tensor.operation == "mix")
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedFile:
+class PlannedFile(msgspec.Struct, frozen=True):
     """One shard of the soup: its name, its header, and where its tensors go."""
 
     name: str
@@ -186,8 +183,7 @@ class PlannedFile:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class FilePlan:
+class FilePlan(msgspec.Struct, frozen=True):
     """Where each byte of the soup goes."""
 
     files: tuple[PlannedFile, ...]
@@ -197,8 +193,7 @@ class FilePlan:
     """The index to write beside the shards; None for a lone file."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryPlan(msgspec.Struct, frozen=True):
     """How large the working blocks are, and what that comes to."""
 
     threads: int

@@ -12,9 +12,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Protocol, Self
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -40,8 +40,7 @@ TICK_S = 0.05
 """Time between reports of progress."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """How far a run has come."""
 
     nbytes_done: int
@@ -185,8 +184,7 @@ def _work_in_threads(
                 thread.join()
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(msgspec.Struct, frozen=True):
     """A block whose result is awaited."""
 
     leaf: Leaf

@@ -7,15 +7,15 @@ The one table of dtypes is here. Its names and widths are those of the safetenso
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 from streamsoup.errors import RecipeError
 
 __all__ = ["DTYPES", "DType", "TensorSpec", "float_dtype"]
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(msgspec.Struct, frozen=True):
     """One row of the dtype table."""
 
     name: str
@@ -105,8 +105,7 @@ def float_dtype(name: str) -> DType:
     return dtype
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True):
     """A tensor as its header describes it."""
 
     name: str

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import xxhash
 
 from streamsoup.digest import digest_bytes, digest_file
@@ -35,8 +35,7 @@ PROVENANCE_LIMIT = 500_000_000
 """Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+class Verification(msgspec.Struct, frozen=True):
     """What was compared, all of it equal."""
 
     path: str

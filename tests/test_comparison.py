@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from networks import build, data, ingredients, shuffled
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import needs, save, tensor
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from simulated import SimulatedDevice, TimedDevice
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from simulated import SimulatedDevice
 from test_device import candidates_by_the_pipeline, make_half_checkpoints, ordered_on_host

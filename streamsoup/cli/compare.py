@@ -74,7 +74,7 @@ def compare(
     line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         from streamsoup.comparison.table import CompareOptions
         from streamsoup.comparison.table import compare as run_comparison

@@ -14,8 +14,8 @@ Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from streamsoup.errors import RecipeError, is_plain
@@ -23,8 +23,7 @@ from streamsoup.errors import RecipeError, is_plain
 __all__ = ["Barrier", "advantage", "barrier", "parse_alphas"]
 
 
-@dataclass(frozen=True, slots=True)
-class Barrier:
+class Barrier(msgspec.Struct, frozen=True):
     """The barrier of one path, in both definitions; in the unit of the errors."""
 
     over_mean: float

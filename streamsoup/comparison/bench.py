@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import xxhash
+from msgspec.structs import replace
 
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
@@ -42,8 +42,7 @@ EQUAL = 1e-6
 """Difference up to which the task's score and the accuracy of its predictions are one thing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
+class Mixture(msgspec.Struct, frozen=True):
     """Some of the ingredients, and their coefficients."""
 
     members: tuple[int, ...]

@@ -8,8 +8,8 @@ All models of a split are resampled alike, so that differences between them are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +24,7 @@ HELD = 4_000_000
 """Counts drawn at once: 32 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(msgspec.Struct, frozen=True):
     """Where the mean lies, with the confidence it was asked for."""
 
     low: float

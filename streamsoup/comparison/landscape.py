@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +29,7 @@ __all__ = ["Landscape", "Mark", "landscape"]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """A named place on the plane."""
 
     name: str
@@ -39,8 +38,7 @@ class Mark:
     is_soup: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Landscape:
+class Landscape(msgspec.Struct, frozen=True, eq=False):
     """What a plane looks like."""
 
     plane: Plane

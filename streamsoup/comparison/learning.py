@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import xxhash
+from msgspec.structs import replace
 
 from streamsoup.comparison.bench import Bench
 from streamsoup.recipe import Coefficients

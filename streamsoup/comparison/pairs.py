@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import xxhash
+from msgspec.structs import replace
 
 from streamsoup.comparison.barriers import advantage
 from streamsoup.comparison.bench import Bench, Mixture

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from streamsoup.comparison.barriers import Barrier, advantage, barrier
 from streamsoup.comparison.bench import Bench, Mixture
@@ -25,8 +26,7 @@ from streamsoup.task import AnyTask, load_task
 __all__ = ["Sweep", "sweep"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(msgspec.Struct, frozen=True):
     """One path, measured."""
 
     ends: tuple[str, str]

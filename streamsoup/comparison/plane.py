@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +25,7 @@ FLAT = 1e-6
 """Sine of the angle below which three checkpoints lie on a line: rounding would rule the plane."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plane:
+class Plane(msgspec.Struct, frozen=True):
     """The plane through θ₀, θ₁ and θ₂; lengths are those of the space of weights."""
 
     length: float

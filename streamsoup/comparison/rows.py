@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import msgspec
+import numpy as np
 
 __all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Pair", "Row", "Splits", "to_line"]
 
@@ -16,8 +18,7 @@ MEAN = "mean of shifts"
 Kind = Literal["ingredient", "base", "best", "oracle", "soup", "ensemble"]
 
 
-@dataclass(frozen=True, slots=True)
-class Splits:
+class Splits(msgspec.Struct, frozen=True):
     """What each split of the task is for."""
 
     val: str
@@ -49,8 +50,7 @@ class Splits:
         return self.test or self.val
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(msgspec.Struct, frozen=True):
     """One row on one split."""
 
     value: float
@@ -71,8 +71,7 @@ class Cell:
     """Which ingredient, where that differs from column to column."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One line of the table."""
 
     name: str
@@ -90,8 +89,7 @@ class Row:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
+class CurvePoint(msgspec.Struct, frozen=True):
     """One method with the first `n` ingredients, in the order given."""
 
     method: str
@@ -100,8 +98,7 @@ class CurvePoint:
     """By column."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(msgspec.Struct, frozen=True):
     """Two ingredients, and what lies between them."""
 
     first: int
@@ -117,8 +114,7 @@ class Pair:
     error_difference: float = math.nan
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """Everything that was compared."""
 
     splits: Splits
@@ -133,7 +129,7 @@ class Comparison:
     curves: tuple[CurvePoint, ...] = ()
     pairs: tuple[Pair, ...] = ()
     notes: tuple[str, ...] = ()
-    n_examples: Mapping[str, int] = field(default_factory=dict)
+    n_examples: Mapping[str, int] = {}
     """Examples of each split, where they are known."""
     n_measured: int = 0
     """Splits that a mixture was measured on by this run; 0 if all was known."""
@@ -148,7 +144,7 @@ class Comparison:
         """Give everything as JSON lines; what is undefined is null."""
         head: dict[str, Any] = {
             "kind": "comparison",
-            "splits": asdict(self.splits),
+            "splits": msgspec.to_builtins(self.splits),
             "names": self.names,
             "paths": self.paths,
             "metric": self.metric,
@@ -159,7 +155,7 @@ class Comparison:
         yield to_line(head)
         rows: Sequence[Row | CurvePoint | Pair] = (*self.rows, *self.curves, *self.pairs)
         for each in rows:
-            record = asdict(each)
+            record = msgspec.to_builtins(each, enc_hook=np.generic.item)
             kind = {"CurvePoint": "curve", "Pair": "pair"}.get(type(each).__name__)
             yield to_line({"kind": kind, **record} if kind else record)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.comparison.bench import EQUAL, Bench, Mixture
@@ -47,8 +48,7 @@ Floats = NDArray[np.float64]
 Members = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a comparison holds, and how much it may cost."""
 
     orders: int = 3
@@ -65,7 +65,7 @@ class CompareOptions:
     """Of the random orders, the choice of pairs, and the bootstrap."""
     learned: tuple[Granularity, ...] = ("global", "layer")
     """What learned soups have coefficients of their own for; empty leaves them out."""
-    coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
+    coefficients: Mapping[str, Coefficients] = {}
     """Further soups of all ingredients, by name."""
 
 
@@ -76,7 +76,7 @@ def compare(
     output: str | os.PathLike[str],
     base: AnyIngredient | None = None,
     model: object = None,
-    settings: CompareOptions = CompareOptions(),
+    settings: CompareOptions = CompareOptions(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
     watch: Callable[[str], None] = lambda line: None,
 ) -> Comparison:

@@ -13,8 +13,7 @@ that calibrates the soup.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +24,7 @@ __all__ = ["Theory", "compare_with_ensemble", "disagreement"]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Theory:
+class Theory(msgspec.Struct, frozen=True):
     """One pair: what the approximation says, and what was measured. In nats."""
 
     approximation: float

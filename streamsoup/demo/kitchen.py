@@ -7,17 +7,16 @@ sees any of the four, and only validation has a say in which model counts as the
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import torch
 from rich.console import Console
@@ -40,12 +39,11 @@ BATCH = 60
 """Validation images in a batch of the learned soup: ten batches, of which two watch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Menu:
+class Menu(msgspec.Struct, frozen=True):
     """What to cook, and how much of it."""
 
-    sizes: Sizes = field(default_factory=Sizes)
-    pretraining: Training = field(
+    sizes: Sizes = msgspec.field(default_factory=Sizes)
+    pretraining: Training = msgspec.field(
         default_factory=lambda: Training(
             learning_rate=2e-3, epochs=12, augmentation=0.5, label_smoothing=0.0, seed=0
         )
@@ -223,7 +221,7 @@ def _last(path: str) -> str:
 
 
 def _write(results: Results, path: Path) -> None:
-    write_text(str(path), json.dumps(dataclasses.asdict(results), indent=2) + "\n")
+    write_text(str(path), json.dumps(msgspec.to_builtins(results), indent=2) + "\n")
 
 
 def _next_steps(folder: Path) -> str:

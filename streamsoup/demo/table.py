@@ -8,16 +8,15 @@ where a soup loses are named.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from streamsoup.demo.training import Training
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One set of weights and how often it is right."""
 
     name: str
@@ -29,8 +28,7 @@ class Row:
     """The training it comes from; none for a soup."""
 
 
-@dataclass(frozen=True, slots=True)
-class Results:
+class Results(msgspec.Struct, frozen=True):
     """All rows, and what they are compared by."""
 
     n_images: Mapping[str, int]

@@ -14,8 +14,8 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,8 +26,7 @@ from streamsoup.demo.network import Network
 BATCH = 50
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
+class Training(msgspec.Struct, frozen=True):
     """All that one training depends on, besides the data and the first weights."""
 
     learning_rate: float

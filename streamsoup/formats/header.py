@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import CorruptFileError, FormatError, UnsupportedDtypeError, printable
 from streamsoup.tensors import DTYPES, TensorSpec
@@ -28,8 +29,7 @@ _LARGEST = 2**63 - 1
 """The largest size or offset: file offsets are signed 64-bit numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """What one file holds."""
 
     tensors: dict[str, TensorSpec]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,8 +71,7 @@ class Memory:
         return {t.untyped_storage().data_ptr() for t in self._tensors if t.numel()}
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryShard(Shard):
+class MemoryShard(Shard, frozen=True):
     """The tensors of a state dict, in place of a file."""
 
     memory: Memory

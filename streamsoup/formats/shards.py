@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import (
     ChangedIngredientError,
@@ -36,8 +37,7 @@ __all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredie
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """What tells a file from another, and from itself after a change."""
 
     device: int
@@ -51,8 +51,7 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(msgspec.Struct, frozen=True):
     """One safetensors file of an ingredient, as it was when its header was read."""
 
     path: str
@@ -97,8 +96,7 @@ class Shard:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class Layout(msgspec.Struct, frozen=True, eq=False):
     """Where each tensor of an ingredient lies; shared by the ingredients that agree on it."""
 
     file_names: tuple[str, ...]
@@ -117,8 +115,7 @@ class Layout:
         return sum(spec.n_elements for _, spec in self.places.values())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ingredient:
+class Ingredient(msgspec.Struct, frozen=True, eq=False):
     """A checkpoint opened by its headers: what it holds and where, but no weights."""
 
     name: str
@@ -146,12 +143,11 @@ class Ingredient:
         return f"{printable(self.shards[number].path)}: {printable(tensor)}"
 
 
-@dataclass(slots=True)
-class Pantry:
+class Pantry(msgspec.Struct):
     """Parsed headers and layouts, kept once each while ingredients are opened."""
 
-    headers: dict[tuple[bytes, int], Header] = field(default_factory=dict)
-    layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    headers: dict[tuple[bytes, int], Header] = {}
+    layouts: dict[tuple[object, ...], Layout] = {}
 
     def header(self, text: bytes, file_nbytes: int) -> Header:
         """Parse a header, unless the same bytes were parsed before."""

@@ -12,9 +12,10 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import NoReturn
+
+import msgspec
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
 from streamsoup.formats.regular import reading
@@ -55,8 +56,7 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SideFile:
+class SideFile(msgspec.Struct, frozen=True):
     """A file to put beside the soup."""
 
     name: str

@@ -18,11 +18,11 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
+import msgspec
 import xxhash
 
 from streamsoup.versions import numba_version
@@ -38,8 +38,7 @@ process is to be here: where one name is missing, LLVM leaves every call of the 
 and says nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """A compiled function in memory."""
 
     address: int

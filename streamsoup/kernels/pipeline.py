@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,8 +50,7 @@ S = TypeVar("S")
 E = TypeVar("E")
 
 
-@dataclass(frozen=True, slots=True)
-class LaneShape:
+class LaneShape(msgspec.Struct, frozen=True):
     """What a lane allocates: nothing in it depends on how many ingredients there are."""
 
     block: int
@@ -157,8 +156,7 @@ class _Sums(Generic[E]):
         self.landed = device.event()
 
 
-@dataclass(slots=True)
-class _Block:
+class _Block(msgspec.Struct):
     """A block under way."""
 
     n: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from streamsoup.comparison.rows import MEAN, Comparison, Row
 from streamsoup.report.figures import GREY, new_figure, place_names, plain, save
@@ -19,8 +20,7 @@ MARKED = 12
 """About how many points of a curve have marks: more would hide how its line is dashed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(msgspec.Struct, frozen=True):
     """How one kind of row is drawn: told apart by shape and lightness, colour comes on top."""
 
     marker: str

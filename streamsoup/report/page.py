@@ -10,36 +10,33 @@ import html
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from streamsoup.errors import OutputError, printable
 
 __all__ = ["Block", "Code", "Heading", "Page", "Picture", "Table", "Text", "write_text"]
 
 
-@dataclass(frozen=True, slots=True)
-class Heading:
+class Heading(msgspec.Struct, frozen=True):
     """A heading within the page."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """A paragraph, as plain text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(msgspec.Struct, frozen=True):
     """Commands, a line each."""
 
     lines: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """A table: the first column is text, the others are numbers."""
 
     head: Sequence[str]
@@ -48,8 +45,7 @@ class Table:
     """Rows that stand out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(msgspec.Struct, frozen=True):
     """A picture that lies beside the page."""
 
     file: str
@@ -61,8 +57,7 @@ class Picture:
 Block = Heading | Text | Code | Table | Picture
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(msgspec.Struct, frozen=True):
     """A title and what is below it."""
 
     title: str

@@ -12,9 +12,10 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
@@ -25,8 +26,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a disk says that has no room left: no fault of what is tested."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """One thing that is right or wrong."""
 
     name: str
@@ -35,18 +35,17 @@ class Check:
     elapsed_s: float
 
 
-@dataclass(slots=True)
-class Report:
+class Report(msgspec.Struct):
     """What a self-test found."""
 
     environment: dict[str, Any]
-    checks: list[Check] = field(default_factory=list)
-    limits: dict[str, float] = field(default_factory=dict)
+    checks: list[Check] = []
+    limits: dict[str, float] = {}
     """What this machine can do at most, in bytes a second."""
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = {}
     """What streamsoup makes of that, in bytes of ingredients a second."""
-    ratios: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    ratios: dict[str, float] = {}
+    warnings: list[str] = []
 
     @property
     def passed(self) -> bool:
@@ -55,7 +54,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Give it as plain data."""
-        return {"passed": self.passed, **asdict(self)}
+        return {"passed": self.passed, **msgspec.to_builtins(self)}
 
 
 def selftest(
@@ -131,7 +130,7 @@ def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "streamsoup": version("streamsoup"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": version("numpy"),
         "python": platform.python_version(),
         "system": platform.platform(),

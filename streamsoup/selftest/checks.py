@@ -99,7 +99,7 @@ def order_on(
     device: Accelerator | HostDevice, paths: Sequence[str], options: Options, n_slots: int = 3
 ) -> Order:
     """Plan a uniform soup that is made by the pipeline on `device`; with the CPU's, on the CPU."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from streamsoup.device_mix import FREE_SHARE, OnDevice, plan_device
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
@@ -35,8 +35,7 @@ THREAD_NBYTES = 8_000_000
 """Bytes to read for each further thread: below, starting it costs more than it brings."""
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True):
     """What it took to make one candidate."""
 
     nbytes_read: int
@@ -48,8 +47,7 @@ class Moved:
     """On which device, why there, and whether the running sum is there; empty if long ago."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True):
     """Some tensors of a plan, joined where they may be, and what they are made of."""
 
     plan: MixPlan

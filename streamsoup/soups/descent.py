@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +33,7 @@ LINE_TRIALS = 8
 """Points tried on one line; what does not descend by then is at the bottom, up to rounding."""
 
 
-@dataclass(slots=True)
-class AdamW:
+class AdamW(msgspec.Struct):
     """The state of AdamW, a step at a time; the same arithmetic as `torch.optim.AdamW`."""
 
     lr: float
@@ -42,8 +41,8 @@ class AdamW:
     beta2: float = 0.999
     eps: float = 1e-8
     n_steps: int = 0
-    mean: Floats = field(default_factory=lambda: np.zeros(0))
-    square: Floats = field(default_factory=lambda: np.zeros(0))
+    mean: Floats = msgspec.field(default_factory=lambda: np.zeros(0))
+    square: Floats = msgspec.field(default_factory=lambda: np.zeros(0))
 
     def step(self, raw: Floats, gradient: Floats) -> Floats:
         """Give the raw numbers after one more gradient."""

@@ -25,8 +25,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
@@ -54,8 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["GreedySoup", "Run", "SearchOptions", "Trial", "backward", "forward", "greedy_soup"]
 
 
-@dataclass(frozen=True, slots=True)
-class GreedySoup(Soup):
+class GreedySoup(Soup, frozen=True):
     """A soup that was searched for."""
 
     members: Members = ()
@@ -65,7 +66,7 @@ class GreedySoup(Soup):
     singles: tuple[Trial, ...] = ()
     """The single ingredients that were scored, in the order given."""
     runs: tuple[Run, ...] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = {}
     """All of it as plain JSON; also in the soup's ``streamsoup.json``."""
 
 
@@ -138,9 +139,8 @@ def greedy_soup(
             book.finish()
     finally:
         kitchen.close()
-    fields = {name: getattr(soup, name) for name in Soup.__slots__}
     return GreedySoup(
-        **fields,
+        **msgspec.structs.asdict(soup),
         members=best.members,
         score=best.score.value,
         singles=found.singles,

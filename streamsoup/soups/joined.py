@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from streamsoup.formats.files import Bytes
 from streamsoup.formats.memory import MemoryShard
@@ -56,8 +58,7 @@ def _follows(before: PlannedTensor, tensor: PlannedTensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
+class Pieces(msgspec.Struct, frozen=True):
     """What one tensor of a part is made of: tensors of the whole plan, by number; no empty ones."""
 
     numbers: tuple[int, ...]

@@ -22,8 +22,10 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
@@ -48,8 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["LearnedSoup", "learned_soup"]
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedSoup(Soup):
+class LearnedSoup(Soup, frozen=True):
     """A soup whose coefficients were learned."""
 
     groups: tuple[str, ...] = ()
@@ -61,7 +62,7 @@ class LearnedSoup(Soup):
     """In order; the first is the uniform soup."""
     best: int = 0
     """The look whose mixture was made."""
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = {}
 
 
 def learned_soup(
@@ -160,10 +161,9 @@ def _known(target: str, identity: str) -> LearnedSoup | None:
 def _described(soup: Soup) -> LearnedSoup:
     """Add what its report says."""
     report: Mapping[str, Any] = soup.provenance.report
-    fields = {name: getattr(soup, name) for name in Soup.__slots__}
     looks = [Look(*(math.nan if x is None else x for x in look)) for look in report["looks"]]
     return LearnedSoup(
-        **fields,
+        **msgspec.structs.asdict(soup),
         groups=tuple(report["groups"]),
         rows=tuple(tuple(row) for row in report["rows"]),
         beta=float(report["beta"]),

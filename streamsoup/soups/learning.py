@@ -11,9 +11,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,8 +47,7 @@ NOTE_S = 10.0
 """Time between notes of a minibatch search: what a kill can cost."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearningOptions:
+class LearningOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What is learned, and how."""
 
     granularity: Granularity = "global"
@@ -93,8 +92,7 @@ class LearningOptions:
             raise RecipeError(f"lr {self.lr} must be above 0, tolerance {self.tolerance} 0 or more")
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(msgspec.Struct, frozen=True):
     """One mixture, and its mean losses."""
 
     loss: float

@@ -8,8 +8,9 @@ stays there too, if it fits, so that a trial moves one ingredient over the bus a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from streamsoup.device_mix import OnDevice, RunningSum, find_device
 from streamsoup.errors import BudgetError, RecipeError

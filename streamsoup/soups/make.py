@@ -7,9 +7,9 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import xxhash
 
 from streamsoup.destination import check_output
@@ -61,8 +61,7 @@ AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
 """A path, an open ingredient, a state dict or a module."""
 
 
-@dataclass(frozen=True, slots=True)
-class Soup:
+class Soup(msgspec.Struct, frozen=True):
     """A checkpoint that was made, and how."""
 
     path: str
@@ -79,8 +78,7 @@ class Soup:
     """On which device its sums were made, and why there; empty if an earlier run had made them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """A soup planned to the last byte: all that can be known before a weight is read."""
 
     plan: MixPlan
@@ -90,7 +88,7 @@ class Order:
     """Whether ingredients are mapped, rather than read."""
     side_files: list[SideFile]
     warnings: list[str]
-    report: Mapping[str, object] = field(default_factory=dict)
+    report: Mapping[str, object] = {}
     """What a search has to say about how it found the coefficients; goes into the provenance."""
     on_device: OnDevice | None = None
     """The accelerator that makes the sums, and what it will hold; None for the CPU."""

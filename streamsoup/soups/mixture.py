@@ -15,9 +15,9 @@ is the factor β of the logits. Numpy only; everything is float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,8 +31,7 @@ Granularity = Literal["global", "layer", "tensor"]
 Constraint = Literal["softmax", "affine", "free"]
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
+class Mixture(msgspec.Struct, frozen=True):
     """How raw numbers become the coefficients of every tensor."""
 
     groups: tuple[str, ...]

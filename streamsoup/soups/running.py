@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,8 +37,7 @@ Floats = NDArray[np.float64]
 SumsPlace = Literal["reread", "memory", "file"]
 
 
-@dataclass(frozen=True, slots=True)
-class SumsPlan:
+class SumsPlan(msgspec.Struct, frozen=True):
     """Where the running sum is kept, and what that costs; decided before anything is read."""
 
     place: SumsPlace

@@ -14,9 +14,9 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import numpy as np
 
 from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
@@ -37,8 +37,7 @@ __all__ = ["FolderScorer", "LiveScorer", "Outcome", "Scorer", "contained"]
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What one candidate came to."""
 
     score: Score

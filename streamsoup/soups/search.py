@@ -10,9 +10,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from streamsoup.errors import RecipeError, TaskError
@@ -36,8 +36,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchOptions:
+class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a search goes about it."""
 
     ties: Literal["accept", "reject"] = "accept"
@@ -100,8 +99,7 @@ class SearchOptions:
             raise RecipeError(f"a timeout of {self.timeout} s leaves no time to score")
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
+class Trial(msgspec.Struct, frozen=True):
     """One candidate, its score, and what became of it."""
 
     ingredient: str
@@ -120,8 +118,7 @@ class Trial:
     scoring_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One search in one order."""
 
     order: Members
@@ -131,8 +128,7 @@ class Run:
     trials: tuple[Trial, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """All that a search found out."""
 
     singles: tuple[Trial, ...]

@@ -21,8 +21,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.options import Options
@@ -39,8 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Work", "candidates_of", "serve"]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What a worker is told when it starts; it has to survive pickling."""
 
     task: Any

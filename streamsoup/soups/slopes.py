@@ -16,11 +16,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError
@@ -48,8 +48,7 @@ N_PASSES = 20
 """Passes of products that any search takes: what compiling for them is weighed against."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(msgspec.Struct, frozen=True):
     """What one look at a mixture gave."""
 
     loss: float
@@ -90,8 +89,7 @@ def find_equal(
     return equal, floats.nbytes_read
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
+class _Share(msgspec.Struct, frozen=True):
     """Tensors that the same ingredients have in common, and one of each to multiply."""
 
     plan: MixPlan

@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from streamsoup import errors
 from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some

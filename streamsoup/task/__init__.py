@@ -43,9 +43,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import TaskError, printable, some
 from streamsoup.task.scores import Score, read_score
@@ -68,8 +69,7 @@ EXAMPLES = {
 """The functions a task may have, each as a user would write it: shown when one is missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(msgspec.Struct, frozen=True):
     """A task whose model is scored where it is in memory."""
 
     name: str

@@ -17,8 +17,9 @@ import shlex
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import TaskError, printable
 from streamsoup.task.family import Family, Tail
@@ -33,8 +34,7 @@ DIGESTED_NBYTES = 10_000_000
 """Files named in a command, up to this size, are part of what its scores depend on."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandTask:
+class CommandTask(msgspec.Struct, frozen=True):
     """A shell command that scores checkpoint folders."""
 
     command: str

@@ -22,9 +22,10 @@ import os
 import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from streamsoup.errors import TaskError, printable, some
 
@@ -42,8 +43,7 @@ FEWSHOT_SEED = 1234
 """The harness's own default, so that scores are those of its command line."""
 
 
-@dataclass(slots=True)
-class HarnessTask:
+class HarnessTask(msgspec.Struct):
     """Some tasks of the harness; their mean is the score."""
 
     tasks: tuple[str, ...]
@@ -58,7 +58,7 @@ class HarnessTask:
     checkpoint: str
     """Where configuration and tokenizer come from: the first ingredient."""
     splits: tuple[str, ...] = ("val",)
-    _loaded: dict[str, Any] = field(default_factory=dict)
+    _loaded: dict[str, Any] = {}
 
     @property
     def __name__(self) -> str:

@@ -10,9 +10,9 @@ import base64
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,13 +24,12 @@ MAIN_NAMES = ("score", "main", "accuracy", "acc")
 """Where the main metric is looked for in a dictionary, unless the task names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(msgspec.Struct, frozen=True):
     """One answer of a task."""
 
     value: float
     """The main metric, larger is better; NaN never wins."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = {}
     """All metrics by name."""
     examples: NDArray[np.float64] | None = None
     """The main metric of each held-out example ``(example,) float64``, in a fixed order."""
