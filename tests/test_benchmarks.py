@@ -78,6 +78,13 @@ def test_a_measurement_sees_children(tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.row()))["wall_s"] > 0.2
 
 
+def test_bytecode_is_kept_between_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's start-up is measured with its sources being compiled anew."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    result = measure(["python3", "-S", "-c", "import sys; print(sys.dont_write_bytecode)"])
+    assert result.stdout == "False\n"
+
+
 def test_exponents_are_those_of_powers() -> None:
     """A cubic has exponent 3."""
     xs = np.arange(1.0, 9.0)
