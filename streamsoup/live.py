@@ -170,11 +170,10 @@ class ModelSink:
         For a search: the first candidate would overwrite it. A single mix may be made in place.
         Results are then made where they belong, rather than copied there.
         """
-        tensors = self.live.values()
-        own = {t.untyped_storage().data_ptr() for t in tensors if type(t) in _PLAIN and t.numel()}
+        own = [tensor for tensor in self.live.values() if type(tensor) in _PLAIN]
         for ingredient in self.plan.ingredients:
             for shard in ingredient.shards:
-                if isinstance(shard, MemoryShard) and own & shard.memory.addresses:
+                if isinstance(shard, MemoryShard) and shard.memory.shares_with(own):
                     raise MismatchError(
                         f"{ingredient.name}: shares memory with the model that candidates are put "
                         "into, which would overwrite it; give a copy, or another model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import networks
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import streamsoup
 from streamsoup import Options, SearchOptions
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
+from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import open_ingredients
 
 
@@ -53,6 +55,20 @@ def test_changes_and_strangers_are_refused() -> None:
         open_ingredients([opened])
     with pytest.raises(FormatError, match="epoch"):
         open_ingredients([{"w": torch.zeros(1), "epoch": 3}])
+
+
+def test_memory_may_be_shared_from_the_middle_on() -> None:
+    """What overwrites a byte of an ingredient shares memory with it, wherever its own begins."""
+    memory = np.arange(24, dtype=np.float32)
+    (opened,) = open_ingredients([{"w": torch.from_numpy(memory[8:16])}])
+    (shard,) = opened.shards
+    assert isinstance(shard, MemoryShard)
+    for begin, end, shares in [(0, 8, False), (16, 24, False), (15, 24, True), (0, 9, True)]:
+        others = [torch.zeros(0), torch.zeros(100), torch.from_numpy(memory[begin:end])]
+        assert shard.memory.shares_with(others) is shares
+    assert shard.memory.shares_with([torch.from_numpy(memory)])
+    assert shard.memory.shares_with([torch.from_numpy(memory[10:12])])
+    assert not shard.memory.shares_with([])
 
 
 def test_greedy_over_state_dicts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ tensor that is changed in place afterwards is noticed as a changed file would be
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,10 +65,19 @@ class Memory:
         """Whether no tensor was changed in place, as far as torch knows."""
         return self._versions == [_version(tensor) for tensor in self._tensors]
 
-    @property
-    def addresses(self) -> set[int]:
-        """Where the storages of the tensors begin, to tell whether others share them."""
-        return {t.untyped_storage().data_ptr() for t in self._tensors if t.numel()}
+    def shares_with(self, others: Iterable[Any]) -> bool:
+        """Whether a storage of these tensors and one of `others` have a byte in common."""
+        ranges = sorted(
+            (start, start + nbytes, mine)
+            for mine, tensors in ((True, self._tensors), (False, others))
+            for start, nbytes in {_storage(tensor) for tensor in tensors if tensor.numel()}
+        )
+        ends = {True: 0, False: 0}
+        for start, end, mine in ranges:
+            if start < ends[not mine]:
+                return True
+            ends[mine] = max(ends[mine], end)
+        return False
 
 
 class MemoryShard(Shard, frozen=True):
@@ -82,6 +91,12 @@ class MemoryShard(Shard, frozen=True):
             raise ChangedIngredientError(
                 f"{self.path}: its tensors were changed while they were being read; give copies"
             )
+
+
+def _storage(tensor: Any) -> tuple[int, int]:
+    """Give the address of a tensor's storage, and its bytes. Two may lie over one another."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def open_state(given: Any, pantry: Pantry) -> Ingredient:

@@ -30,9 +30,8 @@ from streamsoup.kernels.bits import (
 )
 from streamsoup.kernels.cpu import BLOCK
 from streamsoup.kernels.flags import is_believed
-from streamsoup.kernels.means import GROUP, MOST, STRETCH, means_of, never
-from streamsoup.kernels.sums import GROUP as WIDE
-from streamsoup.kernels.sums import sums_of
+from streamsoup.kernels.means import GROUP, MOST, NO_MEANS, STRETCH, means_of
+from streamsoup.kernels.sums import WIDTH, sums_of
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
@@ -42,12 +41,6 @@ _SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.i
 _PATIENCE = 16
 """Stretches that are not tried in float32 after one where it was not worth it; and how many times
 in a row asking the processor is put off for longer and longer, as long as the answer is no."""
-
-
-@numba.njit(forceinline=True)
-def _never_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
-    """Stand in for `means.mean` where there is none."""
-    return False, np.uint64(0)
 
 
 def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
@@ -69,7 +62,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
     size, to_size = nbits // 8, to_nbits // 8
     reach = types.uint32 if to_nbits == 32 else types.uint64
     small = source == output and nbits <= 16
-    unrounded_mean, mean = means_of(source) if small else (never, _never_mean)
+    unrounded_mean, mean = means_of(source) if small else NO_MEANS
 
     # Never ``fastmath``: it reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch. A kernel must not allocate or raise: it is loaded without numba.
@@ -133,7 +126,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
             m = stop - start
             acc_at = sums_at + 8 * start if sums_at != 0 else scratch_at
             acc = numba.carray(pointer(acc_at, types.float64), (m,))
-            whole = m // WIDE * WIDE
+            whole = m // WIDTH * WIDTH
             add(addresses, factors, plain, fresh != 0, start, whole, acc_at)
             for j in range(whole, m):
                 total = acc[j] if fresh == 0 else -0.0

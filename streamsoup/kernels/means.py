@@ -37,7 +37,7 @@ from streamsoup.kernels.vectors import (
     store,
 )
 
-__all__ = ["GROUP", "MOST", "STRETCH", "means_of"]
+__all__ = ["GROUP", "MOST", "NO_MEANS", "STRETCH", "means_of"]
 
 MOST = 64
 """Ingredients whose mean may be taken in float32: beyond, little would be exact."""
@@ -200,13 +200,21 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
                 n_far, worst = n_far + 1, max(worst, reached)
         return n_far, worst
 
-    return (unrounded_mean if CAN_TELL or always_near else never), mean
+    return (unrounded_mean if CAN_TELL or always_near else _no_unrounded_mean), mean
 
 
 @numba.njit(forceinline=True)
-def never(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
-    """Stand in for an `unrounded_mean` where there is none."""
+def _no_unrounded_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
     return False
+
+
+@numba.njit(forceinline=True)
+def _no_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
+    return False, np.uint64(0)
+
+
+NO_MEANS = (_no_unrounded_mean, _no_mean)
+"""What stands in for the loops of `means_of` where there are none: they never do it."""
 
 
 def _conversions(nbits: int, fraction: int) -> tuple[Any, Any]:

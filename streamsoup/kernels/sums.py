@@ -19,16 +19,16 @@ from streamsoup.kernels.cpu import AT_ONCE, BLOCK
 from streamsoup.kernels.vectors import Vector, load, splat, store, widened
 from streamsoup.tensors import DType
 
-__all__ = ["GROUP", "sums_of"]
+__all__ = ["WIDTH", "sums_of"]
 
-GROUP = 64 if llvm.get_host_cpu_features().get("avx512f") else 32
+WIDTH = 64 if llvm.get_host_cpu_features().get("avx512f") else 32
 """Elements at a time: their sums fill eight registers, and leave as many for the rest."""
 
 
 def sums_of(source: DType) -> Any:
     """Give the compiled loop over ingredients of a dtype."""
     size = source.itemsize
-    doubles, wide = Vector(types.float64, GROUP), widened(source, GROUP)
+    doubles, wide = Vector(types.float64, WIDTH), widened(source, WIDTH)
 
     @numba.njit(forceinline=True)
     def add(
@@ -36,20 +36,20 @@ def sums_of(source: DType) -> Any:
     ) -> None:
         """Add `n` elements of each ingredient, from `start` on, to the sums at `sums_at`.
 
-        `n` is a multiple of `GROUP`. With `fresh` the sums begin here; all factors of a `plain` sum
+        `n` is a multiple of `WIDTH`. With `fresh` the sums begin here; all factors of a `plain` sum
         are 1.
         """
         k = len(addresses)
         for first in range(0, k, AT_ONCE):
             last = min(first + AT_ONCE, k)
-            for at in range(0, n, GROUP):
+            for at in range(0, n, WIDTH):
                 offset = (start + at) * size
                 sums: Any = splat(-0.0, doubles)  # so that -0 stays -0
                 if first > 0 or not fresh:
                     sums = load(sums_at + 8 * at, doubles)
                 if k > AT_ONCE:
                     for i in range(first, last):
-                        for line in range(0, GROUP * size, 64):
+                        for line in range(0, WIDTH * size, 64):
                             prefetch(addresses[i] + offset + BLOCK * size + line)
                 if plain:
                     for i in range(first, last):
