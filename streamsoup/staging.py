@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import stat
 import time
 from types import TracebackType
@@ -189,7 +188,7 @@ class Staging:
             if same:
                 break
             self._let_go()
-        holder = {"pid": os.getpid(), "supervisor": os.getppid(), "host": socket.gethostname()}
+        holder = {"pid": os.getpid(), "supervisor": os.getppid(), "host": os.uname().nodename}
         holder["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             os.ftruncate(self._lock, 0)
@@ -377,7 +376,7 @@ def _is_alive(holder: dict[str, object]) -> bool:
     """Whether the run that holds a lock is at work, rather than being torn down after a kill."""
     import psutil
 
-    if holder.get("host") != socket.gethostname():
+    if holder.get("host") != os.uname().nodename:
         return bool(holder)
     for key in ("pid", "supervisor"):
         pid = holder.get(key)

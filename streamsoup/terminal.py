@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
+from mmap import PAGESIZE
 from typing import TYPE_CHECKING
 
 from streamsoup.sizes import nbytes_text
@@ -18,6 +19,9 @@ __all__ = ["Watcher", "clear_bar", "show_warnings", "summary"]
 
 PATIENCE_S = 0.4
 """A bar that comes and goes sooner than this only flickers."""
+
+_STATM = "/proc/self/statm"
+"""See proc_pid_statm(5)."""
 
 
 def show_warnings(quiet: bool) -> None:
@@ -112,13 +116,12 @@ def clear_bar() -> None:
 
 def anonymous_nbytes() -> int:
     """Bytes this process holds that are no copy of a file; 0 where the system does not tell."""
-    import psutil
-
     try:
-        memory = psutil.Process().memory_info()
-    except (psutil.Error, OSError):  # a sandbox without /proc
+        with open(_STATM, "rb") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:  # a sandbox without /proc
         return 0
-    return int(memory.rss - getattr(memory, "shared", 0))
+    return (resident - shared) * PAGESIZE
 
 
 def summary(

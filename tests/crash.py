@@ -325,8 +325,6 @@ def serve() -> None:
     import email.parser  # noqa: F401
     import importlib.metadata
 
-    import psutil  # noqa: F401
-
     import streamsoup.plan
     import streamsoup.reduce
     import streamsoup.soups.fixed

@@ -6,7 +6,6 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from checkpoints import command, content, save, save_sharded, tensor
 
 from streamsoup import Options, plan, read, stream, uniform, verify
 from streamsoup.errors import ChangedIngredientError, FormatError
+from streamsoup.formats import files
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.recipe import Coefficients
@@ -203,6 +203,15 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def mount(kinds: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have file systems of these kinds mounted at these places, as the kernel would tell it."""
+    table = folder / "mounts"
+    escaped = str.maketrans({" ": "\\040", "\t": "\\011", "\n": "\\012", "\\": "\\134"})
+    rows = [f"disk {at.translate(escaped)} {kind} rw 0 0\n" for at, kind in kinds.items()]
+    table.write_text("".join(rows), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(files, "_MOUNTS", str(table))
+
+
 @pytest.mark.parametrize(
     ("kind", "network"),
     [
@@ -220,12 +229,7 @@ def test_network_file_systems_are_known(
     kind: str, network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a file system is on a network, shards are read, not mapped; by its kernel name."""
-    mounts = [
-        SimpleNamespace(mountpoint="/", fstype="ext4"),
-        SimpleNamespace(mountpoint=str(tmp_path), fstype=kind),
-        SimpleNamespace(mountpoint=f"{tmp_path}/inner", fstype="ext4"),
-    ]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    mount({"/": "ext4", str(tmp_path): kind, f"{tmp_path}/inner": "ext4"}, tmp_path, monkeypatch)
     assert on_network([f"{tmp_path}/models/m.safetensors"]) is network
     assert on_network([f"{tmp_path}/inner/m.safetensors"]) is False
     assert on_network([f"{tmp_path}/inner/m.safetensors", f"{tmp_path}/m"]) is network
@@ -235,12 +239,19 @@ def test_network_file_systems_are_known(
 
 def test_what_nobody_knows_may_be_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system does not tell what is mounted, shards are read: that is right anywhere."""
-
-    def no_proc(**_: object) -> None:
-        raise FileNotFoundError(2, "No such file or directory", "/proc/self/mounts")
-
-    monkeypatch.setattr(psutil, "disk_partitions", no_proc)
+    monkeypatch.setattr(files, "_MOUNTS", "/nowhere/mounts")
     assert on_network(["/models/m.safetensors"])
+
+
+def test_places_of_any_name_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blanks, backslashes and bytes that are no text; psutil agrees on the machine's own."""
+    for name in ("with a blank", "a\\040b", "line\nbreak", "\r", "é", "bytes \udcff"):
+        mount({"/": "ext4", f"{tmp_path}/{name}": "nfs"}, tmp_path, monkeypatch)
+        assert on_network([f"{tmp_path}/{name}/m"])
+        assert not on_network([f"{tmp_path}/{name}2/m"])
+    monkeypatch.undo()
+    known = {each.mountpoint: each.fstype.lower() for each in psutil.disk_partitions(all=True)}
+    assert files._mounts() == known
 
 
 def test_a_link_into_a_network_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +260,7 @@ def test_a_link_into_a_network_is_followed(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "far" / "blob").write_bytes(content(MODEL))
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "m.safetensors").symlink_to(tmp_path / "far" / "blob")
-    mounts = [
-        SimpleNamespace(mountpoint="/", fstype="ext4"),
-        SimpleNamespace(mountpoint=f"{tmp_path}/far", fstype="nfs4"),
-    ]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    mount({"/": "ext4", f"{tmp_path}/far": "nfs4"}, tmp_path, monkeypatch)
     assert on_network([f"{tmp_path}/near/m.safetensors"])
 
 

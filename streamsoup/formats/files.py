@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,10 @@ _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs
 
 What a program serves (``fuse.``: sshfs, object stores) mostly is one, and never worse for being
 read."""
+
+
+_MOUNTS = "/proc/self/mounts"
+"""See proc_mounts(5). psutil reads it, too: to import it would take a twentieth of a small soup."""
 
 
 def open_shard(shard: Shard) -> int:
@@ -151,13 +156,10 @@ class Descriptors:
 
 def on_network(paths: Sequence[str]) -> bool:
     """Whether any of `paths` lies on a network file system, or may, as nobody knows."""
-    import psutil
-
     try:
-        partitions = psutil.disk_partitions(all=True)
+        mounts = _mounts()
     except OSError:  # a sandbox without /proc
         return True
-    mounts = {partition.mountpoint: partition.fstype.lower() for partition in partitions}
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         at = folder
         while at not in mounts and at != os.path.dirname(at):
@@ -165,3 +167,14 @@ def on_network(paths: Sequence[str]) -> bool:
         if mounts.get(at, "").startswith(_NETWORK):
             return True
     return False
+
+
+def _mounts() -> dict[str, str]:
+    """Give the kind of file system at each place where one is mounted."""
+    with open(_MOUNTS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        rows = [line.split(" ") for line in file]
+    return {re.sub(r"\\([0-7]{3})", _character, row[1]): row[2].lower() for row in rows}
+
+
+def _character(octal: re.Match[str]) -> str:
+    return chr(int(octal[1], 8))
