@@ -25,6 +25,7 @@ from streamsoup import device_mix, read
 from streamsoup.cli import cli
 from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
+from streamsoup.kernels import pipeline
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
 from streamsoup.live import ModelSink
@@ -108,7 +109,7 @@ def test_a_failure_in_mid_stream_comes_out_as_one_line(
     count = [0]
 
     def failing(self: HostDevice, stream: None, work: Any) -> None:
-        count[0] += 1
+        count[0] += work.func is pipeline._sum  # a lane that is being made is in no tensor yet
         if count[0] == 20:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
         launch(self, stream, work)
