@@ -239,6 +239,18 @@ def test_without_standard_streams(tmp_path: Path, closed: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "soup"]
 
 
+@pytest.mark.parametrize("command", ["inspect a", "plan a a", "verify --help", "--version"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
+def test_looking_without_standard_streams(tmp_path: Path, command: str, closed: str) -> None:
+    """Nor do they change what commands come to that only look: in one line, if in any."""
+    small(tmp_path / "a")
+    line = f"'{sys.executable}' -m streamsoup {command} {closed}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (1 if "full" in closed else 0)
+    assert done.stderr.count("\n") == ("full" in closed)
+    assert ("stdout: cannot be written" in done.stderr) == ("full" in closed)
+
+
 # -- what is in the way ---------------------------------------------------------------------------
 
 
