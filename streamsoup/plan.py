@@ -288,7 +288,8 @@ def plan_memory(
     # inputs too. Numpy makes more, of a part of a block at a time.
     per_element = 8 + widest + (16 if widest_in == 8 else 8) + (0 if mapped else group * widest_in)
     pairs = {(s.dtype, t.dtype) for t in plan.tensors if t.operation == "mix" for s in t.sources}
-    compiler = COMPILER_NBYTES + KERNEL_NBYTES * max(len(pairs) - 2, 0)
+    kernels = sorted(_kernel_nbytes(source, output) for source, output in pairs)
+    compiler = COMPILER_NBYTES + sum(kernels[:-1])
     fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
     # So many tensors that little is left for the rest: better slower than not at all.
     compiles = fixed + NUMPY_NBYTES + SMALLEST_BLOCK * per_element <= budget
@@ -326,17 +327,24 @@ NUMPY_NBYTES = 2**20
 """What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
 
 PROCESS_NBYTES = 104 * 2**20
-"""Upper bound of what Python and the libraries hold, the compiler included.
+"""Upper bound of what Python and the libraries hold, the compiler and one kernel included.
 
-Measured: 9 MB beside its blocks with kernels from the cache, 82 to 96 MB after compiling one, 100
-to 108 MB after two: those of float8 take most.
+Measured: 9 MB beside its blocks with kernels from the cache, 77 to 93 MB after compiling one.
 """
 
 COMPILER_NBYTES = 60 * 2**20
 """What of it only compiling takes."""
 
-KERNEL_NBYTES = 18 * 2**20
-"""What compiling each further kernel takes, after two (measured: 3 to 16 MB)."""
+KERNEL_NBYTES = 12 * 2**20
+"""What compiling each further kernel takes (measured: 8 to 13 MB)."""
+
+MEANS_NBYTES = 20 * 2**20
+"""What compiling a further one takes that has means in float32 (measured: 14 to 23 MB)."""
+
+
+def _kernel_nbytes(source: DType, output: DType) -> int:
+    """Bytes that compiling a kernel takes after the first."""
+    return MEANS_NBYTES if source is output and source.nbits <= 16 else KERNEL_NBYTES
 
 
 def fixed_nbytes(plan: MixPlan) -> int:

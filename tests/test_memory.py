@@ -18,6 +18,7 @@ from streamsoup.angles import geometry, plan_geometry
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import order
+from streamsoup.tensors import DTYPES
 
 SCRIPT = """
 import json, sys, threading, time
@@ -150,15 +151,25 @@ def test_the_plan_holds(options: dict[str, Any], tmp_path: Path) -> None:
     assert peak <= planned
 
 
-@pytest.mark.parametrize(("memory", "compiles"), [("300MB", True), ("120MB", False)])
-def test_compiling_is_in_the_plan(memory: str, compiles: bool, tmp_path: Path) -> None:
-    """Four kernels, those that take most, are compiled within the plan, or not at all."""
-    dtypes = (("F8_E4M3", 1), ("F8_E5M2", 1), ("F16", 2), ("BF16", 2))
-    tensors = {name: (name, (10**6,), size * 10**6) for name, size in dtypes}
+@pytest.mark.parametrize(
+    ("names", "memory", "compiles"),
+    [
+        ("F8_E4M3 F8_E5M2", "300MB", True),
+        ("F8_E4M3 F8_E5M2 F16", "300MB", True),
+        ("F8_E4M3 F8_E5M2 F16 BF16", "300MB", True),
+        ("F8_E4M3 F8_E5M2 F16 BF16", "120MB", False),
+        ("BF16 F32", "150MB", True),
+    ],
+)
+def test_compiling_is_in_the_plan(names: str, memory: str, compiles: bool, tmp_path: Path) -> None:
+    """Kernels, those that take most among them, are compiled within the plan, or not at all."""
+    n = 10**6
+    kinds = names.split()
+    tensors = {name: (name, (n,), n * DTYPES[name].itemsize) for name in kinds}
     model = sparse(tmp_path / "m", tensors)
     peak, planned = measure(tmp_path, model, 2, compile_nbytes=1, threads=1, memory=memory)
     assert peak <= planned
-    assert (len(list(tmp_path.glob("streamsoup/*.o"))) == len(dtypes)) == compiles
+    assert (len(list(tmp_path.glob("streamsoup/*.o"))) == len(kinds)) == compiles
 
 
 def test_many_tensors_fit_the_default_budget(tmp_path: Path) -> None:

@@ -184,14 +184,16 @@ def make_soup(
 ) -> int:
     """Make a soup in a supervised process, and say so; `say` adds lines of its own."""
     # No code of the user's runs here, and ours has no large matrices: starting OpenBLAS's threads
-    # takes 30 ms of processor time, a tenth of a small soup (measured); looking for garbage in
-    # what is being imported takes 6 ms.
+    # takes 30 ms of processor time, a tenth of a small soup (measured).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.set_threshold(100_000)
 
     def work(options: Options, watcher: Watcher, json_wanted: bool) -> None:
+        # What every soup needs stays to the end: looking for garbage in it takes 6 ms.
+        gc.disable()
         from streamsoup.terminal import summary
 
+        gc.freeze()
+        gc.enable()
         soup = make(options)
         watcher.close()
         if json_wanted:
