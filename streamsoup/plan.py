@@ -344,7 +344,7 @@ MEANS_NBYTES = 20 * 2**20
 
 def _kernel_nbytes(source: DType, output: DType) -> int:
     """Bytes that compiling a kernel takes after the first."""
-    return MEANS_NBYTES if source is output and source.nbits <= 16 else KERNEL_NBYTES
+    return MEANS_NBYTES if source == output and source.nbits <= 16 else KERNEL_NBYTES
 
 
 def fixed_nbytes(plan: MixPlan) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -190,10 +191,11 @@ def make_soup(
     def work(options: Options, watcher: Watcher, json_wanted: bool) -> None:
         # What every soup needs stays to the end: looking for garbage in it takes 6 ms.
         gc.disable()
-        from streamsoup.terminal import summary
-
+        importlib.import_module("streamsoup.soups.make")
         gc.freeze()
         gc.enable()
+        from streamsoup.terminal import summary
+
         soup = make(options)
         watcher.close()
         if json_wanted:
