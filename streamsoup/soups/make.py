@@ -234,8 +234,6 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
 
 def _made_before(output: str, plan: MixPlan) -> bool:
     """Whether the soup that is there says that it was made by this recipe, of the same paths."""
-    import msgspec
-
     try:
         found = read_provenance(os.path.realpath(output))
     except StreamsoupError:
@@ -272,8 +270,6 @@ def _fingerprint(ordered: Order) -> str:
         for shard in ingredient.shards
     ]
     headers = [[file.name, digest_bytes(file.header)] for file in ordered.files.files]
-    import msgspec
-
     recipe = msgspec.json.encode(ordered.plan.recipe).decode()
     text = json.dumps([ARITHMETIC, DIGEST, recipe, identities, headers])
     return digest_bytes(text.encode())
