@@ -11,7 +11,6 @@ are no weights, and of a size of their own (a variance of 10⁴ would drown ever
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from streamsoup.digest import Digests
 from streamsoup.errors import RecipeError, printable
-from streamsoup.formats.shards import Ingredient, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
 from streamsoup.plan import Leaf, MemoryPlan, MixPlan, memory_budget, plan_mix
@@ -31,7 +30,6 @@ from streamsoup.recipe import Coefficients, Recipe
 __all__ = ["Geometry", "Place", "geometry"]
 
 Floats = NDArray[np.float64]
-AnyIngredient = str | os.PathLike[str] | Ingredient | Any
 
 FAR = 1.0
 """Distance, in norms of the weights, from which two models hardly share an initialisation: their

@@ -7,12 +7,10 @@ import os
 from collections.abc import Sequence
 
 from streamsoup.errors import OutputError, OutputExistsError, printable, some
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.shards import PICKLES, Ingredient
 from streamsoup.recipe import PROVENANCE_NAME
 
 __all__ = ["check_output", "check_replaceable", "exists_already"]
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _Id = tuple[int, int]
 """Device and inode: the same for every path to a file or folder, bind mounts included."""
@@ -99,7 +97,7 @@ def check_replaceable(target: str) -> None:
     others = [
         os.path.relpath(at, target)
         for at, _, files in os.walk(target, onerror=_fail)
-        if at != target and any(file.endswith(_WEIGHTS) for file in files)
+        if at != target and any(file.endswith((".safetensors", *PICKLES)) for file in files)
     ]
     if others:
         raise OutputExistsError(

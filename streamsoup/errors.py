@@ -27,7 +27,7 @@ Every message says what, where (``file: tensor``), what was expected and found, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 __all__ = [
     "BudgetError",
@@ -49,6 +49,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsupportedDtypeError",
     "VerificationError",
+    "check_choice",
     "is_plain",
     "printable",
     "some",
@@ -146,6 +147,12 @@ def printable(text: object, limit: int = 200) -> str:
     if raw.isprintable():  # as nearly all are, of a hundred thousand tensors
         return raw
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
+
+
+def check_choice(what: str, value: object, known: Collection[str]) -> None:
+    """Raise `RecipeError` for a word that is none of the known ones. Types alone check nothing."""
+    if value not in known:
+        raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
 
 
 def is_plain(text: str) -> bool:

@@ -27,26 +27,12 @@ from streamsoup.errors import MismatchError, TaskError, some
 from streamsoup.formats.files import Bytes
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
+from streamsoup.tensors import TORCH_NAMES
 
 __all__ = ["TORCH_DTYPES", "ModelSink", "Target", "recalibrate", "tensors_of"]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
+    name: getattr(torch, spelling) for name, spelling in TORCH_NAMES.items()
 }
 """The safetensors names of torch's dtypes."""
 
@@ -103,7 +89,7 @@ class ModelSink:
                 for other in [n for n, f in self.tied.items() if f == first]:
                     self.tied[other] = name
                 self.tied[first] = name
-        _check(plan, planned, self.live, self.tied)
+        _check(planned, self.live, self.tied)
         self.targets = {
             name: _target(tensor, self.live[name])
             for name, tensor in planned.items()
@@ -295,7 +281,6 @@ def _memory_of(name: str, tensor: Tensor) -> object:
 
 
 def _check(
-    plan: MixPlan,
     planned: Mapping[str, PlannedTensor],
     live: Mapping[str, Tensor],
     tied: Mapping[str, str],

@@ -20,7 +20,7 @@ from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
-from streamsoup.recipe import Recipe
+from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
@@ -148,6 +148,17 @@ class MixPlan(msgspec.Struct, frozen=True):
                 n_leaves += tensor.n_leaves
         return replace(self, tensors=tuple(tensors), n_leaves=n_leaves)
 
+    def among(self, members: Sequence[int], coefficients: Coefficients) -> MixPlan:
+        """Give the plan over some of the ingredients, with coefficients of their own."""
+        ingredients = tuple(self.ingredients[i] for i in members)
+        recipe = replace(
+            self.recipe,
+            ingredients=tuple(ingredient.name for ingredient in ingredients),
+            coefficients=coefficients,
+        )
+        layout_of = tuple(self.layout_of[i] for i in members)
+        return replace(self, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
+
     def keeps_equal(self, tensor: PlannedTensor) -> bool:
         """Whether elements that are the same in all ingredients are kept, not summed and divided.
 
@@ -245,7 +256,7 @@ def plan_files(plan: MixPlan) -> FilePlan:
     """Give every byte of the soup a place: as in the first ingredient, or in shards of a size."""
     layout = plan.layouts[0]
     if plan.recipe.shard_size is None:
-        groups = _mirrored(plan, layout)
+        groups = _mirrored(layout)
         names = list(layout.file_names)
         index = plan.ingredients[0].index_name
         if plan.ingredients[0].folder is None:
@@ -389,7 +400,7 @@ def _stem(ingredient: Ingredient) -> str:
     return stem(ingredient.index_name)
 
 
-def _mirrored(plan: MixPlan, layout: Layout) -> list[list[int]]:
+def _mirrored(layout: Layout) -> list[list[int]]:
     groups: list[list[int]] = [[] for _ in layout.file_names]
     for i, (number, _) in enumerate(layout.places.values()):
         groups[number].append(i)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from streamsoup.errors import ChangedIngredientError, FormatError, printable
+from streamsoup.errors import ChangedIngredientError, FormatError, check_choice, printable
 from streamsoup.formats.files import Bytes, Descriptors, Window, on_network
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import Ingredient, Shard
@@ -35,8 +35,9 @@ def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "rea
     """Whether to map shards rather than read them.
 
     Left to us, local files are mapped, and files on a network are read: there a mapping fetches
-    page by page (safetensors#562, vllm#24469).
+    page by page (safetensors#562, vllm#24469). Raises `RecipeError` for any other word.
     """
+    check_choice("io", io, ("auto", "mmap", "read"))
     if io != "auto":
         return io == "mmap"
     return not on_network([shard.path for each in ingredients for shard in each.shards])

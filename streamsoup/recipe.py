@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import xxhash
 
-from streamsoup.errors import RecipeError, printable
+from streamsoup.errors import RecipeError, check_choice, printable
 
 __all__ = [
     "ARITHMETIC",
@@ -128,12 +128,8 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         if not self.ingredients:
             raise RecipeError("a soup needs at least one ingredient; give some")
         self.coefficients.check(len(self.ingredients))
-        for what, value, known in (
-            ("non_float", self.non_float, ("same", "first")),
-            ("non_finite", self.non_finite, ("refuse", "propagate")),
-        ):
-            if value not in known:
-                raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
+        check_choice("non_float", self.non_float, ("same", "first"))
+        check_choice("non_finite", self.non_finite, ("refuse", "propagate"))
         if self.shard_size is not None and self.shard_size < 1:
             raise RecipeError(f"shard size {self.shard_size} is below one byte; give 5GB, say")
 
@@ -151,7 +147,7 @@ class IngredientRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One ingredient as it was read."""
 
     path: str
-    """Absolute, at the time."""
+    """Absolute, at the time; of a state dict, its name."""
     nbytes: int
     digest: str
     """Over its tensors' names, dtypes, shapes and digests; not over file layout or metadata."""

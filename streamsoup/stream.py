@@ -238,7 +238,7 @@ class _Pass:
         finally:
             with self.lock:
                 self.n_working -= 1
-                if self.n_working == 0 or self.errors:
+                if self.n_working == 0:
                     self.ended.set()
 
     def take(self) -> Iterator[Leaf]:

@@ -12,7 +12,7 @@ import msgspec
 
 from streamsoup.errors import RecipeError
 
-__all__ = ["DTYPES", "DType", "TensorSpec", "float_dtype"]
+__all__ = ["DTYPES", "TORCH_NAMES", "DType", "TensorSpec", "float_dtype"]
 
 
 class DType(msgspec.Struct, frozen=True):
@@ -74,16 +74,27 @@ DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _FLOATS} | {
     name: DType(name, nbits) for name, nbits in _COPIED.items()
 }
 
-_SPELLINGS = {"float64": "F64", "float32": "F32", "float16": "F16"} | {
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+    "BOOL": "bool",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
+}
+"""What torch calls the dtypes that it and safetensors share."""
+
+_SPELLINGS = {spelling: name for name, spelling in TORCH_NAMES.items()} | {
     "double": "F64",
     "float": "F32",
     "half": "F16",
     "fp64": "F64",
     "fp32": "F32",
     "fp16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
     "fp8_e4m3": "F8_E4M3",
     "fp8_e5m2": "F8_E5M2",
 }

@@ -20,7 +20,7 @@ from streamsoup.errors import (
     VerificationError,
     printable,
 )
-from streamsoup.formats.shards import Ingredient, Shard, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
 from streamsoup.plan import LEAF, memory_budget, plan_memory, plan_mix
@@ -50,7 +50,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     quick: bool = False,
-    ingredients: Sequence[str | os.PathLike[str]] | None = None,
+    ingredients: Sequence[AnyIngredient] | None = None,
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Verification:
     """Check the soup in the folder `path` against its provenance.
@@ -65,8 +65,8 @@ def verify(
     problems: list[str] = []
     nbytes = _check_soup(folder, provenance, problems)
     if not quick and not problems:
-        paths = ingredients or [record.path for record in provenance.ingredients]
-        nbytes += _rederive(provenance, paths, options, problems)
+        given = ingredients or _where_they_were(folder, provenance)
+        nbytes += _rederive(provenance, given, options, problems)
     if problems:
         raise VerificationError(_bounded(folder, problems))
     n_files = len(provenance.shards) + len(provenance.side_files)
@@ -172,9 +172,21 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or printable(error))
 
 
+def _where_they_were(folder: str, provenance: Provenance) -> list[str]:
+    """Give the paths of the ingredients. Raises `RecipeError` where they were tensors in memory."""
+    paths = [record.path for record in provenance.ingredients]
+    for path in paths:
+        if not os.path.isabs(path):
+            raise RecipeError(
+                f"{printable(folder)}: was made of tensors in memory ({printable(path)}); give "
+                "all ingredients again, or compare digests alone (quick)"
+            )
+    return paths
+
+
 def _rederive(
     provenance: Provenance,
-    paths: Sequence[str | os.PathLike[str]],
+    given: Sequence[AnyIngredient],
     options: Options,
     problems: list[str],
 ) -> int:
@@ -185,12 +197,12 @@ def _rederive(
     if provenance.arithmetic != ARITHMETIC:
         problems.append(f"its arithmetic is another: {printable(provenance.arithmetic)}")
         return 0
-    if len(paths) != len(provenance.ingredients):
+    if len(given) != len(provenance.ingredients):
         raise RecipeError(
-            f"{len(paths)} ingredients given for a soup of {len(provenance.ingredients)}; give "
+            f"{len(given)} ingredients given for a soup of {len(provenance.ingredients)}; give "
             "all, in the same order"
         )
-    opened = open_ingredients(paths)
+    opened = open_ingredients(given)
     plan = plan_mix(opened, provenance.recipe)
     mapped = will_map(opened, options.io)
     memory = plan_memory(

@@ -15,9 +15,10 @@ from streamsoup.comparison.barriers import advantage, barrier, parse_alphas
 from streamsoup.comparison.bootstrap import interval, resampled_means
 from streamsoup.comparison.calibration import calibrate, equal_mass_error, fit_beta, losses
 from streamsoup.comparison.plane import Plane
-from streamsoup.comparison.selection import best_first, grow
+from streamsoup.comparison.selection import grow
 from streamsoup.comparison.theory import compare_with_ensemble
 from streamsoup.errors import RecipeError
+from streamsoup.soups.search import best_first
 
 Floats = NDArray[np.float64]
 
@@ -275,6 +276,4 @@ def test_order_and_greedy_rule_by_hand() -> None:
     assert best_first([0.1, 0.5, math.nan, 0.5]) == [1, 3, 0, 2]
     scores = {(1,): 0.5, (1, 3): 0.5, (1, 3, 0): 0.4, (1, 3, 2): math.nan}
     assert grow([1, 3, 0, 2], scores.__getitem__) == (1, 3)
-    strict = {(1,): 0.5, (1, 3): 0.5, (1, 0): 0.6, (1, 0, 2): math.nan}
-    assert grow([1, 3, 0, 2], strict.__getitem__, accept_ties=False) == (1, 0)
     assert grow([2, 1], {(2,): math.nan, (2, 1): 0.5}.__getitem__) == (2, 1)

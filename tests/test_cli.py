@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -399,6 +400,23 @@ def test_import_does_nothing_heavy() -> None:
         assert getattr(streamsoup, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = streamsoup.nothing
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that cannot be kept is no kernel, and no file either."""
+    from streamsoup.kernels import objects
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        objects._store(str(tmp_path), "mix.o", b"code")
+    assert os.listdir(tmp_path) == []
+    objects._store(str(tmp_path), "mix.o", b"code")
+    assert os.listdir(tmp_path) == ["mix.o"]
 
 
 def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -46,7 +47,7 @@ FLOORS = {
     "plot": 5,
     "report": 5,
 }
-"""Each room's floor. A new room is entered here, on the lowest floor its imports allow."""
+"""Each room's floor. A new room is entered here, on the floor that the README shows."""
 
 WITHIN_A_FLOOR = {
     # The plan is what its neighbours carry out; digests and staging are what the sink is made of.
@@ -66,7 +67,6 @@ WITHIN_A_FLOOR = {
     ("tensors", "errors"),
     ("journal", "errors"),
     ("options", "errors"),
-    ("supervise", "errors"),
     # Faces use the terminal; searches ask tasks.
     ("cli", "terminal"),
     ("cli", "selftest"),
@@ -74,7 +74,6 @@ WITHIN_A_FLOOR = {
     ("cli", "plot"),
     ("cli", "report"),
     ("demo", "report"),
-    ("demo", "cli"),
     ("soups", "task"),
     ("soups", "angles"),
     ("soups", "verification"),
@@ -83,7 +82,6 @@ WITHIN_A_FLOOR = {
     ("comparison", "angles"),
     ("inner", "reduce"),
     ("device_mix", "reduce"),
-    ("live", "reduce"),
 }
 """Pairs that may import each other's names on one floor, in this direction."""
 
@@ -139,6 +137,8 @@ def wrong_imports(root: Path) -> list[str]:
 def test_imports_go_down_the_floors() -> None:
     """No room imports from a floor above it, or from a neighbour not named here."""
     assert wrong_imports(ROOT) == []
+    made = {pair for path in ROOT.rglob("*.py") for pair in imports(path, ROOT)}
+    assert made >= WITHIN_A_FLOOR, "leave that nobody takes"
 
 
 @pytest.mark.parametrize(
@@ -171,4 +171,4 @@ def test_no_public_name_is_a_room() -> None:
         if not name.startswith("__"):
             assert not (ROOT / name).exists(), name
             assert not (ROOT / f"{name}.py").exists(), name
-            assert getattr(streamsoup, name) is getattr(streamsoup, name), name
+            assert not isinstance(getattr(streamsoup, name), ModuleType), name

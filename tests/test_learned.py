@@ -552,6 +552,59 @@ def test_a_kill_while_tidying_up_is_mended(
     assert (tmp_path / "soup" / "streamsoup.json").read_bytes() == before
 
 
+def test_a_finished_soup_in_other_shards_is_not_taken_for_this_one(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the soup was in place, and asked for smaller shards: those are made."""
+
+    def search(**options: Any) -> Any:
+        return learned_soup(
+            paths,
+            task_of(make_batches(4)),
+            output=tmp_path / "soup",
+            learning=LearningOptions(evaluations=3),
+            options=Options(non_float="first", overwrite=True, **options),
+        )
+
+    def finish(self: Notebook) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Notebook, "finish", finish)
+        with pytest.raises(Stop):
+            search()
+    assert not search(shard_size=300).finished
+    assert len(list((tmp_path / "soup").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
+def test_a_batch_of_nothing_teaches_nothing(
+    paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch without examples, whose loss is a NaN, is passed over, after a kill as well."""
+    monkeypatch.setattr("streamsoup.soups.learning.NOTE_S", 0.0)
+    settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 4, "guard_every": 0}
+    batches = make_batches(4)
+    none = batches[0][0][:0], batches[0][1][:0]
+    whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
+    seen = [0]
+
+    def loss(model: nn.Module, split: str) -> Any:
+        for x, y in [none, *batches[:2], none, *batches[2:]]:
+            seen[0] += 1
+            if seen[0] == 6 + 5:  # of the first look, and of the first epoch
+                raise Stop
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    task = task_of(batches)
+    task.loss = loss
+    with pytest.raises(TaskError):
+        learn(paths, tmp_path / "soup", task, **settings)
+    soup = learn(paths, tmp_path / "soup", task, **settings)
+    assert soup.rows == whole.rows
+    assert [look.loss for look in soup.looks] == [look.loss for look in whole.looks]
+
+
 def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path) -> None:
     """Where learning hurts what watches, the uniform soup is made, bit for bit."""
     batches = make_batches(10)
@@ -584,6 +637,8 @@ def test_refusals(paths: list[str], tmp_path: Path) -> None:
         learn(paths, tmp_path / "c", guard_every=1)
     with pytest.raises(RecipeError, match="softmax, affine, free"):
         learn(paths, tmp_path / "d", constraint="simplex")
+    with pytest.raises(RecipeError, match="granularity 'block' is none of global"):
+        learn(paths, tmp_path / "e", granularity="block")
 
 
 def ce(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from checkpoints import command, content, save, save_sharded, tensor
 
 from streamsoup import Options, plan, read, stream, uniform, verify
-from streamsoup.errors import ChangedIngredientError, FormatError
+from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats import files
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
@@ -102,9 +104,40 @@ def test_a_change_during_the_pass_is_named(
         uniform(paths, output=tmp_path / "out", options=Options(io=io, threads=1))
     assert str(refused.value).startswith(f"{victim}: ")
     assert CHANGES[change] in str(refused.value)
-    assert "nothing was written" in str(refused.value)
+    assert "run again" in str(refused.value)
     assert n_leaves == changes_after, "hours of work went on"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_thread_does_not_hurry_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the others end their blocks, the run waits for them, and does nothing else."""
+    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
+    monkeypatch.setattr(plan, "LEAF", 1000)
+    monkeypatch.setattr(stream, "ALONE_NBYTES", 0)
+    first = threading.Lock()
+
+    def cooking(self: Any, *arguments: Any) -> None:
+        if first.acquire(blocking=False):
+            raise ZeroDivisionError
+        time.sleep(4 * stream.TICK_S)
+
+    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    reports: list[Any] = []
+    options = Options(threads=2, on_progress=reports.append)
+    with pytest.raises(ZeroDivisionError):
+        uniform(paths, output=tmp_path / "out", options=options)
+    assert len(reports) <= 8
+
+
+@pytest.mark.parametrize("name", ["io", "non_float", "non_finite"])
+def test_a_word_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    """Types are no checks: a slip of the pen in an option of a library's caller is said."""
+    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
+    with pytest.raises(RecipeError, match=f"{name} 'mmapp' is none of "):
+        uniform(paths, output=tmp_path / "out", options=Options(**{name: "mmapp"}))
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_without_the_checks_a_change_would_pass(

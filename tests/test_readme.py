@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from checkpoints import random_model, save
 
 from streamsoup.cli import main
+from streamsoup.task import load_task
+from streamsoup.verification import read_provenance
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +39,31 @@ def parse(command: str) -> None:
 def test_the_commands_of_the_readme_parse(command: str) -> None:
     """Every command in the README is one, with options it has."""
     parse(command)
+
+
+def python_blocks(text: str) -> list[str]:
+    """List the blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first block makes a soup, and its task file is a task."""
+    soup, task = python_blocks(README)
+    paths = [save(tmp_path / f"run{i}", random_model(i)) for i in (1, 2, 3)]
+    monkeypatch.chdir(tmp_path)
+    exec(soup, {})
+    provenance = read_provenance("soup")
+    assert capsys.readouterr().out.split()[-1] == provenance.ingredients[0].digest
+    assert [record.path for record in provenance.ingredients] == [str(path) for path in paths]
+    given = (
+        "import torch\nMyModel = torch.nn.Identity\nDATA = {'val': 3}\n"
+        "def accuracy(model, data): return data / 4\n"
+    )
+    (tmp_path / "task.py").write_text(given + task)
+    loaded = load_task("task.py")
+    assert loaded.score(loaded.build(), "val").value == 0.75
 
 
 def test_a_planted_option_is_found() -> None:

@@ -18,12 +18,12 @@ from streamsoup.comparison.landscape import Landscape, Mark
 from streamsoup.comparison.paths import Sweep
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
-from streamsoup.comparison.selection import best_first
 from streamsoup.inspection import short_names
 from streamsoup.report import charts
 from streamsoup.report.comparison import verdict, write_report
 from streamsoup.report.page import Code, Heading, Page, Table, Text
 from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
+from streamsoup.soups.search import best_first
 
 CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
 

@@ -193,11 +193,12 @@ def test_huge_files_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_in_folders_are_left_out_and_named(tmp_path: Path) -> None:
     """A part of the model in a folder of its own is not lost unsaid; checkpoints of a run are."""
     parts = ("2_Dense/model.safetensors", "2_Dense/config.json", "deep/down/pytorch_model.bin")
+    parts += ("onnx/config.json", "onnx/Model.ONNX", "vae/config.json", "vae/weights.pth")
     a = fill(tmp_path / "a", ("config.json", *parts, "checkpoint-5/model.safetensors"))
     files, (warning,) = gather_side_files(open_ingredients([a]), None)
     assert [file.name for file in files] == ["config.json"]
     assert warning.startswith(f"{a}: left out the folders with weights of their own")
-    assert warning.endswith(": 2_Dense, deep/down")
+    assert warning.endswith(": 2_Dense, onnx, vae, deep/down")
 
 
 def test_a_side_file_that_vanishes_is_named(

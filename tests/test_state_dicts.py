@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import streamsoup
 from streamsoup import Options, SearchOptions
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
-from streamsoup.formats.memory import MemoryShard
+from streamsoup.formats.memory import MemoryShard, _elements
 from streamsoup.formats.shards import open_ingredients
 
 
@@ -69,6 +70,50 @@ def test_memory_may_be_shared_from_the_middle_on() -> None:
     assert shard.memory.shares_with([torch.from_numpy(memory)])
     assert shard.memory.shares_with([torch.from_numpy(memory[10:12])])
     assert not shard.memory.shares_with([])
+
+
+def test_little_is_copied_of_what_does_not_lie_in_order() -> None:
+    """Any part of a tensor of any strides is what flattening gives, from a few of its rows."""
+    whole = torch.arange(4 * 60 * 50, dtype=torch.int32).reshape(4, 60, 50)
+    for strange in (whole.permute(1, 2, 0), whole.transpose(1, 2), whole[:, ::3], whole[1:2].mT):
+        n = strange.numel()
+        row = strange[0].numel() if len(strange) > 1 else strange[0, 0].numel()
+        for first, last in ((0, n), (0, 1), (n - 1, n), (row - 1, row + 1), (37, 38), (n // 3, n)):
+            part = _elements(strange, first, last)
+            assert torch.equal(part, strange.reshape(-1)[first:last])
+            if last - first <= 2:
+                assert not part.is_set_to(whole)
+                copied = part.untyped_storage()
+                own = copied.data_ptr() != whole.untyped_storage().data_ptr()
+                assert not own or copied.nbytes() <= 2 * 4 * row
+
+
+def test_a_base_may_be_a_state_dict(tmp_path: Path) -> None:
+    """Soups of task vectors name their base, whatever it is; they have the same bits as of files.
+
+    What lies in memory has no path: whoever verifies such a soup gives its tensors again.
+    """
+    paths = networks.ingredients(tmp_path / "in", 3)
+    states = [load_file(Path(path) / "model.safetensors") for path in paths]
+
+    def soups(base: Any, rest: Any, name: str) -> list[Any]:
+        return [
+            streamsoup.stock(rest, base=base, output=tmp_path / name / "stock"),
+            streamsoup.slerp(rest, [0.3, 0.7], base=base, output=tmp_path / name / "slerp"),
+            streamsoup.arithmetic(rest, 0.4, base=base, output=tmp_path / name / "arithmetic"),
+        ]
+
+    made = soups(paths[0], paths[1:], "files"), soups(states[0], states[1:], "memory")
+    for files, memory in zip(*made, strict=True):
+        assert files.provenance.tensors == memory.provenance.tensors
+        assert files.provenance.report["base"] == paths[0]
+        record = memory.provenance.ingredients[0]
+        assert memory.provenance.report["base"] == record.path
+        assert record.path.startswith("state dict ")
+        with pytest.raises(RecipeError, match=r"made of tensors in memory \(state dict"):
+            streamsoup.verify(memory.path)
+        assert streamsoup.verify(memory.path, ingredients=states).rederived
+        assert streamsoup.verify(files.path).rederived
 
 
 def test_greedy_over_state_dicts(tmp_path: Path) -> None:

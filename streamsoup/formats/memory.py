@@ -1,6 +1,7 @@
 """State dicts and live modules as ingredients: the bytes of their tensors, as if in one file.
 
-Nothing is copied but the block that is asked for, whatever device it comes from. What the tensors
+Nothing is copied but the block that is asked for, whatever device it comes from, or the rows that
+hold it where a tensor's elements do not lie one after the other. What the tensors
 hold when they are opened is digested, so that work can be resumed with the same values only; a
 tensor that is changed in place afterwards is noticed as a changed file would be.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
@@ -18,19 +19,9 @@ from numpy.typing import NDArray
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
 from streamsoup.formats.header import make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
+from streamsoup.tensors import TORCH_NAMES
 
 __all__ = ["MemoryShard", "open_state"]
-
-_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"} | {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
-    "BOOL": "bool",
-    "U8": "uint8",
-    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
-    **{f"U{n}": f"uint{n}" for n in (16, 32, 64)},
-}
-"""The safetensors names of torch's dtypes."""
 
 _PIECE = 1 << 24
 """Bytes digested at a time."""
@@ -56,7 +47,7 @@ class Memory:
         tensor = self._tensors[i].detach()
         size = tensor.element_size()
         first, last = begin - self._begins[i], end - self._begins[i]
-        elements = tensor.reshape(-1)[first // size : -(-last // size)].cpu()
+        elements = _elements(tensor, first // size, -(-last // size)).cpu()
         raw: NDArray[np.uint8] = elements.contiguous().view(torch.uint8).numpy()
         skip = first % size
         return raw[skip : skip + last - first]
@@ -83,6 +74,7 @@ class Memory:
 class MemoryShard(Shard, frozen=True):
     """The tensors of a state dict, in place of a file."""
 
+    in_memory: ClassVar[bool] = True
     memory: Memory
 
     def check_unchanged(self) -> None:
@@ -91,6 +83,19 @@ class MemoryShard(Shard, frozen=True):
             raise ChangedIngredientError(
                 f"{self.path}: its tensors were changed while they were being read; give copies"
             )
+
+
+def _elements(tensor: Any, first: int, last: int) -> Any:
+    """Give elements `first` to `last` ``(last - first,)``, in C order; copies those rows at most.
+
+    Flattening a tensor that is not contiguous would copy it whole, again for each block.
+    """
+    while tensor.dim() > 1 and not tensor.is_contiguous():
+        row = tensor[0].numel()
+        begin, end = first // row, -(-last // row)
+        first, last = first - begin * row, last - begin * row
+        tensor = tensor[begin] if end == begin + 1 else tensor[begin:end].contiguous()
+    return tensor.reshape(-1)[first:last]
 
 
 def _storage(tensor: Any) -> tuple[int, int]:
@@ -108,7 +113,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     import torch
 
     state = given if isinstance(given, Mapping) else given.state_dict()
-    names = {getattr(torch, spelling): name for name, spelling in _NAMES.items()}
+    names = {getattr(torch, spelling): name for name, spelling in TORCH_NAMES.items()}
     strange = [
         name
         for name, tensor in state.items()

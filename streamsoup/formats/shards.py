@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -32,9 +32,19 @@ from streamsoup.formats.index import check_files, check_index, is_index, read_in
 from streamsoup.formats.regular import reading
 from streamsoup.tensors import TensorSpec
 
-__all__ = ["Identity", "Ingredient", "Layout", "Pantry", "Shard", "open_ingredients"]
+__all__ = [
+    "PICKLES",
+    "AnyIngredient",
+    "Identity",
+    "Ingredient",
+    "Layout",
+    "Pantry",
+    "Shard",
+    "open_ingredients",
+]
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""How the names of weights end that are not safetensors."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -54,6 +64,7 @@ class Identity(msgspec.Struct, frozen=True):
 class Shard(msgspec.Struct, frozen=True):
     """One safetensors file of an ingredient, as it was when its header was read."""
 
+    in_memory: ClassVar[bool] = False
     path: str
     identity: Identity
     header: Header
@@ -74,7 +85,7 @@ class Shard(msgspec.Struct, frozen=True):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ChangedIngredientError(
                 f"{printable(self.path)}: vanished while it was being read "
-                f"({error.strerror}); nothing was written. Put it back, and run again"
+                f"({error.strerror}); put it back, and run again"
             ) from None
         except OSError as error:
             raise FormatError(
@@ -91,8 +102,8 @@ class Shard(msgspec.Struct, frozen=True):
         else:
             what = "was modified"
         raise ChangedIngredientError(
-            f"{printable(self.path)}: {what} while it was being read; nothing was written. "
-            "Run again once nobody writes to it"
+            f"{printable(self.path)}: {what} while it was being read; run again once nobody "
+            "writes to it"
         )
 
 
@@ -126,6 +137,11 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
     layout: Layout
     index_name: str | None
     """File name of its index, if it has one."""
+
+    @property
+    def path(self) -> str:
+        """Its absolute path; the mere name of what lies in memory."""
+        return self.name if self.shards[0].in_memory else os.path.abspath(self.name)
 
     @property
     def nbytes(self) -> int:
@@ -221,7 +237,7 @@ class Pantry(msgspec.Struct):
     def _open_shard(self, path: str) -> Shard:
         """Read one header, with errors that name the file."""
         _check_path(path)
-        if path.endswith(_PICKLES):
+        if path.endswith(PICKLES):
             raise UnsafePickleError(
                 f"{printable(path)}: is a PyTorch pickle, which could run code when opened; "
                 "convert it to safetensors first"
@@ -246,9 +262,11 @@ class Pantry(msgspec.Struct):
         return Shard(path, Identity.of(status), header)
 
 
-def open_ingredients(
-    paths: Sequence[str | os.PathLike[str] | Ingredient | Any],
-) -> list[Ingredient]:
+AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
+"""A path, an open ingredient, a state dict or a module."""
+
+
+def open_ingredients(paths: Sequence[AnyIngredient]) -> list[Ingredient]:
     """Open checkpoints by their headers, in the order given.
 
     An already open ingredient is passed through, after a check that its files are unchanged. A
@@ -331,7 +349,7 @@ def _find_weights(folder: str) -> str:
             f"{where}: has {len(files)} safetensors files ({some(files, 3)}) and no index that "
             "says how they belong together; give the file you mean, or add the index"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise UnsafePickleError(
             f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "

@@ -19,23 +19,19 @@ import msgspec
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
 from streamsoup.formats.regular import reading
-from streamsoup.formats.shards import Ingredient
-from streamsoup.tensors import DType
+from streamsoup.formats.shards import PICKLES, Ingredient
+from streamsoup.tensors import TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "pieces"]
 
+_WEIGHTS = (
+    *(".safetensors", *PICKLES),
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".npz", ".tflite", ".ot"),
+)
+
 LEFT_OUT = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx"),
-    *(
-        "*.gguf",
-        "*.npz",
-        "*.tflite",
-        "*.ot",
-        "*.index.json",
-        "*.index.*.json",
-        "*.onnx_data",
-        "*.onnx.data",
-    ),
+    *(f"*{suffix}" for suffix in _WEIGHTS),
+    *("*.index.json", "*.index.*.json"),
     *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args*"),
     *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
 )
@@ -49,11 +45,6 @@ LARGEST = 1_000_000_000
 
 CONFIG_LIMIT = 16_000_000
 """Bytes of a ``config.json`` that are read into memory; models' have some thousands."""
-
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
 class SideFile(msgspec.Struct, frozen=True):
@@ -177,7 +168,7 @@ def _holds_weights(path: str) -> bool:
         files = os.listdir(path)
     except OSError as error:
         _refuse_unlisted(error)
-    return any(file.endswith((".safetensors", ".bin", ".pt")) for file in files)
+    return any(file.lower().endswith(_WEIGHTS) for file in files)
 
 
 def pieces(path: str) -> Iterator[bytes]:
@@ -237,6 +228,6 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
         return file
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys:
-        config[key] = _TORCH_NAMES[dtype.name]
+        config[key] = TORCH_NAMES[dtype.name]
     content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
     return SideFile(file.name, file.path, content) if keys else file

@@ -16,8 +16,8 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import llvmlite
@@ -121,10 +121,14 @@ def _cache_folder() -> str | None:
 
 def _store(folder: str, name: str, kernel: bytes) -> None:
     """Keep a kernel for later processes; a cache that cannot be written does no harm."""
+    import tempfile
+
+    temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=folder)
         with open(descriptor, "wb") as file:
             file.write(xxhash.xxh3_128_digest(kernel) + kernel)
         os.replace(temporary, os.path.join(folder, name))
     except OSError:
-        pass
+        with suppress(OSError):
+            os.unlink(temporary)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from streamsoup.live import ModelSink
 
-__all__ = ["Products", "Work"]
+__all__ = ["Gradients", "Multiplier"]
 
 Floats = NDArray[np.float64]
 
@@ -33,7 +33,7 @@ BUNDLE = 1 << 22
 """Elements of gradients that wait for each other, as a pass of its own costs a millisecond."""
 
 
-class Products(Protocol):
+class Multiplier(Protocol):
     """The ingredients, to multiply gradients with; and which batches only watch."""
 
     @property
@@ -47,12 +47,12 @@ class Products(Protocol):
         """Give ⟨g, θᵢ⟩ of every gradient."""
 
 
-class Work:
+class Gradients:
     """The model while the task computes losses: what requires gradients, and what takes them."""
 
     def __init__(
         self,
-        slopes: Products,
+        slopes: Multiplier,
         sink: ModelSink,
         mixture: Mixture,
         learned: list[str],
@@ -95,7 +95,7 @@ class Work:
         self._beta.grad = None
         self._scale = 1.0
 
-    def learn(self, loss: Any, n_examples: float) -> float:
+    def learn(self, loss: Any) -> float:
         """Take a batch that is learned from by itself. Raises `TaskError` if its loss is none."""
         value = _value(loss)
         if not math.isfinite(value):

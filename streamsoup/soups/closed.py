@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 
 from streamsoup.angles import Place, measure, plan_geometry
 from streamsoup.destination import check_output
-from streamsoup.errors import RecipeError, printable, some
+from streamsoup.errors import RecipeError, check_choice, some
+from streamsoup.formats.shards import AnyIngredient
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.make import AnyIngredient, Soup, make, order
+from streamsoup.soups.make import Soup, make, order
 
 __all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]
 
@@ -110,8 +111,7 @@ def wsm_factors(n: int, curve: Curve) -> list[float]:
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
         "sqrt": lambda x: 1 - math.sqrt(x),
     }
-    if curve not in curves:
-        raise RecipeError(f"curve {printable(curve)!r} is none of {', '.join(curves)}")
+    check_choice("curve", curve, curves)
     weights = [curves[curve](j / n) for j in range(n)] + [0.0]
     return [weights[j] - weights[j + 1] for j in range(n)]
 
@@ -134,8 +134,8 @@ def arithmetic(
     if len(scales) != n:
         raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
     factors = [1.0 - math.fsum(scales), *scales]
-    report = {"scale": scales, "base": _name(base)}
-    return _make([base, *ingredients], factors, "arithmetic", report, output, options)
+    report = {"scale": scales}
+    return _make(ingredients, factors, "arithmetic", report, output, options, base=base)
 
 
 def stock(
@@ -171,7 +171,6 @@ def stock(
         ratios.append(ratio)
         rows[place.name] = (1 - ratio, *[ratio / n] * n)
     report = {
-        "base": _name(base),
         "ratio_min": min(ratios, default=0.0),
         "ratio_mean": math.fsum(ratios) / max(len(ratios), 1),
         "ratio_max": max(ratios, default=0.0),
@@ -179,7 +178,7 @@ def stock(
         "negative": some(negative, 20),
     }
     coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
-    return _make([base, *ingredients], coefficients, "stock", report, output, options)
+    return _make(ingredients, coefficients, "stock", report, output, options, base=base)
 
 
 def stock_ratio(place: Place) -> float:
@@ -221,14 +220,12 @@ def slerp(
         rows[place.name] = (*first, *map(float, factors))
     report = {
         "weights": [float(share) for share in shares],
-        "base": None if base is None else _name(base),
         "n_straight": len(straight),
         "straight": some(straight, 20),
     }
     first = () if base is None else (0.0,)
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
-    everything = ingredients if base is None else [base, *ingredients]
-    return _make(everything, coefficients, "slerp", report, output, options)
+    return _make(ingredients, coefficients, "slerp", report, output, options, base=base)
 
 
 def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
@@ -313,13 +310,13 @@ def _make(
     report: Mapping[str, object],
     output: str | os.PathLike[str],
     options: Options,
+    base: AnyIngredient | None = None,
 ) -> Soup:
+    """Make the soup. A `base` comes before the ingredients, and the report names it."""
     if not isinstance(coefficients, Coefficients):
         coefficients = Coefficients.given(coefficients)
-    ordered = order(ingredients, coefficients, method=method, options=options)
+    everything = [*([] if base is None else [base]), *ingredients]
+    ordered = order(everything, coefficients, method=method, options=options)
+    if base is not None:
+        report = {"base": ordered.plan.ingredients[0].name} | dict(report)
     return make(replace(ordered, report=report), output=output, options=options)
-
-
-def _name(ingredient: AnyIngredient) -> str:
-    name = getattr(ingredient, "name", None)
-    return name if isinstance(name, str) else os.fspath(ingredient)  # type: ignore[arg-type]

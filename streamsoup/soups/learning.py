@@ -11,13 +11,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import RecipeError, ResumeError, TaskError, printable
+from streamsoup.errors import RecipeError, ResumeError, TaskError, check_choice, printable
 from streamsoup.options import Options
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.descent import AdamW, lbfgs
@@ -81,8 +81,9 @@ class LearningOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise `RecipeError` for options that make no sense."""
-        if self.optimizer not in ("lbfgs", "adamw"):
-            raise RecipeError(f"{printable(self.optimizer)!r} is none of lbfgs, adamw")
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_choice("constraint", self.constraint, get_args(Constraint))
+        check_choice("optimizer", self.optimizer, ("lbfgs", "adamw"))
         for name in ("evaluations", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 1")

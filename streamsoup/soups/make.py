@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import xxhash
@@ -21,7 +21,7 @@ from streamsoup.errors import (
     StreamsoupError,
     printable,
 )
-from streamsoup.formats.shards import Ingredient, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options
 from streamsoup.plan import (
@@ -44,21 +44,21 @@ from streamsoup.recipe import (
     Provenance,
     Recipe,
 )
+from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import parse_nbytes
 from streamsoup.staging import Staging, sync_folder
+from streamsoup.stream import run
 from streamsoup.tensors import float_dtype
 from streamsoup.verification import read_provenance
 from streamsoup.versions import versions
+from streamsoup.write import FileSink, write_file
 
 if TYPE_CHECKING:
     from streamsoup.device_mix import OnDevice
 
-__all__ = ["AnyIngredient", "Order", "Soup", "make", "order", "plan_order", "write_beside"]
+__all__ = ["Order", "Soup", "make", "order", "plan_order", "write_beside"]
 
 log = logging.getLogger("streamsoup")
-
-AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
-"""A path, an open ingredient, a state dict or a module."""
 
 
 class Soup(msgspec.Struct, frozen=True):
@@ -205,10 +205,6 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
 
 def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
     """Make everything in the staging folder, then put it in place."""
-    from streamsoup.reduce import Engine, Mix, Reduction
-    from streamsoup.stream import run
-    from streamsoup.write import FileSink, write_file
-
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
     sink = FileSink(plan, files, staging, digests)
@@ -238,7 +234,7 @@ def _made_before(output: str, plan: MixPlan) -> bool:
         found = read_provenance(os.path.realpath(output))
     except StreamsoupError:
         return False
-    paths = tuple(os.path.abspath(ingredient.name) for ingredient in plan.ingredients)
+    paths = tuple(ingredient.path for ingredient in plan.ingredients)
     there = tuple(record.path for record in found.ingredients)
     recipe = msgspec.structs.replace(found.recipe, ingredients=plan.recipe.ingredients)
     return found.intact and there == paths and recipe == plan.recipe
@@ -265,7 +261,7 @@ def _finished(target: str, plan: MixPlan, started: float) -> Soup:
 def _fingerprint(ordered: Order) -> str:
     """Tell this order from every other: recipe, files that go in, bytes that come out."""
     identities = [
-        [shard.path, list(_identity(shard.identity))]
+        [shard.path, list(msgspec.structs.astuple(shard.identity))]
         for ingredient in ordered.plan.ingredients
         for shard in ingredient.shards
     ]
@@ -273,10 +269,6 @@ def _fingerprint(ordered: Order) -> str:
     recipe = msgspec.json.encode(ordered.plan.recipe).decode()
     text = json.dumps([ARITHMETIC, DIGEST, recipe, identities, headers])
     return digest_bytes(text.encode())
-
-
-def _identity(identity: object) -> tuple[int, ...]:
-    return tuple(getattr(identity, name) for name in ("device", "inode", "size", "mtime_ns"))
 
 
 def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
@@ -290,8 +282,6 @@ def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
 
 def _copy(file: SideFile, folder: str) -> FileRecord:
     """Copy one side file, with its digest. Links are followed, modes are ours."""
-    from streamsoup.write import write_file
-
     digest = xxhash.xxh3_128()
     nbytes = 0
 
@@ -316,8 +306,6 @@ def _copy(file: SideFile, folder: str) -> FileRecord:
 
 def _write_index(plan: MixPlan, files: FilePlan, folder: str) -> list[FileRecord]:
     """Write the index, if the soup has one, and give its record."""
-    from streamsoup.write import write_file
-
     if files.index_name is None:
         return []
     text = _index(plan, files)
@@ -339,9 +327,7 @@ def _index(plan: MixPlan, files: FilePlan) -> bytes:
 def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) -> Provenance:
     plan, files = ordered.plan, ordered.files
     records = tuple(
-        IngredientRecord(
-            os.path.abspath(ingredient.name), ingredient.nbytes, digests.of_ingredient(i)
-        )
+        IngredientRecord(ingredient.path, ingredient.nbytes, digests.of_ingredient(i))
         for i, ingredient in enumerate(plan.ingredients)
     )
     shards = tuple(

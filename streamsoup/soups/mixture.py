@@ -15,13 +15,12 @@ is the factor β of the logits. Numpy only; everything is float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import RecipeError, printable
 from streamsoup.recipe import Coefficients
 
 __all__ = ["Constraint", "Granularity", "Mixture", "layer_of", "make_mixture"]
@@ -109,13 +108,7 @@ def make_mixture(
     constraint: Constraint,
     temperature: bool,
 ) -> Mixture:
-    """Group the averaged tensors `names`; `tied` names share the group of the one they stand for.
-
-    Raises `RecipeError` for words that are none of those above.
-    """
-    for value, known in ((granularity, Granularity), (constraint, Constraint)):
-        if value not in get_args(known):
-            raise RecipeError(f"{printable(value)!r} is none of {', '.join(get_args(known))}")
+    """Group the averaged tensors `names`; a `tied` one is in the group of that it stands for."""
     labels: dict[str, Callable[[str], str]] = {
         "global": lambda name: "all",
         "layer": layer_of,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import BudgetError
 from streamsoup.plan import MixPlan, plan_memory
+from streamsoup.write import write_at
 
 __all__ = [
     "FileSums",
@@ -162,8 +163,6 @@ class FileSums:
 
     def write(self, tensor: str, start: int, sums: Floats) -> None:
         """Set the sums of a tensor, from element `start` on."""
-        from streamsoup.write import write_at
-
         write_at(self._descriptor, sums.view(np.uint8).data, 8 * (self._places[tensor] + start))
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates, Moved
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
+from streamsoup.write import write_at
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
@@ -201,7 +202,7 @@ class _CandidateSink:
             descriptor = os.open(path, flags, 0o644)
             try:
                 os.ftruncate(descriptor, file.nbytes)
-                os.pwrite(descriptor, file.header, 0)
+                write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
 
@@ -230,8 +231,6 @@ class _CandidateSession:
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        from streamsoup.write import write_at
-
         number, offset = self._places[leaf.tensor]
         offset += start * self._plan.tensors[leaf.tensor].unit_nbytes
         write_at(self._descriptors.writing(self._sink.path(number)), block.data, offset)

@@ -10,12 +10,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
 
-from streamsoup.errors import RecipeError, TaskError
+from streamsoup.errors import RecipeError, TaskError, check_choice
 from streamsoup.soups.candidates import Moved
 from streamsoup.soups.running import SumsPlace
 from streamsoup.soups.scorebook import Members
@@ -29,6 +29,7 @@ __all__ = [
     "SearchOptions",
     "Trial",
     "backward",
+    "best_first",
     "best_run",
     "forward",
     "random_order",
@@ -93,6 +94,11 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("jobs", "passes", "n_orders"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 1")
+        check_choice("ties", self.ties, ("accept", "reject"))
+        check_choice("order", self.order, ("scores", "given", "random"))
+        check_choice("direction", self.direction, ("forward", "backward"))
+        if self.sums is not None:
+            check_choice("sums", self.sums, get_args(SumsPlace))
         if self.n_orders > 1 and self.order != "random":
             raise RecipeError("several orders are random ones: order='random'")
         if self.timeout is not None and not self.timeout > 0:
@@ -181,7 +187,7 @@ def search(names: Sequence[str], ask: Ask, options: SearchOptions) -> Found:
         for i in range(n):
             outcome, known = ask([(j,) for j in range(i, n)], None)
             singles.append(note(i, "single", (i,), outcome, None, "scored", known))
-        orders = [_by_score([single.score.value for single in singles])]
+        orders = [best_first([single.score.value for single in singles])]
     elif options.order == "random":
         orders = _random_orders(n, options)
     go = forward if options.direction == "forward" else backward
@@ -278,10 +284,13 @@ def _is_significant(score: Score, best: Score, options: SearchOptions) -> bool:
     return bool(float(np.mean(difference)) - options.min_gain >= options.z * error)
 
 
-def _by_score(scores: Sequence[float]) -> list[int]:
-    """Order best first, ties in the order given, NaN last."""
-    ranks = [-math.inf if math.isnan(score) else score for score in scores]
-    return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -ranks[i]))
+def best_first(scores: Sequence[float]) -> list[int]:
+    """Give the numbers of `scores` from the largest down; equals in the order given, NaN last.
+
+    >>> best_first([0.5, float("nan"), 0.7, 0.7])
+    [2, 3, 0, 1]
+    """
+    return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i]))
 
 
 def _random_orders(n: int, options: SearchOptions) -> list[list[int]]:

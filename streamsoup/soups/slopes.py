@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError
@@ -30,7 +29,7 @@ from streamsoup.plan import MemoryPlan, MixPlan, memory_budget
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Nothing
-from streamsoup.soups.backward import Work
+from streamsoup.soups.backward import Gradients
 from streamsoup.soups.joined import Apart, pieces_of
 from streamsoup.soups.mixture import Mixture
 from streamsoup.soups.scoring import contained
@@ -138,12 +137,13 @@ class Slopes:
         common = sharing.pop((0,) * len(everyone), [])
         self._own = plan.only({name for names in sharing.values() for name in names})
         self._fixed = plan.only({t.name for t in plan.tensors if t.operation != "mix"})
-        self._common = _these(plan.only(common), [0])
+        self._common = plan.only(common).among([0], Coefficients.uniform(1))
         self._shares: list[_Share] = []
         for firsts, names in sharing.items():
             read = sorted(set(firsts))
             of = tuple(map(read.index, firsts))
-            self._shares.append(_Share(_these(plan.only(names), read), of))
+            few = plan.only(names).among(read, Coefficients.uniform(len(read)))
+            self._shares.append(_Share(few, of))
         if self._free and common:
             self._shares.append(_Share(self._common, (0,) * len(everyone)))
         self._mix = LiveMix(plan, sink, mapped=mapped, options=options, engine=Engine(plan))
@@ -151,7 +151,7 @@ class Slopes:
         self._products = fastest_products(
             self._own, N_PASSES * len(everyone), compiles=memory.compiles
         )
-        self._put_common: float | None = None
+        self._put_common = False
         self._put_fixed = False
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
         self._n_batches: int | None = None
@@ -188,9 +188,9 @@ class Slopes:
     def look(self, raw: Floats, *, backward: bool) -> Evaluation:
         """Give the mean loss over all batches of the split, with its slopes if `backward`."""
         self.mix(raw)
-        with self._at_work(backward=backward, seed=0) as work:
-            work.begin(raw)
-            loss, guard, n = work.sweep(self._task.losses(self._sink.model, self._split))
+        with self._at_work(backward=backward, seed=0) as gradients:
+            gradients.begin(raw)
+            loss, guard, n = gradients.sweep(self._task.losses(self._sink.model, self._split))
             if self._n_batches not in (None, n):
                 raise TaskError(
                     f"{self._task.name}: loss gave {n} batches, and {self._n_batches} before; "
@@ -202,10 +202,10 @@ class Slopes:
                 0.0,
             )
             if backward and math.isfinite(loss):
-                slopes, beta_slope = work.take()
+                slopes, beta_slope = gradients.take()
                 self.n_passes += 1
             if self._guard_split is not None:
-                guard = work.watch(self._task.losses(self._sink.model, self._guard_split))
+                guard = gradients.watch(self._task.losses(self._sink.model, self._guard_split))
         return Evaluation(loss, guard, slopes, beta_slope, n)
 
     def epoch(
@@ -217,22 +217,25 @@ class Slopes:
         computes a batch when it is asked for, so each step mixes first, and then asks.
         """
         assert self._n_batches is not None
-        with self._at_work(backward=True, seed=n) as work:
+        with self._at_work(backward=True, seed=n) as gradients:
             batches = iter(self._task.losses(self._sink.model, self._split))
             n_learned = 0
             for index in range(self._n_batches):
                 learns = not self.watches(index)
-                n_learned += learns
-                looks = learns and n_learned > skip
+                looks = learns and n_learned >= skip
                 if looks:
                     self.mix(raw)
-                    work.begin(raw)
+                    gradients.begin(raw)
                 found = next(batches, None)
                 if found is None:
                     break
+                batch, n_examples = found
+                if not (learns and n_examples):
+                    continue  # the mean over none is a NaN
+                n_learned += 1
                 if looks:
-                    loss = work.learn(*found)
-                    slopes, beta_slope = work.take()
+                    loss = gradients.learn(batch)
+                    slopes, beta_slope = gradients.take()
                     self.n_passes += 1
                     raw = advance(raw, Evaluation(loss, math.nan, slopes, beta_slope, 1))
         return raw
@@ -242,7 +245,7 @@ class Slopes:
         return self._guard_every > 0 and index % self._guard_every == self._guard_every - 1
 
     @contextmanager
-    def _at_work(self, *, backward: bool, seed: int) -> Iterator[Work]:
+    def _at_work(self, *, backward: bool, seed: int) -> Iterator[Gradients]:
         """Make the model ready for the task's code, and put all back afterwards."""
         import torch
 
@@ -250,12 +253,12 @@ class Slopes:
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002 - tasks may use it
             random.seed(seed)
-            work = Work(self, self._sink, self._mixture, self._learned, backward)
+            gradients = Gradients(self, self._sink, self._mixture, self._learned, backward)
             try:
                 with torch.set_grad_enabled(backward):
-                    yield work
+                    yield gradients
             finally:
-                work.close()
+                gradients.close()
 
     def mix(self, raw: Floats) -> None:
         """Put the mixture into the model."""
@@ -274,15 +277,14 @@ class Slopes:
                 for tensor in self._common.tensors
             }
             self._mix_part(self._common, Coefficients((1.0,), per_tensor=totals))
-        elif self._put_common is None:
+        elif not self._put_common:
             self._mix_part(self._common, Coefficients((1.0,)))
-            self._put_common = 1.0
+            self._put_common = True
 
     def _mix_part(self, plan: MixPlan, coefficients: Coefficients) -> None:
         if not plan.tensors:
             return
-        recipe = msgspec.structs.replace(plan.recipe, coefficients=coefficients)
-        part = replace(plan, recipe=recipe)
+        part = plan.among(range(len(plan.ingredients)), coefficients)
         mix, memory = self._mix.reduction(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         started = time.monotonic()
@@ -319,14 +321,6 @@ class Slopes:
                 values[0] = 0.0
                 slopes = values[list(share.of)]
                 yield tensor.name, slopes + first if self._free else slopes
-
-
-def _these(plan: MixPlan, members: Sequence[int]) -> MixPlan:
-    """Give the part of a plan that reads these ingredients alone."""
-    ingredients = tuple(plan.ingredients[i] for i in members)
-    return replace(
-        plan, ingredients=ingredients, layout_of=tuple(plan.layout_of[i] for i in members)
-    )
 
 
 def _inner_memory(plan: MixPlan, *, mapped: bool, options: Options) -> MemoryPlan:
