@@ -372,12 +372,10 @@ def _nbytes(mega: float) -> str:
 
 
 def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
-    return _about(
-        [row for case in cases for row in _rows(rows, case, "streamsoup", cache)], runs=True
-    )
+    return _about([row for case in cases for row in _rows(rows, case, "streamsoup", cache)])
 
 
-def _about(rows: Sequence[Row], *, runs: bool = False) -> str:
+def _about(rows: Sequence[Row]) -> str:
     """Say on what, with what, and when rows were measured."""
     row = rows[-1]
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())

@@ -42,7 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
     on_progress: Callable[[Any], None] | None = None
-    """Called with a `streamsoup.stream.Progress` ten times a second, by the calling thread."""
+    """Called with a `streamsoup.stream.Progress` twenty times a second, by the calling thread."""
 
     @property
     def n_threads(self) -> int:

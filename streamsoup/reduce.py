@@ -41,7 +41,7 @@ LOAD_NBYTES = 64_000_000
 """Bytes to read from which loading a compiled kernel pays (measured: it takes 50 ms)."""
 
 COMPILE_NBYTES = 1_000_000_000
-"""Bytes to read from which compiling one pays, before the work: one or two seconds, once.
+"""Bytes to read from which compiling one pays, before the work: some three seconds, once.
 
 Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
 

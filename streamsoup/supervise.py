@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["leave", "open_standard_streams", "supervised"]
+__all__ = ["die_with", "leave", "open_standard_streams", "supervised"]
 
 GRACE_S = 1.2
 """Time to stop in good order after Ctrl-C or SIGTERM. Work that is cut off is resumed anyway."""
@@ -96,6 +96,13 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
+def die_with(parent: int) -> None:
+    """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was killed before we asked
+        os._exit(1)
+
+
 def leave(status: int) -> NoReturn:
     """End this process with what is printed, and leave the rest to the system (6 ms less)."""
     os._exit(_flush(status))
@@ -109,7 +116,7 @@ def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) ->
     """Be the child: work, and end without what the parent would do at its exit."""
     status = 1
     try:
-        _die_with(parent)
+        die_with(parent)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in heeded:
@@ -145,14 +152,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     for each in _STOPPING:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _die_with(parent: int) -> None:
-    """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _kill(child: int, number: int) -> None:

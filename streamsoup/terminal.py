@@ -42,7 +42,7 @@ class Watcher:
         self._draws = not quiet and sys.stderr.isatty()
         self._bar: Bar | None = None
         self.peak_nbytes = anonymous_nbytes()
-        """Most anonymous memory seen so far; looked at ten times a second."""
+        """Most anonymous memory seen so far; looked at twenty times a second."""
 
     def __call__(self, progress: Progress) -> None:
         """Take note of how far the run has come."""

@@ -53,7 +53,7 @@ def run(
     peers = [p for p in peers if p.room not in failed and not why_not(p, case, _available())]
     tiny = make(Case("0.5M", 2, case.dtype))
     answers: dict[str, Answer] = {}
-    for name, line, env in [("streamsoup", _ours(case, ingredients), {})] + [
+    for name, line, env in [("streamsoup", _ours(ingredients), {})] + [
         (peer.name, command(peer, _output(peer.name), ingredients), dict(peer.env))
         for peer in peers
     ]:
@@ -79,9 +79,7 @@ def run(
             peer_of = {peer.name: peer for peer in peers}
             peer = peer_of.get(name)
             output = _output(name)
-            line = (
-                command(peer, output, ingredients) if peer is not None else _ours(case, ingredients)
-            )
+            line = command(peer, output, ingredients) if peer is not None else _ours(ingredients)
             env = dict(peer.env) if peer is not None else {}
             # Its libraries are to be in the page cache, as its ingredients are: some machines
             # take from the cache what lay there for a minute.
@@ -156,7 +154,7 @@ def _output(name: str) -> Path:
     return cache_folder() / "soups" / "".join(c if c.isalnum() else "-" for c in name)
 
 
-def _ours(case: Case, ingredients: Sequence[Path]) -> list[str]:
+def _ours(ingredients: Sequence[Path]) -> list[str]:
     return uniform(_output("streamsoup"), ingredients)
 
 

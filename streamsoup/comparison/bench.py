@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import xxhash
-from msgspec.structs import replace
 
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
 from streamsoup.errors import TaskError
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.shards import AnyIngredient, Ingredient
 from streamsoup.options import Options
 from streamsoup.plan import MixPlan, memory_budget, plan_memory, plan_mix
 from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
-from streamsoup.soups.make import AnyIngredient, order
+from streamsoup.soups.make import order
 from streamsoup.task import Score, Task
 
 if TYPE_CHECKING:
@@ -287,16 +286,9 @@ class Bench:
 
     def _part(self, mixture: Mixture) -> MixPlan:
         """Cut the plan for the members out of the plan over all ingredients."""
-        plan = self.plan
-        ingredients = tuple(plan.ingredients[i] for i in mixture.members)
-        recipe = msgspec.structs.replace(
-            plan.recipe,
-            ingredients=tuple(ingredient.name for ingredient in ingredients),
-            coefficients=mixture.coefficients,
-        )
-        recipe.check()
-        layout_of = tuple(plan.layout_of[i] for i in mixture.members)
-        return replace(plan, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
+        plan = self.plan.among(mixture.members, mixture.coefficients)
+        plan.recipe.check()
+        return plan
 
     def _live(self) -> ModelSink:
         if self._sink is None:

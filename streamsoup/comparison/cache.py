@@ -17,11 +17,8 @@ one that was cut short or damaged counts as absent.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,9 +27,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamsoup.comparison.calibration import AnyFloats, Labels
-from streamsoup.errors import OutputBusyError, OutputError, printable
+from streamsoup.errors import OutputError, printable
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
+from streamsoup.soups.folder import fingerprint_of, lock_folder
 from streamsoup.task import Score
 
 __all__ = ["Cache"]
@@ -51,7 +49,7 @@ class Cache:
         `ResumeError` if its journal is damaged.
         """
         self.folder = folder
-        self._lock = _take(folder)
+        self._lock = lock_folder(folder)
         try:
             self._journal = Journal(os.path.join(folder, "journal"))
         except BaseException:
@@ -183,12 +181,7 @@ class Cache:
 
 
 def _identity(ingredient: Ingredient) -> str:
-    """Tell an ingredient's files from what they may become: path, file, size and time of each."""
-    shards: Sequence[Any] = [
-        [os.path.realpath(s.path), s.identity.inode, s.identity.size, s.identity.mtime_ns]
-        for s in ingredient.shards
-    ]
-    return xxhash.xxh3_128_hexdigest(repr(shards).encode())
+    return xxhash.xxh3_128_hexdigest(repr(fingerprint_of(ingredient)).encode())
 
 
 def _digest(path: str) -> str:
@@ -201,32 +194,3 @@ def _digest(path: str) -> str:
     except OSError:
         return ""
     return whole.hexdigest()
-
-
-def _take(folder: str) -> int:
-    """Make the folder, and lock it against every other run."""
-    where = printable(folder)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        names = os.listdir(folder)
-        if names and "lock" not in names:
-            raise OutputError(f"{where}: is in the way and no cache of ours; move it elsewhere")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(os.path.join(folder, "lock"), flags, 0o666)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{where}: cannot be made: {error.strerror}; choose another folder, or mend that"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
-        os.close(descriptor)
-        raise OutputBusyError(
-            f"{where}: is being used by {printable(who) or 'another run'}; wait for it, or stop it"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor

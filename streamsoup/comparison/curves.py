@@ -13,7 +13,8 @@ import numpy as np
 
 from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.rows import MEAN, CurvePoint, Row, Splits
-from streamsoup.comparison.selection import Ensemble, best_first, grow_soup
+from streamsoup.comparison.selection import Ensemble, grow_soup
+from streamsoup.soups.search import best_first
 
 __all__ = ["choose_counts", "draw_curves", "values_of"]
 

@@ -19,9 +19,9 @@ from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import to_line
 from streamsoup.errors import RecipeError
+from streamsoup.formats.shards import AnyIngredient
 from streamsoup.inspection import short_names
 from streamsoup.options import Options
-from streamsoup.soups.make import AnyIngredient
 from streamsoup.task import AnyTask, load_task
 
 __all__ = ["Landscape", "Mark", "landscape"]

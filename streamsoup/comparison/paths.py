@@ -16,11 +16,11 @@ from streamsoup.comparison.barriers import Barrier, advantage, barrier
 from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.rows import Splits, to_line
-from streamsoup.comparison.selection import best_first
 from streamsoup.comparison.table import splits_of
 from streamsoup.errors import RecipeError
+from streamsoup.formats.shards import AnyIngredient
 from streamsoup.options import Options
-from streamsoup.soups.make import AnyIngredient
+from streamsoup.soups.search import best_first
 from streamsoup.task import AnyTask, load_task
 
 __all__ = ["Sweep", "sweep"]

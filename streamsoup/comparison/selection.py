@@ -21,29 +21,18 @@ from numpy.typing import NDArray
 from streamsoup.comparison.bench import Bench, Mixture
 from streamsoup.comparison.calibration import AnyFloats, Labels
 
-__all__ = ["Ensemble", "best_first", "grow", "grow_ensemble", "grow_soup"]
+__all__ = ["Ensemble", "grow", "grow_ensemble", "grow_soup"]
 
 Members = tuple[int, ...]
 
 
-def best_first(scores: Sequence[float]) -> list[int]:
-    """Give the numbers of `scores` from the largest down; equals in the order given, NaN last.
-
-    >>> best_first([0.5, float("nan"), 0.7, 0.7])
-    [2, 3, 0, 1]
-    """
-    return sorted(range(len(scores)), key=lambda i: -_rank(scores[i]))
-
-
-def grow(
-    order: Sequence[int], value: Callable[[Members], float], *, accept_ties: bool = True
-) -> Members:
+def grow(order: Sequence[int], value: Callable[[Members], float]) -> Members:
     """Grow a set of members greedily, in this order. Costs a value for each member tried."""
     chosen: Members = (order[0],)
     best = _rank(value(chosen))
     for i in order[1:]:
         found = _rank(value((*chosen, i)))
-        if found > best or (accept_ties and found == best > -math.inf):
+        if found > best or found == best > -math.inf:
             chosen, best = (*chosen, i), found
     return chosen
 

@@ -24,7 +24,7 @@ from streamsoup.comparison.curves import draw_curves, values_of
 from streamsoup.comparison.learning import learn, why_not
 from streamsoup.comparison.pairs import choose_pairs, look_between
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, Pair, Row, Splits
-from streamsoup.comparison.selection import Ensemble, best_first, grow_ensemble, grow_soup
+from streamsoup.comparison.selection import Ensemble, grow_ensemble, grow_soup
 from streamsoup.errors import (
     OutputError,
     OutputExistsError,
@@ -33,13 +33,12 @@ from streamsoup.errors import (
     printable,
     some,
 )
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.shards import AnyIngredient, Ingredient
 from streamsoup.inspection import short_names
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.make import AnyIngredient
 from streamsoup.soups.mixture import Granularity
-from streamsoup.soups.search import random_order
+from streamsoup.soups.search import best_first, random_order
 from streamsoup.task import AnyTask, Task, load_task
 
 __all__ = ["CompareOptions", "check_folder", "compare", "splits_of"]

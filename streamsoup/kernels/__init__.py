@@ -1,5 +1,5 @@
-"""Numbers to numbers: the arithmetic of a block, thrice.
+"""Numbers to numbers: the arithmetic of a block, in four ways with the same bits.
 
 `reference` specifies it, plainly and slowly; `blocks` does it in numpy, ready at once; `cpu` in
-numba, at the speed of memory. The same bits come out of each, and tests hold them to it.
+numba, at the speed of memory; `torch_blocks` on accelerators. Tests hold all to the first.
 """

@@ -8,7 +8,6 @@ starts. Our results must not depend on it.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +24,7 @@ _NBYTES = 256
 def standard_floats() -> Iterator[None]:
     """Compute by the standard in this thread; give it back as it was. Takes microseconds."""
     library = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(library, "fesetenv"):
+    if not hasattr(library, "fesetenv"):
         yield
         return
     before = ctypes.create_string_buffer(_NBYTES)

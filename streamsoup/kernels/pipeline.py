@@ -176,7 +176,6 @@ class Lane(Generic[S, E]):
         import torch
 
         self._device = device
-        self._shape = shape
         n = shape.block
         self._copying, self._summing, self._ending = (device.stream() for _ in range(3))
         self._slots = [_Slot(device, n * shape.staged) for _ in range(shape.n_slots)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamsoup.kernels.reference import widen
-from streamsoup.tensors import DTYPES, DType
+from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +46,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """Give torch's name of a dtype that is carried."""
     import torch
 
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "BF16": torch.bfloat16,
-        "F16": torch.float16,
-    }[dtype.name]
+    return getattr(torch, TORCH_NAMES[dtype.name])  # type: ignore[no-any-return]
 
 
 def word_dtype(dtype: DType) -> torch.dtype:

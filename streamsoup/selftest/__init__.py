@@ -12,13 +12,13 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
+from streamsoup.versions import versions
 
 __all__ = ["Check", "Report", "selftest"]
 
@@ -129,10 +129,8 @@ def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "streamsoup": version("streamsoup"),
+        **versions(),
         "torch": str(torch.__version__),
-        "numpy": version("numpy"),
-        "python": platform.python_version(),
         "system": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
@@ -180,15 +179,7 @@ class Candidates:
         n_tail: int = 0,
     ) -> None:
         """Pass some ingredients through a part of the plan."""
-        plan = part.plan
-        ingredients = tuple(plan.ingredients[i] for i in members)
-        recipe = msgspec.structs.replace(
-            plan.recipe,
-            ingredients=tuple(ingredient.name for ingredient in ingredients),
-            coefficients=Coefficients((1.0,) * len(ingredients), divisor),
-        )
-        layout_of = tuple(plan.layout_of[i] for i in members)
-        plan = replace(plan, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
+        plan = part.plan.among(members, Coefficients((1.0,) * len(members), divisor))
         memory = self.memory_of(plan)
         reduction = self.reduction(plan, memory, starts=starts, n_tail=n_tail)
         reader = open_reader(plan, memory, mapped=self.mapped, kept=self._kept)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import msgspec
 
 from streamsoup.errors import RecipeError, printable
+from streamsoup.formats.shards import AnyIngredient
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
 from streamsoup.recipe import PROVENANCE_NAME, Coefficients
-from streamsoup.soups.make import AnyIngredient, Soup, make, order
+from streamsoup.soups.make import Soup, make, order
 
 __all__ = ["AnyCoefficients", "find_coefficients", "interpolate", "mix", "uniform"]
 

@@ -33,13 +33,14 @@ from msgspec.structs import replace
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.plan import memory_budget
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.candidates import Moved
-from streamsoup.soups.make import AnyIngredient, Order, Soup, make, order
-from streamsoup.soups.scorebook import Members, Scorebook, fingerprint_of
+from streamsoup.soups.folder import fingerprint_of
+from streamsoup.soups.make import Order, Soup, make, order
+from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
 from streamsoup.soups.search import search as go_through
@@ -86,9 +87,9 @@ def greedy_soup(
     the soup in it. Every candidate has the bits of `uniform` over the same ingredients.
 
     Each score is on disk before it is used, in a folder ``OUT.search`` beside the output that is
-    removed at the end: the same call, made again after a kill, goes on from there. Reads at most
-    one ingredient and the running sum per trial (backward: all that is kept). Holds the model,
-    blocks, and the running sum if it fits `options.memory`.
+    removed at the end: the same call, made again after a kill, goes on from there. Most trials read
+    one ingredient and the running sum; where no sum is kept (`running`), and backward, all that is
+    kept. Holds the model, blocks, and the running sum if it fits `options.memory`.
 
     Raises `TaskError` if the task fails, `MismatchError` if the model does not fit, and the errors
     of `make` and `Scorebook`.

@@ -30,13 +30,13 @@ from msgspec.structs import replace
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
+from streamsoup.soups.folder import fingerprint_of
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
-from streamsoup.soups.make import AnyIngredient, Soup, make, order
+from streamsoup.soups.make import Soup, make, order
 from streamsoup.soups.notebook import Notebook
-from streamsoup.soups.scorebook import fingerprint_of
 from streamsoup.task import AnyTask, Task, load_task
 from streamsoup.verification import read_provenance
 
@@ -102,7 +102,8 @@ def learned_soup(
     if not resumed:
         check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
     bound_to = _bound_to(ordered, loaded, learning, split)
-    identity = digest_bytes(json.dumps(bound_to, sort_keys=True).encode())
+    about = [bound_to, ordered.plan.recipe.shard_size]
+    identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
         known = _known(target, identity) if resumed else None
         if known is not None:
@@ -140,6 +141,7 @@ def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str)
         "split": split,
         "dtype": recipe.dtype,
         "non_float": recipe.non_float,
+        "non_finite": recipe.non_finite,
     } | {name: getattr(learning, name) for name in SETTINGS}
 
 

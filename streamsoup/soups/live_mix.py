@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from streamsoup.device_mix import OnDevice, RunningSum, find_device
 from streamsoup.errors import BudgetError, RecipeError
+from streamsoup.formats.shards import AnyIngredient
 from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
@@ -25,7 +26,7 @@ from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates
-from streamsoup.soups.make import AnyIngredient, order
+from streamsoup.soups.make import order
 from streamsoup.soups.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.stream import run
 

@@ -1,17 +1,15 @@
-"""What a learned search has seen, in a journal beside the output: the same folder as `scorebook`.
+"""What a learned search has seen, in a journal beside the output (`folder`).
 
 A search is a fixed function of what it is answered, so it is resumed by answering from the notes.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from streamsoup.journal import Journal
-from streamsoup.soups.scorebook import _check_same, _sync, _take
+from streamsoup.soups.folder import SearchFolder
 
 __all__ = ["Notebook"]
 
@@ -22,30 +20,11 @@ class Notebook:
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
         """Take the search folder of the output at the real path `target`, and read its notes.
 
-        `bound_to` says what the search depends on. Raises `OutputBusyError` if another run
-        searches here, `ResumeError` for a damaged journal or one of another search.
+        Arguments and errors are those of `SearchFolder`.
         """
-        self.root = target + ".search"
-        self._lock = _take(self.root)
-        try:
-            path = os.path.join(self.root, "journal")
-            if restart and os.path.lexists(path):
-                os.unlink(path)
-            self._journal = Journal(path)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        try:
-            records = list(self._journal)
-            if records:
-                _check_same(self.root, records[0].get("search"), dict(bound_to))
-            else:
-                self._journal.append({"search": dict(bound_to)})
-                _sync(self.root)
-                _sync(os.path.dirname(self.root))
-        except BaseException:
-            self.close()
-            raise
+        self._folder = SearchFolder(target, bound_to, restart=restart)
+        self.root = self._folder.root
+        records = self._folder.records
         self._looks = {record["look"]: record for record in records if "look" in record}
         self._last = {key: record for record in records for key in record}
 
@@ -64,7 +43,7 @@ class Notebook:
 
     def put(self, record: dict[str, Any]) -> None:
         """Take a note. It is on disk when this returns, and there alone: notes may be many."""
-        self._journal.append(record)
+        self._folder.journal.append(record)
 
     def find(self, key: str) -> dict[str, Any] | None:
         """Give the last note of an earlier run that has `key`."""
@@ -76,21 +55,8 @@ class Notebook:
 
     def finish(self) -> None:
         """Remove the folder: the output is in place."""
-        self._journal.close()
-        for name in ("journal", "lock"):
-            try:
-                os.unlink(os.path.join(self.root, name))
-            except FileNotFoundError:
-                pass
-        try:
-            os.rmdir(self.root)
-        except OSError:
-            pass  # somebody put a file of their own there
-        self.close()
+        self._folder.finish()
 
     def close(self) -> None:
         """Let go of the folder; a second time does nothing."""
-        self._journal.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._folder.close()

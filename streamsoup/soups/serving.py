@@ -32,7 +32,7 @@ from streamsoup.soups.candidates import Candidates
 from streamsoup.soups.connection import Connection
 from streamsoup.soups.running import SumsPlace, plan_sums
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, contained
-from streamsoup.task.family import die_with_parent
+from streamsoup.supervise import die_with
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
@@ -101,9 +101,7 @@ def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
 
 def serve(descriptor: int, parent: int, is_live: bool) -> None:
     """Be a worker: load the task, then score what comes, until nothing more does."""
-    die_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     connection = Connection(socket.socket(fileno=descriptor))
     mine = os.getpid()
     status = 1

@@ -8,11 +8,9 @@ process that started both be killed with SIGKILL, and so be unable to kill anybo
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ import psutil
 
 from streamsoup.errors import printable
 
-__all__ = ["Family", "Tail", "die_with_parent"]
+__all__ = ["Family", "Tail"]
 
 TAIL_NBYTES = 2000
 """How much of the end of the output a message shows."""
@@ -44,8 +42,6 @@ for round in 1 2 3 4 5; do
 done
 """
 """It is told the leader, and in the end that all is done. Told nothing more, it is left alone."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Tail:
@@ -141,9 +137,3 @@ class Family:
 
     def _is_ours(self, process: psutil.Process) -> bool:
         return self._mark in (process.info["environ"] or {})
-
-
-def die_with_parent() -> None:
-    """Ask to be killed when the parent is (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -64,8 +64,8 @@ def read_score(answer: object, *, main: str | None, to_beat: float | None, where
     """Make a score of what a task answered.
 
     `answer` is a number (of Python, numpy or torch, with a single element), or a dictionary with
-    a main metric: the one named `main`, or the only one, or ``score``. `to_beat` is what the task
-    was told. Raises `TaskError`, which starts with `where`, for anything else.
+    a main metric: the one named `main`, or the only one, or the first of `MAIN_NAMES`. `to_beat` is
+    what the task was told. Raises `TaskError`, which starts with `where`, for anything else.
     """
     if not isinstance(answer, Mapping):
         return Score(_number(answer, where, ""))

@@ -1,0 +1,176 @@
+"""Folders of answers, each held by one run: of a search, beside its output, or of a comparison.
+
+::
+
+    OUT.search/lock          held by the one run that searches here; says who
+    OUT.search/journal       first what is searched for, then a record for each answer
+    OUT.search/candidate-…   the one candidate in the making, for a command
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
+from streamsoup.formats.shards import Ingredient
+from streamsoup.journal import Journal
+from streamsoup.staging import sync_folder
+
+__all__ = ["SearchFolder", "fingerprint_of", "lock_folder"]
+
+_OURS = ("lock", "journal")
+
+
+class SearchFolder:
+    """The folder of one search, with its journal. Scores and looks are kept in it."""
+
+    def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
+        """Take the folder beside the output at the real path `target`, and read its journal.
+
+        `bound_to` says what the answers depend on; it is plain JSON. `restart` forgets those of an
+        earlier run. Raises `OutputBusyError` if another run searches here, `ResumeError` for a
+        damaged journal or one of another search, `OutputError` if the folder is not ours.
+        """
+        self.root = target + ".search"
+        self._lock = lock_folder(self.root)
+        try:
+            path = os.path.join(self.root, "journal")
+            if restart and os.path.lexists(path):
+                os.unlink(path)
+            self._clear()
+            self.journal = Journal(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            self.records = self._begin(dict(bound_to))
+            """All answers of earlier runs."""
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Remove the folder: the output is in place."""
+        self.journal.close()
+        self._clear()
+        for name in _OURS:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, name))
+        with suppress(OSError):  # somebody put a file of their own there
+            os.rmdir(self.root)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; a second time does nothing."""
+        self.journal.close()
+        if self._lock >= 0:
+            if os.path.isdir(self.root):
+                self._clear()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _begin(self, bound_to: dict[str, Any]) -> list[dict[str, Any]]:
+        """Check what the journal belongs to, or note it in a new one; give the other records."""
+        records = list(self.journal)
+        if records:
+            _check_same(self.root, records[0].get("search"), bound_to)
+        else:
+            self.journal.append({"search": bound_to})
+            sync_folder(self.root)
+            sync_folder(os.path.dirname(self.root))
+        return records[1:]
+
+    def _clear(self) -> None:
+        """Remove candidates that a killed run left."""
+        for name in os.listdir(self.root):
+            if name.startswith("candidate-"):
+                shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
+            elif name.startswith("sum-"):
+                os.unlink(os.path.join(self.root, name))
+
+
+def lock_folder(root: str) -> int:
+    """Make a folder, and lock it against every other run; give the descriptor of the lock.
+
+    Raises `OutputBusyError` if another run holds it, `OutputError` if it is not ours.
+    """
+    where = printable(root)
+    try:
+        os.makedirs(os.path.dirname(root) or os.curdir, exist_ok=True)
+        os.mkdir(root)
+    except FileExistsError:
+        names = os.listdir(root) if os.path.isdir(root) and not os.path.islink(root) else ["?"]
+        if names and not set(names) & set(_OURS):
+            raise OutputError(f"{where}: is in the way and not ours; move it elsewhere") from None
+    except OSError as error:
+        raise OutputError(
+            f"{where}: cannot be made: {error.strerror}; choose another folder, or mend that"
+        ) from None
+    while True:
+        path = os.path.join(root, "lock")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise OutputBusyError(
+                f"{where}: is being used by {printable(who) or 'another run'}; "
+                "wait for it, or stop it"
+            ) from None
+        try:
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                break
+        except FileNotFoundError:  # the other run has just finished, and removed it
+            os.makedirs(root, exist_ok=True)
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
+
+
+def fingerprint_of(ingredient: Ingredient) -> list[Any]:
+    """Tell an ingredient from what it may become: path, file, size and time of each shard."""
+    # Not the device: its number may change when the machine starts anew.
+    return [
+        [os.path.realpath(s.path), s.identity.inode, s.identity.size, s.identity.mtime_ns]
+        for s in ingredient.shards
+    ]
+
+
+def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
+    """Refuse answers that were given for something else, and say what changed."""
+    if found == wanted:
+        return
+    advice = "its scores are not trusted; --restart forgets them, or choose another output"
+    if not isinstance(found, dict):
+        raise ResumeError(f"{printable(root)}: is of another kind of search; {advice}")
+    changed: list[str] = []
+    before, now = found.get("ingredients"), wanted["ingredients"]
+    if before != now:
+        changed.append(_what_changed(before, now))
+    for key in wanted:
+        if key != "ingredients" and found.get(key) != wanted[key]:
+            names = {"task": "the task", "code": "the code of the task"}
+            changed.append(names.get(key, f"--{key.replace('_', '-')}"))
+    if "the task" in changed and "the code of the task" in changed:
+        changed.remove("the code of the task")
+    raise ResumeError(
+        f"{printable(root)}: holds an unfinished search, and since then {some(changed)} changed; "
+        f"{advice}"
+    )
+
+
+def _what_changed(before: Any, now: Sequence[Any]) -> str:
+    """Name the ingredients that are not the ones of before."""
+    if not isinstance(before, list) or [each[0] for each in before] != [each[0] for each in now]:
+        return "the list of ingredients"
+    names = [new[0] for old, new in zip(before, now, strict=True) if old != new]
+    return f"the ingredient{'s' if len(names) > 1 else ''} {some(names)}"
