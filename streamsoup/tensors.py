@@ -123,7 +123,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     begin: int
-    """Offset of the first byte, from the start of the file."""
+    """Offset of the first byte, from the end of the header."""
 
     @property
     def n_elements(self) -> int:

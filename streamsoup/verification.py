@@ -118,6 +118,12 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
     for record in provenance.shards:
         if record.name not in soup.layout.file_names:
             problems.append(f"{printable(record.name)} is missing")
+    recorded = {record.name for record in provenance.shards}
+    for name in sorted(os.listdir(folder)):
+        # Those that were opened are looked at below.
+        beside = name.endswith(".safetensors") and not name.startswith(".")
+        if beside and name not in recorded and name not in soup.layout.file_names:
+            problems.append(f"{printable(name)} was not made here")
     nbytes = 0
     found: set[str] = set()
     for shard in soup.shards:
@@ -135,14 +141,16 @@ def _check_shard(shard: Shard, provenance: Provenance, found: set[str], problems
     """Compare a shard's header and tensors with their digests; give how many bytes were read."""
     recorded = {record.name: record.digest for record in provenance.shards}
     with open(shard.path, "rb", buffering=0) as opened:
-        header = os.pread(opened.fileno(), shard.first_byte, 0)
+        header = os.pread(opened.fileno(), shard.data_begin, 0)
         if recorded.get(os.path.basename(shard.path)) != digest_bytes(header):
             problems.append(f"the header of {_base(shard)} has changed")
         for spec in shard.header.tensors.values():
             found.add(spec.name)
             if spec.name not in provenance.tensors:
                 problems.append(f"{printable(spec.name)} in {_base(shard)} was not made here")
-            elif provenance.tensors[spec.name] != _digest_tensor(opened.fileno(), spec):
+            elif provenance.tensors[spec.name] != _digest_tensor(
+                opened.fileno(), shard.data_begin, spec
+            ):
                 problems.append(f"{printable(spec.name)} in {_base(shard)} has changed")
     return shard.identity.size
 
@@ -151,7 +159,7 @@ def _base(shard: Shard) -> str:
     return printable(os.path.basename(shard.path))
 
 
-def _digest_tensor(descriptor: int, spec: TensorSpec) -> str:
+def _digest_tensor(descriptor: int, data_begin: int, spec: TensorSpec) -> str:
     """Digest a tensor where it lies, leaf by leaf, a piece at a time."""
     whole = xxhash.xxh3_128()
     unit = spec.dtype.itemsize if spec.dtype.averaged else 1
@@ -159,7 +167,7 @@ def _digest_tensor(descriptor: int, spec: TensorSpec) -> str:
         leaf = xxhash.xxh3_128()
         end = min(begin + LEAF * unit, spec.nbytes)
         while begin < end:
-            part = os.pread(descriptor, min(1 << 20, end - begin), spec.begin + begin)
+            part = os.pread(descriptor, min(1 << 20, end - begin), data_begin + spec.begin + begin)
             if not part:
                 raise VerificationError(f"{printable(spec.name)} ended while it was being read")
             leaf.update(part)

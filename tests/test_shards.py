@@ -6,15 +6,26 @@ import json
 import os
 import socket
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import as_hub_snapshot, command, content, random_model, save, save_sharded, tensor
+from checkpoints import (
+    as_hub_snapshot,
+    command,
+    content,
+    load_array,
+    random_model,
+    save,
+    save_sharded,
+    tensor,
+)
 
-from streamsoup import uniform, verify
+from streamsoup import Options, uniform, verify
 from streamsoup.errors import (
+    BudgetError,
     ChangedIngredientError,
     CorruptFileError,
     FormatError,
@@ -23,6 +34,10 @@ from streamsoup.errors import (
     UnsafePickleError,
 )
 from streamsoup.formats.shards import Pantry, open_ingredients
+from streamsoup.plan import opening_nbytes
+from streamsoup.recipe import Coefficients
+from streamsoup.soups import make
+from streamsoup.soups.make import order
 
 A = {"a": tensor(np.zeros(3, np.float32))}
 B = {"b": tensor(np.ones((2, 2), np.float16))}
@@ -361,7 +376,8 @@ def test_all_layouts_open_alike(tmp_path: Path) -> None:
         assert found == {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in model.items()}
         for name, (number, spec) in ingredient.layout.places.items():
             whole = Path(ingredient.shards[number].path).read_bytes()
-            assert whole[spec.begin : spec.begin + spec.nbytes] == model[name][2]
+            begin = ingredient.shards[number].data_begin + spec.begin
+            assert whole[begin : begin + spec.nbytes] == model[name][2]
     assert [each.folder is None for each in opened] == [True, False, False, False, False]
 
 
@@ -431,6 +447,50 @@ def test_equal_headers_are_kept_once(tmp_path: Path) -> None:
     assert first.layout is second.layout is third.layout
     assert fourth.layout is not first.layout
     assert fourth.shards[0].header is first.shards[0].header
+
+
+def test_metadata_makes_no_difference(tmp_path: Path) -> None:
+    """Fine-tunes share their layout whatever their files say besides; none of it is held."""
+    tensors = {"a": tensor(np.arange(5.0)), "b": tensor(np.arange(3, dtype=np.float16))}
+    said = [{"step": str(10**i), "tags": "x" * 10**6 * i} for i in range(4)]
+    paths = [save(tmp_path / f"m{i}", tensors, metadata) for i, metadata in enumerate(said)]
+    tracemalloc.start()
+    opened = open_ingredients(paths)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len({id(each.layout) for each in opened}) == 1
+    assert len({each.shards[0].data_begin for each in opened}) == 4
+    assert held < 100_000
+    assert peak < 4 * 3_000_000
+    soup = uniform(opened, output=tmp_path / "soup")
+    assert (load_array(tmp_path / "soup", "a") == np.arange(5.0)).all()
+    assert verify(soup.path).rederived
+    # The plan knows what was held while they were opened.
+    ordered = order(paths, Coefficients.uniform(4), method="mix", options=Options())
+    assert opening_nbytes(ordered.plan) > 12_000_000
+    large = save(tmp_path / "large", tensors, {"tags": "x" * 40_000_000})
+    ordered = order([large], Coefficients.uniform(1), method="mix", options=Options())
+    assert ordered.memory.peak_nbytes > 160_000_000
+    with pytest.raises(BudgetError):
+        order([large], Coefficients.uniform(1), method="mix", options=Options(memory="150MB"))
+
+
+def test_work_is_not_resumed_with_a_file_written_in_place(tmp_path: Path) -> None:
+    """Reproducible archives give all files one time: the same size and times are not the same."""
+    paths = [save(tmp_path / f"m{i}", {"a": tensor(np.arange(5.0) + i)}) for i in range(2)]
+    file = paths[0] / "model.safetensors"
+    os.utime(file, (1, 1))
+
+    def fingerprint() -> str:
+        coefficients = Coefficients.uniform(2)
+        return make._fingerprint(order(paths, coefficients, method="mix", options=Options()))
+
+    before = fingerprint()
+    assert fingerprint() == before
+    with open(file, "r+b") as opened:
+        opened.write(content({"a": tensor(np.arange(5.0) + 9)}))
+    os.utime(file, (1, 1))
+    assert fingerprint() != before
 
 
 def test_an_open_ingredient_is_checked_again(tmp_path: Path) -> None:

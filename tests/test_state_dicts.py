@@ -56,6 +56,25 @@ def test_changes_and_strangers_are_refused() -> None:
         open_ingredients([opened])
     with pytest.raises(FormatError, match="epoch"):
         open_ingredients([{"w": torch.zeros(1), "epoch": 3}])
+    strangers: list[Any] = [
+        {1: torch.zeros(1), "1": torch.ones(1)},
+        {"\ud800": torch.zeros(1)},
+        {"w": torch.nn.UninitializedParameter()},
+        {"w": torch.zeros(1).as_subclass(type("Sharded", (torch.Tensor,), {}))},
+    ]
+    for stranger in strangers:
+        with pytest.raises(FormatError, match="plain dense tensors were expected"):
+            open_ingredients([stranger])
+
+
+def test_conjugates_that_were_put_off_are_taken(tmp_path: Path) -> None:
+    """What torch has noted, and not computed yet, is in the bytes."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    paths = [{"z": z.conj(), "y": z.conj().imag}, {"z": z.conj().clone(), "y": -z.imag}]
+    soup = streamsoup.uniform(paths, output=tmp_path / "out")
+    found = load_file(Path(soup.path) / "model.safetensors")
+    assert torch.equal(found["z"], z.conj().resolve_conj())
+    assert torch.equal(found["y"], -z.imag)
 
 
 def test_memory_may_be_shared_from_the_middle_on() -> None:

@@ -12,6 +12,7 @@ their strictest sense; where its own reader is more lenient (floats as offsets),
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -20,10 +21,13 @@ import msgspec
 from streamsoup.errors import CorruptFileError, FormatError, UnsupportedDtypeError, printable
 from streamsoup.tensors import DTYPES, TensorSpec
 
-__all__ = ["HEADER_LIMIT", "Header", "header_nbytes", "make_header", "parse_header"]
+__all__ = ["HEADER_LIMIT", "SURROGATE", "Header", "header_nbytes", "make_header", "parse_header"]
 
 HEADER_LIMIT = 100_000_000
 """The largest header in bytes, as in the reference reader; ours and theirs refuse more."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What no UTF-8 text holds: half of a pair, from an escape or from a path."""
 
 _LARGEST = 2**63 - 1
 """The largest size or offset: file offsets are signed 64-bit numbers."""
@@ -34,9 +38,6 @@ class Header(msgspec.Struct, frozen=True):
 
     tensors: dict[str, TensorSpec]
     """By name, in the order in which they lie in the file."""
-    metadata: dict[str, str]
-    nbytes: int
-    """Size the file must have."""
 
 
 def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
@@ -68,24 +69,24 @@ def parse_header(text: bytes, file_nbytes: int) -> Header:
     if not text.startswith(b"{"):
         raise CorruptFileError("has a header that does not start with '{'")
     entries = _load_json(text)
-    metadata = _check_metadata(entries.pop("__metadata__", {}))
-    data_begin = 8 + len(text)
-    specs = [_check_tensor(name, entry, data_begin) for name, entry in entries.items()]
+    _check_metadata(entries.pop("__metadata__", {}))
+    specs = [_check_tensor(name, entry) for name, entry in entries.items()]
     # Zero-size tensors share their offset with a neighbour: they sort before it.
     specs.sort(key=lambda spec: (spec.begin, spec.nbytes))
-    end = data_begin
+    end = 0
     for spec in specs:
         if spec.begin != end:
             what = "overlaps the one before it" if spec.begin < end else "leaves a hole before it"
             raise CorruptFileError(
-                f"tensor {printable(spec.name)!r} {what}: it begins at byte "
-                f"{spec.begin - data_begin} of the data, expected {end - data_begin}"
+                f"tensor {printable(spec.name)!r} {what}: it begins at byte {spec.begin} of the "
+                f"data, expected {end}"
             )
         end += spec.nbytes
+    end += 8 + len(text)
     if end != file_nbytes:
         what = "is truncated" if end > file_nbytes else "has bytes after its last tensor"
         raise CorruptFileError(f"{what}: its tensors end at byte {end}, the file at {file_nbytes}")
-    return Header({spec.name: spec for spec in specs}, metadata, file_nbytes)
+    return Header({spec.name: spec for spec in specs})
 
 
 def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
@@ -168,15 +169,12 @@ def _plain_integer(text: str) -> int:
 
 def _check_name(name: str) -> None:
     """Refuse lone surrogates: such a text can be written in no header."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise CorruptFileError(
-            f"has {printable(name)!r} in its header, which is not Unicode"
-        ) from None
+    if SURROGATE.search(name):
+        raise CorruptFileError(f"has {printable(name)!r} in its header, which is not Unicode")
 
 
-def _check_metadata(metadata: Any) -> dict[str, str]:
+def _check_metadata(metadata: Any) -> None:
+    """Check what nothing here uses: whoever writes it may do so by the megabyte."""
     if not isinstance(metadata, dict):
         raise CorruptFileError("has a __metadata__ that is not a JSON object")
     for key, value in metadata.items():
@@ -186,10 +184,9 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
                 f"has the __metadata__ {printable(key)!r}, which is not a string"
             )
         _check_name(value)
-    return metadata
 
 
-def _check_tensor(name: str, entry: Any, data_begin: int) -> TensorSpec:
+def _check_tensor(name: str, entry: Any) -> TensorSpec:
     _check_name(name)
     where = f"tensor {printable(name)!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -220,7 +217,7 @@ def _check_tensor(name: str, entry: Any, data_begin: int) -> TensorSpec:
         raise CorruptFileError(
             f"{where} has {end - begin} bytes of data, but its shape and dtype take {nbits // 8}"
         )
-    return TensorSpec(name, dtype, tuple(shape), data_begin + begin)
+    return TensorSpec(name, dtype, tuple(shape), begin)
 
 
 def _are_sizes(value: Any) -> bool:

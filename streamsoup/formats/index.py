@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,15 @@ def read_index(path: str) -> dict[str, str]:
                 f"{where}: places tensor {printable(name)!r} in {printable(file)!r}, "
                 "which is not the plain name of a safetensors file"
             )
+    for file in sorted(set(weight_map.values())):
+        try:
+            # Half a character, which no system has, is refused when the shard is opened.
+            os.fsencode(file.encode(errors="replace").decode())
+        except UnicodeEncodeError:
+            raise FormatError(
+                f"{where}: names the file {printable(file)!r}, which cannot be said in "
+                f"{sys.getfilesystemencoding()}, as names are here; set LC_ALL=C.UTF-8"
+            ) from None
     return weight_map
 
 

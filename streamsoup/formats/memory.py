@@ -17,13 +17,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
-from streamsoup.formats.header import make_header
+from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.tensors import TORCH_NAMES
 
 __all__ = ["MemoryShard", "open_state"]
 
-_PIECE = 1 << 24
+_PIECE = 1 << 20
 """Bytes digested at a time."""
 
 
@@ -47,7 +47,8 @@ class Memory:
         tensor = self._tensors[i].detach()
         size = tensor.element_size()
         first, last = begin - self._begins[i], end - self._begins[i]
-        elements = _elements(tensor, first // size, -(-last // size)).cpu()
+        elements = _elements(tensor, first // size, -(-last // size))
+        elements = elements.cpu().resolve_conj().resolve_neg()
         raw: NDArray[np.uint8] = elements.contiguous().view(torch.uint8).numpy()
         skip = first % size
         return raw[skip : skip + last - first]
@@ -117,17 +118,21 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     strange = [
         name
         for name, tensor in state.items()
-        if not isinstance(tensor, torch.Tensor)
+        if not isinstance(name, str)
+        or SURROGATE.search(name)
+        # Subclasses are sharded, quantised, fake or not there yet.
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", None))
         or tensor.dtype not in names
         or tensor.layout != torch.strided
         or tensor.is_meta
+        or tensor.is_nested
     ]
     if strange or not state:
         raise FormatError(
             f"a state dict holds {some(strange) or 'nothing'}, where plain dense tensors were "
             "expected; leave out what is no weight"
         )
-    tensors = {str(name): tensor for name, tensor in state.items()}
+    tensors = dict(state)
     text = make_header(
         [
             (name, names[t.dtype], tuple(t.shape), t.numel() * t.element_size())
@@ -145,7 +150,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
             digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)].data)
     label = f"state dict {digest.hexdigest()}"
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
-    shard = MemoryShard(printable(label), identity, header, memory)
+    shard = MemoryShard(printable(label), identity, header, 0, 0, memory)
     return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
 
 

@@ -68,12 +68,12 @@ class Shard(msgspec.Struct, frozen=True):
     path: str
     identity: Identity
     header: Header
-
-    @property
-    def first_byte(self) -> int:
-        """Offset of the first byte after the header."""
-        first = next(iter(self.header.tensors.values()), None)
-        return first.begin if first else self.identity.size
+    data_begin: int
+    """Offset of the first byte after the header."""
+    ctime_ns: int
+    """When the file was last written to, renamed, linked or granted to others. Work is resumed only
+    while it is the same: files written in place may be given the times of those before them. Not a
+    part of the identity, as backups and indexers change it under a run that goes on."""
 
     def check_unchanged(self) -> None:
         """Raise `ChangedIngredientError` unless the path still leads to the same, untouched file.
@@ -162,15 +162,22 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
 class Pantry(msgspec.Struct):
     """Parsed headers and layouts, kept once each while ingredients are opened."""
 
-    headers: dict[tuple[bytes, int], Header] = {}
+    texts: dict[int, tuple[bytes, int, Header]] = {}
+    """The text of the header last parsed of each shard, by its number, and the size of its file."""
+    headers: dict[tuple[TensorSpec, ...], Header] = {}
     layouts: dict[tuple[object, ...], Layout] = {}
 
-    def header(self, text: bytes, file_nbytes: int) -> Header:
-        """Parse a header, unless the same bytes were parsed before."""
-        key = (text, file_nbytes)
-        if key not in self.headers:
-            self.headers[key] = parse_header(text, file_nbytes)
-        return self.headers[key]
+    def header(self, text: bytes, file_nbytes: int, number: int = 0) -> Header:
+        """Parse the header of shard `number`, unless that of the ingredient before was the same.
+
+        Those that differ in metadata or padding alone give the same header.
+        """
+        before, nbytes, header = self.texts.get(number, (b"", 0, None))
+        if header is None or (before, nbytes) != (text, file_nbytes):
+            parsed = parse_header(text, file_nbytes)
+            header = self.headers.setdefault(tuple(parsed.tensors.values()), parsed)
+            self.texts[number] = text, file_nbytes, header
+        return header
 
     def layout(self, shards: Sequence[Shard], root: str) -> Layout:
         """Merge the headers of `shards`, unless the same were merged before."""
@@ -227,14 +234,17 @@ class Pantry(msgspec.Struct):
         """Open the shards that the index `name` of a folder lists."""
         weight_map = read_index(os.path.join(folder, name))
         files = sorted(set(weight_map.values()))
-        shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
+        shards = tuple(
+            self._open_shard(os.path.join(folder, file), number)
+            for number, file in enumerate(files)
+        )
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
         check_files(os.path.join(folder, name), files, _names_in(folder))
         return Ingredient(given, folder, shards, layout, name)
 
-    def _open_shard(self, path: str) -> Shard:
+    def _open_shard(self, path: str, number: int = 0) -> Shard:
         """Read one header, with errors that name the file."""
         _check_path(path)
         if path.endswith(PICKLES):
@@ -247,7 +257,7 @@ class Pantry(msgspec.Struct):
                 head = _read_exactly(descriptor, min(8, status.st_size), 0)
                 length = header_nbytes(head, status.st_size)
                 text = _read_exactly(descriptor, length, 8)
-                header = self.header(text, status.st_size)
+                header = self.header(text, status.st_size, number)
         except FormatError as error:
             raise type(error)(f"{printable(path)}: {error}") from None
         except FileNotFoundError:
@@ -259,7 +269,7 @@ class Pantry(msgspec.Struct):
             raise FormatError(
                 f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
             ) from None
-        return Shard(path, Identity.of(status), header)
+        return Shard(path, Identity.of(status), header, 8 + length, status.st_ctime_ns)
 
 
 AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any

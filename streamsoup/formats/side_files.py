@@ -37,14 +37,18 @@ LEFT_OUT = (
 )
 """Weights, the state of a training run, and descriptions of the one model it came from."""
 
+_OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
+"""What a soup has files of, so that no folder may have such a name in it."""
+
 _OF_TRAINING = (".", "checkpoint-", "global_step", "runs", "wandb")
 """What the names of folders begin with that a training run leaves."""
 
 LARGEST = 1_000_000_000
 """Bytes beyond which a file is no configuration and no tokenizer: left out, with a warning."""
 
-CONFIG_LIMIT = 16_000_000
-"""Bytes of a ``config.json`` that are read into memory; models' have some thousands."""
+CONFIG_LIMIT = 4_000_000
+"""Bytes of a ``config.json`` that are read, and may take 25 times as much memory; models' have some
+thousands, or two millions with the names of 21,000 classes."""
 
 
 class SideFile(msgspec.Struct, frozen=True):
@@ -123,15 +127,21 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
         weighty = [name for name in folders if _holds_weights(os.path.join(at, name))]
         heavy += [os.path.relpath(os.path.join(at, name), folder) for name in weighty]
         folders[:] = [name for name in folders if name not in weighty]
+        ours = [name for name in folders if _matches(name, _OF_A_SOUP)]
+        strange += [os.path.relpath(os.path.join(at, name), folder) for name in ours]
+        folders[:] = [name for name in folders if name not in ours]
         linked = [name for name in folders if os.path.islink(os.path.join(at, name))]
         for name in sorted(files + linked):
             path = os.path.join(at, name)
-            left_out = any(fnmatch(name.lower(), pattern) for pattern in LEFT_OUT)
-            if left_out or name.startswith("."):
+            if name.startswith(".") or _matches(name, LEFT_OUT):
                 continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             (names if _is_regular(path) else strange).append(_checked(relative, path))
     return names, strange, heavy
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
 def _refuse_unlisted(error: OSError) -> NoReturn:
@@ -229,5 +239,12 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys:
         config[key] = TORCH_NAMES[dtype.name]
-    content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    return SideFile(file.name, file.path, content) if keys else file
+    if not keys:
+        return file
+    try:
+        content = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character can only be written as the escape it came as
+        content = json.dumps(config, indent=2).encode()
+    except RecursionError:  # read without trouble, but nested too deep to be written with indents
+        content = json.dumps(config).encode()
+    return SideFile(file.name, file.path, content + b"\n")

@@ -261,7 +261,7 @@ def _finished(target: str, plan: MixPlan, started: float) -> Soup:
 def _fingerprint(ordered: Order) -> str:
     """Tell this order from every other: recipe, files that go in, bytes that come out."""
     identities = [
-        [shard.path, list(msgspec.structs.astuple(shard.identity))]
+        [shard.path, shard.ctime_ns, *msgspec.structs.astuple(shard.identity)]
         for ingredient in ordered.plan.ingredients
         for shard in ingredient.shards
     ]
