@@ -109,8 +109,10 @@ def test_wsm_is_a_decay_of_the_learning_rate(states: Any, paths: list[str], tmp_
 def test_task_arithmetic(states: Any, paths: list[str], tmp_path: Path) -> None:
     """Base plus λ times each task vector, with one λ or with one for each."""
     base, *others = states
-    for number, scale in enumerate((0.4, [0.5, -1.0, 0.25, 0.0])):
-        each = [scale] * N if isinstance(scale, float) else scale
+    with pytest.raises(RecipeError, match="scales that sum to inf"):
+        streamsoup.arithmetic(paths[1:], 1e308, base=paths[0], output=tmp_path / "soup")
+    for number, scale in enumerate((0.4, [0.5, -1.0, 0.25, 0.0], np.float32(0.5))):
+        each = scale if isinstance(scale, list) else [float(scale)] * N
         expected = {
             n: base[n] + sum(s * (o[n] - base[n]) for s, o in zip(each, others, strict=True))
             for n in base
@@ -232,6 +234,29 @@ def test_numpy_has_no_say_in_the_barycentre(name: str, value: str) -> None:
     assert here == there
 
 
+@pytest.mark.parametrize("n", [3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_more_vectors_than_elements(n: int, size: int) -> None:
+    """A bias of few elements has its mean on the sphere, or none; and no coefficient explodes."""
+    rng = np.random.default_rng(0)
+    n_found = 0
+    for _ in range(300):
+        vectors = rng.normal(size=(n, size))
+        factors = sphere_factors(vectors @ vectors.T, np.full(n, 1 / n))
+        if factors is None:
+            continue
+        n_found += 1
+        assert np.abs(factors).sum() <= 100.001
+        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        point = factors @ units
+        assert np.linalg.norm(point) == pytest.approx(1, abs=1e-8)
+        angles = np.arccos(np.clip(units @ point, -1, 1))
+        stretch = np.where(angles > 1e-6, angles / np.sin(np.maximum(angles, 1e-6)), 1.0)
+        pull = stretch @ (units - np.cos(angles)[:, None] * point) / n
+        assert np.linalg.norm(pull) < 1e-6
+    assert n_found > (200 if size > 1 else 0)
+
+
 def test_spheres_without_a_mean() -> None:
     """Opposite vectors, and a vector of length zero, leave no spherical mean."""
     half = np.array([0.5, 0.5])
@@ -244,7 +269,7 @@ def test_spheres_without_a_mean() -> None:
 
 def test_weights_on_a_sphere_are_shares(paths: list[str], tmp_path: Path) -> None:
     """Negative, missing and infinite weights are refused."""
-    for weights in ([1.0, -1.0], [1.0], [0.0, 0.0], [1.0, math.inf]):
+    for weights in ([1.0, -1.0], [1.0], [0.0, 0.0], [1.0, math.inf], [1e308, 1e308]):
         with pytest.raises(RecipeError, match="weights"):
             streamsoup.slerp(paths[:2], weights, output=tmp_path / "soup")
 

@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -623,6 +625,84 @@ def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path
     assert len(soup.looks) == 4
     uniform = streamsoup.uniform(paths, output=tmp_path / "u", options=Options(non_float="first"))
     assert soup.provenance.tensors == uniform.provenance.tensors
+
+
+def test_what_a_loss_changes_is_put_back(paths: list[str], tmp_path: Path) -> None:
+    """Statistics and weights that all share are those of the soup at each look, and in the end."""
+
+    def loss(model: nn.Module, split: str) -> Any:
+        for x, y in make_batches(10):
+            with torch.no_grad():
+                model.get_parameter("blocks.0.1.weight").mul_(1.5)
+                model.get_buffer("blocks.0.1.num_batches_tracked").add_(7)
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    def search(name: str, **learning: Any) -> Any:
+        task = task_of(make_batches())
+        task.loss = loss
+        model = Net().double()
+        soup = learned_soup(
+            paths,
+            task,
+            model=model,
+            output=tmp_path / name,
+            learning=LearningOptions(evaluations=3, epochs=1, **learning),
+            options=Options(non_float="first", threads=1),
+        )
+        made = load_file(tmp_path / name / "model.safetensors")
+        live = model.state_dict()
+        assert [k for k, v in made.items() if not torch.equal(live[k], v)] == []
+        return soup
+
+    soup = search("lbfgs")
+    again = search("once", optimizer="adamw")
+    assert again.looks[0].loss == soup.looks[0].loss
+    assert again.report["ended"] == "1 epochs"
+
+
+class _Named(NamedTuple):
+    hidden: Any
+    logits: Any
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    logits: Any
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: _Named(None, y),
+        lambda y: _Frozen(y),
+        lambda y: SimpleNamespace(logits=y),
+        lambda y: {"logits": y},
+        lambda y: (y, None),
+    ],
+)
+def test_logits_are_heated_wherever_they_are(
+    paths: list[str], tmp_path: Path, wrap: Callable[[Any], Any]
+) -> None:
+    """Whatever a model gives its logits in, the same β is learned."""
+
+    class Wrapping(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            return wrap(super().forward(x))
+
+    def loss(model: nn.Module, split: str) -> Any:
+        for x, y in make_batches():
+            out = model(x)
+            logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+            if logits is None:
+                logits = out["logits"] if isinstance(out, dict) else out[0]
+            yield nn.functional.cross_entropy(logits, y), len(y)
+
+    settings = {"temperature": True, "evaluations": 4}
+    plain = learn(paths, tmp_path / "plain", task_of(make_batches()), **settings)
+    task = task_of(make_batches())
+    task.loss, task.build = loss, lambda: Wrapping().double()
+    soup = learn(paths, tmp_path / "soup", task, **settings)
+    assert soup.beta == plain.beta != 1.0
 
 
 def test_refusals(paths: list[str], tmp_path: Path) -> None:

@@ -37,6 +37,13 @@ from streamsoup.soups.make import Soup, make, order
 __all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]
 
 Floats = NDArray[np.float64]
+
+NEARLY_OPPOSITE = -1 + 1e-9
+"""Cosine, about 0.003 degrees from opposite, from which there is no telling the way."""
+
+LARGEST_FACTORS = 100.0
+"""Sum of the absolute coefficients, beyond which they stand for what cancels out, and for nothing
+where vectors differ in length. The SLERP of two has fewer unless they are 179 degrees apart."""
 Curve = Literal["linear", "cosine", "sqrt"]
 
 
@@ -130,9 +137,11 @@ def arithmetic(
     unlearns. Costs and errors as for `uniform`; the base is read too.
     """
     n = len(ingredients)
-    scales = [float(scale)] * n if isinstance(scale, (int, float)) else [float(s) for s in scale]
+    scales = [float(s) for s in scale] if np.ndim(scale) else [float(scale)] * n  # type: ignore[arg-type, union-attr]
     if len(scales) != n:
         raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
+    if not math.isfinite(sum(scales)):
+        raise RecipeError(f"scales that sum to {sum(scales)} leave no factor for the base")
     factors = [1.0 - math.fsum(scales), *scales]
     report = {"scale": scales}
     return _make(ingredients, factors, "arithmetic", report, output, options, base=base)
@@ -204,8 +213,9 @@ def slerp(
     `weights` are positive, one for each, and are divided by their sum. For two that is
     sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of the
     sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
-    `base`: then task vectors turn, and the base is added. Where one of them is zero or all cancel
-    out, the mean is a straight one, and the report counts those tensors. Costs as for `stock`.
+    `base`: then task vectors turn, and the base is added. Where one of them is zero, or they cancel
+    out or lie all around the sphere, the mean is a straight one, and the report counts those
+    tensors. Costs as for `stock`.
     """
     shares = _shares(weights, len(ingredients))
     places = _measure(ingredients, base, output, options)
@@ -232,33 +242,41 @@ def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
     """Give the coefficients of the weighted barycentre on the sphere, from products of vectors.
 
     `gram` is ``(vector, vector)``, `shares` ``(vector,)`` sum to 1. None where a vector is zero,
-    or where they cancel out. Starts from the straight mean, and goes the way of the mean of the
-    logarithms until that vanishes (Buss and Fillmore 2001, https://doi.org/10.1145/502122.502124).
+    or where there is no such point to be found: they cancel out, lie opposite to it, or too far
+    around the sphere for one point to be the mean. Starts from the straight mean, and goes the way
+    of the mean of the logarithms until that vanishes
+    (Buss and Fillmore 2001, https://doi.org/10.1145/502122.502124).
     """
     norms = np.sqrt(np.diag(gram))
     if not (norms > 0).all():
         return None
     units = gram / np.outer(norms, norms)
     point = shares.copy()
+    left = math.inf
     for _ in range(200):
-        length = math.sqrt(max(_dot(point, _times(units, point)), 0.0))
-        if length < 1e-9:
+        length = _length(units, point)
+        # Coefficients that outgrow their vector say that it lies in what cancels out.
+        if length < 1e-9 or not np.abs(point).sum() < LARGEST_FACTORS * length:
             return None
         point = point / length
         cosines = np.clip(_times(units, point), -1.0, 1.0)
+        if (cosines < NEARLY_OPPOSITE).any():
+            return None  # every way leads there
         # One by one: what numpy makes of many at once depends on the processor.
         angles = np.array([math.acos(cosine) for cosine in cosines])
         sines = np.array([math.sin(angle) for angle in angles])
-        if (sines[angles > 1.0] < 1e-9).any():
-            return None  # opposite: every way leads there
         stretch = np.where(sines > 1e-9, angles / np.where(sines > 1e-9, sines, 1.0), 1.0)
         pull = shares * stretch
         way = pull - _dot(pull, cosines) * point
-        length = math.sqrt(max(_dot(way, _times(units, way)), 0.0))
-        if length < 1e-15:
+        left = _length(units, way)
+        if left < 1e-15:
             break
-        point = math.cos(length) * point + math.sin(length) / length * way
-    return point
+        point = math.cos(left) * point + math.sin(left) / left * way
+    return point if left < 1e-9 and abs(_length(units, point) - 1) < 1e-9 else None
+
+
+def _length(units: Floats, factors: Floats) -> float:
+    return math.sqrt(max(_dot(factors, _times(units, factors)), 0.0))
 
 
 def _times(symmetric: Floats, vector: Floats) -> Floats:
@@ -280,9 +298,11 @@ def _shares(weights: Sequence[float], n: int) -> Floats:
     if len(weights) != n:
         raise RecipeError(f"{len(weights)} weights for {n} ingredients; give one for each")
     given = np.array([float(weight) for weight in weights])
-    if not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
+    with np.errstate(over="ignore"):
+        total = float(given.sum())
+    if not ((given >= 0).all() and 0 < total < math.inf):
         raise RecipeError("weights on a sphere are finite, none negative, and not all zero")
-    return np.asarray(given / given.sum())
+    return np.asarray(given / total)
 
 
 def _measure(

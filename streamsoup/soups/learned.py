@@ -107,14 +107,14 @@ def learned_soup(
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
         known = _known(target, identity) if resumed else None
         if known is not None:
+            _leave(model, known, options)
             notebook.finish()
             return known
         check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
         report = search.report(identity)
-        raw = search.chosen
-        coefficients = search.mixture.coefficients(raw)
+        coefficients = search.mixture.coefficients(search.chosen)
         final = order(opened, coefficients, method="learned", options=options)
         try:
             soup = make(replace(final, report=report), output=output, options=options)
@@ -123,11 +123,18 @@ def learned_soup(
             known = _known(target, identity) if resumed else None
             if known is None:
                 raise
-            notebook.finish()
-            return known
-        search.slopes.mix(raw)
+            soup = known
+        _leave(model, soup, options)
         notebook.finish()
-    return _described(soup)
+    return soup if isinstance(soup, LearnedSoup) else _described(soup)
+
+
+def _leave(model: nn.Module | None, soup: Soup, options: Options) -> None:
+    """Put the soup itself into a model that was given, to the bit."""
+    if model is not None:
+        from streamsoup.soups.live_mix import mix_into
+
+        mix_into(model, [soup.path], options=replace(options, dtype="same", on_progress=None))
 
 
 def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class Search:
                 self._note_adamw(state, epoch, n_steps, raw)
             self._look(raw, backward=False)
             epoch, done = epoch + 1, 0
-            self._check_end(learning.epochs + 1)
+            self._check_end()
         self.why = self.why or f"{learning.epochs} epochs"
 
     def _stepper(
@@ -276,7 +276,7 @@ class Search:
             if look is None:
                 break
             self._look(np.array(look["raw"]), backward=False)
-        self._check_end(self._learning.epochs + 1)
+        self._check_end()
         return epoch, done, np.array(note["raw"])
 
     def _note_adamw(self, state: AdamW, epoch: int, done: int, raw: Floats) -> None:
@@ -344,7 +344,7 @@ class Search:
                 learning.guard_every,
             )
 
-    def _check_end(self, most: int) -> None:
+    def _check_end(self, most: float = math.inf) -> None:
         """End when the looks are used up, or the watched loss has stopped falling."""
         if len(self.looks) - 1 - self.best >= self._learning.patience:
             n = self._learning.patience

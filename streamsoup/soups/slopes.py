@@ -151,8 +151,8 @@ class Slopes:
         self._products = fastest_products(
             self._own, N_PASSES * len(everyone), compiles=memory.compiles
         )
-        self._put_common = False
-        self._put_fixed = False
+        self._there: dict[int, list[int]] = {}
+        """Versions of the tensors of parts that are the same in every mixture, as they were put."""
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
         self._n_batches: int | None = None
         learned = {tensor.name for tensor in self._own.tensors}
@@ -263,9 +263,7 @@ class Slopes:
     def mix(self, raw: Floats) -> None:
         """Put the mixture into the model."""
         self._sink.check()
-        if not self._put_fixed:
-            self._mix_part(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
-            self._put_fixed = True
+        self._keep(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
         self._mix_part(self._own, self._mixture.coefficients(raw))
         self.n_passes += 1
         if not self._common.tensors:
@@ -277,9 +275,22 @@ class Slopes:
                 for tensor in self._common.tensors
             }
             self._mix_part(self._common, Coefficients((1.0,), per_tensor=totals))
-        elif not self._put_common:
-            self._mix_part(self._common, Coefficients((1.0,)))
-            self._put_common = True
+        else:
+            self._keep(self._common, Coefficients((1.0,)))
+
+    def _keep(self, plan: MixPlan, coefficients: Coefficients) -> None:
+        """Put what is the same in every mixture, unless it is there: a loss may change its model.
+
+        What a task changes behind torch's back (``.data``) goes unseen.
+        """
+        if self._versions(plan) != self._there.get(id(plan)):
+            self._mix_part(plan, coefficients)
+            self._there[id(plan)] = self._versions(plan)
+
+    def _versions(self, plan: MixPlan) -> list[int]:
+        """Give torch's counts of the changes to a part of the model."""
+        live = [self._sink[tensor.name] for tensor in plan.tensors]
+        return [0 if tensor.is_inference() else tensor._version for tensor in live]
 
     def _mix_part(self, plan: MixPlan, coefficients: Coefficients) -> None:
         if not plan.tensors:
