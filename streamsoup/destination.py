@@ -34,7 +34,13 @@ def check_output(
             f"{where}: only a shell replaces ~, and only where it is not quoted; "
             "write the whole path, or ./~ for a folder of that name"
         )
-    target = os.path.realpath(output)
+    try:
+        target = os.path.realpath(output)
+    except FileNotFoundError:
+        raise OutputError(
+            f"{where}: cannot be made, as the folder we are in was removed; go to another, or give "
+            "the whole path"
+        ) from None
     if not os.path.basename(target):
         raise OutputError(f"{where}: cannot be replaced; name a new folder")
     above = _ids_above(target)
@@ -104,11 +110,19 @@ def check_replaceable(target: str) -> None:
             f"{where}: holds more than one checkpoint ({some(sorted(others))}), so --overwrite "
             "does not replace it; choose another folder or remove it yourself"
         )
-    if _id(target) in _ids_above(os.getcwd()) or os.path.ismount(target):
+    if _id(target) in _ids_above(_here()) or os.path.ismount(target):
         raise OutputExistsError(
             f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
             "choose a new folder in it"
         )
+
+
+def _here() -> str:
+    """Give the folder we are in, or where it was removed, one that contains nothing."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
 
 
 def _id(path: str) -> _Id:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
 
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, printable
 
 __all__ = ["Options"]
 
@@ -49,6 +50,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         """The number of threads to use. More than 8 gain nothing: memory is the limit by then."""
         if self.threads is None:
             return min(8, len(os.sched_getaffinity(0)))
-        if self.threads < 1:
-            raise RecipeError(f"{self.threads} threads cannot work; give one or more")
-        return self.threads
+        try:
+            threads = operator.index(self.threads)
+        except TypeError:
+            given = printable(self.threads)
+            raise RecipeError(f"{given!r} is no number of threads; give a whole one") from None
+        if threads < 1:
+            raise RecipeError(f"{threads} threads cannot work; give one or more")
+        return threads

@@ -68,7 +68,10 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
                 raise RecipeError(f"coefficient {value} is not finite; give plain numbers")
         if not normalize:
             return cls(factors)
-        total = math.fsum(factors)
+        try:
+            total = math.fsum(factors)
+        except OverflowError:  # on the way, whatever the others would have made of it
+            total = math.inf
         if total == 0 or not math.isfinite(total):
             raise RecipeError(
                 f"coefficients that sum to {total} cannot be normalized; give others, or take them "
@@ -192,6 +195,16 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def from_json(cls, text: bytes) -> Provenance:
         """Read it back. Raises `RecipeError` when it is not what `to_json` wrote."""
         try:
+            msgspec.json.decode(text, type=_Said)
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"is not a streamsoup provenance: {printable(error)}") from None
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """What `Provenance` has a default for when it is made, and none when it is read."""
+
+    arithmetic: msgspec.Raw
+    digest: msgspec.Raw
+    report: msgspec.Raw
+    checksum: msgspec.Raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 from streamsoup.errors import RecipeError, is_plain, printable
@@ -15,13 +16,19 @@ _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 def parse_nbytes(given: int | str) -> int:
     """Read a size in any common spelling: ``150MB``, ``5GiB``, ``5G``, ``1.5e9``, ``4096B``.
 
-    A number is one already. Raises `RecipeError` for any other text, and for one below one byte.
+    A whole number is one already. Raises `RecipeError` for any other number or text, and for text
+    below one byte.
 
     >>> parse_nbytes("5GB"), parse_nbytes("1.5 KiB")
     (5000000000, 1536)
     """
     if not isinstance(given, str):
-        return given
+        try:
+            return operator.index(given)
+        except TypeError:
+            raise RecipeError(
+                f"{printable(given)!r} is no size; write a whole number of bytes, or 5GB, say"
+            ) from None
     pattern = r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*"
     match = re.fullmatch(pattern, given.lower()) if is_plain(given) else None
     unit = _UNITS.get(match[2]) if match else None

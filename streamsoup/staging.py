@@ -54,6 +54,8 @@ _KINDS = {"lock": stat.S_ISREG, "journal": stat.S_ISREG, "soup": stat.S_ISDIR, "
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_OVERLAY = 0x794C7630
+"""What statfs(2) says of an overlay file system, first of all."""
 
 
 class Staging:
@@ -130,25 +132,40 @@ class Staging:
 
     def _clear(self) -> None:
         try:
+            if self._journal is not None:
+                self._journal.close()  # it may be for want of descriptors that we have to
             for name in ("soup", "old", "journal", "lock"):
                 remove_any(os.path.join(self.root, name))
             os.rmdir(self.root)
-            sync_folder(os.path.dirname(self.root))
-            for folder in reversed(self._made):
-                os.rmdir(folder)
+            try:
+                sync_folder(os.path.dirname(self.root))
+            finally:
+                self._remove_made()
         except OSError as error:
-            # Not empty: the output is there, or another run has begun, or a stranger's file is in.
+            # Not empty: another run has begun, or a stranger's file is in.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         finally:
             self._let_go()
 
+    def _remove_made(self) -> None:
+        """Remove the folders above that we made, as far as they are empty."""
+        try:
+            for folder in reversed(self._made):
+                os.rmdir(folder)
+        except OSError as error:
+            # The output is there, or another run has begun, or has taken the folder away.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
     def _leave(self, error: BaseException | None) -> None:
         """Let go of the work folder; after an error, remove it unless it is worth keeping."""
-        failed = isinstance(error, Exception) and self._lock >= 0
-        if failed and (isinstance(error, _HOPELESS) or not self.holds_work()):
+        if isinstance(error, Exception):
             with contextlib.suppress(OSError):  # the error at hand says more
-                self._clear()
+                if self._lock < 0:
+                    self._remove_made()
+                elif isinstance(error, _HOPELESS) or not self.holds_work():
+                    self._clear()
         self._let_go()
 
     def holds_work(self) -> bool:
@@ -199,7 +216,7 @@ class Staging:
     def _make_root(self) -> None:
         """Make the work folder, or accept one that is ours."""
         try:
-            self._made += _make_folders(os.path.dirname(self.root))
+            self._make_folder(os.path.dirname(self.root))
             os.mkdir(self.root)
         except FileExistsError:
             if not self._is_ours():
@@ -211,6 +228,20 @@ class Staging:
                 f"{printable(self.target)}: cannot be made: {error.strerror}; "
                 "choose another folder, or make this one possible"
             ) from None
+
+    def _make_folder(self, path: str) -> None:
+        """Make a folder and those above it, durably; note those that were missing."""
+        if os.path.isdir(path):
+            return
+        self._make_folder(os.path.dirname(path))
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, f"{printable(path)} is a file") from None
+            return
+        self._made.append(path)
+        sync_folder(os.path.dirname(path))
 
     def _is_ours(self) -> bool:
         """Whether the work folder holds nothing but what a run leaves there."""
@@ -251,6 +282,8 @@ class Staging:
             if in_place:
                 self.discard()
             raise exists_already(self.target)
+        if os.path.lexists(self.target) and not _is_movable(self.target, self.root):
+            raise OutputError(f"{_immovable(self.target)} and run again")
         if ours and digest is not None and _provenance_digest(self.folder) == digest:
             self.complete = digest
             return
@@ -278,12 +311,19 @@ class Staging:
         if not self._overwrite:
             raise _made_meanwhile(self.target)
         check_replaceable(self.target)
-        if _rename2(self.folder, self.target, _RENAME_EXCHANGE):
-            return
-        # No exchange here (some network file systems): for an instant there is no output, and a
-        # kill just then is mended by the next run, which finds the old one.
-        old = os.path.join(self.root, "old")
-        os.rename(self.target, old)
+        try:
+            if _rename2(self.folder, self.target, _RENAME_EXCHANGE):
+                return
+            # No exchange here (some network file systems): for an instant there is no output, and
+            # a kill just then is mended by the next run, which finds the old one.
+            os.rename(self.target, os.path.join(self.root, "old"))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            raise OutputError(
+                f"{_immovable(self.target)} and run the same command again, which then only has to "
+                "put the finished soup in place"
+            ) from None
         os.rename(self.folder, self.target)
 
     def _let_go(self) -> None:
@@ -297,27 +337,15 @@ class Staging:
 def remove_any(path: str) -> None:
     """Remove a file, a link or a whole folder; nothing, if there is nothing."""
     try:
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            shutil.rmtree(path)
-        else:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
+            return
+        try:
+            os.rmdir(path)  # for what is empty no descriptors are needed, of which none may be left
+        except OSError:
+            shutil.rmtree(path)
     except FileNotFoundError:
         pass
-
-
-def _make_folders(path: str) -> list[str]:
-    """Make a folder and those above it, durably; give those that were missing, outermost first."""
-    if os.path.isdir(path):
-        return []
-    made = _make_folders(os.path.dirname(path))
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, f"{printable(path)} is a file") from None
-        return made
-    sync_folder(os.path.dirname(path))
-    return [*made, path]
 
 
 def sync_folder(path: str) -> None:
@@ -346,6 +374,31 @@ def _rename2(source: str, target: str, flag: int) -> bool:
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code), target)
     return True
+
+
+def _is_movable(folder: str, occupied: str) -> bool:
+    """Whether a folder can be renamed: on an overlay, not what comes from a lower layer.
+
+    It is tried with a rename that cannot be done, as `occupied`, a folder beside it, is not empty.
+    Only on overlays, as nobody knows what a stranger file system makes of that.
+    """
+    statfs = ctypes.create_string_buffer(512)
+    if _LIBC.statfs(os.fsencode(folder), statfs) != 0:
+        return True
+    if ctypes.c_long.from_buffer(statfs).value != _OVERLAY:
+        return True
+    try:
+        os.rename(folder, occupied)
+    except OSError as error:
+        return error.errno != errno.EXDEV
+    return True
+
+
+def _immovable(target: str) -> str:
+    return (
+        f"{printable(target)}: cannot be replaced in one step, as nothing can that lies in a lower "
+        "layer of an overlay file system; choose another folder, or remove it yourself"
+    )
 
 
 def _made_meanwhile(target: str) -> OutputExistsError:

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Protocol, Self
 
@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from streamsoup.digest import Digests
-from streamsoup.errors import Interrupted, NonFiniteError, printable
+from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
 from streamsoup.kernels.environment import standard_floats
@@ -166,8 +166,14 @@ def _work_in_threads(
     ]
     noted = started
     try:
-        for thread in threads:
-            thread.start()
+        for n, thread in enumerate(threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                raise BudgetError(
+                    f"only {n} of {len(threads)} threads can be started here; lower --threads, or "
+                    "raise the limit of processes or of memory"
+                ) from None
         while any(thread.is_alive() for thread in threads):
             pass_.ended.wait(TICK_S)
             now = time.monotonic()
@@ -182,6 +188,15 @@ def _work_in_threads(
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
+
+
+def _place(number: int, shape: Sequence[int]) -> list[int]:
+    """Say where in a tensor an element lies. Numpy can do so in 64 dimensions, and in no more."""
+    place = []
+    for length in reversed(shape):
+        number, index = divmod(number, length)
+        place.append(index)
+    return place[::-1]
 
 
 class _Block(msgspec.Struct, frozen=True):
@@ -326,9 +341,9 @@ class _Pass:
                 values = blocks.widen(block, dtype)
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
-                index = [int(n) for n in np.unravel_index(start + int(bad[0]), tensor.shape)]
+                place = _place(start + int(bad[0]), tensor.shape)
                 raise NonFiniteError(
-                    f"{ingredient.where(tensor.name)}: holds {values[bad[0]]} at {index}, "
+                    f"{ingredient.where(tensor.name)}: holds {values[bad[0]]} at {place}, "
                     f"which would spoil the soup; leave this ingredient out, or {advice}"
                 )
         raise NonFiniteError(

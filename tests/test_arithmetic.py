@@ -689,6 +689,17 @@ def test_what_is_not_finite_in_a_scalar_is_named(engine: Options, tmp_path: Path
         mix([good, bad], [1.0, 0.0], output=tmp_path / "out", options=engine)
 
 
+def test_what_is_not_finite_in_many_dimensions_is_named(engine: Options, tmp_path: Path) -> None:
+    """Where in a tensor is said however many dimensions it has; numpy knows no more than 64."""
+    values = np.zeros(24, np.float32)
+    values[17] = np.nan  # 17 = 2·6 + 1·3 + 2
+    shape = (1,) * 70 + (4, 2, 3)
+    bad = save(tmp_path / "bad", {"t": ("F32", shape, values.tobytes())})
+    with pytest.raises(NonFiniteError) as refused:
+        uniform([bad], output=tmp_path / "out", options=engine)
+    assert f"holds nan at {[0] * 70 + [2, 1, 2]}, which" in str(refused.value)
+
+
 def test_overflow_of_finite_values_is_named(engine: Options, tmp_path: Path) -> None:
     """Finite ingredients whose sum is too large for the output are refused, with advice."""
     big = {"t": tensor(np.array([0, 60000], np.float16))}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ from checkpoints import command, load_array, random_model, save, save_sharded, t
 
 import streamsoup
 from streamsoup.cli import cli, main
+from streamsoup.cli.common import _explain
 
 HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")
 
@@ -119,6 +122,7 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         (["uniform", a, str(tmp_path / "none"), *out], "no such file or folder"),
         (["mix", a, b, *out, "-c", "1"], "1 coefficient for 2 ingredients"),
         (["mix", a, b, *out, "-c", "1,-1", "--normalize"], "cannot be normalized"),
+        (["mix", a, b, *out, "-c", "1e308,1e308", "--normalize"], "cannot be normalized"),
         (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
         (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
         (["uniform", a, b, *out, "--dtype", "int4"], "not one streamsoup averages in"),
@@ -271,6 +275,32 @@ def test_a_terminal_of_few_characters_is_enough(pair: tuple[Path, Path], tmp_pat
     assert "s\\xfcppchen" in ran.stdout
 
 
+def test_a_name_that_cannot_be_said_here(tmp_path: Path) -> None:
+    """An index names a file that this locale has no name for: refused in words."""
+    a = save_sharded(tmp_path / "a", [random_model(0)])
+    path = a / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00001-of-00001", "m\\u00e9"))
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ran = command("inspect", a, env=ascii_alone)
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith(f"error: {path}: names the file 'm")
+    assert "which cannot be said in" in ran.stderr
+
+
+def test_a_time_in_the_future_is_no_proof(tmp_path: Path) -> None:
+    """Of a child that died of SIGBUS, only what was written since it began is blamed."""
+    a, b = (save(tmp_path / name, random_model(0)) / "model.safetensors" for name in "ab")
+    started = time.time()
+    os.utime(a, (started + 3600, started + 3600))
+    os.utime(b, (started, started))
+
+    def explained(started: float) -> str:
+        return _explain(signal.SIGBUS, started, [str(a), str(b)], "")
+
+    assert explained(started).startswith(f"{b}: was rewritten while it was being read")
+    assert explained(started + 10).startswith("a mapped ingredient could not be read")
+
+
 def test_the_unforeseen_is_said_in_one_line(
     pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,6 +447,19 @@ def test_a_full_disk_leaves_nothing_in_the_cache(
     assert os.listdir(tmp_path) == []
     objects._store(str(tmp_path), "mix.o", b"code")
     assert os.listdir(tmp_path) == ["mix.o"]
+
+
+def test_what_numba_is_told_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels compiled under other settings, in any of numba's variables, are other kernels."""
+    from streamsoup.kernels.objects import _cache_name
+
+    names = {_cache_name("mix", ["loops.py"])}
+    for variable, value in (("NUMBA_OPT", "0"), ("NUMBA_LOOP_VECTORIZE", "\udcff")):
+        monkeypatch.setenv(variable, value)
+        names.add(_cache_name("mix", ["loops.py"]))
+    monkeypatch.setenv("NUMBER", "7")
+    names.add(_cache_name("mix", ["loops.py"]))
+    assert len(names) == 3
 
 
 def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from checkpoints import content, save, tensor
 
+from streamsoup import staging
 from streamsoup.destination import check_output
 from streamsoup.errors import OutputError
 from streamsoup.formats.shards import open_ingredients
@@ -344,6 +346,22 @@ def test_the_folder_we_are_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run("uniform", a, a, "-o", "soup") == (0, "")
 
 
+def test_the_folder_we_are_in_may_be_gone(tmp_path: Path) -> None:
+    """Where it was removed, a path relative to it is refused in words, and a whole one will do."""
+    a = small(tmp_path / "a")
+    gone = "mkdir gone; cd gone; rmdir ../gone; exec"
+    for output, overwrite, reason in (
+        ("soup", "", "error: soup: cannot be made, as the folder we are in was removed"),
+        (tmp_path / "soup", "", ""),
+        (tmp_path / "soup", "--overwrite", ""),
+    ):
+        line = f"{gone} '{sys.executable}' -m streamsoup uniform {a} {a} -o {output} {overwrite}"
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == bool(reason), done.stderr
+        assert done.stderr.startswith(reason)
+        assert done.stderr.count("\n") == bool(reason)
+
+
 def test_never_into_an_ingredient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No output in, over or around an ingredient, by whatever path or link."""
     a = small(tmp_path / "zoo" / "deep" / "a")
@@ -472,6 +490,32 @@ def test_an_impossible_output(tmp_path: Path, output: str, reason: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "file"]
 
 
+def test_folders_above_are_not_left_behind(tmp_path: Path) -> None:
+    """Folders that were made for an output that then cannot be begun are removed again."""
+    a = small(tmp_path / "a")
+    status, stderr = run("uniform", a, a, "-o", tmp_path / "new" / "folders" / ("x" * 250))
+    assert status == 1
+    assert "name too long" in stderr
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_few_descriptors(tmp_path: Path) -> None:
+    """Where too few files may be open, one line says so, and nothing is left."""
+    small(tmp_path / "a")
+    failed = 0
+    for n in range(5, 9):
+        line = f"ulimit -n {n}; exec '{sys.executable}' -m streamsoup uniform a a -o new/soup"
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode:
+            assert done.stderr.count("\n") == 1
+            assert "kept beside it" not in done.stderr
+            assert os.listdir(tmp_path) == ["a"], n
+            failed += 1
+        else:
+            shutil.rmtree(tmp_path / "new")
+    assert failed
+
+
 @pytest.mark.skipif(IS_ROOT, reason="root may write anywhere")
 def test_a_forbidden_output(tmp_path: Path) -> None:
     """A folder that is read-only is named."""
@@ -523,6 +567,98 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert os.listdir(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_a_disk_of_few_files(tmp_path: Path) -> None:
+    """Where there is no place for one more file, what was made so far is removed."""
+    a = small(tmp_path / "a")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for nr_inodes in range(1, 7):
+        mount = ["mount", "-t", "tmpfs", "-o", f"nr_inodes={nr_inodes}", "none", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("this machine lets nobody mount")
+        try:
+            status, stderr = run("uniform", a, a, "-o", disk / "new" / "folders" / "soup")
+            assert status == 1
+            assert "No space left on device" in stderr
+            assert os.listdir(disk) == [], nr_inodes
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder with a checkpoint ``soup``, which lies in a lower layer."""
+    small(tmp_path / "lower" / "soup", seed=1)
+    folder, disk = tmp_path / "overlay", tmp_path / "disk"
+    for each in (folder, disk):
+        each.mkdir()
+    # The upper layer of its own, as an overlay on an overlay may not be.
+    if subprocess.run(["mount", "-t", "tmpfs", "none", disk], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        for name in ("upper", "work"):
+            (disk / name).mkdir()
+        layers = f"lowerdir={tmp_path}/lower,upperdir={disk}/upper,workdir={disk}/work"
+        mount = ["mount", "-t", "overlay", "-o", f"redirect_dir=off,{layers}", "none", folder]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("this machine has no overlays")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_a_lower_layer_is_known_before_the_work(tmp_path: Path, overlay: Path) -> None:
+    """What an overlay cannot rename is refused at once, untouched; once removed, all is well."""
+    a = small(tmp_path / "a")
+    before = listing(overlay)
+    command = ("uniform", a, a, "-o", overlay / "soup", "--overwrite")
+    status, stderr = run(*command)
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert "in a lower layer of an overlay file system; choose another folder" in stderr
+    assert stderr.endswith("remove it yourself and run again\n")
+    assert listing(overlay) == before
+    shutil.rmtree(overlay / "soup")
+    for _ in range(2):  # what replaces it lies in the upper layer, and can be replaced
+        assert run(*command) == (0, "")
+        assert os.listdir(overlay) == ["soup"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_cannot_be_renamed_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    """Refused in words after the work, which is kept: without the old output, a rename is left."""
+    a = small(tmp_path / "a")
+    old = small(tmp_path / "soup", seed=1)
+    before = listing(old)
+    rename2, rename = staging._rename2, os.rename
+
+    def stuck2(source: str, target: str, flag: int) -> bool:
+        if flag == staging._RENAME_EXCHANGE and exchanges:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", target)
+        return flag != staging._RENAME_EXCHANGE and rename2(source, target, flag)
+
+    def stuck(source: str, target: str) -> None:
+        if source == str(old):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", target)
+        rename(source, target)
+
+    monkeypatch.setattr(staging, "_rename2", stuck2)
+    monkeypatch.setattr(os, "rename", stuck)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="which then only has to put the finished soup in"):
+            uniform([a, a], output=old, options=Options(overwrite=True))
+        assert listing(old) == before
+    shutil.rmtree(old)
+    assert uniform([a, a], output=old, options=Options(overwrite=True)).finished
+    assert sorted(os.listdir(tmp_path)) == ["a", "soup"]
 
 
 # -- an ingredient that changes -------------------------------------------------------------------

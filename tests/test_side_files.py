@@ -108,9 +108,22 @@ def test_the_configuration_names_the_new_dtype(tmp_path: Path) -> None:
     assert files[0].content is None
 
 
+def test_a_configuration_that_can_be_read_can_be_written(tmp_path: Path) -> None:
+    """Half a character, or whatever depth the Python at hand can read, goes along as it came."""
+    for text in ('"\\ud800"', *("[" * depth + "]" * depth for depth in range(100, 1600, 100))):
+        config = f'{{"dtype": "float32", "x": {text}}}'
+        a = save(tmp_path / "a", MODEL)
+        (a / "config.json").write_text(config)
+        ((file,), _) = gather_side_files(open_ingredients([a]), DTYPES["BF16"])
+        if file.content is not None:
+            changed = config.replace("float32", "bfloat16")
+            assert b"".join(file.content.split()) == "".join(changed.split()).encode()
+
+
 def test_a_configuration_that_is_not_one_is_copied(tmp_path: Path) -> None:
     """A config.json that is no JSON, no object, nested deep or huge is copied as it is."""
-    for number, text in enumerate(("{", "[1]", "[" * 100_000, " " * 17_000_000)):
+    huge = " " * side_files.CONFIG_LIMIT + '{"dtype": ""}'
+    for number, text in enumerate(("{", "[1]", "[" * 100_000, huge)):
         a = save(tmp_path / f"a{number}", MODEL)
         (a / "config.json").write_text(text)
         files, _ = gather_side_files(open_ingredients([a]), DTYPES["BF16"])
@@ -123,6 +136,16 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
     (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     with pytest.raises(MismatchError, match=rf"^{b}/config\.json: the model is quantised"):
         gather_side_files(open_ingredients([a, b]), None)
+
+
+def test_folders_in_the_place_of_files_of_a_soup(tmp_path: Path) -> None:
+    """A folder named like the provenance, a shard or an index is left out, and named."""
+    folders = ("Other.SAFETENSORS", "other.index.json", "streamsoup.json")
+    a = fill(tmp_path / "a", ("config.json", *(f"{name}/x.txt" for name in folders)))
+    (_, (warning,)) = gather_side_files(open_ingredients([a]), None)
+    assert warning.endswith(": Other.SAFETENSORS, other.index.json, streamsoup.json")
+    uniform([a, a], output=tmp_path / "out")
+    assert names_of(tmp_path / "out") == {"config.json", "model.safetensors", "streamsoup.json"}
 
 
 def test_strange_side_files_never_hang(tmp_path: Path) -> None:

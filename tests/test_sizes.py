@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from checkpoints import random_model, save
+
+from streamsoup import Options, uniform
 from streamsoup.errors import RecipeError
 from streamsoup.sizes import nbytes_text, parse_nbytes
 
@@ -31,6 +38,23 @@ def test_sizes_are_read_in_any_common_spelling() -> None:
             parse_nbytes(text)
     assert parse_nbytes("9" * 500) == 2**63
     assert parse_nbytes(4096) == 4096
+    assert parse_nbytes(np.int64(4096)) == 4096  # type: ignore[arg-type]
+    for number in (5e9 / 3, 5e9, None, b"5GB"):
+        with pytest.raises(RecipeError, match="is no size; write a whole number of bytes"):
+            parse_nbytes(number)  # type: ignore[arg-type]
+
+
+def test_options_take_whole_numbers(tmp_path: Path) -> None:
+    """What is no whole number is refused before anything is written; numpy's are taken."""
+    a = save(tmp_path / "a", random_model(0))
+    for wrong in ({"shard_size": 5e9}, {"memory": 3e8}, {"threads": 2.0}, {"threads": "2"}):
+        with pytest.raises(RecipeError, match=r"is no (size|number of threads); .* whole"):
+            uniform([a], output=tmp_path / "out", options=Options(**wrong))  # type: ignore[arg-type]
+        assert os.listdir(tmp_path) == ["a"]
+    numbers: dict[str, Any] = {"shard_size": 4000, "memory": 10**9, "threads": 2}
+    numbers = {name: np.int64(number) for name, number in numbers.items()}
+    soup = uniform([a], output=tmp_path / "out", options=Options(**numbers))
+    assert soup.recipe.shard_size == 4000
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -102,6 +102,26 @@ def test_every_byte_of_a_provenance_counts(kitchen: Path) -> None:
                 pass
 
 
+@pytest.mark.parametrize("field", ["arithmetic", "digest", "report", "checksum"])
+def test_what_a_provenance_does_not_say_is_missed(kitchen: Path, field: str) -> None:
+    """A field that is gone is not taken for what it would be by default."""
+    path = kitchen / "out" / "streamsoup.json"
+    said = json.loads(path.read_text())
+    del said[field]
+    path.write_text(json.dumps(said))
+    with pytest.raises(RecipeError, match=f"missing required field `{field}`"):
+        verify(kitchen / "out", quick=True)
+
+
+def test_weights_beside_the_soup_are_found(kitchen: Path) -> None:
+    """A shard that the index does not list may be what somebody loads: it does not pass."""
+    save(kitchen / "out", random_model(3), name=".hidden")
+    assert verify(kitchen / "out", quick=True).n_files == 5
+    save(kitchen / "out", random_model(3), name="consolidated")
+    with pytest.raises(VerificationError, match=r": consolidated\.safetensors was not made here;"):
+        verify(kitchen / "out", quick=True)
+
+
 def test_lost_and_strange_files_are_found(kitchen: Path) -> None:
     """A file that is missing, cut, or replaced by a FIFO is named; nothing hangs."""
     out = kitchen / "out"

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -392,6 +393,33 @@ def test_the_disk_is_told_to_begin(
     else:
         make(ordered, output=tmp_path / "out", options=Options())
     assert told == [(ordered.files.places[1][1], large.nbytes, 2)]
+
+
+@pytest.mark.parametrize("n_started", [0, 1, 2])
+def test_threads_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_started: int
+) -> None:
+    """A system that gives us fewer threads than told is one we say so of, and nothing is left."""
+    from streamsoup import stream, uniform
+    from streamsoup.errors import BudgetError
+
+    model = save(tmp_path / "m", {f"t{i}": tensor(np.ones(3, "f4")) for i in range(9)})
+    start, started = threading.Thread.start, []
+
+    def starting(thread: threading.Thread) -> None:
+        if len(started) == n_started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    monkeypatch.setattr(stream, "ALONE_NBYTES", -1)
+    said = f"only {n_started} of 3 threads can be started here; lower --threads"
+    with pytest.raises(BudgetError, match=said):
+        uniform([model], output=tmp_path / "out", options=Options(threads=3))
+    assert len(started) == n_started
+    assert not any(thread.is_alive() for thread in started)
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -329,8 +330,11 @@ def _explain(number: int, started: float, paths: Sequence[str], after: str) -> s
             except (StreamsoupError, OSError) as error:
                 return f"an ingredient shrank while it was being read: {error}"
             shards += ingredient.shards
-        newest = max(shards, key=lambda shard: shard.identity.mtime_ns)
-        if newest.identity.mtime_ns >= (started - 1) * 1e9:
+        # A time in the future was given to a file, and says nothing.
+        since = range(int((started - 1) * 1e9), int((time.time() + 1) * 1e9))
+        rewritten = [shard for shard in shards if shard.identity.mtime_ns in since]
+        if rewritten:
+            newest = max(rewritten, key=lambda shard: shard.identity.mtime_ns)
             return (
                 f"{printable(newest.path)}: was rewritten while it was being read; nothing was "
                 "written. Run again once nobody writes to it"

@@ -96,11 +96,12 @@ def _cache_name(label: str, rooms: Sequence[str]) -> str:
     features: Any = llvm.get_host_cpu_features()
     parts = [numba_version(), llvmlite.__version__, llvm.get_host_cpu_name()]
     parts += [features.flatten(), llvm.get_default_triple()]
-    parts += [str(os.environ.get(name)) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    # Some of them change what is compiled, such as NUMBA_OPT and NUMBA_CPU_NAME.
+    parts += sorted(f"{key}={value}" for key, value in os.environ.items() if key[:6] == "NUMBA_")
     for room in rooms:
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())
-    key = xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+    key = xxhash.xxh3_128_hexdigest(os.fsencode("\0".join(parts)))
     return f"{label}-{key}.o".lower()
 
 
