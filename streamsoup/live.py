@@ -5,7 +5,9 @@ where it belongs, on whatever device that is. Modules are never called, moved or
 ties, optimisers and compiled code stay as they are.
 
 What cannot be written in place is refused by name, before a weight is read: names and shapes that
-do not fit, parameters that are not there (meta, offloaded), quantised, lazy or distributed ones.
+do not fit, parameters that are not there (meta, offloaded), quantised, lazy or distributed ones,
+and such that lie partly over one another. A tensor under several names is written once; where
+ingredients hold it under several, these are read, and refused unless they are equal.
 
 Danger: raw bytes go into CPU parameters past autograd's version counters, so a graph that was built
 before a mix must not be used after it. A module that keeps values derived from its weights (a
@@ -14,6 +16,7 @@ quantised copy, inductor's ``freezing=True``) keeps the old ones.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamsoup.errors import MismatchError, TaskError, some
-from streamsoup.formats.files import Bytes
-from streamsoup.formats.memory import MemoryShard
+from streamsoup.errors import MismatchError, TaskError, printable, some
+from streamsoup.formats.files import Bytes, Window
+from streamsoup.formats.memory import MemoryShard, is_apart, meet, span
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.tensors import TORCH_NAMES
 
@@ -38,6 +41,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
 """Types whose memory is what it seems; subclasses may be quantised, sharded or lazy."""
+
+
+_PIECE = 1 << 23
+"""Bytes compared at a time."""
 
 
 class Target(msgspec.Struct):
@@ -64,7 +71,7 @@ class ModelSink:
         A mix is rounded once, to the dtype of the plan, and then stored as `Tensor.copy_` would
         store it: exactly, unless the parameter's dtype is narrower. Tied parameters are written
         once, under the first of their names in the model. Raises `MismatchError` with everything
-        that does not fit.
+        that does not fit. Costs a read of tensors that are tied but held apart, and of none else.
         """
         self.model = model
         self.plan = plan
@@ -90,6 +97,7 @@ class ModelSink:
                     self.tied[other] = name
                 self.tied[first] = name
         _check(planned, self.live, self.tied)
+        _check_ties(plan, self.tied)
         self.targets = {
             name: _target(tensor, self.live[name])
             for name, tensor in planned.items()
@@ -166,6 +174,17 @@ class ModelSink:
                     )
         self._apart = True
 
+    def versions(self) -> list[int] | None:
+        """Say how often each tensor was changed in place; None where torch does not count.
+
+        It does not count changes through ``.data`` or views of numpy's, nor those of BatchNorm's
+        statistics, but of the number of batches beside them.
+        """
+        live = self.live.values()
+        if any(tensor.is_inference() for tensor in live):
+            return None
+        return [tensor._version for tensor in live]
+
     def check(self) -> None:
         """Raise `TaskError` if the model's tensors are no longer the ones that were matched."""
         now = _named_as(self.plan, tensors_of(self.model))
@@ -221,7 +240,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     a tuple of arguments or a dictionary of keyword arguments; it is brought to the model's device.
     Only BatchNorm is put into training mode meanwhile. Gives the number of layers measured. Costs
     a forward pass over the batches. As `torch.optim.swa_utils.update_bn`, for the running mean
-    and variance.
+    and variance. Raises `TaskError`, and measures nothing, if there is no batch.
     """
     layers = [
         module
@@ -230,6 +249,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     ]
     if not layers:
         return 0
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if not first:
+        raise TaskError(
+            "there is no batch to measure BatchNorm statistics on; give some, and make them anew "
+            "each time: a generator that was used up has no more"
+        )
     training = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     counted = [None if n is None else n.clone() for _, _, n in momenta]
@@ -240,7 +266,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             layer.reset_running_stats()
             layer.momentum = None  # the cumulative mean
             layer.train()
-        for batch in batches:
+        for batch in itertools.chain(first, batches):
             _forward(model, batch, device)
     finally:
         for (layer, momentum, _), n_batches in zip(momenta, counted, strict=True):
@@ -275,7 +301,8 @@ def _named_as(plan: MixPlan, live: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _memory_of(name: str, tensor: Tensor) -> object:
     """Tell whether two names stand for the same elements."""
-    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in _PLAIN:
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_meta
+    if tensor.numel() == 0 or not plain:
         return name
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
 
@@ -297,14 +324,36 @@ def _check(
     for name, tensor in planned.items():
         if name in live and (problem := _problem(tensor, live[name])):
             kinds.setdefault(problem, []).append(name)
+    for name, other in _overlaps(live):
+        problem = f"in the memory of {printable(other)}, without being the same tensor"
+        kinds.setdefault(problem, []).append(name)
     problems += [f"{problem}: {some(names)}" for problem, names in kinds.items()]
     if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise MismatchError(
-            f"the ingredients cannot be put into the model:\n{lines}\n"
-            "  where a model names or stores its weights in another way than its checkpoint, "
-            "score files instead: --command"
-        )
+        raise _misfit(problems)
+
+
+def _check_ties(plan: MixPlan, tied: Mapping[str, str]) -> None:
+    """Raise `MismatchError` if an ingredient holds two values for one tensor of the model."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    problems: list[str] = []
+    for name, first in tied.items():
+        for i, ingredient in enumerate(plan.ingredients if name in planned else ()):
+            if not _are_equal(plan, i, planned[first], planned[name]):
+                where = printable(ingredient.name)
+                both = some([first, name])
+                problems.append(f"one tensor in the model, and two that differ in {where}: {both}")
+                break
+    if problems:
+        raise _misfit(problems)
+
+
+def _misfit(problems: Iterable[str]) -> MismatchError:
+    lines = "\n".join(f"  {line}" for line in problems)
+    return MismatchError(
+        f"the ingredients cannot be put into the model:\n{lines}\n"
+        "  where a model names or stores its weights in another way than its checkpoint, "
+        "score files instead: --command"
+    )
 
 
 def _problem(planned: PlannedTensor, tensor: Tensor) -> str | None:
@@ -321,12 +370,53 @@ def _problem(planned: PlannedTensor, tensor: Tensor) -> str | None:
         return f"of shape {list(tensor.shape)} where the ingredients have {list(planned.shape)}"
     if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
         return "expanded: its elements share memory"
+    if not is_apart(tensor):
+        return "folded: its elements share memory"
     ours = TORCH_DTYPES.get(planned.dtype.name)
     if planned.operation == "mix":
         return None if tensor.is_floating_point() else f"of dtype {tensor.dtype}, which is no float"
     if tensor.dtype != ours:
         return f"of dtype {tensor.dtype} where the ingredients have {planned.dtype.name}"
     return None
+
+
+def _overlaps(live: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Pair names whose tensors have memory in common and are not the same."""
+    places = {_memory_of(name, tensor): name for name, tensor in live.items()}
+    spans = sorted(
+        (str(live[name].device), *span(live[name]), name)
+        for memory, name in places.items()
+        if memory != name
+    )
+    found: list[tuple[str, str]] = []
+    reaching: list[tuple[str, int, int, str]] = []
+    for device, begin, end, name in spans:
+        reaching = [other for other in reaching if other[0] == device and other[2] > begin]
+        found += [(name, other) for *_, other in reaching if meet(live[name], live[other])]
+        reaching.append((device, begin, end, name))
+    return found
+
+
+def _are_equal(plan: MixPlan, i: int, first: PlannedTensor, second: PlannedTensor) -> bool:
+    """Whether ingredient `i` holds the same bytes for two tensors; reads until they differ."""
+    layout = plan.layout_of[i]
+    sources = first.sources[layout], second.sources[layout]
+    if sources[0].dtype != sources[1].dtype:
+        return False
+    shards = [plan.ingredients[i].shards[source.shard] for source in sources]
+    begins = [s.data_begin + source.offset for s, source in zip(shards, sources, strict=True)]
+    nbytes = first.nbytes_in(layout)
+    for at in range(0, nbytes, _PIECE):
+        n = min(_PIECE, nbytes - at)
+        one, other = (
+            shard.memory[begin + at : begin + at + n]
+            if isinstance(shard, MemoryShard)
+            else Window(shard, begin + at, begin + at + n).view(begin + at, begin + at + n)
+            for shard, begin in zip(shards, begins, strict=True)
+        )
+        if not np.array_equal(one, other):
+            return False
+    return True
 
 
 def _target(planned: PlannedTensor, tensor: Tensor) -> Target:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,11 @@ def plot_coefficients(
     image = axes.imshow(rows, cmap="viridis", aspect="auto", vmin=low, vmax=high or 1.0)
     axes.set_title("Learned coefficients", fontsize=11)
     size = _text_size(max(len(names), len(layers)))
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
     step = max(1, len(layers) // 80)
     shown = range(0, len(layers), step)
-    axes.set_yticks(list(shown), [_shorten(layers[i]) for i in shown], fontsize=size)
+    labels = [_shorten(layers[i]) for i in shown]
+    axes.set_yticks(list(shown), labels, fontsize=size, parse_math=False)
     figure.colorbar(image, ax=axes, shrink=0.8, label="coefficient")
     if rows.size <= 200:
         _write_numbers(axes, rows, low, high, "{:.2f}", size)
@@ -100,7 +102,7 @@ def _heat_map(
     axes.set_facecolor("white")
     size = _text_size(n)
     axes.set_xticks(range(n), [str(i + 1) for i in range(n)], fontsize=size, rotation=90 * (n > 20))
-    axes.set_yticks(range(n), names, fontsize=size)
+    axes.set_yticks(range(n), names, fontsize=size, parse_math=False)
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8, label=unit)
     if n <= NUMBERED:
@@ -155,10 +157,12 @@ def _figure_class() -> Any:
 def _save(figure: Any, path: str) -> None:
     """Write the picture, whole or not at all."""
     temporary = f"{path}.partial"
+    form = os.path.splitext(path)[1][1:].lower()
     try:
-        figure.savefig(
-            temporary, dpi=110, bbox_inches="tight", format=os.path.splitext(path)[1][1:].lower()
-        )
+        with warnings.catch_warnings():
+            # Letters that the font has not are drawn as boxes; the names are told in text, too.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", format=form)
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None

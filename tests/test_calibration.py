@@ -16,7 +16,7 @@ from streamsoup.comparison.bootstrap import interval, resampled_means
 from streamsoup.comparison.calibration import calibrate, equal_mass_error, fit_beta, losses
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.selection import grow
-from streamsoup.comparison.theory import compare_with_ensemble
+from streamsoup.comparison.theory import compare_with_ensemble, disagreement
 from streamsoup.errors import RecipeError
 from streamsoup.soups.search import best_first
 
@@ -134,6 +134,53 @@ def test_temperature_of_perfect_and_of_worthless_answers() -> None:
     low, high = calibration.BETA_RANGE
     assert high / 10 < fit_beta(logits, right) <= high or fit_beta(logits, right) > 10
     assert low <= fit_beta(logits, (right + 1) % 4) < 0.01
+
+
+def test_classes_without_a_chance_change_nothing() -> None:
+    """Logits of −∞ give what very low ones do: the same temperature, calibration and theory."""
+    first, labels = answers(500, 4, 3, 0.6)
+    second = first + 0.3 * answers(500, 4, 4)[0]
+    found = []
+    for floor in (-math.inf, -1e6):
+        a, b = (np.hstack([z, np.full((500, 2), floor)]) for z in (first, second))
+        c = np.hstack([(first + second) / 2 + 0.01 * first**2, np.full((500, 2), floor)])
+        beta = fit_beta(a, labels)
+        theory = compare_with_ensemble((a, c, c, c, b), labels, alpha=0.5, step=0.1, beta=beta)
+        at = calibrate(a, labels, beta)
+        found.append([beta, at.accuracy, at.nll, at.ece, theory.approximation, theory.measured])
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+    assert found[0][0] == pytest.approx(fit_beta(first, labels), rel=1e-9)
+    # Of a label that has no chance the loss is ∞ at every β: the others decide.
+    labels[:10] = 5
+    a = np.hstack([first, np.full((500, 2), -math.inf)])
+    assert fit_beta(a, labels) == pytest.approx(fit_beta(first[10:], labels[10:]), rel=1e-9)
+    assert calibrate(a, labels).nll == math.inf
+
+
+def test_strict_numpy_changes_nothing() -> None:
+    """Where a task lets numpy raise, small numbers still become 0, and −∞ is still a number."""
+    logits, labels = answers(200, 5, 6)
+    logits *= 300
+    hidden = np.where(np.arange(5) == (labels[:, None] + 1) % 5, -math.inf, logits)
+
+    def all_of_it() -> list[float]:
+        found = []
+        for z in (logits, hidden, logits.astype(np.float32)):
+            beta = fit_beta(z, labels)
+            at = calibrate(z, labels, beta)
+            theory = compare_with_ensemble(
+                (z, z, z, z, 2 * z), labels, alpha=0.5, step=0.1, beta=1.0
+            )
+            found += [beta, at.nll, at.ece, theory.measured, theory.disagreement]
+            found.append(disagreement(z, z, 1.0))
+        return [*found, float(losses(logits, labels).mean())]
+
+    expected = all_of_it()
+    with np.errstate(all="raise"):
+        assert all_of_it() == expected
+        with pytest.raises(FloatingPointError):
+            np.exp(np.array([-1e4]))
 
 
 def test_bootstrap_agrees_with_the_binomial() -> None:

@@ -349,6 +349,82 @@ def test_examples_in_another_order_are_refused(folders: list[str], tmp_path: Pat
         compare(folders, Shuffling(), output=tmp_path / "out", settings=SMALL)
 
 
+class Changing(Counting):
+    """A task that changes the weights it measures, in place."""
+
+    def __init__(self, how: str, splits: list[str], **more: Any) -> None:
+        super().__init__(**more)
+        self.splits = splits
+        self._how = how
+
+    def build(self) -> torch.nn.Module:
+        with torch.inference_mode(self._how == "inference"):
+            return super().build()
+
+    def score(self, model: torch.nn.Module, split: str) -> Any:
+        found = super().score(model, split)
+        self._change(model)
+        return found
+
+    def predictions(self, model: torch.nn.Module, split: str) -> Iterator[Any]:
+        yield from super().predictions(model, split)
+        self._change(model)
+
+    def _change(self, model: torch.nn.Module) -> None:
+        if self._how == "statistics":
+            model.train()
+            model(4 * PARTS["far"][0] + 3)
+        else:
+            with torch.inference_mode():
+                model[3].bias[0] += 5
+
+
+@pytest.mark.parametrize("how", ["weights", "statistics", "inference"])
+@pytest.mark.parametrize("predicts", [True, False])
+def test_scoring_may_change_the_weights(
+    folders: list[str], tmp_path: Path, how: str, predicts: bool
+) -> None:
+    """Whatever a task does to the weights on one split, the next sees the mixture itself."""
+    found = [
+        list(compare(folders[:3], task, output=tmp_path / name, settings=SMALL).to_lines())
+        for name, task in (
+            ("plain", Counting(predicts=predicts)),
+            ("changing", Changing(how, list(SPLITS), predicts=predicts)),
+        )
+    ]
+    assert found[0] == found[1]
+    rows = [
+        sweep(*folders[:2], task, [0, 0.5], cache=tmp_path / f"cache-{name}").values
+        for name, task in (
+            ("plain", Counting(predicts=predicts)),
+            ("changing", Changing(how, SPLITS[::-1], predicts=predicts)),
+        )
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_mixture_that_stays_is_put_once(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four splits of an ingredient cost one pass over its weights; four, if the task changes it."""
+    from streamsoup import stream
+
+    runs: list[int] = []
+    run = stream.run
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs.append(kwargs.get("digest", True))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(stream, "run", counted)
+    counts = []
+    for name, task in (("a", Counting()), ("b", Changing("weights", list(SPLITS)))):
+        runs.clear()
+        compare(folders[:1], task, output=tmp_path / name, settings=SMALL)
+        counts.append(runs.count(False))
+    assert counts == [1, 5]  # predictions of four splits, and the score of one
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import networks
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import streamsoup
@@ -99,8 +101,6 @@ def test_every_candidate_has_the_bits_of_uniform(tmp_path: Path, paths: list[str
         name = "-".join(map(str, members))
         uniform = streamsoup.uniform([paths[i] for i in members], output=tmp_path / name)
         model = networks.build()
-        from safetensors.torch import load_file
-
         model.load_state_dict(load_file(Path(uniform.path) / "model.safetensors"))
         expected[members] = model.state_dict()
     for place in ("memory", "file", "reread"):
@@ -560,15 +560,18 @@ def test_scores_do_not_depend_on_what_was_scored_before(tmp_path: Path, paths: l
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float64)
         os.chdir("/")
+        np.seterr(all="raise" if np.geterr()["over"] != "raise" else "ignore")
         return 0.0
 
     model = networks.build().train()
     before, folder = torch.get_rng_state(), os.getcwd()
+    errors = np.geterr()
     greedy_soup(paths[:3], task, model=model, output=tmp_path / "out")
     assert len(set(seen)) == 1
     assert torch.equal(before, torch.get_rng_state())
     assert torch.get_default_dtype() == torch.float32
     assert os.getcwd() == folder
+    assert np.geterr() == errors
     assert model.training
     assert torch.is_grad_enabled()
 
@@ -591,6 +594,12 @@ def test_a_diverged_ingredient_is_named(tmp_path: Path) -> None:
         ({"n_orders": 2}, "order='random'"),
         ({"jobs": 0}, "jobs 0 is below 1"),
         ({"min_gain": -1.0}, "0 or more"),
+        ({"min_gain": float("inf")}, "finite"),
+        ({"z": float("inf")}, "finite"),
+        ({"z": 1.0, "scores": [0.5] * 6}, "leave out the scores"),
+        ({"timeout": float("inf")}, "leave it out"),
+        ({"scores": {"bound_to": {}}}, "no whole report"),
+        ({"scores": {"bound_to": {"ingredients": [3]}, "singles": [{}]}}, "no whole report"),
         ({"timeout": 0.0}, "no time"),
         ({"timeout": 5.0}, "a given model is scored in this process"),
     ],
@@ -629,12 +638,13 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
     """Killed when the soup was in place: the same call takes it, one with other rules does not."""
     ingredients = marks(tmp_path / "in", 2)
     scores = {(0,): 0.5, (1,): 0.4, (0, 1): 0.5}
+    model = Marks(2)
 
     def search(ties: Any, overwrite: bool = False) -> Any:
         return greedy_soup(
             ingredients,
             table(scores),
-            model=Marks(2),
+            model=model,
             output=tmp_path / "out",
             search=SearchOptions(ties=ties),
             options=Options(overwrite=overwrite),
@@ -649,7 +659,10 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
             search("accept")
     with pytest.raises(OutputExistsError):
         search("reject")
+    model = Marks(2)
     assert search("accept").members == (0, 1)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], made[name]) for name in made)
     with monkeypatch.context() as patch:
         patch.setattr(Scorebook, "finish", killed)
         with pytest.raises(Killed):

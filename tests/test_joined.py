@@ -139,7 +139,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
                 for planned in expected.plan.tensors:
                     source = planned.sources[0]
                     shard = expected.plan.ingredients[0].shards[source.shard]
-                    content = Path(shard.path).read_bytes()
+                    content = Path(shard.path).read_bytes()[shard.data_begin :]
                     wanted = content[source.offset : source.offset + planned.nbytes]
                     assert shelf.found[planned.name].tobytes() == wanted, planned.name
                     assert (shelf.n_puts[planned.name] == 1).all(), planned.name
@@ -180,12 +180,12 @@ def test_tensors_side_by_side_are_one_pass(tmp_path: Path) -> None:
 
 def test_what_only_seems_to_follow_is_not_joined(tmp_path: Path) -> None:
     """Offsets that fit by chance in another shard, and other dtypes made into one by --dtype."""
-    one, other = {"a": tensor(np.ones(1, np.float32))}, {"bbbbb": tensor(np.ones(1, np.float32))}
+    one, other = {"a": tensor(np.ones(0, np.float32))}, {"b": tensor(np.ones(1, np.float32))}
     shards = [str(save_sharded(tmp_path / f"s{seed}", [one, other])) for seed in (1, 2)]
     plan = candidates(shards)[0].plan
     first, second = (t.sources[0] for t in plan.tensors)
     assert first.shard != second.shard
-    assert first.offset + 4 == second.offset
+    assert first.offset == second.offset
     assert len(joined.join(plan).tensors) == 2
     layout = [("a", "F32", 3), ("b", "BF16", 3)]
     paths = [str(save(tmp_path / f"m{seed}", tensors_of(layout, seed))) for seed in (1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import networks
@@ -128,6 +129,80 @@ def test_tied_weights_are_written_once_under_any_name(tmp_path: Path, names: lis
     assert len(sink.targets) == 1
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_tied_weights_that_differ_in_a_checkpoint_are_refused(
+    tmp_path: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the two values would be dropped, so the checkpoint that holds them is named."""
+    monkeypatch.setattr("streamsoup.live._PIECE", 64)
+    weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    states = [{"embed.weight": weights.clone(), "head.weight": weights.clone()} for _ in range(3)]
+    states[1]["head.weight"][6, 4] += 1
+    ingredients = states if in_memory else save(tmp_path, states)
+    with pytest.raises(MismatchError, match=r"two that differ in .*: embed\.weight, head\.weight"):
+        streamsoup.mix_into(Tied(), ingredients)
+    if not in_memory:
+        with pytest.raises(MismatchError, match=r"differ in \S*1\.safetensors: "):
+            streamsoup.mix_into(Tied(), ingredients)
+    wide = {"embed.weight": weights, "head.weight": weights.double()}
+    with pytest.raises(MismatchError, match="two that differ"):
+        streamsoup.mix_into(Tied(), [wide])
+
+
+class Pair(nn.Module):
+    """Two parameters, wherever they lie."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+def test_parameters_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
+    """What is put into one would change the other, or itself: they are named."""
+    flat = torch.zeros(64)
+    shared = flat.view(8, 8)
+    wrong = [
+        ((flat[:20], flat[19:39]), r"in the memory of a, without being the same tensor: b"),
+        ((flat[:20], flat[19:39].view(torch.int32).view(torch.float32)), "in the memory of a"),
+        ((shared, shared.T), "without being the same tensor"),
+        ((shared[:, :5], shared[:, 4:]), "in the memory of a"),
+        ((shared[:, 2], flat[16:20]), "in the memory of a"),
+        ((flat[:17].as_strided((3, 9), (4, 1)), flat[40:]), "its elements share memory: a"),
+        ((flat[:4].expand(3, 4), flat[40:]), "its elements share memory: a"),
+    ]
+    for (a, b), message in wrong:
+        states = [{"a": torch.ones(a.shape), "b": torch.ones(b.shape)}]
+        with pytest.raises(MismatchError, match=message):
+            streamsoup.mix_into(Pair(a, b), states)
+    assert not flat.any()
+
+
+def test_parameters_side_by_side_in_one_storage_are_apart() -> None:
+    """Neighbours, columns and rows that are woven into each other each get their own values."""
+    flat = torch.zeros(64)
+    shared = flat.view(8, 8)
+    for a, b in (
+        (flat[:20], flat[20:]),
+        (shared[:, :5], shared[:, 5:]),
+        (shared[:, 2], shared[:, 3]),
+        (flat.as_strided((2, 2), (3, 2)), flat[20:]),
+    ):
+        flat.zero_()
+        states = [{"a": torch.full(a.shape, 2.0), "b": torch.full(b.shape, 3.0)}]
+        model = Pair(a, b)
+        streamsoup.mix_into(model, states)
+        assert model.a.data_ptr() == a.data_ptr()
+        assert (torch.unique(a), torch.unique(b)) == (torch.tensor([2.0]), torch.tensor([3.0]))
+
+
+def test_sparse_parameters_are_named() -> None:
+    """A tensor without a memory of its own is refused as others are."""
+    model = nn.Module()
+    model.register_buffer("a", torch.eye(3).to_sparse())
+    with pytest.raises(MismatchError, match=r"not dense .*: a"):
+        streamsoup.mix_into(model, [{"a": torch.eye(3)}])
+
+
 @pytest.mark.parametrize("load_nbytes", [1, 10**12])
 def test_a_model_may_be_mixed_into_itself(
     load_nbytes: int, monkeypatch: pytest.MonkeyPatch
@@ -229,3 +304,43 @@ def test_statistics_are_measured_as_torch_does() -> None:
     assert not ours[3].training
     assert ours[1].momentum == 0.1
     assert int(ours[1].num_batches_tracked) == counter
+
+
+@pytest.mark.parametrize("batches", [[], iter(())])
+def test_no_batch_measures_nothing(batches: Iterable[torch.Tensor]) -> None:
+    """Without a batch, statistics stay as they are and that is said: 0 and 1 belong to nothing."""
+    model = networks.build()
+    recalibrate(model, [torch.randn(16, 12) + 3])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model[1].eval()
+    with pytest.raises(TaskError, match="there is no batch"):
+        recalibrate(model, batches)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model[0].training
+    assert not model[1].training
+
+
+def test_batches_that_were_used_up_end_a_search(tmp_path: Path) -> None:
+    """A task that gives the same generator twice is told so, rather than scored on nothing."""
+
+    class Once:
+        def __init__(self) -> None:
+            self.batches = iter([networks.INPUTS])
+
+        def build(self) -> nn.Module:
+            return networks.build()
+
+        def score(self, model: nn.Module, split: str) -> float:
+            return networks.score(model)
+
+        def recalibration(self) -> Iterable[torch.Tensor]:
+            return self.batches
+
+    with pytest.raises(TaskError, match="a generator that was used up has no more"):
+        streamsoup.greedy_soup(
+            networks.ingredients(tmp_path / "in", 3),
+            Once(),
+            output=tmp_path / "soup",
+            search=streamsoup.SearchOptions(recalibrate=True),
+        )

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 from checkpoints import command
 from networks import ingredients
+from safetensors.numpy import save_file
 
+import streamsoup
 from streamsoup.comparison.landscape import Landscape, Mark
 from streamsoup.comparison.paths import Sweep
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
 from streamsoup.inspection import short_names
+from streamsoup.plot import plot_coefficients, plot_geometry
 from streamsoup.report import charts
 from streamsoup.report.comparison import verdict, write_report
-from streamsoup.report.page import Code, Heading, Page, Table, Text
+from streamsoup.report.page import Code, Heading, Page, Picture, Table, Text
 from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
 from streamsoup.soups.search import best_first
 
@@ -219,6 +222,32 @@ def test_text_cannot_become_markup() -> None:
     markdown = page.to_markdown()
     assert r"\<script>alert(1)\</script> \[x](y) \`z\` \&lt; \~\~a\~\~ \$b\$" in markdown
     assert markdown.endswith("````\n<x>\n```\na\n````\n")
+
+
+def test_names_of_splits_break_no_table() -> None:
+    """Heads of tables, and what pictures show, are escaped as cells are."""
+    table = Table(["", "a|b", "<b>"], [["x", "1", "2"]])
+    markdown = Page("t", [table, Picture("p.png", "On [a|b]")]).to_markdown()
+    assert "|  | a\\|b | \\<b> |\n| --- | ---: | ---: |\n| x | 1 | 2 |" in markdown
+    assert "![On \\[a\\|b]](p.png)\n\nOn \\[a\\|b]" in markdown
+
+
+@drawn
+@pytest.mark.parametrize("end", [".png", ".svg", ".pdf"])
+def test_heat_maps_draw_names_as_they_are(tmp_path: Path, end: str) -> None:
+    """No checkpoint and no layer is taken for a formula, and none draws a warning."""
+    files = []
+    for i, name in enumerate(("m$x^$", "$\\frac$", "模型", "$")):
+        files.append(str(tmp_path / f"{name}.safetensors"))
+        save_file({"w": np.random.default_rng(i).normal(size=9)}, files[-1])
+    for base in (files[3], None):
+        plot_geometry(streamsoup.geometry(files, base=base), str(tmp_path / f"angles{end}"))
+    names = ["$\\frac$", "模型"]
+    plot_coefficients(np.eye(2), ["层$x^$", "_$"], names, str(tmp_path / f"coefficients{end}"))
+    assert len(list(tmp_path.glob(f"*{end}"))) == 2
+    if end == ".svg":
+        text = (tmp_path / "coefficients.svg").read_text()
+        assert "<!-- $\\frac$ -->" in text
 
 
 @drawn

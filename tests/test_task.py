@@ -127,6 +127,98 @@ def test_where_tasks_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_task("my_soup_task:other")
 
 
+def test_a_task_may_lie_in_a_folder_with_a_colon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is a path; a colon after it names an object all the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("run:3").mkdir()
+    Path("run:3/task.py").write_text("class Mine:\n    score = min\ndef score(model): return 3\n")
+    assert load_task("run:3/task.py").score(None, "val").value == 3
+    assert load_task("run:3/task.py:Mine").has("score")
+    with pytest.raises(TaskError, match=r"run:4/task\.py: no such task file"):
+        load_task("run:4/task.py")
+
+
+def test_loading_a_task_leaves_the_world_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the working folder nor numpy's error handling is the task's to choose."""
+    monkeypatch.chdir(tmp_path)
+    change = "os.chdir('/'); np.seterr(all='raise')"
+    head = "import os\nimport numpy as np\n"
+    Path("task.py").write_text(f"{head}{change}\ndef score(model): return 1\n")
+    Path("later.py").write_text(
+        f"{head}class Mine:\n    def __init__(self): {change}\n"
+        f"    def splits(self): {change}; return ['a']\n    def score(self, model): return 1\n"
+    )
+    before = np.geterr()
+    for task in ("task.py", "later.py:Mine"):
+        load_task(task)
+        assert Path.cwd() == tmp_path
+        assert np.geterr() == before
+
+
+def fingerprint_of(code: str, name: str = "score") -> str:
+    """Give the fingerprint of a task that was typed in."""
+    known: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "<stdin>", "exec"), known)
+    return load_task(known[name]).fingerprint
+
+
+TYPED = [
+    "def score(model): return {}",
+    "def score(model, at={}): return at",
+    "def score(model, *, at={}): return at",
+    "def score(model): return (lambda: {})()",
+    "AT = {}\ndef score(model): return AT",
+    "def helper(): return {}\ndef score(model): return [helper() for _ in 'a'][0]",
+    "def make(at):\n    return lambda model: at\nscore = make({})",
+    "import functools\nscore = functools.partial(lambda model, at: at, at={})",
+    "import functools\n@functools.cache\ndef score(model): return {}",
+    "import contextlib\n@contextlib.contextmanager\ndef score(model): yield {}",
+    "class T:\n    def score(self, model): return {}\nscore = T",
+    "class T:\n    def score(self, model): return {}\nscore = T()",
+    "class T:\n    at = {}\n    def score(self, model): return self.at\nscore = T()",
+    "class B:\n    @property\n    def at(self): return {}\n"
+    "class T(B):\n    def score(self, model): return self.at\nscore = T()",
+    "class T:\n    @staticmethod\n    def score(model): return {}\nscore = T()",
+    "class T:\n    def own(self, model): return {}\nscore = T().own",
+    "class T:\n    def __call__(self, model): return {}\nscore = T()",
+    "import types\nscore = types.SimpleNamespace(score=lambda model: {})",
+]
+
+
+@pytest.mark.parametrize("code", TYPED)
+def test_the_fingerprint_of_what_was_typed_in(code: str) -> None:
+    """In a notebook, what is defined anew is another task; the same code is the same."""
+    assert fingerprint_of(code.format("1")) == fingerprint_of("\n\n" + code.format("1"))
+    assert fingerprint_of(code.format("1")) != fingerprint_of(code.format("2"))
+
+
+def test_fingerprints_are_those_of_another_process() -> None:
+    """They do not hang on the order of a set, which each process chooses."""
+    code = "def score(model): return model in {'a', 'b', 'c', 'd', 'e'}"
+    script = f"{code}\nfrom streamsoup.task import load_task\nprint(load_task(score).fingerprint)"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+def test_functions_of_one_file_differ() -> None:
+    """Two lambdas of a file are two tasks, and a wrapper from elsewhere does not hide its own."""
+    tasks = [lambda model: 1, lambda model: 2, torch.no_grad()(lambda model: 1)]
+    tasks += [torch.no_grad()(lambda model: 2)]
+    assert len({load_task(task).fingerprint for task in tasks}) == 4
+
+
 def test_the_fingerprint_follows_the_code(tmp_path: Path) -> None:
     """The same file has the same fingerprint, a changed one another."""
     path = tmp_path / "task.py"
@@ -272,6 +364,93 @@ def test_commands_that_fail(command: str, message: str) -> None:
     """A command that fails, is late or prints no score is named, with the end of its output."""
     with pytest.raises(TaskError, match=f"(?s){message}"):
         run_command(command, timeout=1.0)
+
+
+def printed(folder: Path, text: str) -> Score:
+    """Score by a command that prints a text."""
+    (folder / "printed").write_text(text)
+    return run_command(f"cat {folder}/printed # {{checkpoint}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Evaluated 200 examples\nAccuracy: 0.85.\n", 0.85),
+        ("epoch 3\nIt is 0.85!\n", 0.85),
+        ("epoch 3\nacc 85%, as before\n", 85.0),
+        ("Loaded 200\n\x1b[1;32m0.85\x1b[0m\n", 0.85),
+        ("\x1b]0;run 3\x07acc: 0.85\x1b[K\n", 0.85),
+        ("epoch 3\n\u22120.5\n", -0.5),
+        ("epoch 3\nnp.float64(0.85)\n", 0.85),
+        ("0.85 (170/200)\n", 0.85),
+        ("0.85\n\nAll done, bye :)\n", 0.85),
+        ('step 3: {"acc": 0.85}\n', 0.85),
+        ('{\n "acc": 0.85,\n "of": {\n  "n": 3\n }\n}\n', 0.85),
+        ("10% 1\r100% 2\racc 0.85\r\n", 0.85),
+        ("0.5\nscore -inf\n", float("-inf")),
+        ("0.5\nscore=inf\n", float("inf")),
+        ("0.5\nNaN\n", float("nan")),
+        ("0.5\nval loss: nan\n", float("nan")),
+        ("0.5\naccuracy nan\n", float("nan")),
+        ("0.5\ntensor(nan)\n", float("nan")),
+    ],
+)
+def test_what_scripts_print_last(tmp_path: Path, text: str, score: float) -> None:
+    """Sentences, colours, signs and words for numbers are read as they are meant."""
+    assert printed(tmp_path, text).value == pytest.approx(score, rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{'accuracy': 0.85}",
+        '{"accuracy": 0.85,}',
+        ' "of": {"n": 3}',
+        "acc=0.85s",
+        "Done in 12s",
+        "Done in 12.5 seconds",
+        "3/4",
+        "2024-01-31 done",
+        "saved to run/3",
+        "127.0.0.1",
+        "finished without nan",
+        "no nan",
+        "nan-free",
+        "  0.5000])",
+        "n_examples=200)",
+        "]",
+    ],
+)
+def test_a_line_that_cannot_be_read_hides_no_other(tmp_path: Path, line: str) -> None:
+    """What may be the score, but is none for sure, is named; the line above it is no score."""
+    with pytest.raises(TaskError, match=r"no score can be read from .*print the score last") as no:
+        printed(tmp_path, f"Evaluating 200\n{line}\n")
+    assert repr(line.strip()) in str(no.value)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_long_object_is_read_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
+    """Thousands of examples are no matter; where they are too many, none of them is the score."""
+    found = {"accuracy": 0.75, "examples": [1.0, 0.0] * 50_000}
+    text = json.dumps(found, indent=indent)
+    score = printed(tmp_path, text)
+    assert score.value == 0.75
+    assert score.examples is not None
+    assert score.examples.tolist() == found["examples"]
+    monkeypatch.setattr("streamsoup.task.command.OUTPUT_NBYTES", 100_000)
+    with pytest.raises(TaskError, match=r"no score.* that it printed, and no more are held"):
+        printed(tmp_path, text)
+    assert printed(tmp_path, f"{text}\n0.5").value == 0.5
+
+
+def test_what_stands_for_what_in_a_command(tmp_path: Path) -> None:
+    """A path that looks like another placeholder is a path."""
+    path = tmp_path / "a{split}{to_beat}"
+    path.write_text("3")
+    task = command_task("cat {checkpoint}; : {split} {to_beat}", main=None, timeout=20.0)
+    assert task.run(str(path), "val", 0.5).value == 3
 
 
 def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:

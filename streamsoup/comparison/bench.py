@@ -4,6 +4,10 @@ A mixture goes straight into the model's parameters (`live.ModelSink`); nothing 
 but the answers (`cache`). Where the task gives predictions, one pass over a split gives everything:
 right answers, likelihood, calibration, and logits to make ensembles of. Where it does not, its
 `score` is asked.
+
+Scoring may change weights, by adapting to a split or in training mode: the mixture is put anew
+before whatever is measured next. What torch does not count goes unseen, and spoils that: changes
+through `.data` or a view of numpy's, and running statistics without a count of batches beside them.
 """
 
 from __future__ import annotations
@@ -107,6 +111,8 @@ class Bench:
         self._mix: LiveMix | None = None
         self._training: list[tuple[Any, bool]] = []
         self._current: Mixture | None = None
+        self._versions: list[int] | None = None
+        """How often each tensor had been changed when the current mixture was put there."""
         self._labels: dict[str, Labels] = {}
         self._digests: list[str | None] = [None] * len(ingredients)
 
@@ -136,7 +142,7 @@ class Bench:
         """Measure a mixture on those of `splits` whose answers are not known yet.
 
         Costs a pass over the weights of the members, if anything is missing, and a pass of the
-        task over each missing split.
+        task over each missing split; a pass over the weights for each, if the task changes them.
         """
         missing: dict[str, tuple[bool, bool]] = {}
         for split in splits:
@@ -145,15 +151,12 @@ class Bench:
             logits = self.predicts and not self.cache.has_logits(key)
             if score or logits:
                 missing[split] = (score, logits)
-        if not missing:
-            return
-        self._put(mixture)
         for split, (score, logits) in missing.items():
             key = self.key(mixture, split)
             if logits:
-                self._keep(key, split, *self._predict(split))
+                self._keep(key, split, *self._predict(mixture, split))
             if score:
-                self.cache.put_score(key, self._score(split))
+                self.cache.put_score(key, self._score(mixture, split))
             self._note(mixture, split)
 
     def score(self, mixture: Mixture, split: str) -> Score:
@@ -188,8 +191,7 @@ class Bench:
         """Give logits and labels without keeping them, or those that are kept."""
         if self.cache.has_logits(self.key(mixture, split)):
             return self.logits(mixture, split)
-        self._put(mixture)
-        logits, labels = self._predict(split)
+        logits, labels = self._predict(mixture, split)
         self._check_labels(split, labels)
         self._summarise(f"{self.key(mixture, split)}:summary", logits, labels)
         self._note(mixture, split)
@@ -244,8 +246,7 @@ class Bench:
         key = self.key(mixture, split)
         known = self.cache.score(key)
         if known is None:
-            self._put(mixture)
-            known = self._score(split)
+            known = self._score(mixture, split)
             self.cache.put_score(key, known)
             self._note(mixture, split)
         return known.value
@@ -262,8 +263,11 @@ class Bench:
         self._watch(f"measured {self.n_measured}: a mixture of {len(mixture.members)} on {split}")
 
     def _put(self, mixture: Mixture) -> None:
-        """Put a mixture into the model, unless it is the one that is there."""
-        if mixture == self._current:
+        """Put a mixture into the model, unless it is the one that is there, unchanged."""
+        sink = self._live()
+        sink.check()
+        versions = sink.versions()
+        if mixture == self._current and versions is not None and versions == self._versions:
             return
         self._current = None
         from streamsoup.live import recalibrate
@@ -271,8 +275,6 @@ class Bench:
         from streamsoup.soups.scoring import contained
         from streamsoup.stream import run
 
-        sink = self._live()
-        sink.check()
         part = self._part(mixture)
         if self._mix is None:
             self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
@@ -282,7 +284,7 @@ class Bench:
         if self._recalibrate and len(mixture.members) > 1:
             with contained(self.task.name, "recalibration"):
                 recalibrate(sink.model, self.task.recalibration())
-        self._current = mixture
+        self._current, self._versions = mixture, sink.versions()
 
     def _part(self, mixture: Mixture) -> MixPlan:
         """Cut the plan for the members out of the plan over all ingredients."""
@@ -305,18 +307,21 @@ class Bench:
             self._training = [(module, module.training) for module in self._model.modules()]
         return self._sink
 
-    def _score(self, split: str) -> Score:
+    def _score(self, mixture: Mixture, split: str) -> Score:
+        """Ask the task for its score of a mixture."""
         from streamsoup.soups.scoring import contained
 
+        self._put(mixture)
         model = self._live().model
         with contained(self.task.name, "score"):
             model.eval()
             return self.task.score(model, split)
 
-    def _predict(self, split: str) -> tuple[AnyFloats, Labels]:
-        """Ask the task for logits and labels of a whole split."""
+    def _predict(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
+        """Ask the task for a mixture's logits, and labels, of a whole split."""
         from streamsoup.soups.scoring import contained
 
+        self._put(mixture)
         model = self._live().model
         logits, labels = [], []
         with contained(self.task.name, "predictions"):

@@ -6,6 +6,9 @@
   https://arxiv.org/abs/1508.05154, for the equal counts.
 * Temperature scaling: the β that minimises the likelihood's loss on held-out data, which is
   convex in β. Guo et al. 2017, https://arxiv.org/abs/1706.04599 (T = 1/β).
+
+A logit of −∞ says that a class has no chance. Numpy's settings for errors do not matter here: small
+numbers become 0 as they should.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Calibration(msgspec.Struct, frozen=True):
     """Expected calibration error, 0 to 1."""
 
 
+@np.errstate(all="ignore")
 def log_softmax(logits: AnyFloats, beta: float = 1.0) -> Floats:
     """Give log softmax(β·logits) over the last axis, in float64."""
     z = beta * logits.astype(np.float64)
@@ -129,24 +133,29 @@ def fit_beta(logits: AnyFloats, labels: Labels) -> float:
     return beta
 
 
+@np.errstate(all="ignore")
 def _slopes(logits: AnyFloats, labels: Labels, beta: float) -> tuple[float, float]:
     """Give the first and second derivative of the mean loss by β.
 
     With p = softmax(β·z) they are E[Σp·z − z_y] and E[Σp·z² − (Σp·z)²]; neither depends on a
-    constant added to z.
+    constant added to z. A class without a chance adds nothing to the sums, and a label without one
+    costs the same, ∞, at every β, so that its example says nothing of β.
     """
     first = second = 0.0
     for part in blocks(logits, CACHED):
         z = logits[part].astype(np.float64)
         z -= z.max(axis=1, keepdims=True)
+        rows = np.arange(len(z))
+        possible = z[rows, labels[part]] != -np.inf
         p = np.exp(beta * z)
         total = p.sum(axis=1)
+        z[z == -np.inf] = 0.0  # p is 0 there, and 0·∞ is none
         p *= z
         mean = p.sum(axis=1) / total
         square = np.einsum("ij,ij->i", p, z) / total
-        chosen = z[np.arange(len(z)), labels[part]]
-        first += float((mean - chosen).sum())
-        second += float((square - mean * mean).sum())
+        chosen = z[rows, labels[part]]
+        first += float((mean - chosen)[possible].sum())
+        second += float((square - mean * mean)[possible].sum())
     return first / len(labels), second / len(labels)
 
 

@@ -40,15 +40,18 @@ class Theory(msgspec.Struct, frozen=True):
     beta: float
 
 
+@np.errstate(all="ignore")
 def disagreement(soup: AnyFloats, difference: AnyFloats, beta: float) -> float:
     """Give E_x Var_{Y∼softmax(β·soup)}[difference_Y], both ``(example, class)``."""
     p = np.exp(log_softmax(soup, beta))
-    d = difference.astype(np.float64)
+    # Where p is 0 nothing is added, even if both logits are −∞ and their difference is no number.
+    d = np.where(p > 0, difference.astype(np.float64), 0.0)
     # A constant added to all classes changes no variance, and centring loses no digits.
     d -= (p * d).sum(axis=1, keepdims=True)
     return float((p * d * d).sum(axis=1).mean())
 
 
+@np.errstate(all="ignore")
 def compare_with_ensemble(
     logits: tuple[AnyFloats, AnyFloats, AnyFloats, AnyFloats, AnyFloats],
     labels: Labels,

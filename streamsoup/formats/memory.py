@@ -21,7 +21,7 @@ from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["MemoryShard", "open_state"]
+__all__ = ["MemoryShard", "is_apart", "meet", "open_state", "span"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
@@ -152,6 +152,53 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
     shard = MemoryShard(printable(label), identity, header, 0, 0, memory)
     return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
+
+
+def is_apart(tensor: Any) -> bool:
+    """Whether all elements of a tensor lie at places of their own."""
+    reach = 0
+    steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+    for stride, n in steps:
+        if stride <= reach:  # rows that begin within others may still miss their elements
+            begin, end = span(tensor)
+            taken = np.zeros(end - begin, np.bool_)
+            _places(taken, begin, tensor)[...] = True
+            return bool(taken.sum() == tensor.numel() * tensor.element_size())
+        reach += stride * (n - 1)
+    return True
+
+
+def meet(first: Any, second: Any) -> bool:
+    """Whether two tensors, whose spans overlap, have memory in common. Columns may have none.
+
+    Where not both are dense, holds a byte for each that they span.
+    """
+    spans = span(first), span(second)
+    if all(
+        end - begin == tensor.numel() * tensor.element_size()
+        for (begin, end), tensor in zip(spans, (first, second), strict=True)
+    ):
+        return True
+    begin, end = min(s[0] for s in spans), max(s[1] for s in spans)
+    taken = np.zeros(end - begin, np.bool_)
+    _places(taken, begin, first)[...] = True
+    return bool(_places(taken, begin, second).any())
+
+
+def span(tensor: Any) -> tuple[int, int]:
+    """Give the addresses of a tensor's first byte, and of that after its last one."""
+    last = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _places(memory: NDArray[np.bool_], begin: int, tensor: Any) -> NDArray[np.bool_]:
+    """View those of the bytes from address `begin` on that a tensor's elements take."""
+    size = tensor.element_size()
+    return np.lib.stride_tricks.as_strided(
+        memory[tensor.data_ptr() - begin :],
+        (*tensor.shape, size),
+        (*(stride * size for stride in tensor.stride()), 1),
+    )
 
 
 def _version(tensor: Any) -> int:

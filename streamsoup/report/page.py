@@ -77,7 +77,8 @@ class Page(msgspec.Struct, frozen=True):
             elif isinstance(block, Table):
                 parts.append(_markdown_table(block))
             else:
-                parts.append(f"![{block.words}]({block.file})\n\n{_escaped(block.words)}")
+                words = _escaped(block.words)
+                parts.append(f"![{words}]({block.file})\n\n{words}")
         return "\n\n".join(parts) + "\n"
 
     def to_html(self, folder: str) -> str:
@@ -110,7 +111,8 @@ def write_text(path: str, text: str) -> None:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)]]
+    head = [_escaped(cell) for cell in table.head]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for number, row in enumerate(table.rows):
         cells = [_escaped(cell) for cell in row]
         lines.append([f"**{c}**" if c else c for c in cells] if number in table.bold else cells)

@@ -105,17 +105,21 @@ def greedy_soup(
     kitchen = _Kitchen(ordered, task, model, search, options, target)
     try:
         bound_to = kitchen.bound_to()
+        given = _given_scores(search, bound_to)
         rules = [getattr(search, name) for name in RULES if name != "jobs"]
         about = [bound_to, rules, repr(search.scores), ordered.plan.recipe.shard_size]
         identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
         with Scorebook(target, bound_to, restart=search.restart) as book, closing(kitchen):
             finished = _finished(target, identity) if resumed else None
             if finished is not None:
+                if model is not None:
+                    from streamsoup.soups.live_mix import put_soup
+
+                    put_soup(finished.path, model, options)
                 book.finish()
                 return finished
             check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
             scorers = kitchen.open(book)
-            given = _given_scores(search, bound_to)
             ask = _asking(scorers, book, search, given)
             found = go_through([ingredient.name for ingredient in opened], ask, search)
             best = best_run(found.runs)
@@ -159,7 +163,7 @@ def _asking(
 
     def ask(wanted: Sequence[Members], to_beat: float | None) -> tuple[Outcome, bool]:
         members = wanted[0]
-        if len(members) == 1 and given is not None and search.z == 0:
+        if len(members) == 1 and given is not None:
             return Outcome(Score(float(given[members[0]])), None, Moved(0, 0, 0.0), 0.0), True
         # Not what jobs have scored ahead: that is paid for here, and used for the first time.
         known = members in asked and book.get(members, to_beat) is not None
@@ -180,10 +184,16 @@ def _given_scores(search: SearchOptions, bound_to: Mapping[str, Any]) -> list[fl
     if not isinstance(about, Mapping):
         raise RecipeError("the scores are no report of a greedy search; give a number for each")
     changed = [k for k in bound_to if k != "ingredients" and about.get(k) != bound_to[k]]
-    known = {
-        json.dumps(identity): float(single["score"])
-        for (_, identity), single in zip(about["ingredients"], report["singles"], strict=False)
-    }
+    try:
+        known = {
+            json.dumps(identity): float(single["score"])
+            for (_, identity), single in zip(about["ingredients"], report["singles"], strict=False)
+        }
+    except (KeyError, TypeError, ValueError):
+        raise RecipeError(
+            "the scores are no whole report of a greedy search: it lacks ingredients or their "
+            "scores; give a number for each"
+        ) from None
     scores: list[float] = []
     for name, identity in bound_to["ingredients"]:
         score = known.get(json.dumps(identity))

@@ -132,9 +132,9 @@ def learned_soup(
 def _leave(model: nn.Module | None, soup: Soup, options: Options) -> None:
     """Put the soup itself into a model that was given, to the bit."""
     if model is not None:
-        from streamsoup.soups.live_mix import mix_into
+        from streamsoup.soups.live_mix import put_soup
 
-        mix_into(model, [soup.path], options=replace(options, dtype="same", on_progress=None))
+        put_soup(soup.path, model, options)
 
 
 def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str) -> dict[str, Any]:

@@ -134,6 +134,11 @@ def mix_into(
     return plan.recipe
 
 
+def put_soup(path: str, model: nn.Module, options: Options) -> None:
+    """Put a finished soup into a model, to the bit; costs a read of it."""
+    mix_into(model, [path], options=replace(options, dtype="same", on_progress=None))
+
+
 class DeviceCandidates(Candidates):
     """Candidates in a model on an accelerator, with the running sum there too, if it fits."""
 

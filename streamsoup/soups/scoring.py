@@ -24,7 +24,7 @@ from streamsoup.formats.files import Bytes, Descriptors
 from streamsoup.plan import FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates, Moved
-from streamsoup.task import Score, Task
+from streamsoup.task import Score, Task, put_back
 from streamsoup.task.command import CommandTask
 from streamsoup.write import write_at
 
@@ -246,10 +246,9 @@ def contained(name: str, what: str) -> Iterator[None]:
 
     state = random.getstate(), np.random.get_state()  # noqa: NPY002 - tasks may use it
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    folder = os.getcwd()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with put_back(), torch.random.fork_rng(devices), torch.no_grad():
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             # Not `torch.manual_seed`: it takes longer than a small model's score.
@@ -266,7 +265,6 @@ def contained(name: str, what: str) -> Iterator[None]:
         np.random.set_state(state[1])  # noqa: NPY002
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        os.chdir(folder)
 
 
 def _describe(error: BaseException) -> str:

@@ -60,7 +60,7 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     scores: Sequence[float] | Mapping[str, Any] | None = None
     """Scores of the single ingredients, where they are known; else they are measured. A number
     for each, believed as they are; or the report of an earlier search, believed only if its task
-    and ingredients are still the same."""
+    and ingredients are still the same. Not with `z`, which needs the examples of each."""
     split: str | None = None
     """The split to search on; None for the first of the task."""
     recalibrate: bool = False
@@ -89,8 +89,15 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         if given is not None and all(map(math.isnan, given)):
             raise RecipeError("every score given is NaN, so no ingredient can be the first")
-        if not self.min_gain >= 0 or not self.z >= 0:
-            raise RecipeError(f"min_gain {self.min_gain} and z {self.z} are to be 0 or more")
+        if not 0 <= self.min_gain < math.inf or not 0 <= self.z < math.inf:
+            raise RecipeError(
+                f"min_gain {self.min_gain} and z {self.z} are to be 0 or more, and finite"
+            )
+        if self.scores is not None and self.z > 0:
+            raise RecipeError(
+                "z compares the examples of each ingredient, and scores alone have none: leave out "
+                "the scores, and all are measured; or z"
+            )
         for name in ("jobs", "passes", "n_orders"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 1")
@@ -103,6 +110,8 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise RecipeError("several orders are random ones: order='random'")
         if self.timeout is not None and not self.timeout > 0:
             raise RecipeError(f"a timeout of {self.timeout} s leaves no time to score")
+        if self.timeout == math.inf:
+            raise RecipeError("a timeout of inf s never comes; leave it out")
 
 
 class Trial(msgspec.Struct, frozen=True):

@@ -151,8 +151,8 @@ class Slopes:
         self._products = fastest_products(
             self._own, N_PASSES * len(everyone), compiles=memory.compiles
         )
-        self._there: dict[int, list[int]] = {}
-        """Versions of the tensors of parts that are the same in every mixture, as they were put."""
+        self._versions: list[int] | None = None
+        """How often each tensor of the model had been changed when it was last mixed into."""
         self._parts: dict[frozenset[str], tuple[MixPlan, MemoryPlan, Any]] = {}
         self._n_batches: int | None = None
         learned = {tensor.name for tensor in self._own.tensors}
@@ -263,34 +263,23 @@ class Slopes:
     def mix(self, raw: Floats) -> None:
         """Put the mixture into the model."""
         self._sink.check()
-        self._keep(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
+        versions = self._sink.versions()
+        # A loss may change its model, in training mode say.
+        untouched = versions is not None and versions == self._versions
+        if not untouched:
+            self._mix_part(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
         self._mix_part(self._own, self._mixture.coefficients(raw))
         self.n_passes += 1
-        if not self._common.tensors:
-            return
-        if self._free:
+        if self._free and self._common.tensors:
             rows = self._mixture.rows(raw)
             totals: dict[str, tuple[float, ...]] = {
                 tensor.name: (float(rows[self._mixture.group_of[tensor.name]].sum()),)
                 for tensor in self._common.tensors
             }
             self._mix_part(self._common, Coefficients((1.0,), per_tensor=totals))
-        else:
-            self._keep(self._common, Coefficients((1.0,)))
-
-    def _keep(self, plan: MixPlan, coefficients: Coefficients) -> None:
-        """Put what is the same in every mixture, unless it is there: a loss may change its model.
-
-        What a task changes behind torch's back (``.data``) goes unseen.
-        """
-        if self._versions(plan) != self._there.get(id(plan)):
-            self._mix_part(plan, coefficients)
-            self._there[id(plan)] = self._versions(plan)
-
-    def _versions(self, plan: MixPlan) -> list[int]:
-        """Give torch's counts of the changes to a part of the model."""
-        live = [self._sink[tensor.name] for tensor in plan.tensors]
-        return [0 if tensor.is_inference() else tensor._version for tensor in live]
+        elif not untouched:
+            self._mix_part(self._common, Coefficients((1.0,)))
+        self._versions = self._sink.versions()
 
     def _mix_part(self, plan: MixPlan, coefficients: Coefficients) -> None:
         if not plan.tensors:

@@ -30,12 +30,14 @@ reach, or None. Once it is out of reach, ``{"at_most": bound}`` may be returned 
 the decision is the same, only sooner. An ``examples`` entry in the dictionary, a number for each
 held-out example, allows paired comparisons.
 
+Whatever of these runs, the working folder and numpy's error handling are put back after it: a task
+names its files by absolute paths, or beside ``__file__``.
+
 Importing this room loads no torch: tasks do.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -43,15 +45,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from streamsoup.errors import TaskError, printable, some
+from streamsoup.task.code import digest_code
 from streamsoup.task.scores import Score, read_score
 
-__all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "read_score"]
+__all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "put_back", "read_score"]
 
 EXAMPLES = {
     "build": "def build():\n    return MyModel()",
@@ -189,14 +194,14 @@ def load_task(task: AnyTask) -> Task:
         source = _Lone(source)
     splits = getattr(source, "splits", None)
     if callable(splits):
-        splits = splits()
+        splits = _guarded(name, splits)
     names = ("val",) if splits is None else tuple(map(str, splits))
     if not names or isinstance(splits, str):
         raise TaskError(f"{name}: splits is empty or no list; write splits = ['val', 'test']")
     main = getattr(source, "main", None)
-    loaded = Task(
-        name, _fingerprint(source), source, names, main if isinstance(main, str) else None
-    )
+    version = str(getattr(source, "version", ""))
+    fingerprint = digest_code(_parts_of(source), version=version)
+    loaded = Task(name, fingerprint, source, names, main if isinstance(main, str) else None)
     loaded.need("score")
     return loaded
 
@@ -210,7 +215,11 @@ class _Lone:
 
 def _load(text: str) -> Any:
     """Import a task file, a module, or an object in one of them."""
-    path, _, attribute = text.partition(":")
+    path, _, attribute = text.rpartition(":")
+    if text.endswith(".py"):
+        path, attribute = text, ""
+    elif not path.endswith(".py"):
+        path, _, attribute = text.partition(":")
     module = _load_file(path) if path.endswith(".py") else _load_module(path, text)
     found: Any = module
     for part in attribute.split(".") if attribute else ():
@@ -255,10 +264,22 @@ def _load_module(name: str, text: str) -> ModuleType:
         raise
 
 
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Put back what the user's code may change and ours goes by: folder, and numpy's errors."""
+    folder = os.getcwd()
+    try:
+        with np.errstate():
+            yield
+    finally:
+        os.chdir(folder)
+
+
 def _guarded(where: str, load: Callable[[], Any]) -> Any:
     """Run the user's code, and name it where it fails."""
     try:
-        return load()
+        with put_back():
+            return load()
     except (Exception, SystemExit) as error:
         kind = type(error).__name__
         raise TaskError(f"{where}: cannot be loaded: {kind}: {printable(error, 500)}") from error
@@ -275,22 +296,9 @@ def _parameters(function: Callable[..., Any]) -> set[str] | None:
     return {each.name for each in parameters if each.kind is not each.VAR_POSITIONAL}
 
 
-def _fingerprint(source: Any) -> str:
-    """Digest the code that scores: the file it is in, and its name."""
+def _parts_of(source: Any) -> list[Any]:
+    """List what a task's scores depend on: its functions, and the file or class they are in."""
+    functions = [getattr(source, name, None) for name in EXAMPLES]
     if isinstance(source, _Lone):
-        source = source.score
-    named = source if isinstance(source, ModuleType) or inspect.isroutine(source) else type(source)
-    name = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', '')}"
-    if isinstance(named, ModuleType):
-        name = named.__name__
-    try:
-        path = inspect.getsourcefile(named)
-    except TypeError:
-        path = None
-    digest = hashlib.sha256(name.encode())
-    # An object whose scores depend on more than its code can say so.
-    digest.update(str(getattr(source, "version", "")).encode())
-    if path is not None and os.path.isfile(path):
-        with open(path, "rb") as file:
-            digest.update(file.read())
-    return digest.hexdigest()
+        return functions
+    return [source if isinstance(source, ModuleType) else type(source), *functions]

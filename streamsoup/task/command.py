@@ -1,8 +1,10 @@
 """A task that is a shell command: it is given a checkpoint folder, and prints a score.
 
-The answer is the last JSON object or number on standard output. What a command prints is read as
-it comes, and only the end of it is kept. It is killed with all its children when it is done, late,
-or not wanted any more; see `family`.
+The answer is the last JSON object or number on standard output. Lines below it are passed over
+only if they hold no digit, no NaN and nothing left of an object; any other line that cannot be read
+is refused, for what stands above it may be no score. What a command prints is read as it comes, and
+only the end of it is kept. It is killed with all its children when it is done, late, or not wanted
+any more; see `family`.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ import shlex
 import signal
 import subprocess
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import msgspec
 
 from streamsoup.errors import TaskError, printable
+from streamsoup.sizes import nbytes_text
 from streamsoup.task.family import Family, Tail
 from streamsoup.task.scores import Score, read_score
 
 __all__ = ["CommandTask", "command_task"]
 
-OUTPUT_NBYTES = 1 << 16
-"""How much of the end of the output is searched for a score."""
+OUTPUT_NBYTES = 1 << 25
+"""How much of the end of the output is held, and searched for a score: a million examples in JSON,
+with all their digits and a line each, are 25 MB."""
+
+_CUT = f" in the last {nbytes_text(OUTPUT_NBYTES)} that it printed, and no more are held"
 
 DIGESTED_NBYTES = 10_000_000
 """Files named in a command, up to this size, are part of what its scores depend on."""
@@ -64,9 +71,9 @@ class CommandTask(msgspec.Struct, frozen=True):
         takes too long.
         """
         values = {"checkpoint": folder, "split": split, "to_beat": repr(to_beat)}
-        line = self.command
-        for name, value in values.items():
-            line = line.replace(f"{{{name}}}", shlex.quote(value))
+        line = re.sub(
+            r"\{(checkpoint|split|to_beat)\}", lambda m: shlex.quote(values[m[1]]), self.command
+        )
         status, output, tail = _run(line, self.timeout)
         if status is None:
             raise TaskError(f"{self.name}: took longer than {self.timeout:g} s{tail.text()}")
@@ -104,7 +111,7 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
     return CommandTask(command, digest.hexdigest(), main, timeout)
 
 
-def _run(line: str, timeout: float | None) -> tuple[int | None, bytes, Tail]:
+def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
     """Run a shell command; give its status (None: too late), standard output and both ends."""
     family = Family(
         ["/bin/sh", "-c", line],
@@ -122,7 +129,7 @@ def _run(line: str, timeout: float | None) -> tuple[int | None, bytes, Tail]:
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-    return status, output.content(), tail
+    return status, output, tail
 
 
 def _follow(
@@ -170,43 +177,126 @@ def _drain(
             return
 
 
+_ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+"""A command to a terminal, such as a colour (ECMA-48)."""
+
+_MINUS = {0x2212: "-", 0x2013: "-"}
+"""What typesetters write for a minus."""
+
 _NUMBER = re.compile(
-    r"(?<![\w.+-])[+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|nan|inf(?:inity)?)(?![\w.])",
+    r"(?<![\w.+/-])[+-]?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|nan|inf(?:inity)?)"
+    r"(?![\w/]|\.[\w.]|-\d)",
     re.IGNORECASE,
 )
+"""A number in a line, without the full stop that may end a sentence. What stands in a name, a path
+or a date is none."""
+
+_WORD = re.compile(r"nan|inf(?:inity)?", re.IGNORECASE)
+"""A number that is a word in prose as well."""
+
+_BEFORE_WORD = re.compile(
+    r"(?:.*[=:]\s*)?(?:[\w.]+\()?|(?!(?:no|not|without)\s)\S+\s+", re.IGNORECASE
+)
+"""After what it is meant as a number: nothing, an equals sign, a colon, or a single name. Nothing
+but punctuation may follow."""
+
+_AFTER_SPAN = re.compile(r"\s*(?:ms|s|secs?|seconds?|min|mins|minutes?|h|hours?)\b", re.IGNORECASE)
+"""After what a number is a time taken, and no score."""
 
 
-def _answer(output: bytes, where: str, tail: Tail) -> Any:
+def _answer(output: Tail, where: str, tail: Tail) -> Any:
     """Find the last JSON object or number in what a command printed."""
-    lines = output.decode("utf-8", "replace").replace("\r", "\n").splitlines()
-    for end in range(len(lines), 0, -1):
-        line = lines[end - 1].strip()
+    text = _ESCAPE.sub(b"", output.content()).replace(b"\r", b"\n")
+    for begin, end in _lines_from_the_end(text):
+        if begin == 0 and output.is_cut:
+            break  # half a line
+        line = text[begin:end].decode("utf-8", "replace").translate(_MINUS).strip()
         if line.endswith("}"):
-            for begin in range(end - 1, -1, -1):
-                if lines[begin].lstrip().startswith("{"):
-                    found = _json_object("\n".join(lines[begin:end]))
-                    if found is not None:
-                        return found
-            continue
-        numbers = _NUMBER.findall(line.replace("%", " "))
-        if len(numbers) == 1:
-            return float(numbers[0])
-        if numbers:
-            raise TaskError(
-                f"{where}: its last line with a number has {len(numbers)} of them, "
-                f"{printable(line)!r}; end with one number, or with a JSON object"
-            )
+            found = _object_at_the_end(text[:end].decode("utf-8", "replace").rstrip())
+            if found is not None:
+                return found
+            _refuse(line, where, _CUT if output.is_cut else "")
+        number = _number_in(line, where)
+        if number is not None:
+            return number
+    if output.is_cut:
+        raise TaskError(f"{where}: printed no score{_CUT}; print less, and the score last")
     raise TaskError(f"{where}: printed no score: no number and no JSON object{tail.text()}")
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    """Give the numbers of a JSON object, and what a task may say besides; None if it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+def _lines_from_the_end(text: bytes) -> Iterator[tuple[int, int]]:
+    """Give where each line begins and ends, the last one first."""
+    end = len(text)
+    while end >= 0:
+        begin = text.rfind(b"\n", 0, end) + 1
+        yield begin, end
+        end = begin - 1
+
+
+def _number_in(line: str, where: str) -> float | None:
+    """Give the one number in a line; None if nothing in it may be part of a score."""
+    plain = line.replace("%", " ")
+    found = list(itertools.islice(_NUMBER.finditer(plain), 2))
+    if len(found) > 1:
+        n = sum(1 for _ in _NUMBER.finditer(plain))
+        raise TaskError(
+            f"{where}: its last line with a number has {n} of them, "
+            f"{printable(line)!r}; end with one number, or with a JSON object"
+        )
+    if not found:
+        # The end of an object or a list, or a number in a form that is not known.
+        if re.search(r"\d", line) or not _is_balanced(line, "[]", "{}"):
+            _refuse(line, where)
         return None
-    if not isinstance(found, dict):
-        return None
+    (number,) = found
+    is_word = _WORD.fullmatch(number[0]) is not None
+    if (
+        not _is_balanced(line, "()", "[]", "{}")
+        or _AFTER_SPAN.match(line, number.end())
+        or (is_word and not _BEFORE_WORD.fullmatch(line[: number.start()]))
+        or (is_word and re.search(r"\w", line[number.end() :]))
+    ):
+        _refuse(line, where)
+    return float(number[0])
+
+
+def _is_balanced(line: str, *pairs: str) -> bool:
+    return all(line.count(pair[0]) == line.count(pair[1]) for pair in pairs)
+
+
+def _refuse(line: str, where: str, cut: str = "") -> NoReturn:
+    """Refuse a line that may hold the score, but cannot be read."""
+    raise TaskError(
+        f"{where}: no score can be read from {printable(line)!r}{cut}; print the score last, as "
+        "one number or a JSON object, such as print(json.dumps({'accuracy': accuracy}))"
+    )
+
+
+def _object_at_the_end(text: str) -> dict[str, Any] | None:
+    """Give the JSON object that ends where `text` does; None if none does.
+
+    It begins with the first brace of a line; before that may be words, but nothing of an object or
+    list that it would be part of. Of each object before it only its own text is read.
+    """
+    decoder = json.JSONDecoder()
+    end = len(text)
+    while end >= 0:
+        line = text.rfind("\n", 0, end) + 1
+        begin = text.find("{", line, end)
+        end = line - 1
+        if begin < 0 or re.search("[\"'\\[(]", text[line:begin]):
+            continue
+        try:
+            found, stop = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            continue
+        if stop == len(text):
+            return _numbers_of(found)
+    return None
+
+
+def _numbers_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Give the numbers of a JSON object, and what a task may say besides."""
     return {
         name: value
         for name, value in found.items()

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import uuid
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,19 +49,22 @@ class Tail:
     def __init__(self, nbytes: int = TAIL_NBYTES) -> None:
         """Keep the last `nbytes`."""
         self._nbytes = nbytes
-        self._parts: deque[bytes] = deque()
-        self._held = 0
+        # Not its parts: a process that prints byte by byte would fill the memory with them.
+        self._held = bytearray()
+        self.is_cut = False
+        """Whether there was more than is kept."""
 
     def add(self, part: bytes) -> None:
         """Take what was printed next."""
-        self._parts.append(part)
-        self._held += len(part)
-        while self._parts and self._held - len(self._parts[0]) >= self._nbytes:
-            self._held -= len(self._parts.popleft())
+        self._held += part
+        excess = len(self._held) - self._nbytes
+        if excess > 0:
+            del self._held[:excess]
+            self.is_cut = True
 
     def content(self) -> bytes:
         """Give what is kept."""
-        return b"".join(self._parts)[-self._nbytes :]
+        return bytes(self._held)
 
     def text(self) -> str:
         """Give it as the end of a message: line by line, without control characters."""

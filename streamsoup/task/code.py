@@ -1,0 +1,150 @@
+"""A digest of the code that scores, so that scores of other code are not taken for its own.
+
+What has a source file is known by the whole file. Code without one, of a notebook or a prompt, is
+known by what Python compiled it to, and by the functions, classes and plain values that it names.
+Either way a function's own code counts, with its default arguments and what it encloses: a file may
+hold several, and one that is wrapped by another's decorator is not in the file of its wrapper.
+
+Data is not looked at, nor what a file imports.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+__all__ = ["digest_code"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
+"""Values whose `repr` says all, and the same in each process."""
+
+
+def digest_code(parts: Iterable[Any], *, version: str) -> str:
+    """Digest functions, classes and modules with all that they are made of.
+
+    `version` is digested too: what else the scores depend on. Reads source files; runs nothing.
+    """
+    code = _Code()
+    code.note(version)
+    for part in parts:
+        code.add(part)
+    return code.digest.hexdigest()
+
+
+class _Code:
+    """A digest in the making; each file, function and class is taken in once."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self._seen: set[Any] = set()
+
+    def note(self, text: str) -> None:
+        content = text.encode("utf-8", "surrogatepass")
+        self.digest.update(b"%d:" % len(content) + content)
+
+    def add(self, part: Any) -> None:
+        """Take in a part, of whatever kind."""
+        if isinstance(part, _PLAIN):
+            self.note(repr(part))
+        elif isinstance(part, tuple):
+            self.note(f"tuple of {len(part)}")
+            for each in part:
+                self.add(each)
+        elif isinstance(part, frozenset):
+            self.note(repr(sorted(map(repr, part))))  # its order is another in each process
+        elif isinstance(part, CodeType):
+            self._add_code(part)
+        elif isinstance(part, ModuleType):
+            self.note(part.__name__)
+            self._add_file(part)
+        elif isinstance(part, functools.partial):
+            self.add((part.func, part.args))
+            self._add_named(part.keywords)
+        elif isinstance(part, MethodType):
+            self.add((part.__func__, type(part.__self__)))
+        elif isinstance(part, (FunctionType, type)):
+            self.note(f"{part.__module__}:{part.__qualname__}")
+            if id(part) not in self._seen:
+                self._seen.add(id(part))
+                has_file = self._add_file(part)
+                if isinstance(part, type):
+                    self._add_class(part, has_file)
+                else:
+                    self._add_function(part, has_file)
+        elif isinstance(part, BuiltinFunctionType):
+            self.note(part.__qualname__)
+        else:
+            self.add(type(part))
+            # As `functools.cache` wraps.
+            self.add(getattr(part, "__dict__", {}).get("__wrapped__"))
+
+    def _add_named(self, parts: Mapping[str, Any]) -> None:
+        for name in sorted(parts):
+            self.note(name)
+            self.add(parts[name])
+
+    def _add_file(self, part: Any) -> bool:
+        """Take in the file that a part is in, and say whether it has one."""
+        try:
+            path = inspect.getsourcefile(part)
+        except (TypeError, OSError):
+            return False
+        if path is None or not os.path.isfile(path):
+            return False
+        if path not in self._seen:
+            self._seen.add(path)
+            with open(path, "rb") as file:
+                self.digest.update(file.read())
+        return True
+
+    def _add_function(self, function: FunctionType, has_file: bool) -> None:
+        self._add_code(function.__code__)
+        self.add(function.__defaults__)
+        self._add_named(function.__kwdefaults__ or {})
+        for cell in function.__closure__ or ():
+            try:
+                self.add(cell.cell_contents)
+            except ValueError:
+                self.note("nothing yet")
+        if not has_file:
+            known = function.__globals__
+            names = [name for name in _names_in(function.__code__) if name in known]
+            self._add_named({name: _or_name(known[name]) for name in names})
+
+    def _add_code(self, code: CodeType) -> None:
+        self.digest.update(code.co_code)
+        self.add((code.co_names, code.co_varnames, code.co_freevars, code.co_consts))
+
+    def _add_class(self, part: type, has_file: bool) -> None:
+        for base in part.__bases__:
+            if base is not object:
+                self.add(base)
+        for name in sorted(vars(part)):
+            found = vars(part)[name]
+            if isinstance(found, (staticmethod, classmethod)):
+                found = found.__func__
+            elif isinstance(found, property):
+                found = found.fget
+            is_setting = isinstance(found, _PLAIN) and not has_file and not name.startswith("__")
+            if is_setting or isinstance(found, (FunctionType, functools.partial)):
+                self.note(name)
+                self.add(found)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Give the names that some code, or code in it, may look up."""
+    names = set(code.co_names)
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            names |= _names_in(each)
+    return names
+
+
+def _or_name(part: Any) -> Any:
+    """Give the name of a module, for its content is not looked at; and anything else as it is."""
+    return part.__name__ if isinstance(part, ModuleType) else part
