@@ -31,6 +31,7 @@ from streamsoup.plan import (
     PlannedTensor,
     fixed_nbytes,
     memory_budget,
+    opening_nbytes,
 )
 from streamsoup.reduce import Engine, Mix, MixWorker
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -118,7 +119,7 @@ def plan_device(
         # A thread copies tensors that are not averaged, widens and narrows float8, reads a group.
         each = block * (widest_out + (32 if any(d.nbits == 8 for d in sources) else 0))
         each += 0 if mapped else group * widest_in * block
-        peak = fixed_nbytes(plan) + pinned + lanes * each
+        peak = max(fixed_nbytes(plan) + pinned + lanes * each, opening_nbytes(plan))
         return DevicePlan(device, shape, MemoryPlan(lanes, block, group, peak), on_device, pinned)
 
     def fits(chosen: DevicePlan) -> bool:

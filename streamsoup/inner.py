@@ -31,6 +31,7 @@ from streamsoup.plan import (
     MemoryPlan,
     MixPlan,
     PlannedTensor,
+    check_opening,
     fixed_nbytes,
 )
 from streamsoup.reduce import can_compile, loads_kernels
@@ -103,7 +104,8 @@ def plan_inner_memory(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
             f"ingredients take {nbytes_text(peak(block, threads))} at least; raise --memory"
         )
-    return MemoryPlan(threads, block, k, peak(block, threads), compiles)
+    most = max(peak(block, threads), check_opening(plan, budget))
+    return MemoryPlan(threads, block, k, most, compiles)
 
 
 class Products(Protocol):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from streamsoup.errors import MismatchError, TaskError, printable, some
-from streamsoup.formats.files import Bytes, Window
-from streamsoup.formats.memory import MemoryShard, is_apart, meet, span
+from streamsoup.formats.files import Bytes, Descriptors, read_bytes
+from streamsoup.formats.memory import MemoryShard, is_apart, overlaps
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.tensors import TORCH_NAMES
 
@@ -43,7 +44,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor
 """Types whose memory is what it seems; subclasses may be quantised, sharded or lazy."""
 
 
-_PIECE = 1 << 23
+_PIECE = 1 << 20
 """Bytes compared at a time."""
 
 
@@ -81,21 +82,15 @@ class ModelSink:
         """All persistent tensors of the model, by the names of the plan."""
         self._memory = {name: _memory_of(name, tensor) for name, tensor in self.live.items()}
         """Where the elements lie: a module that is converted keeps its parameters, not these."""
-        first_of: dict[object, str] = {}
         self.tied: dict[str, str] = {}
-        """Names that share memory with an earlier one of the plan, and that one."""
+        """Names that share memory with another, and that one: the first that the plan has."""
         planned = {tensor.name: tensor for tensor in plan.tensors}
+        groups: dict[object, list[str]] = {}
         for name, memory in self._memory.items():
-            first = first_of.setdefault(memory, name)
-            if first != name:
-                self.tied[name] = first
-        # A tensor under several names may be in the plan under any of them.
-        for name, first in list(self.tied.items()):
-            if first not in planned and name in planned:
-                del self.tied[name]
-                for other in [n for n, f in self.tied.items() if f == first]:
-                    self.tied[other] = name
-                self.tied[first] = name
+            groups.setdefault(memory, []).append(name)
+        for names in groups.values():
+            first = next((name for name in names if name in planned), names[0])
+            self.tied |= {name: first for name in names if name != first}
         _check(planned, self.live, self.tied)
         _check_ties(plan, self.tied)
         self.targets = {
@@ -324,7 +319,8 @@ def _check(
     for name, tensor in planned.items():
         if name in live and (problem := _problem(tensor, live[name])):
             kinds.setdefault(problem, []).append(name)
-    for name, other in _overlaps(live):
+    apart = {_memory_of(name, tensor): (name, tensor) for name, tensor in live.items()}
+    for name, other in overlaps(dict(each for memory, each in apart.items() if memory != each[0])):
         problem = f"in the memory of {printable(other)}, without being the same tensor"
         kinds.setdefault(problem, []).append(name)
     problems += [f"{problem}: {some(names)}" for problem, names in kinds.items()]
@@ -380,23 +376,6 @@ def _problem(planned: PlannedTensor, tensor: Tensor) -> str | None:
     return None
 
 
-def _overlaps(live: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Pair names whose tensors have memory in common and are not the same."""
-    places = {_memory_of(name, tensor): name for name, tensor in live.items()}
-    spans = sorted(
-        (str(live[name].device), *span(live[name]), name)
-        for memory, name in places.items()
-        if memory != name
-    )
-    found: list[tuple[str, str]] = []
-    reaching: list[tuple[str, int, int, str]] = []
-    for device, begin, end, name in spans:
-        reaching = [other for other in reaching if other[0] == device and other[2] > begin]
-        found += [(name, other) for *_, other in reaching if meet(live[name], live[other])]
-        reaching.append((device, begin, end, name))
-    return found
-
-
 def _are_equal(plan: MixPlan, i: int, first: PlannedTensor, second: PlannedTensor) -> bool:
     """Whether ingredient `i` holds the same bytes for two tensors; reads until they differ."""
     layout = plan.layout_of[i]
@@ -405,17 +384,18 @@ def _are_equal(plan: MixPlan, i: int, first: PlannedTensor, second: PlannedTenso
         return False
     shards = [plan.ingredients[i].shards[source.shard] for source in sources]
     begins = [s.data_begin + source.offset for s, source in zip(shards, sources, strict=True)]
-    nbytes = first.nbytes_in(layout)
-    for at in range(0, nbytes, _PIECE):
-        n = min(_PIECE, nbytes - at)
-        one, other = (
-            shard.memory[begin + at : begin + at + n]
-            if isinstance(shard, MemoryShard)
-            else Window(shard, begin + at, begin + at + n).view(begin + at, begin + at + n)
-            for shard, begin in zip(shards, begins, strict=True)
-        )
-        if not np.array_equal(one, other):
-            return False
+    end = first.nbytes_in(layout)
+    with closing(Descriptors(2)) as files:
+        for at in range(0, end, _PIECE):
+            n = min(_PIECE, end - at)
+            one, other = (
+                bytes(shard.memory[begin + at : begin + at + n])
+                if isinstance(shard, MemoryShard)
+                else read_bytes(files.reading(shard), begin + at, n)
+                for shard, begin in zip(shards, begins, strict=True)
+            )
+            if one != other:
+                return False
     return True
 
 

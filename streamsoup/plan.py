@@ -311,12 +311,13 @@ def plan_memory(
     while block > SMALLEST_BLOCK and fixed + threads * _held(block, per_element) > budget:
         block //= 2
     threads = max(1, min(threads, (budget - fixed) // _held(block, per_element)))
-    peak = max(fixed + threads * _held(block, per_element), opening_nbytes(plan))
+    peak = fixed + threads * _held(block, per_element)
     if peak > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: "
             f"this soup takes {nbytes_text(peak)} at least; raise --memory above that"
         )
+    peak = max(peak, check_opening(plan, budget))
     return MemoryPlan(threads, block, group, peak, compiles)
 
 
@@ -377,9 +378,19 @@ def fixed_nbytes(plan: MixPlan) -> int:
 
 def opening_nbytes(plan: MixPlan) -> int:
     """Bound what the process held while it opened the ingredients: metadata may take megabytes."""
-    headers = [shard.data_begin for ingredient in plan.ingredients for shard in ingredient.shards]
-    # The largest header as it was read and decoded, its values, and the one before it.
-    return OPENING_NBYTES + 4 * max(headers)
+    shards = (shard for ingredient in plan.ingredients for shard in ingredient.shards)
+    return OPENING_NBYTES + max(shard.opening_nbytes for shard in shards)
+
+
+def check_opening(plan: MixPlan, budget: int) -> int:
+    """Give `opening_nbytes`. Raises `BudgetError` if that was more than `budget`."""
+    took = opening_nbytes(plan)
+    if took > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: opening these ingredients "
+            f"takes up to {nbytes_text(took)}, as one has a large header; raise --memory above that"
+        )
+    return took
 
 
 def _plan_tensor(

@@ -174,8 +174,7 @@ def _work_in_threads(
                     f"only {n} of {len(threads)} threads can be started here; lower --threads, or "
                     "raise the limit of processes or of memory"
                 ) from None
-        while any(thread.is_alive() for thread in threads):
-            pass_.ended.wait(TICK_S)
+        while not pass_.ended.wait(TICK_S):
             now = time.monotonic()
             if on_progress is not None:
                 progress = Progress(pass_.nbytes_done, pass_.plan.nbytes_read, now - started)

@@ -21,10 +21,12 @@ from torch import nn
 
 import streamsoup
 from streamsoup import Options, SearchOptions, greedy_soup
+from streamsoup.comparison.cache import Cache
 from streamsoup.errors import (
     MismatchError,
     NonFiniteError,
     OutputBusyError,
+    OutputError,
     OutputExistsError,
     RecipeError,
     ResumeError,
@@ -32,6 +34,7 @@ from streamsoup.errors import (
 )
 from streamsoup.journal import Journal
 from streamsoup.soups.candidates import Candidates, Moved
+from streamsoup.soups.folder import lock_folder
 from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
 from streamsoup.soups.scoring import Outcome
@@ -668,6 +671,48 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
         with pytest.raises(Killed):
             search("accept", overwrite=True)
     assert search("reject", overwrite=True).members == (0,)
+
+
+def test_scores_of_a_file_written_in_place_are_not_trusted(tmp_path: Path) -> None:
+    """With its old size and times, as reproducible archives give them, it is another one."""
+    ingredients = marks(tmp_path / "in", 2)
+    file = Path(ingredients[0])
+    file = file / "model.safetensors" if file.is_dir() else file
+    os.utime(file, (1, 1))
+
+    def score(model: nn.Module) -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(TaskError):
+        greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    with open(file, "r+b") as opened:
+        opened.write(content)
+    os.utime(file, (1, 1))
+    with pytest.raises(ResumeError, match=r"the ingredient .* changed"):
+        greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("there", ["a folder", "a file", "a link"])
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, there: str) -> None:
+    """A stranger's folder is left alone; a link to one of ours is followed."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    if there == "a folder":
+        (folder / "lock").mkdir()
+        with pytest.raises(OutputError, match="cannot be made: Is a directory"):
+            lock_folder(str(folder))
+        return
+    if there == "a file":
+        (folder / "journal").write_text("mine")
+        with pytest.raises(OutputError, match="in the way and not ours"):
+            lock_folder(str(folder))
+        assert os.listdir(folder) == ["journal"]
+        return
+    (tmp_path / "link").symlink_to(folder)
+    with Cache(str(tmp_path / "link")), pytest.raises(OutputBusyError, match="used by process"):
+        Cache(str(folder))
 
 
 def test_scores_may_be_infinite(tmp_path: Path) -> None:

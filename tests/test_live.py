@@ -149,6 +149,39 @@ def test_tied_weights_that_differ_in_a_checkpoint_are_refused(
         streamsoup.mix_into(Tied(), [wide])
 
 
+class Thrice(nn.Module):
+    """One tensor under three names, the first of which no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = self.c = nn.Parameter(torch.zeros(4))
+
+
+def test_a_tensor_of_three_names_has_one_value() -> None:
+    """Those that a checkpoint has are compared, and one of them is written."""
+    with pytest.raises(MismatchError, match="two that differ"):
+        streamsoup.mix_into(Thrice(), [{"b": torch.ones(4), "c": 2 * torch.ones(4)}])
+    model = Thrice()
+    streamsoup.mix_into(model, [{"b": torch.ones(4), "c": torch.ones(4)}])
+    assert model.a.tolist() == [1.0] * 4
+
+
+def test_ties_are_compared_without_a_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that shrinks kills no process that only reads; there may be no mapping for that."""
+
+    def mapped(*arguments: object) -> None:
+        raise AssertionError("mapped")
+
+    monkeypatch.setattr("streamsoup.formats.files.Window.__init__", mapped)
+    weights = torch.randn(7, 5)
+    paths = save(tmp_path, [{"embed.weight": weights, "head.weight": weights.clone()}])
+    model = Tied()
+    streamsoup.mix_into(model, paths, options=Options(io="read"))
+    assert torch.equal(model.state_dict()["head.weight"], weights)
+
+
 class Pair(nn.Module):
     """Two parameters, wherever they lie."""
 

@@ -188,6 +188,20 @@ def test_headers_are_in_the_plan(n: int, length: int, tmp_path: Path) -> None:
     assert 70_000_000 < peak <= planned
 
 
+@pytest.mark.parametrize("said", ["x" * 20_000_000, "\U0001f372" + "x" * 8_000_000])
+@pytest.mark.parametrize("geometry", [False, True])
+def test_metadata_is_in_the_plan(said: str, geometry: bool, tmp_path: Path) -> None:
+    """What trainers write into headers by the megabyte is read, checked and let go."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    text = json.dumps({"__metadata__": {"tags": said}, "t": entry}, ensure_ascii=False)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(raw(text.encode(), bytes(4)))
+    load_nbytes = 2 if geometry else 1
+    peak, planned = measure(tmp_path, folder, 8, geometry=geometry, load_nbytes=load_nbytes)
+    assert 50_000_000 < peak <= planned
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"threads": 1, "io": "read"}, {"load_nbytes": 2}, {"memory": "60MB"}],

@@ -49,7 +49,7 @@ def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingre
         header = parse_header(text, 8 + len(text) + offset)
         places |= {key: (number, spec) for key, spec in header.tensors.items()}
         path = f"/nowhere/{name}/{number}.safetensors"
-        made.append(Shard(path, Identity(0, number, offset, 0), header, 8 + len(text), 0))
+        made.append(Shard(path, Identity(0, number, offset, 0), header, 8 + len(text), 0, 0))
     names = tuple(f"{number}.safetensors" for number in range(len(shards)))
     layout = Layout(names, tuple(shard.header for shard in made), places)
     return Ingredient(name, f"/nowhere/{name}", tuple(made), layout, "model.safetensors.index.json")

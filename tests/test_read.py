@@ -116,10 +116,10 @@ def test_a_failed_thread_does_not_hurry_the_others(
     paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
     monkeypatch.setattr(plan, "LEAF", 1000)
     monkeypatch.setattr(stream, "ALONE_NBYTES", 0)
-    first = threading.Lock()
+    both = threading.Barrier(2)
 
     def cooking(self: Any, *arguments: Any) -> None:
-        if first.acquire(blocking=False):
+        if both.wait() == 0:
             raise ZeroDivisionError
         time.sleep(4 * stream.TICK_S)
 
@@ -128,7 +128,7 @@ def test_a_failed_thread_does_not_hurry_the_others(
     options = Options(threads=2, on_progress=reports.append)
     with pytest.raises(ZeroDivisionError):
         uniform(paths, output=tmp_path / "out", options=options)
-    assert len(reports) <= 8
+    assert 1 <= len(reports) <= 8
 
 
 @pytest.mark.parametrize("name", ["io", "non_float", "non_finite"])

@@ -186,6 +186,16 @@ TYPED = [
     "class T:\n    def own(self, model): return {}\nscore = T().own",
     "class T:\n    def __call__(self, model): return {}\nscore = T()",
     "import types\nscore = types.SimpleNamespace(score=lambda model: {})",
+    "import functools\nclass T:\n    @functools.cache\n    def at(self): return {}\n"
+    "    def score(self, model): return self.at()\nscore = T()",
+    "import functools\nclass T:\n    @functools.cached_property\n    def at(self): return {}\n"
+    "    def score(self, model): return self.at\nscore = T()",
+    "class T:\n    at = ({},)\n    def score(self, model): return self.at[0]\nscore = T()",
+    "class T:\n    class I:\n        at = {}\n"
+    "    def score(self, model): return self.I.at\nscore = T()",
+    "def score(model, at=[{}]): return at[0]",
+    "def score(model, *, at=dict(a={})): return at['a']",
+    "import functools\nscore = functools.partial(lambda model, at: at[0], at=[{}])",
 ]
 
 

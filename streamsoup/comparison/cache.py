@@ -30,7 +30,7 @@ from streamsoup.comparison.calibration import AnyFloats, Labels
 from streamsoup.errors import OutputError, printable
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
-from streamsoup.soups.folder import fingerprint_of, lock_folder
+from streamsoup.soups.folder import lock_folder
 from streamsoup.task import Score
 
 __all__ = ["Cache"]
@@ -49,7 +49,7 @@ class Cache:
         `ResumeError` if its journal is damaged.
         """
         self.folder = folder
-        self._lock = lock_folder(folder)
+        self._lock = lock_folder(os.path.realpath(folder))
         try:
             self._journal = Journal(os.path.join(folder, "journal"))
         except BaseException:
@@ -181,9 +181,7 @@ class Cache:
 
 
 def _identity(ingredient: Ingredient) -> str:
-    # A file written in place may be given the times of the one before it; but not this one.
-    told = fingerprint_of(ingredient), [shard.ctime_ns for shard in ingredient.shards]
-    return xxhash.xxh3_128_hexdigest(repr(told).encode())
+    return xxhash.xxh3_128_hexdigest(repr(ingredient.fingerprint).encode())
 
 
 def _digest(path: str) -> str:

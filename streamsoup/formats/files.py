@@ -154,6 +154,15 @@ class Descriptors:
         return descriptor
 
 
+def read_bytes(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """Read from `offset` on, however short each read comes back; less only at the file's end."""
+    parts: list[bytes] = []
+    while nbytes > 0 and (part := os.pread(descriptor, nbytes, offset)):
+        parts.append(part)
+        offset, nbytes = offset + len(part), nbytes - len(part)
+    return b"".join(parts)
+
+
 def on_network(paths: Sequence[str]) -> bool:
     """Whether any of `paths` lies on a network file system, or may, as nobody knows."""
     try:

@@ -21,7 +21,7 @@ from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["MemoryShard", "is_apart", "meet", "open_state", "span"]
+__all__ = ["MemoryShard", "is_apart", "open_state", "overlaps"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
@@ -119,6 +119,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
         name
         for name, tensor in state.items()
         if not isinstance(name, str)
+        or name == "__metadata__"
         or SURROGATE.search(name)
         # Subclasses are sharded, quantised, fake or not there yet.
         or type(tensor) not in (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", None))
@@ -150,7 +151,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
             digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)].data)
     label = f"state dict {digest.hexdigest()}"
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
-    shard = MemoryShard(printable(label), identity, header, 0, 0, memory)
+    shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory)
     return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
 
 
@@ -158,9 +159,9 @@ def is_apart(tensor: Any) -> bool:
     """Whether all elements of a tensor lie at places of their own."""
     reach = 0
     steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
-    for stride, n in steps:
+    for stride, n in steps if tensor.numel() else ():
         if stride <= reach:  # rows that begin within others may still miss their elements
-            begin, end = span(tensor)
+            begin, end = _span(tensor)
             taken = np.zeros(end - begin, np.bool_)
             _places(taken, begin, tensor)[...] = True
             return bool(taken.sum() == tensor.numel() * tensor.element_size())
@@ -168,24 +169,53 @@ def is_apart(tensor: Any) -> bool:
     return True
 
 
-def meet(first: Any, second: Any) -> bool:
-    """Whether two tensors, whose spans overlap, have memory in common. Columns may have none.
+def overlaps(tensors: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pair the names of tensors that have memory in common. Columns of one matrix have none.
 
-    Where not both are dense, holds a byte for each that they span.
+    None may be empty. Holds a byte for each that tensors span which lie between one another.
     """
-    spans = span(first), span(second)
-    if all(
-        end - begin == tensor.numel() * tensor.element_size()
-        for (begin, end), tensor in zip(spans, (first, second), strict=True)
-    ):
-        return True
-    begin, end = min(s[0] for s in spans), max(s[1] for s in spans)
-    taken = np.zeros(end - begin, np.bool_)
-    _places(taken, begin, first)[...] = True
-    return bool(_places(taken, begin, second).any())
+    spans = sorted((str(tensor.device), *_span(tensor), name) for name, tensor in tensors.items())
+    found: list[tuple[str, str]] = []
+    for run in _runs(spans):
+        begin = run[0][1]
+        taken = np.zeros(max(end for _, _, end, _ in run) - begin, np.bool_)
+        for number, (*_, name) in enumerate(run):
+            mine = _places(taken, begin, tensors[name])
+            if mine.any():
+                found.append((name, _met(tensors, [other for *_, other in run[:number]], name)))
+            mine[...] = True
+    return found
 
 
-def span(tensor: Any) -> tuple[int, int]:
+_Span = tuple[str, int, int, str]
+"""Device, first byte, end and name."""
+
+
+def _runs(spans: list[_Span]) -> list[list[_Span]]:
+    """Group spans, in their order, that reach into one another; leave out those that are alone."""
+    runs: list[list[_Span]] = []
+    reach = ("", 0)
+    for device, begin, end, name in spans:
+        if (device, begin) >= reach:
+            runs.append([])
+        runs[-1].append((device, begin, end, name))
+        reach = max(reach, (device, end))
+    return [run for run in runs if len(run) > 1]
+
+
+def _met(tensors: Mapping[str, Any], names: list[str], name: str) -> str:
+    """Name the first of some tensors that another has memory in common with."""
+    for other in names:
+        spans = _span(tensors[other]), _span(tensors[name])
+        begin = min(first for first, _ in spans)
+        taken = np.zeros(max(end for _, end in spans) - begin, np.bool_)
+        _places(taken, begin, tensors[other])[...] = True
+        if _places(taken, begin, tensors[name]).any():
+            return other
+    raise AssertionError(name)
+
+
+def _span(tensor: Any) -> tuple[int, int]:
     """Give the addresses of a tensor's first byte, and of that after its last one."""
     last = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
+import xxhash
 
 from streamsoup.errors import (
     ChangedIngredientError,
@@ -74,6 +75,9 @@ class Shard(msgspec.Struct, frozen=True):
     """When the file was last written to, renamed, linked or granted to others. Work is resumed only
     while it is the same: files written in place may be given the times of those before them. Not a
     part of the identity, as backups and indexers change it under a run that goes on."""
+    opening_nbytes: int
+    """Bytes that its header took while it was read: as it is, decoded, and its values; four for a
+    character where one is no ASCII."""
 
     def check_unchanged(self) -> None:
         """Raise `ChangedIngredientError` unless the path still leads to the same, untouched file.
@@ -148,6 +152,21 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
         """Bytes of all its tensors together."""
         return self.layout.nbytes
 
+    @property
+    def fingerprint(self) -> list[list[str | int]]:
+        """Tell its files from what they may become: path, inode, size and times of each.
+
+        Not the device, whose number may change when the machine starts anew. Plain JSON.
+        """
+        return [
+            [
+                shard.path if shard.in_memory else os.path.realpath(shard.path),
+                *(shard.identity.inode, shard.identity.size),
+                *(shard.identity.mtime_ns, shard.ctime_ns),
+            ]
+            for shard in self.shards
+        ]
+
     def check_unchanged(self) -> None:
         """Raise `ChangedIngredientError` unless every shard is as it was when opened."""
         for shard in self.shards:
@@ -162,22 +181,21 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
 class Pantry(msgspec.Struct):
     """Parsed headers and layouts, kept once each while ingredients are opened."""
 
-    texts: dict[int, tuple[bytes, int, Header]] = {}
-    """The text of the header last parsed of each shard, by its number, and the size of its file."""
+    parsed: dict[tuple[bytes, int], Header] = {}
+    """By the digest of a header's text, which may be megabytes of metadata, and its file's size."""
     headers: dict[tuple[TensorSpec, ...], Header] = {}
     layouts: dict[tuple[object, ...], Layout] = {}
 
-    def header(self, text: bytes, file_nbytes: int, number: int = 0) -> Header:
-        """Parse the header of shard `number`, unless that of the ingredient before was the same.
+    def header(self, text: bytes, file_nbytes: int) -> Header:
+        """Parse a header, unless the same bytes were parsed before.
 
         Those that differ in metadata or padding alone give the same header.
         """
-        before, nbytes, header = self.texts.get(number, (b"", 0, None))
-        if header is None or (before, nbytes) != (text, file_nbytes):
-            parsed = parse_header(text, file_nbytes)
-            header = self.headers.setdefault(tuple(parsed.tensors.values()), parsed)
-            self.texts[number] = text, file_nbytes, header
-        return header
+        key = xxhash.xxh3_128_digest(text), file_nbytes
+        if key not in self.parsed:
+            header = parse_header(text, file_nbytes)
+            self.parsed[key] = self.headers.setdefault(tuple(header.tensors.values()), header)
+        return self.parsed[key]
 
     def layout(self, shards: Sequence[Shard], root: str) -> Layout:
         """Merge the headers of `shards`, unless the same were merged before."""
@@ -234,17 +252,14 @@ class Pantry(msgspec.Struct):
         """Open the shards that the index `name` of a folder lists."""
         weight_map = read_index(os.path.join(folder, name))
         files = sorted(set(weight_map.values()))
-        shards = tuple(
-            self._open_shard(os.path.join(folder, file), number)
-            for number, file in enumerate(files)
-        )
+        shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
         check_files(os.path.join(folder, name), files, _names_in(folder))
         return Ingredient(given, folder, shards, layout, name)
 
-    def _open_shard(self, path: str, number: int = 0) -> Shard:
+    def _open_shard(self, path: str) -> Shard:
         """Read one header, with errors that name the file."""
         _check_path(path)
         if path.endswith(PICKLES):
@@ -257,7 +272,7 @@ class Pantry(msgspec.Struct):
                 head = _read_exactly(descriptor, min(8, status.st_size), 0)
                 length = header_nbytes(head, status.st_size)
                 text = _read_exactly(descriptor, length, 8)
-                header = self.header(text, status.st_size, number)
+                header = self.header(text, status.st_size)
         except FormatError as error:
             raise type(error)(f"{printable(path)}: {error}") from None
         except FileNotFoundError:
@@ -269,7 +284,8 @@ class Pantry(msgspec.Struct):
             raise FormatError(
                 f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
             ) from None
-        return Shard(path, Identity.of(status), header, 8 + length, status.st_ctime_ns)
+        opening = length * (3 if text.isascii() else 9)
+        return Shard(path, Identity.of(status), header, 8 + length, status.st_ctime_ns, opening)
 
 
 AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any

@@ -38,6 +38,10 @@ process is to be here: where one name is missing, LLVM leaves every call of the 
 and says nothing."""
 
 
+_NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
+"""What numba may be told for each job anew, and compiles the same code."""
+
+
 class Kernel(msgspec.Struct, frozen=True):
     """A compiled function in memory."""
 
@@ -96,8 +100,9 @@ def _cache_name(label: str, rooms: Sequence[str]) -> str:
     features: Any = llvm.get_host_cpu_features()
     parts = [numba_version(), llvmlite.__version__, llvm.get_host_cpu_name()]
     parts += [features.flatten(), llvm.get_default_triple()]
-    # Some of them change what is compiled, such as NUMBA_OPT and NUMBA_CPU_NAME.
-    parts += sorted(f"{key}={value}" for key, value in os.environ.items() if key[:6] == "NUMBA_")
+    # Most of them may change what is compiled, such as NUMBA_OPT and NUMBA_CPU_NAME.
+    told = {key: value for key, value in os.environ.items() if key.startswith("NUMBA_")}
+    parts += sorted(f"{key}={told[key]}" for key in told.keys() - _NO_MATTER)
     for room in rooms:
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())

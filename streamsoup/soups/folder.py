@@ -18,13 +18,13 @@ from contextlib import suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
-from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
 from streamsoup.staging import sync_folder
 
-__all__ = ["SearchFolder", "fingerprint_of", "lock_folder"]
+__all__ = ["SearchFolder", "lock_folder"]
 
-_OURS = ("lock", "journal")
+_OURS = ("journal", "lock")
+"""In the order in which they are removed: what has no lock is not ours."""
 
 
 class SearchFolder:
@@ -96,53 +96,58 @@ class SearchFolder:
 
 
 def lock_folder(root: str) -> int:
-    """Make a folder, and lock it against every other run; give the descriptor of the lock.
+    """Make a folder, and those above it, and lock it against every other run.
 
-    Raises `OutputBusyError` if another run holds it, `OutputError` if it is not ours.
+    Gives the descriptor of the lock. Raises `OutputBusyError` if another run holds it, and
+    `OutputError` if the folder is not ours or cannot be made.
     """
     where = printable(root)
     try:
-        os.makedirs(os.path.dirname(root) or os.curdir, exist_ok=True)
-        os.mkdir(root)
-    except FileExistsError:
-        names = os.listdir(root) if os.path.isdir(root) and not os.path.islink(root) else ["?"]
-        if names and not set(names) & set(_OURS):
-            raise OutputError(f"{where}: is in the way and not ours; move it elsewhere") from None
+        while True:
+            os.makedirs(root, exist_ok=True)
+            names = os.listdir(root)
+            if names and "lock" not in names:
+                raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+            path = os.path.join(root, "lock")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                descriptor = os.open(path, flags, 0o666)
+            except FileNotFoundError:
+                continue  # another run has just finished, and removed the folder
+            if _is_locked(descriptor, path):
+                return descriptor
+            os.close(descriptor)
+    except BlockingIOError as error:
+        raise OutputBusyError(
+            f"{where}: is being used by {printable(error.strerror)}; wait for it, or stop it"
+        ) from None
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{where}: cannot be made: {error.strerror}; choose another folder, or mend that"
         ) from None
-    while True:
-        path = os.path.join(root, "lock")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
-            os.close(descriptor)
-            raise OutputBusyError(
-                f"{where}: is being used by {printable(who) or 'another run'}; "
-                "wait for it, or stop it"
-            ) from None
-        try:
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                break
-        except FileNotFoundError:  # the other run has just finished, and removed it
-            os.makedirs(root, exist_ok=True)
+
+
+def _is_locked(descriptor: int, path: str) -> bool:
+    """Lock a file, and say who holds it; False if it was removed meanwhile.
+
+    Raises `BlockingIOError`, with who that is, if another run has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
         os.close(descriptor)
+        raise BlockingIOError(error.errno, who or "another run") from None
+    try:
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            return False
+    except FileNotFoundError:
+        return False
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
-
-
-def fingerprint_of(ingredient: Ingredient) -> list[Any]:
-    """Tell an ingredient from what it may become: path, file, size and time of each shard."""
-    # Not the device: its number may change when the machine starts anew.
-    return [
-        [os.path.realpath(s.path), s.identity.inode, s.identity.size, s.identity.mtime_ns]
-        for s in ingredient.shards
-    ]
+    return True
 
 
 def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:

@@ -38,7 +38,6 @@ from streamsoup.options import Options
 from streamsoup.plan import memory_budget
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.candidates import Moved
-from streamsoup.soups.folder import fingerprint_of
 from streamsoup.soups.make import Order, Soup, make, order
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
@@ -263,7 +262,7 @@ class _Kitchen:
         recipe = self.ordered.plan.recipe
         return {
             "ingredients": [
-                [ingredient.name, fingerprint_of(ingredient)]
+                [ingredient.name, ingredient.fingerprint]
                 for ingredient in self.ordered.plan.ingredients
             ],
             **self.described,

@@ -33,7 +33,6 @@ from streamsoup.errors import OutputExistsError, RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.folder import fingerprint_of
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
 from streamsoup.soups.make import Soup, make, order
 from streamsoup.soups.notebook import Notebook
@@ -142,7 +141,7 @@ def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str)
     recipe = ordered.plan.recipe
     return {
         "kind": "learned",
-        "ingredients": [[i.name, fingerprint_of(i)] for i in ordered.plan.ingredients],
+        "ingredients": [[i.name, i.fingerprint] for i in ordered.plan.ingredients],
         "task": task.name,
         "code": task.fingerprint,
         "split": split,

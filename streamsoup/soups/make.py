@@ -260,11 +260,7 @@ def _finished(target: str, plan: MixPlan, started: float) -> Soup:
 
 def _fingerprint(ordered: Order) -> str:
     """Tell this order from every other: recipe, files that go in, bytes that come out."""
-    identities = [
-        [shard.path, shard.ctime_ns, *msgspec.structs.astuple(shard.identity)]
-        for ingredient in ordered.plan.ingredients
-        for shard in ingredient.shards
-    ]
+    identities = [ingredient.fingerprint for ingredient in ordered.plan.ingredients]
     headers = [[file.name, digest_bytes(file.header)] for file in ordered.files.files]
     recipe = msgspec.json.encode(ordered.plan.recipe).decode()
     text = json.dumps([ARITHMETIC, DIGEST, recipe, identities, headers])

@@ -267,12 +267,13 @@ def _load_module(name: str, text: str) -> ModuleType:
 @contextmanager
 def put_back() -> Iterator[None]:
     """Put back what the user's code may change and ours goes by: folder, and numpy's errors."""
-    folder = os.getcwd()
+    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)  # which has no name any more if it was removed
     try:
         with np.errstate():
             yield
     finally:
-        os.chdir(folder)
+        os.fchdir(folder)
+        os.close(folder)
 
 
 def _guarded(where: str, load: Callable[[], Any]) -> Any:

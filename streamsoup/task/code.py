@@ -23,6 +23,11 @@ __all__ = ["digest_code"]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 """Values whose `repr` says all, and the same in each process."""
 
+_COLLECTIONS = (tuple, list, dict, set)
+
+_SMALL = 1000
+"""Entries up to which a collection is a setting, and not data."""
+
 
 def digest_code(parts: Iterable[Any], *, version: str) -> str:
     """Digest functions, classes and modules with all that they are made of.
@@ -63,8 +68,8 @@ class _Code:
             self.note(part.__name__)
             self._add_file(part)
         elif isinstance(part, functools.partial):
-            self.add((part.func, part.args))
-            self._add_named(part.keywords)
+            self.add(part.func)
+            self._add_value((part.args, part.keywords))
         elif isinstance(part, MethodType):
             self.add((part.__func__, type(part.__self__)))
         elif isinstance(part, (FunctionType, type)):
@@ -104,8 +109,7 @@ class _Code:
 
     def _add_function(self, function: FunctionType, has_file: bool) -> None:
         self._add_code(function.__code__)
-        self.add(function.__defaults__)
-        self._add_named(function.__kwdefaults__ or {})
+        self._add_value((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
@@ -126,14 +130,27 @@ class _Code:
                 self.add(base)
         for name in sorted(vars(part)):
             found = vars(part)[name]
-            if isinstance(found, (staticmethod, classmethod)):
-                found = found.__func__
-            elif isinstance(found, property):
+            if isinstance(found, property):
                 found = found.fget
-            is_setting = isinstance(found, _PLAIN) and not has_file and not name.startswith("__")
-            if is_setting or isinstance(found, (FunctionType, functools.partial)):
+            elif isinstance(found, functools.cached_property):
+                found = found.func
+            elif not isinstance(found, type):
+                found = getattr(found, "__wrapped__", found)  # static methods, cached ones
+            is_code = isinstance(found, (FunctionType, functools.partial))
+            is_own = not has_file and not name.startswith("__")
+            if is_code or (is_own and isinstance(found, (type, *_PLAIN, *_COLLECTIONS))):
                 self.note(name)
-                self.add(found)
+                self._add_value(found)
+
+    def _add_value(self, part: Any) -> None:
+        """Take in a default or a setting: small collections, too."""
+        if isinstance(part, _COLLECTIONS) and len(part) <= _SMALL:
+            entries = part.items() if isinstance(part, dict) else part
+            self.note(f"{type(part).__name__} of {len(part)}")
+            for entry in sorted(entries, key=repr) if isinstance(part, (dict, set)) else entries:
+                self._add_value(entry)
+        else:
+            self.add(part)
 
 
 def _names_in(code: CodeType) -> set[str]:

@@ -206,7 +206,7 @@ _AFTER_SPAN = re.compile(r"\s*(?:ms|s|secs?|seconds?|min|mins|minutes?|h|hours?)
 
 def _answer(output: Tail, where: str, tail: Tail) -> Any:
     """Find the last JSON object or number in what a command printed."""
-    text = _ESCAPE.sub(b"", output.content()).replace(b"\r", b"\n")
+    text = _ESCAPE.sub(b"", output.content()).replace(b"\r", b"\n").rstrip()
     for begin, end in _lines_from_the_end(text):
         if begin == 0 and output.is_cut:
             break  # half a line
