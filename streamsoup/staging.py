@@ -213,7 +213,7 @@ class Staging:
         except OSError:
             pass  # locked all the same; others will not learn by whom
 
-    def _make_root(self) -> None:
+    def _make_root(self, attempts: int = 10) -> None:
         """Make the work folder, or accept one that is ours."""
         try:
             self._make_folder(os.path.dirname(self.root))
@@ -224,6 +224,9 @@ class Staging:
                     f"{printable(self.root)}: is in the way and not ours; move it elsewhere"
                 ) from None
         except OSError as error:
+            if error.errno == errno.ENOENT and attempts > 1:
+                # A run that could not begin has just removed the folders that it had made.
+                return self._make_root(attempts - 1)
             raise OutputError(
                 f"{printable(self.target)}: cannot be made: {error.strerror}; "
                 "choose another folder, or make this one possible"
@@ -240,7 +243,8 @@ class Staging:
             if not os.path.isdir(path):
                 raise NotADirectoryError(errno.ENOTDIR, f"{printable(path)} is a file") from None
             return
-        self._made.append(path)
+        if path not in self._made:
+            self._made.append(path)
         sync_folder(os.path.dirname(path))
 
     def _is_ours(self) -> bool:

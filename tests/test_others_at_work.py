@@ -25,6 +25,7 @@ from streamsoup.errors import OutputError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.soups.fixed import uniform
+from streamsoup.staging import Staging
 
 COMMAND = [sys.executable, "-m", "streamsoup"]
 IS_ROOT = os.geteuid() == 0
@@ -488,6 +489,26 @@ def test_an_impossible_output(tmp_path: Path, output: str, reason: str) -> None:
     assert any(word in stderr for word in reason.split("|")), stderr
     assert output[:50] in stderr
     assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+
+
+def test_folders_above_that_another_run_takes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that could not begin removes what it had made, just when this one builds on it."""
+    mkdir, n_taken = os.mkdir, 0
+
+    def taken_away(path: str, mode: int = 0o777) -> None:
+        nonlocal n_taken
+        if path.endswith(".partial") and n_taken < 3:
+            n_taken += 1
+            os.rmdir(os.path.dirname(path))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", taken_away)
+    with Staging(str(tmp_path / "a" / "b" / "soup"), "x", overwrite=False) as staging:
+        assert n_taken == 3
+        staging.discard()
+    assert os.listdir(tmp_path) == []
 
 
 def test_folders_above_are_not_left_behind(tmp_path: Path) -> None:
