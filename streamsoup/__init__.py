@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Coefficients": "recipe",
+    "CompareOptions": "comparison.table",
     "Geometry": "angles",
     "GreedySoup": "soups.greedy",
     "Ingredient": "formats.shards",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from streamsoup.angles import geometry as geometry
     from streamsoup.comparison.landscape import landscape as landscape
     from streamsoup.comparison.paths import sweep as sweep
+    from streamsoup.comparison.table import CompareOptions as CompareOptions
     from streamsoup.comparison.table import compare as compare
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.formats.shards import Ingredient as Ingredient
@@ -79,6 +81,9 @@ if TYPE_CHECKING:
     from streamsoup.soups.live_mix import mix_into as mix_into
     from streamsoup.soups.make import Soup as Soup
     from streamsoup.verification import verify as verify
+
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -138,12 +138,13 @@ def plan_device(
         without = f", {nbytes_text(beside)} of it for the running sum; --sums reread does without"
         raise BudgetError(
             f"a --device-memory of {nbytes_text(budget)} is too small: {device} needs "
-            f"{nbytes_text(chosen.device_nbytes + beside)} at least{without if beside else more}"
+            f"{nbytes_text(chosen.device_nbytes + beside, up=True)} at least"
+            f"{without if beside else more}"
         )
     if chosen.memory.peak_nbytes > memory:
         raise BudgetError(
             f"a memory budget of {nbytes_text(memory)} is too small: feeding {device} takes "
-            f"{nbytes_text(chosen.memory.peak_nbytes)} at least; raise --memory above that"
+            f"{nbytes_text(chosen.memory.peak_nbytes, up=True)} at least; raise --memory above that"
         )
     return chosen
 

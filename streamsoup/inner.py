@@ -102,7 +102,8 @@ def plan_inner_memory(
     if peak(block, threads) > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
-            f"ingredients take {nbytes_text(peak(block, threads))} at least; raise --memory"
+            f"ingredients take {nbytes_text(peak(block, threads), up=True)} at least; raise "
+            "--memory"
         )
     most = max(peak(block, threads), check_opening(plan, budget))
     return MemoryPlan(threads, block, k, most, compiles)

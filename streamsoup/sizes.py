@@ -38,12 +38,15 @@ def parse_nbytes(given: int | str) -> int:
     return size
 
 
-def nbytes_text(nbytes: float) -> str:
-    """Write a size for a person, in decimal units.
+def nbytes_text(nbytes: float, *, up: bool = False) -> str:
+    """Write a size for a person, in decimal units; with `up`, as what is enough.
 
-    >>> nbytes_text(1_234_567_890)
-    '1.23 GB'
+    >>> nbytes_text(1_234_567_890), nbytes_text(1_234_567_890, up=True)
+    ('1.23 GB', '1.24 GB')
     """
+    if up and nbytes >= 1000:
+        last = 10 ** (len(str(int(nbytes))) - 3)
+        nbytes = -(-int(nbytes) // last) * last
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"

@@ -680,8 +680,12 @@ def test_scores_of_a_file_written_in_place_are_not_trusted(tmp_path: Path) -> No
     file = file / "model.safetensors" if file.is_dir() else file
     os.utime(file, (1, 1))
 
+    n_scored = 0
+
     def score(model: nn.Module) -> float:
-        raise ZeroDivisionError
+        nonlocal n_scored
+        n_scored += 1
+        return 1 / (2 - n_scored)
 
     with pytest.raises(TaskError):
         greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
@@ -692,6 +696,20 @@ def test_scores_of_a_file_written_in_place_are_not_trusted(tmp_path: Path) -> No
     os.utime(file, (1, 1))
     with pytest.raises(ResumeError, match=r"the ingredient .* changed"):
         greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
+
+
+def test_a_search_without_a_score_may_change(tmp_path: Path) -> None:
+    """Whoever mends a slip in the task just runs the same command again: nothing is distrusted."""
+
+    def slip(model: nn.Module) -> float:
+        raise NameError("prnt")
+
+    ingredients = marks(tmp_path / "in", 2)
+    with pytest.raises(TaskError, match="prnt"):
+        greedy_soup(ingredients, slip, model=Marks(2), output=tmp_path / "out")
+    assert (tmp_path / "out.search" / "journal").exists()
+    soup = greedy_soup(ingredients, lambda model: 1.0, model=Marks(2), output=tmp_path / "out")
+    assert soup.members == (0, 1)
 
 
 @pytest.mark.parametrize("there", ["a folder", "a file", "a link"])

@@ -473,7 +473,7 @@ def test_metadata_makes_no_difference(tmp_path: Path) -> None:
     ordered = order([large], Coefficients.uniform(1), method="mix", options=Options())
     assert ordered.memory.peak_nbytes > 140_000_000
     few = Options(memory="130MB")
-    with pytest.raises(BudgetError, match="opening these ingredients takes up to 145"):
+    with pytest.raises(BudgetError, match="opening these ingredients takes up to 146"):
         order([large], Coefficients.uniform(1), method="mix", options=few)
     with pytest.raises(BudgetError, match="opening these ingredients"):
         streamsoup.geometry([large, large], options=few)

@@ -382,6 +382,43 @@ def printed(folder: Path, text: str) -> Score:
     return run_command(f"cat {folder}/printed # {{checkpoint}}")
 
 
+_BLOCK = """***** eval metrics *****
+  epoch                   =        1.0
+  eval_accuracy           =        0.9
+  eval_loss               =        0.3
+  eval_runtime            = 0:00:01.23
+  eval_samples_per_second =      100.0
+  eval_steps_per_second   =       10.0"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "metric", "score"),
+    [
+        (_BLOCK, "eval_accuracy", 0.9),
+        (_BLOCK, "eval_loss", 0.3),
+        (_BLOCK, "accuracy", None),
+        (_BLOCK, None, None),
+        ("acc: 0.5\nacc: 0.75 of all\nPeak memory: 123 MB", "acc", 0.75),
+        ("acc: 0.5\nPeak memory: 123 MB", None, None),
+        ("accuracy: 0.85\n12.3 it/s", None, None),
+        ("accuracy: 0.85\n2 passed in 0.12s", None, None),
+        ("0.85", "acc", 0.85),
+        ("acc=85%", "acc", 85.0),
+    ],
+)
+def test_the_number_that_counts_is_taken_by_its_name(
+    tmp_path: Path, printed: str, metric: str | None, score: float | None
+) -> None:
+    """Trainers end with how fast they were: that is no score, and the named one is found above."""
+    (tmp_path / "said").write_text(printed)
+    task = command_task(f"cat {tmp_path}/said # {{checkpoint}}", main=metric, timeout=None)
+    if score is None:
+        with pytest.raises(TaskError, match=r"no score can be read|printed no accuracy|has \d"):
+            task.run("folder", "val", None)
+    else:
+        assert task.run("folder", "val", None).value == score
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -212,6 +213,17 @@ def make_soup(
         tell([done, *(say(soup) if say is not None else ())])
 
     return supervise(work, "soup", ingredients, settings)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM and a closed terminal end this process as Ctrl-C does, leaving nothing."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def tell(lines: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -236,11 +237,12 @@ class _Line:
     """One line on a terminal that says what was measured last."""
 
     def __init__(self, quiet: bool) -> None:
-        self._draws = not quiet and sys.stderr.isatty()
+        self._draws = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __call__(self, text: str) -> None:
         if self._draws:
-            print(f"\r\x1b[K{printable(text, 76)}", end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{printable(text)[:width]}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the line away."""

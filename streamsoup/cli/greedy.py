@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 TASK = common.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
-    click.option("--command", metavar="COMMAND", help="Such as 'python eval.py {checkpoint}'."),
+    click.option(
+        "--command",
+        metavar="COMMAND",
+        help="'python eval.py {checkpoint}', say; prints a score, larger is better.",
+    ),
     click.option("--lm-eval", metavar="TASKS", help="Of lm-evaluation-harness: a,b.yaml,…"),
     click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
     click.option("--batch-size", metavar="N|auto", help="Of --lm-eval: examples at once; else 1."),

@@ -33,6 +33,7 @@ def selftest(device: str, size: int, folder: str | None, as_json: bool) -> int:
     from streamsoup.selftest import selftest as run
     from streamsoup.sizes import nbytes_text
 
+    common.end_in_order()
     out = sys.stderr if as_json else sys.stdout
 
     def say(line: str) -> None:

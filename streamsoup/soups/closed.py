@@ -186,6 +186,7 @@ def stock(
         "n_negative": len(negative),
         "negative": some(negative, 20),
     }
+    del places  # before the soup is made: a Gram matrix of each tensor
     coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
     return _make(ingredients, coefficients, "stock", report, output, options, base=base)
 
@@ -233,6 +234,7 @@ def slerp(
         "n_straight": len(straight),
         "straight": some(straight, 20),
     }
+    del places
     first = () if base is None else (0.0,)
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
     return _make(ingredients, coefficients, "slerp", report, output, options, base=base)

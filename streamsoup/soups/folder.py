@@ -78,6 +78,11 @@ class SearchFolder:
     def _begin(self, bound_to: dict[str, Any]) -> list[dict[str, Any]]:
         """Check what the journal belongs to, or note it in a new one; give the other records."""
         records = list(self.journal)
+        if len(records) == 1 and records[0].get("search") != bound_to:
+            # Nothing was answered: whoever mends a slip in a task need not say --restart.
+            self.journal.close()
+            os.unlink(self.journal.path)
+            self.journal, records = Journal(self.journal.path), []
         if records:
             _check_same(self.root, records[0].get("search"), bound_to)
         else:

@@ -80,7 +80,7 @@ class CommandTask(msgspec.Struct, frozen=True):
         if status:
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else None
             raise TaskError(f"{self.name}: {how or f'ended with status {status}'}{tail.text()}")
-        answer = _answer(output, f"{self.name}", tail)
+        answer = _answer(output, self.name, tail, self.main)
         return read_score(answer, main=self.main, to_beat=to_beat, where=self.name)
 
 
@@ -109,6 +109,14 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
             with open(word, "rb") as file:
                 digest.update(file.read())
     return CommandTask(command, digest.hexdigest(), main, timeout)
+
+
+_NO_SCORE = re.compile(
+    r"per[_ ]second|/s\b|\b[kMGT]i?B\b|runtime|latency|throughput|elapsed|time \(|memory|"
+    r"\bepoch|exit code|copyright|\b(?:passed|failed) in\b",
+    re.IGNORECASE,
+)
+"""In a line whose number says how fast, how large or how far, and not how good."""
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
@@ -204,8 +212,8 @@ _AFTER_SPAN = re.compile(r"\s*(?:ms|s|secs?|seconds?|min|mins|minutes?|h|hours?)
 """After what a number is a time taken, and no score."""
 
 
-def _answer(output: Tail, where: str, tail: Tail) -> Any:
-    """Find the last JSON object or number in what a command printed."""
+def _answer(output: Tail, where: str, tail: Tail, main: str | None) -> Any:
+    """Find the last JSON object or number in what a command printed; that of `main`, if named."""
     text = _ESCAPE.sub(b"", output.content()).replace(b"\r", b"\n").rstrip()
     for begin, end in _lines_from_the_end(text):
         if begin == 0 and output.is_cut:
@@ -216,12 +224,26 @@ def _answer(output: Tail, where: str, tail: Tail) -> Any:
             if found is not None:
                 return found
             _refuse(line, where, _CUT if output.is_cut else "")
-        number = _number_in(line, where)
+        number = _number_in(line, where) if main is None else _number_of(main, line)
         if number is not None:
             return number
+    wanted = "score" if main is None else printable(main)
     if output.is_cut:
-        raise TaskError(f"{where}: printed no score{_CUT}; print less, and the score last")
-    raise TaskError(f"{where}: printed no score: no number and no JSON object{tail.text()}")
+        raise TaskError(f"{where}: printed no {wanted}{_CUT}; print less, and the score last")
+    raise TaskError(
+        f"{where}: printed no {wanted} on standard output, as a number or in a JSON object"
+        f"{tail.text()}"
+    )
+
+
+def _number_of(name: str, line: str) -> float | None:
+    """Give the number that a line gives for a name, or that it is, with nothing beside."""
+    plain = line.replace("%", " ").strip()
+    if _NUMBER.fullmatch(plain):
+        return float(plain)
+    named = re.search(rf"(?<![\w.-]){re.escape(name)}[\"']?\s*[:=]\s*", plain)
+    found = None if named is None else _NUMBER.match(plain, named.end())
+    return None if found is None else float(found[0])
 
 
 def _lines_from_the_end(text: bytes) -> Iterator[tuple[int, int]]:
@@ -253,6 +275,7 @@ def _number_in(line: str, where: str) -> float | None:
     if (
         not _is_balanced(line, "()", "[]", "{}")
         or _AFTER_SPAN.match(line, number.end())
+        or _NO_SCORE.search(line)
         or (is_word and not _BEFORE_WORD.fullmatch(line[: number.start()]))
         or (is_word and re.search(r"\w", line[number.end() :]))
     ):
