@@ -236,3 +236,13 @@ def test_without_its_extras_the_demo_says_what_to_install() -> None:
     assert done.stderr == (
         "error: the demo needs mlxtend; install its extras: pip install 'streamsoup[demo]'\n"
     )
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for pretraining only to learn that there is no place for it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(kitchen, "cook", lambda *arguments: pytest.fail("began"))
+    with pytest.raises(FileExistsError):
+        kitchen.serve(tmp_path / "file")

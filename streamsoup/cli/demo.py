@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from streamsoup.cli import common
+
 
 @click.command()
 @click.option("--output", "-o", default="streamsoup-demo", show_default=True, metavar="DIR")
@@ -11,5 +13,6 @@ def demo(output: str) -> int:
     """Fine-tune ten small networks on digits, soup them, and show how well it worked."""
     from streamsoup.demo import main as run_demo
 
+    common.end_in_order()
     run_demo(output)
     return 0

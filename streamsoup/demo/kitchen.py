@@ -61,6 +61,7 @@ def serve(folder: str | os.PathLike[str]) -> None:
     """Run the demo into `folder`, and print what is being done, the table, and what to try next."""
     started = time.perf_counter()
     console = Console()
+    Path(folder).mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
     results = cook(Menu(), Path(folder), console)
 
     console.print(table.render(results))
