@@ -403,6 +403,7 @@ _BLOCK = """***** eval metrics *****
         ("accuracy: 0.85\n12.3 it/s", None, None),
         ("accuracy: 0.85\n2 passed in 0.12s", None, None),
         ("0.85", "acc", 0.85),
+        ("acc: 0.85\n100%", "acc", 0.85),
         ("acc=85%", "acc", 85.0),
     ],
 )

@@ -2,9 +2,10 @@
 
 The answer is the last JSON object or number on standard output. Lines below it are passed over
 only if they hold no digit, no NaN and nothing left of an object; any other line that cannot be read
-is refused, for what stands above it may be no score. What a command prints is read as it comes, and
-only the end of it is kept. It is killed with all its children when it is done, late, or not wanted
-any more; see `family`.
+is refused, for what stands above it may be no score. Where the metric is named, a line that names
+it comes before one that is a number and nothing else. What a command prints is read as it comes,
+and only the end of it is kept. It is killed with all its children when it is done, late, or not
+wanted any more; see `family`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class CommandTask(msgspec.Struct, frozen=True):
     fingerprint: str
     """Changes with the command, and with the scripts it names."""
     main: str | None
-    """The name of the metric that counts, if the command prints a JSON object."""
+    """The name of the metric that counts, in a JSON object or in a line such as ``acc: 0.9``."""
     timeout: float | None
     """Seconds that one run may take."""
     splits: tuple[str, ...] = ("val",)
@@ -109,14 +110,6 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
             with open(word, "rb") as file:
                 digest.update(file.read())
     return CommandTask(command, digest.hexdigest(), main, timeout)
-
-
-_NO_SCORE = re.compile(
-    r"per[_ ]second|/s\b|\b[kMGT]i?B\b|runtime|latency|throughput|elapsed|time \(|memory|"
-    r"\bepoch|exit code|copyright|\b(?:passed|failed) in\b",
-    re.IGNORECASE,
-)
-"""In a line whose number says how fast, how large or how far, and not how good."""
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
@@ -211,10 +204,18 @@ but punctuation may follow."""
 _AFTER_SPAN = re.compile(r"\s*(?:ms|s|secs?|seconds?|min|mins|minutes?|h|hours?)\b", re.IGNORECASE)
 """After what a number is a time taken, and no score."""
 
+_NO_SCORE = re.compile(
+    r"per[_ ]second|/s\b|\b[kMGT]i?B\b|runtime|latency|throughput|elapsed|time \(|memory|"
+    r"\bepoch|exit code|copyright|\b(?:passed|failed) in\b",
+    re.IGNORECASE,
+)
+"""In a line whose number says how fast, how large or how far, and not how good."""
+
 
 def _answer(output: Tail, where: str, tail: Tail, main: str | None) -> Any:
     """Find the last JSON object or number in what a command printed; that of `main`, if named."""
     text = _ESCAPE.sub(b"", output.content()).replace(b"\r", b"\n").rstrip()
+    bare = None
     for begin, end in _lines_from_the_end(text):
         if begin == 0 and output.is_cut:
             break  # half a line
@@ -227,6 +228,11 @@ def _answer(output: Tail, where: str, tail: Tail, main: str | None) -> Any:
         number = _number_in(line, where) if main is None else _number_of(main, line)
         if number is not None:
             return number
+        plain = line.replace("%", " ").strip()
+        if bare is None and _NUMBER.fullmatch(plain):
+            bare = float(plain)
+    if bare is not None:
+        return bare
     wanted = "score" if main is None else printable(main)
     if output.is_cut:
         raise TaskError(f"{where}: printed no {wanted}{_CUT}; print less, and the score last")
@@ -237,10 +243,8 @@ def _answer(output: Tail, where: str, tail: Tail, main: str | None) -> Any:
 
 
 def _number_of(name: str, line: str) -> float | None:
-    """Give the number that a line gives for a name, or that it is, with nothing beside."""
-    plain = line.replace("%", " ").strip()
-    if _NUMBER.fullmatch(plain):
-        return float(plain)
+    """Give the number that a line gives for a name."""
+    plain = line.replace("%", " ")
     named = re.search(rf"(?<![\w.-]){re.escape(name)}[\"']?\s*[:=]\s*", plain)
     found = None if named is None else _NUMBER.match(plain, named.end())
     return None if found is None else float(found[0])

@@ -88,14 +88,13 @@ def read_score(answer: object, *, main: str | None, to_beat: float | None, where
         return Score(float(results.mean()), {}, results)
     raise TaskError(
         f"{where}: answered with the metrics {some(metrics) or '(none)'}, and which one counts is "
-        f"not clear; {_missing(main)}, or --metric accuracy for a command"
+        f"not clear; {_missing(main)}"
     )
 
 
 def _missing(main: str | None) -> str:
-    if main is not None:
-        return f"the main one is to be {printable(main)!r}; say main = 'accuracy'"
-    return "name it in the task file, such as main = 'accuracy'"
+    first = "" if main is None else f"none is {printable(main)!r}: "
+    return f"{first}name it in the task file, such as main = 'accuracy', or by --metric"
 
 
 def _main_name(metrics: Mapping[str, float], main: str | None) -> str | None:
