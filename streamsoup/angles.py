@@ -18,12 +18,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.budget import MemoryPlan, memory_budget
 from streamsoup.digest import Digests
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, memory_budget, plan_mix
+from streamsoup.plan import Leaf, MixPlan, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import Coefficients, Recipe
 

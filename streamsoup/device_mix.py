@@ -18,21 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from streamsoup.budget import (
+    READ_GROUP,
+    SMALLEST_BLOCK,
+    MemoryPlan,
+    fixed_nbytes,
+    memory_budget,
+    opening_nbytes,
+)
 from streamsoup.errors import BudgetError, StreamsoupError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.kernels.torch_blocks import carried
 from streamsoup.options import Options
-from streamsoup.plan import (
-    READ_GROUP,
-    SMALLEST_BLOCK,
-    MemoryPlan,
-    MixPlan,
-    PlannedTensor,
-    fixed_nbytes,
-    memory_budget,
-    opening_nbytes,
-)
+from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.reduce import Engine, Mix, MixWorker
 from streamsoup.sizes import nbytes_text, parse_nbytes
 

@@ -20,20 +20,18 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import BudgetError
-from streamsoup.formats.files import Bytes
-from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
-from streamsoup.plan import (
+from streamsoup.budget import (
     COMPILER_NBYTES,
     LARGEST_BLOCK,
     SMALLEST_BLOCK,
-    Leaf,
     MemoryPlan,
-    MixPlan,
-    PlannedTensor,
     check_opening,
     fixed_nbytes,
 )
+from streamsoup.errors import BudgetError
+from streamsoup.formats.files import Bytes
+from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
+from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.reduce import can_compile, loads_kernels
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
@@ -59,7 +57,7 @@ COMPILE_S = 5.0
 """Time in numpy from which compiling it pays (measured: it takes 3 s, once)."""
 
 SPARED_NBYTES = 4 * 2**20
-"""What compiling the one kernel of products takes less than `plan.PROCESS_NBYTES` counts.
+"""What compiling the one kernel of products takes less than `budget.PROCESS_NBYTES` counts.
 
 Measured, its blocks included: 96 MiB after compiling it with numba 0.68, 103 with 0.61; 28 with the
 kernel from the cache."""

@@ -43,7 +43,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
 """Types whose memory is what it seems; subclasses may be quantised, sharded or lazy."""
 
-
 _PIECE = 1 << 20
 """Bytes compared at a time."""
 

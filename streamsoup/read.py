@@ -14,11 +14,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from streamsoup.budget import MemoryPlan
 from streamsoup.errors import ChangedIngredientError, FormatError, check_choice, printable
 from streamsoup.formats.files import Bytes, Descriptors, Window, on_network
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import Ingredient, Shard
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
+from streamsoup.plan import MixPlan, PlannedTensor
 
 __all__ = ["Kept", "MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
 

@@ -168,11 +168,11 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str]
     created: str
     """UTC, ISO 8601."""
-    arithmetic: str = ARITHMETIC
-    digest: str = DIGEST
-    report: Mapping[str, object] = {}
+    arithmetic: str
+    digest: str
+    report: Mapping[str, object]
     """What a search adds about how it found the coefficients."""
-    checksum: str = ""
+    checksum: str
     """Of all the rest; set by `to_json`. It finds accidents, such as an edit, not forgeries."""
 
     def to_json(self) -> bytes:
@@ -195,16 +195,6 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def from_json(cls, text: bytes) -> Provenance:
         """Read it back. Raises `RecipeError` when it is not what `to_json` wrote."""
         try:
-            msgspec.json.decode(text, type=_Said)
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"is not a streamsoup provenance: {printable(error)}") from None
-
-
-class _Said(msgspec.Struct, frozen=True):
-    """What `Provenance` has a default for when it is made, and none when it is read."""
-
-    arithmetic: msgspec.Raw
-    digest: msgspec.Raw
-    report: msgspec.Raw
-    checksum: msgspec.Raw

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from streamsoup.budget import MemoryPlan
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
 from streamsoup.kernels.cgroup import memory_limit
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor
+from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.tensors import DType
 
 if TYPE_CHECKING:

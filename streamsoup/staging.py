@@ -14,13 +14,11 @@ new one; what is left in ``OUT.partial`` is finished, or cleaned up, by the next
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
 import logging
 import os
-import shutil
 import stat
 import time
 from types import TracebackType
@@ -35,10 +33,11 @@ from streamsoup.errors import (
     OutputExistsError,
     printable,
 )
+from streamsoup.folders import EXCHANGE, NO_REPLACE, is_movable, remove_any, rename, sync_folder
 from streamsoup.journal import Journal
 from streamsoup.recipe import PROVENANCE_NAME
 
-__all__ = ["Staging", "remove_any", "sync_folder"]
+__all__ = ["Staging"]
 
 log = logging.getLogger("streamsoup")
 
@@ -50,12 +49,6 @@ _HOPELESS = (ChangedIngredientError, MismatchError, NonFiniteError)
 
 _KINDS = {"lock": stat.S_ISREG, "journal": stat.S_ISREG, "soup": stat.S_ISDIR, "old": stat.S_ISDIR}
 """All that a work folder of ours may hold."""
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-_OVERLAY = 0x794C7630
-"""What statfs(2) says of an overlay file system, first of all."""
 
 
 class Staging:
@@ -286,7 +279,7 @@ class Staging:
             if in_place:
                 self.discard()
             raise exists_already(self.target)
-        if os.path.lexists(self.target) and not _is_movable(self.target, self.root):
+        if os.path.lexists(self.target) and not is_movable(self.target, self.root):
             raise OutputError(f"{_immovable(self.target)} and run again")
         if ours and digest is not None and _provenance_digest(self.folder) == digest:
             self.complete = digest
@@ -309,14 +302,18 @@ class Staging:
     def _rename(self) -> None:
         """Put the folder in place, in one step wherever the file system has one."""
         if not os.path.lexists(self.target):
-            if not _rename2(self.folder, self.target, _RENAME_NOREPLACE):
+            try:
+                done = rename(self.folder, self.target, NO_REPLACE)
+            except FileExistsError:
+                raise _made_meanwhile(self.target) from None
+            if not done:
                 os.rename(self.folder, self.target)
             return
         if not self._overwrite:
             raise _made_meanwhile(self.target)
         check_replaceable(self.target)
         try:
-            if _rename2(self.folder, self.target, _RENAME_EXCHANGE):
+            if rename(self.folder, self.target, EXCHANGE):
                 return
             # No exchange here (some network file systems): for an instant there is no output, and
             # a kill just then is mended by the next run, which finds the old one.
@@ -336,66 +333,6 @@ class Staging:
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             os.close(lock)
-
-
-def remove_any(path: str) -> None:
-    """Remove a file, a link or a whole folder; nothing, if there is nothing."""
-    try:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-            return
-        try:
-            os.rmdir(path)  # for what is empty no descriptors are needed, of which none may be left
-        except OSError:
-            shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-
-
-def sync_folder(path: str) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _rename2(source: str, target: str, flag: int) -> bool:
-    """Rename with a flag of Linux's renameat2; False where there is none."""
-    if not hasattr(_LIBC, "renameat2"):
-        return False
-    names = os.fsencode(source), os.fsencode(target)
-    while _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-            return False  # EPERM: some containers forbid what they do not know
-        if code == errno.EEXIST:
-            raise _made_meanwhile(target)
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code), target)
-    return True
-
-
-def _is_movable(folder: str, occupied: str) -> bool:
-    """Whether a folder can be renamed: on an overlay, not what comes from a lower layer.
-
-    It is tried with a rename that cannot be done, as `occupied`, a folder beside it, is not empty.
-    Only on overlays, as nobody knows what a stranger file system makes of that.
-    """
-    statfs = ctypes.create_string_buffer(512)
-    if _LIBC.statfs(os.fsencode(folder), statfs) != 0:
-        return True
-    if ctypes.c_long.from_buffer(statfs).value != _OVERLAY:
-        return True
-    try:
-        os.rename(folder, occupied)
-    except OSError as error:
-        return error.errno != errno.EXDEV
-    return True
 
 
 def _immovable(target: str) -> str:

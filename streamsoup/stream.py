@@ -18,12 +18,13 @@ import msgspec
 import numpy as np
 import xxhash
 
+from streamsoup.budget import MemoryPlan
 from streamsoup.digest import Digests
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
 from streamsoup.kernels.environment import standard_floats
-from streamsoup.plan import Leaf, MemoryPlan, MixPlan, PlannedTensor
+from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.read import Reader, Session
 from streamsoup.reduce import Reduction, Worker
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from streamsoup.budget import memory_budget, plan_memory
 from streamsoup.digest import digest_bytes, digest_file
 from streamsoup.errors import (
     FormatError,
@@ -23,7 +24,7 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
-from streamsoup.plan import LEAF, memory_budget, plan_memory, plan_mix
+from streamsoup.plan import LEAF, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
 from streamsoup.sizes import nbytes_text

@@ -19,10 +19,11 @@ from collections.abc import Iterable
 import xxhash
 
 from streamsoup.digest import SIZE, Digests
+from streamsoup.folders import remove_any
 from streamsoup.formats.files import Bytes, Descriptors
 from streamsoup.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
-from streamsoup.staging import Staging, remove_any
+from streamsoup.staging import Staging
 
 __all__ = ["FileSink", "write_file"]
 

@@ -153,11 +153,11 @@ class Fault:
         self.lock = threading.Lock()
         for name in (*NAMES, *LOOKS, "_exit"):
             setattr(os, name, self.wrap(name, getattr(os, name)))
-        import streamsoup.staging
+        import streamsoup.folders
         import streamsoup.write
 
         for module, name in (
-            (streamsoup.staging, "renameat2"),
+            (streamsoup.folders, "renameat2"),
             (streamsoup.write, "fallocate"),
             (streamsoup.write, "sync_file_range"),
         ):
@@ -310,12 +310,12 @@ def plant_fault(name: str) -> None:
 
         scorebook.Scorebook.put = faulty_put  # type: ignore[method-assign]
     elif name == "no exchange":
-        rename2 = staging._rename2
+        rename = staging.rename
 
-        def faulty_rename2(source: str, target: str, flag: int) -> bool:
-            return flag != 2 and rename2(source, target, flag)
+        def faulty_rename(source: str, target: str, flag: int) -> bool:
+            return flag != 2 and rename(source, target, flag)
 
-        staging._rename2 = faulty_rename2
+        staging.rename = faulty_rename
     elif name:
         raise ValueError(name)
 

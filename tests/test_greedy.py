@@ -34,11 +34,11 @@ from streamsoup.errors import (
 )
 from streamsoup.journal import Journal
 from streamsoup.soups.candidates import Candidates, Moved
-from streamsoup.soups.folder import lock_folder
 from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
 from streamsoup.soups.scoring import Outcome
 from streamsoup.soups.search import search
+from streamsoup.soups.search_folder import lock_folder
 from streamsoup.task import Score
 
 
@@ -714,7 +714,7 @@ def test_a_search_without_a_score_may_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", ["a folder", "a file", "a link"])
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, there: str) -> None:
-    """A stranger's folder is left alone; a link to one of ours is followed."""
+    """A stranger's folder is left alone; a link to one of ours is followed to a cache alone."""
     folder = tmp_path / "cache"
     folder.mkdir()
     if there == "a folder":
@@ -729,6 +729,10 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, there: str) -> 
         assert os.listdir(folder) == ["journal"]
         return
     (tmp_path / "link").symlink_to(folder)
+    (folder / "lock").touch()
+    (folder / "candidate-of-somebody").mkdir()
+    with pytest.raises(OutputError, match="in the way and not ours"):
+        lock_folder(str(tmp_path / "link"))  # a search's, in which candidates would be removed
     with Cache(str(tmp_path / "link")), pytest.raises(OutputBusyError, match="used by process"):
         Cache(str(folder))
 

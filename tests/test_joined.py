@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamsoup
-from streamsoup import Options, plan
+from streamsoup import Options, budget
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.plan import Leaf
@@ -128,7 +128,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
     most = largest.draw(st.sampled_from([1, 8, 50, before]))
     # Also blocks smaller than what was joined, as where memory is short.
     block = largest.draw(st.sampled_from([3, 16, before]))
-    joined.LARGEST_BLOCK, plan.LARGEST_BLOCK = most, block
+    joined.LARGEST_BLOCK, budget.LARGEST_BLOCK = most, block
     try:
         for place in ("memory", "reread", "file"):
             ordered, made = candidates(paths, place)
@@ -145,7 +145,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
                     assert (shelf.n_puts[planned.name] == 1).all(), planned.name
             made.forget()
     finally:
-        joined.LARGEST_BLOCK = plan.LARGEST_BLOCK = before
+        joined.LARGEST_BLOCK = budget.LARGEST_BLOCK = before
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options, plan, reduce
+from streamsoup import Options, budget, reduce
 from streamsoup.errors import MismatchError, TaskError
 from streamsoup.live import ModelSink, recalibrate, tensors_of
 from streamsoup.read import open_reader
@@ -63,7 +63,7 @@ def test_a_mix_in_place_is_what_loading_the_soup_gives(
 
     Blocks are much smaller than tensors.
     """
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", 64)
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", 64)
     paths = networks.ingredients(tmp_path, 3, dtype)
     soup = streamsoup.uniform(paths, output=tmp_path / "soup")
     expected, model = networks.build().to(live), networks.build().to(live)
@@ -260,7 +260,7 @@ def test_order_of_elements_hooks_and_wrappers_do_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Channels-last weights, hooked modules and names of torch.compile get the same values."""
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", 64)
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", 64)
     states = [nn.Conv2d(3, 4, 3).state_dict() for _ in range(2)]
     paths = save(tmp_path, states)
     expected = ((states[0]["weight"].double() + states[1]["weight"]) / 2).float()

@@ -10,20 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import raw
 
 from streamsoup import Options, inner, reduce, uniform
 from streamsoup.angles import geometry, plan_geometry
+from streamsoup.budget import fixed_nbytes
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.recipe import Coefficients
+from streamsoup.soups.fixed import find_coefficients
 from streamsoup.soups.make import order
 from streamsoup.tensors import DTYPES
 
 SCRIPT = """
 import json, sys, threading, time
 from streamsoup import Options, angles, inner, recipe, reduce
-from streamsoup.soups import make
+from streamsoup.soups import fixed, make
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -41,15 +44,16 @@ settings = json.loads(sys.argv[1])
 reduce.LOAD_NBYTES = settings.pop("load_nbytes")
 reduce.COMPILE_NBYTES = settings.pop("compile_nbytes")
 inner.LOAD_S = inner.COMPILE_S = 0 if reduce.LOAD_NBYTES == 1 else 1e9
+given = settings.pop("coefficients")
 options = Options(**settings)
 paths = sys.argv[3:]
 if sys.argv[2] == "geometry":
     planned = angles.plan_geometry(paths, base=None, options=options)[1].peak_nbytes
     angles.geometry(paths, options=options)
 else:
-    order = make.order(
-        paths, recipe.Coefficients.uniform(len(paths)), method="uniform", options=options
-    )
+    uniform = recipe.Coefficients.uniform(len(paths))
+    coefficients = uniform if given is None else fixed.find_coefficients(given)
+    order = make.order(paths, coefficients, method="mix", options=options)
     planned = order.memory.peak_nbytes
     make.make(order, output=sys.argv[2], options=options)
 print(max(peak, anonymous()), planned)
@@ -90,14 +94,18 @@ def measure(
     load_nbytes: int = 1,
     compile_nbytes: int = 10**15,
     geometry: bool = False,
+    coefficients: str | None = None,
     **options: Any,
 ) -> tuple[int, int]:
     """Make a soup of `k` links to a model in a fresh process; give its peak and the planned.
+
+    It is the uniform one, unless the path of a file with `coefficients` is given.
 
     With `geometry` they are measured instead, by a kernel that is compiled anew, or in numpy with
     any other `load_nbytes` than 1; with a `compile_nbytes` of 1, those of soups are compiled anew.
     """
     settings = options | {"load_nbytes": load_nbytes, "compile_nbytes": compile_nbytes}
+    settings["coefficients"] = coefficients
     out = "geometry" if geometry else str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
     anew = geometry or compile_nbytes == 1
     env = {"XDG_CACHE_HOME": str(tmp_path)} if anew else {}
@@ -186,6 +194,25 @@ def test_headers_are_in_the_plan(n: int, length: int, tmp_path: Path) -> None:
     model = sparse(tmp_path / "m", dict.fromkeys(names, ("BF16", (0,), 0)))
     peak, planned = measure(tmp_path, model, 2, memory="300MB")
     assert 70_000_000 < peak <= planned
+
+
+def test_coefficients_of_each_tensor_are_in_the_plan(tmp_path: Path) -> None:
+    """64 numbers for each of 5,000 tensors, read from a file and written into the provenance."""
+    names = [f"layers.{i}.weight" for i in range(5000)]
+    model = sparse(tmp_path / "m", dict.fromkeys(names, ("F32", (4,), 16)))
+    rows = np.random.default_rng(0).random((len(names), 64)).tolist()
+    whole = {"values": rows[0], "per_tensor": dict(zip(names, rows, strict=True))}
+    (tmp_path / "c.json").write_text(json.dumps(whole))
+    few: dict[str, Any] = {"memory": "125MB", "load_nbytes": 10**15}
+    peak, planned = measure(tmp_path, model, 64, coefficients=str(tmp_path / "c.json"), **few)
+    assert peak <= planned <= 125_000_000
+    plain, _ = measure(tmp_path, model, 64, **few)
+    paths = links(tmp_path, model, 64)
+    counted = [
+        fixed_nbytes(order(paths, given, method="mix", options=Options()).plan)
+        for given in (find_coefficients(tmp_path / "c.json"), Coefficients.uniform(64))
+    ]
+    assert 20_000_000 < peak - plain <= counted[0] - counted[1]
 
 
 @pytest.mark.parametrize("said", ["x" * 20_000_000, "\U0001f372" + "x" * 8_000_000])

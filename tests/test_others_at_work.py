@@ -19,7 +19,7 @@ import psutil
 import pytest
 from checkpoints import content, save, tensor
 
-from streamsoup import staging
+from streamsoup import folders, staging
 from streamsoup.destination import check_output
 from streamsoup.errors import OutputError
 from streamsoup.formats.shards import open_ingredients
@@ -659,19 +659,19 @@ def test_what_cannot_be_renamed_after_all(
     a = small(tmp_path / "a")
     old = small(tmp_path / "soup", seed=1)
     before = listing(old)
-    rename2, rename = staging._rename2, os.rename
+    rename2, rename = staging.rename, os.rename
 
     def stuck2(source: str, target: str, flag: int) -> bool:
-        if flag == staging._RENAME_EXCHANGE and exchanges:
+        if flag == folders.EXCHANGE and exchanges:
             raise OSError(errno.EXDEV, "Invalid cross-device link", target)
-        return flag != staging._RENAME_EXCHANGE and rename2(source, target, flag)
+        return flag != folders.EXCHANGE and rename2(source, target, flag)
 
     def stuck(source: str, target: str) -> None:
         if source == str(old):
             raise OSError(errno.EXDEV, "Invalid cross-device link", target)
         rename(source, target)
 
-    monkeypatch.setattr(staging, "_rename2", stuck2)
+    monkeypatch.setattr(staging, "rename", stuck2)
     monkeypatch.setattr(os, "rename", stuck)
     for _ in range(2):
         with pytest.raises(OutputError, match="which then only has to put the finished soup in"):

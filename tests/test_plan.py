@@ -15,20 +15,13 @@ from checkpoints import header_text, raw, save, save_sharded, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamsoup.budget import fixed_nbytes, memory_budget, plan_memory
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
 from streamsoup.inner import plan_inner_memory
-from streamsoup.plan import (
-    LEAF,
-    MixPlan,
-    fixed_nbytes,
-    memory_budget,
-    plan_files,
-    plan_memory,
-    plan_mix,
-)
-from streamsoup.recipe import Coefficients, Provenance, Recipe
+from streamsoup.plan import LEAF, MixPlan, plan_files, plan_mix
+from streamsoup.recipe import ARITHMETIC, DIGEST, Coefficients, Provenance, Recipe
 from streamsoup.tensors import DTYPES, float_dtype
 
 Shape = tuple[int, ...]
@@ -371,7 +364,8 @@ def test_a_provenance_comes_back_as_it_was() -> None:
     """JSON keeps every bit of a recipe's floats, and a changed file is noticed."""
     coefficients = Coefficients((0.1, 1 / 3, 5e-324), 0.7, {"\x1bß": (1e300, -0.0, 2)})
     recipe = Recipe(("a", "b", "c"), coefficients)
-    provenance = Provenance(recipe, (), (), (), {"a": "00"}, {}, "now", report={"n": 1})
+    how = ARITHMETIC, DIGEST, {"n": 1}, ""
+    provenance = Provenance(recipe, (), (), (), {"a": "00"}, {}, "now", *how)
     text = provenance.to_json()
     back = Provenance.from_json(text)
     assert back.recipe == recipe

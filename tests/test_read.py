@@ -15,7 +15,7 @@ import psutil
 import pytest
 from checkpoints import command, content, save, save_sharded, tensor
 
-from streamsoup import Options, plan, read, stream, uniform, verify
+from streamsoup import Options, budget, plan, read, stream, uniform, verify
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats import files
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
@@ -341,8 +341,8 @@ def test_what_was_passed_is_let_go(
 ) -> None:
     """However large the ingredients, a thread has a window of each mapped, and nothing is left."""
     monkeypatch.setattr(read, "WINDOW", 4 * mmap.PAGESIZE)
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", 1000)
-    monkeypatch.setattr(plan, "SMALLEST_BLOCK", 1000)
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", 1000)
+    monkeypatch.setattr(budget, "SMALLEST_BLOCK", 1000)
     model = {f"t{i}": tensor(np.arange(3e4) + i) for i in range(3)}
     paths = [save(tmp_path / f"m{i}", model) / "model.safetensors" for i in range(2)]
     # Read in another order than it lies in.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import as_hub_snapshot, load, random_model, save, save_sharded, tensor
 
-from streamsoup import Options, mix, plan, reduce, stream, uniform, write
+from streamsoup import Options, budget, mix, plan, reduce, stream, uniform, write
 from streamsoup.errors import Interrupted, MismatchError
 from streamsoup.recipe import DIGEST
 from streamsoup.soups.make import Soup
@@ -25,8 +25,8 @@ FACTORS = [0.5, -0.25, 0.75]
 def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tensors into many leaves and blocks, so that small models meet every boundary."""
     monkeypatch.setattr(plan, "LEAF", 1000)
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", 512)
-    monkeypatch.setattr(plan, "SMALLEST_BLOCK", 64)
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", 512)
+    monkeypatch.setattr(budget, "SMALLEST_BLOCK", 64)
 
 
 def halves(seed: int) -> list[dict[str, Any]]:
@@ -89,8 +89,8 @@ def test_blocks_do_not_change_bytes(
     """The size of a block changes nothing, whatever boundaries it cuts at."""
     paths = ingredients(tmp_path)
     whole = uniform(paths, output=tmp_path / "whole")
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", block)
-    monkeypatch.setattr(plan, "SMALLEST_BLOCK", 64)
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", block)
+    monkeypatch.setattr(budget, "SMALLEST_BLOCK", 64)
     cut = uniform(paths, output=tmp_path / "cut", options=Options(io="read"))
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert digests(cut) == digests(whole)
@@ -142,7 +142,7 @@ def test_engines_do_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save(tmp_path / f"m{i}", {"w": tensor(rng.standard_normal(600_000).astype(np.float16))})
         for i in range(3)
     ]
-    monkeypatch.setattr(plan, "LARGEST_BLOCK", 1 << 18)  # three blocks
+    monkeypatch.setattr(budget, "LARGEST_BLOCK", 1 << 18)  # three blocks
     mix(paths, FACTORS, output=tmp_path / "numpy")
     original = reduce.Engine.mixer
     n_calls = 0

@@ -25,6 +25,7 @@ from checkpoints import (
 
 import streamsoup
 from streamsoup import Options, uniform, verify
+from streamsoup.budget import opening_nbytes
 from streamsoup.errors import (
     BudgetError,
     ChangedIngredientError,
@@ -35,7 +36,6 @@ from streamsoup.errors import (
     UnsafePickleError,
 )
 from streamsoup.formats.shards import Pantry, open_ingredients
-from streamsoup.plan import opening_nbytes
 from streamsoup.recipe import Coefficients
 from streamsoup.soups import make
 from streamsoup.soups.make import order

@@ -216,7 +216,7 @@ def make_soup(
 
 
 def end_in_order() -> None:
-    """Have SIGTERM and a closed terminal end this process as Ctrl-C does, leaving nothing."""
+    """Have SIGTERM and a closed terminal end this process as Ctrl-C does: it tidies up."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -20,12 +20,13 @@ import msgspec
 import numpy as np
 import xxhash
 
+from streamsoup.budget import memory_budget, plan_memory
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
 from streamsoup.errors import TaskError
 from streamsoup.formats.shards import AnyIngredient, Ingredient
 from streamsoup.options import Options
-from streamsoup.plan import MixPlan, memory_budget, plan_memory, plan_mix
+from streamsoup.plan import MixPlan, plan_mix
 from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
 from streamsoup.soups.make import order

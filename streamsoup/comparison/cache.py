@@ -30,7 +30,7 @@ from streamsoup.comparison.calibration import AnyFloats, Labels
 from streamsoup.errors import OutputError, printable
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
-from streamsoup.soups.folder import lock_folder
+from streamsoup.soups.search_folder import lock_folder
 from streamsoup.task import Score
 
 __all__ = ["Cache"]

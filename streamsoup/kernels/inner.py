@@ -41,7 +41,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 GRAIN = 1 << 12
-"""Elements that are added up before anything else is: `plan.SMALLEST_BLOCK`, so that every block
+"""Elements that are added up before anything else is: `budget.SMALLEST_BLOCK`, so that every block
 holds whole grains, but for the last of a tensor, which is filled up with zeros."""
 
 LANES = 32

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from streamsoup.budget import MemoryPlan, plan_memory
 from streamsoup.errors import NonFiniteError
 from streamsoup.formats.files import Bytes
 from streamsoup.kernels import blocks
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, plan_memory
+from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix, MixWorker, Reduction

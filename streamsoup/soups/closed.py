@@ -37,6 +37,7 @@ from streamsoup.soups.make import Soup, make, order
 __all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]
 
 Floats = NDArray[np.float64]
+Curve = Literal["linear", "cosine", "sqrt"]
 
 NEARLY_OPPOSITE = -1 + 1e-9
 """Cosine, about 0.003 degrees from opposite, from which there is no telling the way."""
@@ -44,7 +45,6 @@ NEARLY_OPPOSITE = -1 + 1e-9
 LARGEST_FACTORS = 100.0
 """Sum of the absolute coefficients, beyond which they stand for what cancels out, and for nothing
 where vectors differ in length. The SLERP of two has fewer unless they are 179 degrees apart."""
-Curve = Literal["linear", "cosine", "sqrt"]
 
 
 def ema(

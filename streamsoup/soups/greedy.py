@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.budget import memory_budget
 from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
-from streamsoup.plan import memory_budget
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.candidates import Moved
-from streamsoup.soups.make import Order, Soup, make, order
+from streamsoup.soups.make import Order, Soup, make, order, put_into
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
@@ -111,10 +111,7 @@ def greedy_soup(
         with Scorebook(target, bound_to, restart=search.restart) as book, closing(kitchen):
             finished = _finished(target, identity) if resumed else None
             if finished is not None:
-                if model is not None:
-                    from streamsoup.soups.live_mix import put_soup
-
-                    put_soup(finished.path, model, options)
+                put_into(model, finished, options)
                 book.finish()
                 return finished
             check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)

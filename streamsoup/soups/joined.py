@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.budget import LARGEST_BLOCK
 from streamsoup.formats.files import Bytes
 from streamsoup.formats.memory import MemoryShard
-from streamsoup.plan import LARGEST_BLOCK, Leaf, MixPlan, PlannedTensor
+from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.stream import Nowhere, Sink, SinkSession
 
 __all__ = ["Apart", "Pieces", "join", "pieces_of"]

@@ -34,7 +34,7 @@ from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
-from streamsoup.soups.make import Soup, make, order
+from streamsoup.soups.make import Soup, make, order, put_into
 from streamsoup.soups.notebook import Notebook
 from streamsoup.task import AnyTask, Task, load_task
 from streamsoup.verification import read_provenance
@@ -106,7 +106,7 @@ def learned_soup(
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
         known = _known(target, identity) if resumed else None
         if known is not None:
-            _leave(model, known, options)
+            put_into(model, known, options)
             notebook.finish()
             return known
         check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
@@ -123,17 +123,9 @@ def learned_soup(
             if known is None:
                 raise
             soup = known
-        _leave(model, soup, options)
+        put_into(model, soup, options)
         notebook.finish()
     return soup if isinstance(soup, LearnedSoup) else _described(soup)
-
-
-def _leave(model: nn.Module | None, soup: Soup, options: Options) -> None:
-    """Put the soup itself into a model that was given, to the bit."""
-    if model is not None:
-        from streamsoup.soups.live_mix import put_soup
-
-        put_soup(soup.path, model, options)
 
 
 def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from streamsoup.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.device_mix import OnDevice, RunningSum, find_device
 from streamsoup.errors import BudgetError, RecipeError
 from streamsoup.formats.shards import AnyIngredient
@@ -20,7 +21,7 @@ from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, PlannedTensor, memory_budget, plan_memory
+from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
@@ -132,11 +133,6 @@ def mix_into(
     reader = open_reader(plan, memory, mapped=ordered.mapped)
     run(plan, memory, reader, reduction, sink, digest=False, on_progress=options.on_progress)
     return plan.recipe
-
-
-def put_soup(path: str, model: nn.Module, options: Options) -> None:
-    """Put a finished soup into a model, to the bit; costs a read of it."""
-    mix_into(model, [path], options=replace(options, dtype="same", on_progress=None))
 
 
 class DeviceCandidates(Candidates):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import xxhash
 
+from streamsoup.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.destination import check_output
 from streamsoup.digest import Digests, digest_bytes
 from streamsoup.errors import (
@@ -21,18 +22,11 @@ from streamsoup.errors import (
     StreamsoupError,
     printable,
 )
+from streamsoup.folders import sync_folder
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options
-from streamsoup.plan import (
-    FilePlan,
-    MemoryPlan,
-    MixPlan,
-    memory_budget,
-    plan_files,
-    plan_memory,
-    plan_mix,
-)
+from streamsoup.plan import FilePlan, MixPlan, plan_files, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import (
     ARITHMETIC,
@@ -46,7 +40,7 @@ from streamsoup.recipe import (
 )
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import parse_nbytes
-from streamsoup.staging import Staging, sync_folder
+from streamsoup.staging import Staging
 from streamsoup.stream import run
 from streamsoup.tensors import float_dtype
 from streamsoup.verification import read_provenance
@@ -54,9 +48,11 @@ from streamsoup.versions import versions
 from streamsoup.write import FileSink, write_file
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from streamsoup.device_mix import OnDevice
 
-__all__ = ["Order", "Soup", "make", "order", "plan_order", "write_beside"]
+__all__ = ["Order", "Soup", "make", "order", "plan_order", "put_into", "write_beside"]
 
 log = logging.getLogger("streamsoup")
 
@@ -267,6 +263,15 @@ def _fingerprint(ordered: Order) -> str:
     return digest_bytes(text.encode())
 
 
+def put_into(model: nn.Module | None, soup: Soup, options: Options) -> None:
+    """Put a finished soup into a live model, if there is one, to the bit; costs a read of it."""
+    if model is not None:
+        from streamsoup.soups.live_mix import mix_into
+
+        quietly = msgspec.structs.replace(options, dtype="same", on_progress=None)
+        mix_into(model, [soup.path], options=quietly)
+
+
 def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
     """Write into `folder` what lies beside the weights: side files, and the index if there is one.
 
@@ -337,5 +342,8 @@ def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) 
         tensors=digests.of_soup(),
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        arithmetic=ARITHMETIC,
+        digest=DIGEST,
         report=ordered.report,
+        checksum="",
     )

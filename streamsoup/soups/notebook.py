@@ -1,4 +1,4 @@
-"""What a learned search has seen, in a journal beside the output (`folder`).
+"""What a learned search has seen, in a journal beside the output (`search_folder`).
 
 A search is a fixed function of what it is answered, so it is resumed by answering from the notes.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from streamsoup.soups.folder import SearchFolder
+from streamsoup.soups.search_folder import SearchFolder
 
 __all__ = ["Notebook"]
 

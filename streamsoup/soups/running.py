@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.budget import plan_memory
 from streamsoup.errors import BudgetError
-from streamsoup.plan import MixPlan, plan_memory
+from streamsoup.plan import MixPlan
 from streamsoup.write import write_at
 
 __all__ = [

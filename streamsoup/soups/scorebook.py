@@ -2,7 +2,7 @@
 
 A search is a fixed function of its scores, so it is resumed by running it again: what the journal
 holds is not scored a second time. The journal belongs to fixed ingredients, task and options; where
-one of them changed, its scores are worth nothing, and that is said by name (`folder`).
+one of them changed, its scores are worth nothing, and that is said by name (`search_folder`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from streamsoup.errors import ResumeError, printable
 from streamsoup.soups.candidates import Moved
-from streamsoup.soups.folder import SearchFolder
 from streamsoup.soups.scoring import Outcome
+from streamsoup.soups.search_folder import SearchFolder
 from streamsoup.task import Score
 
 __all__ = ["Members", "Scorebook"]

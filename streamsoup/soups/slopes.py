@@ -22,10 +22,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.budget import MemoryPlan, memory_budget
 from streamsoup.errors import TaskError
 from streamsoup.inner import Dot, Sums, Vector, fastest_products, floats_of, plan_inner_memory
 from streamsoup.options import Options
-from streamsoup.plan import MemoryPlan, MixPlan, memory_budget
+from streamsoup.plan import MixPlan
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Nothing

@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
+from streamsoup.folders import sync_folder
 from streamsoup.journal import Journal
-from streamsoup.staging import sync_folder
 
 __all__ = ["SearchFolder", "lock_folder"]
 
@@ -109,8 +109,11 @@ def lock_folder(root: str) -> int:
     where = printable(root)
     try:
         while True:
-            os.makedirs(root, exist_ok=True)
-            names = os.listdir(root)
+            if not os.path.lexists(root):
+                os.makedirs(root, exist_ok=True)
+            # Not through a link: candidates of earlier runs are removed from what is ours.
+            is_folder = os.path.isdir(root) and not os.path.islink(root)
+            names = os.listdir(root) if is_folder else ["?"]
             if names and "lock" not in names:
                 raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
             path = os.path.join(root, "lock")

@@ -1,0 +1,80 @@
+"""Folders as the system has them: names made durable, removed, and renamed in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+
+__all__ = ["EXCHANGE", "NO_REPLACE", "is_movable", "remove_any", "rename", "sync_folder"]
+
+NO_REPLACE, EXCHANGE = 1, 2
+"""Ways to rename, as renameat2(2) has them."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD = -100
+_OVERLAY = 0x794C7630
+"""What statfs(2) says of an overlay file system, first of all."""
+
+
+def sync_folder(path: str) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_any(path: str) -> None:
+    """Remove a file, a link or a whole folder; nothing, if there is nothing."""
+    try:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+        try:
+            os.rmdir(path)  # for what is empty no descriptors are needed, of which none may be left
+        except OSError:
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+
+
+def rename(source: str, target: str, flag: int) -> bool:
+    """Rename with a flag of Linux's renameat2; False where there is none.
+
+    Raises `FileExistsError` if something is at `target` that may not be replaced.
+    """
+    if not hasattr(_LIBC, "renameat2"):
+        return False
+    names = os.fsencode(source), os.fsencode(target)
+    while _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+            return False  # EPERM: some containers forbid what they do not know
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code), target)
+    return True
+
+
+def is_movable(folder: str, occupied: str) -> bool:
+    """Whether a folder can be renamed: on an overlay, not what comes from a lower layer.
+
+    It is tried with a rename that cannot be done, as `occupied`, a folder beside it, is not empty.
+    Only on overlays, as nobody knows what a stranger file system makes of that.
+    """
+    statfs = ctypes.create_string_buffer(512)
+    if _LIBC.statfs(os.fsencode(folder), statfs) != 0:
+        return True
+    if ctypes.c_long.from_buffer(statfs).value != _OVERLAY:
+        return True
+    try:
+        os.rename(folder, occupied)
+    except OSError as error:
+        return error.errno != errno.EXDEV
+    return True
