@@ -99,7 +99,7 @@ class _Code:
             path = inspect.getsourcefile(part)
         except (TypeError, OSError):
             return False
-        if path is None or not os.path.isfile(path):
+        if path is None or not os.path.isfile(path) or _is_typed_in(part, path):
             return False
         if path not in self._seen:
             self._seen.add(path)
@@ -151,6 +151,14 @@ class _Code:
                 self._add_value(entry)
         else:
             self.add(part)
+
+
+def _is_typed_in(part: Any, path: str) -> bool:
+    """Whether a class of `__main__` is not of its file: typed in after it (`python -i`), say."""
+    if not isinstance(part, type) or part.__module__ != "__main__":
+        return False
+    methods = [found for found in vars(part).values() if isinstance(found, FunctionType)]
+    return path not in [method.__code__.co_filename for method in methods]
 
 
 def _names_in(code: CodeType) -> set[str]:
