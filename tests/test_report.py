@@ -323,7 +323,7 @@ def test_a_plane_without_hills(tmp_path: Path, value: float) -> None:
 
 
 TASK = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 import torch, networks
 torch.set_num_threads(1)
@@ -334,6 +334,8 @@ def predictions(model, split):
     inputs, labels = networks.data(splits.index(split), 60)
     for some in torch.arange(60).split(6):
         yield model(inputs[some]), labels[some]
+print("ready")
+os.system("echo ready, too")
 def score(model, split):
     right = [(logits.argmax(1) == labels).sum() for logits, labels in predictions(model, split)]
     return float(sum(right)) / 60
@@ -355,6 +357,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert page.count("<img") == 5
     again = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2, "--json")
     assert again.returncode == 0
+    assert sorted(again.stderr.splitlines()) == ["ready", "ready, too"]
     kinds = {row["kind"] for row in json.loads(again.stdout)}
     assert kinds >= {"comparison", "ingredient", "base", "oracle", "soup", "ensemble", "pair"}
 

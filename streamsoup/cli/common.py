@@ -232,10 +232,24 @@ def tell(lines: Sequence[str]) -> None:
         print("\n".join(lines))
 
 
+_kept: int | None = None
+"""What stdout was, where only the result may go there."""
+
+
+def keep_for_the_result() -> None:
+    """Send to stderr what is printed, by a user's task and all it calls, except in `telling`."""
+    global _kept
+    _kept = os.dup(1)
+    os.dup2(2, 1)
+
+
 @contextmanager
 def telling() -> Iterator[None]:
     """Print the result of work that is done, and say in one line if stdout cannot take it."""
     try:
+        if _kept is not None:
+            sys.stdout.flush()
+            os.dup2(_kept, 1)
         yield
         sys.stdout.flush()
     except BrokenPipeError:
@@ -276,6 +290,8 @@ def supervise(
     def child() -> int:
         from streamsoup.terminal import Watcher, show_warnings
 
+        if as_json:
+            keep_for_the_result()
         show_warnings(quiet)
         watcher = Watcher(label, quiet)
         try:
