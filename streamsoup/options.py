@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from streamsoup.errors import RecipeError, printable
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Options"]
 
@@ -20,8 +23,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     Sizes are bytes, or text such as ``"5GB"``.
     """
 
-    dtype: str = "same"
-    """Dtype of the averaged tensors in the soup: ``same``, ``f32``, ``bf16``, ``f16``, …"""
+    dtype: str | torch.dtype = "same"
+    """Dtype of the averaged tensors in the soup: ``same``, ``f32``, ``bf16``, ``f16``, …; torch's
+    own will do."""
     shard_size: int | str | None = None
     """Largest shard of the soup; None mirrors the shards of the first ingredient."""
     non_float: Literal["same", "first"] = "same"

@@ -100,14 +100,15 @@ _SPELLINGS = {spelling: name for name, spelling in TORCH_NAMES.items()} | {
 }
 
 
-def float_dtype(name: str) -> DType:
-    """Look up a dtype to average in, by its safetensors, torch or common name.
+def float_dtype(given: object) -> DType:
+    """Look up a dtype to average in, by its safetensors, torch or common name, or as torch's own.
 
-    Raises `RecipeError` for a name that is no dtype streamsoup averages.
+    Raises `RecipeError` for what is no dtype streamsoup averages.
 
     >>> float_dtype("bfloat16").name
     'BF16'
     """
+    name = str(given)  # torch's own says its name
     key = _SPELLINGS.get(name.lower().removeprefix("torch."), name.upper())
     dtype = DTYPES.get(key)
     if dtype is None or not dtype.averaged:

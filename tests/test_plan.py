@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import header_text, raw, save, save_sharded, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -355,9 +356,10 @@ def test_dtypes_have_many_names() -> None:
         assert float_dtype(name) is DTYPES["F16"]
     assert float_dtype("float") is float_dtype("torch.float32") is DTYPES["F32"]
     assert float_dtype("double") is DTYPES["F64"]
-    for name in ("i64", "int8", "", "f4", "bool"):
-        with pytest.raises(RecipeError):
-            float_dtype(name)
+    assert float_dtype(torch.bfloat16) is DTYPES["BF16"]
+    for wrong in ("i64", "int8", "", "f4", "bool", None, torch.int8):
+        with pytest.raises(RecipeError, match="not one streamsoup averages in"):
+            float_dtype(wrong)
 
 
 def test_a_provenance_comes_back_as_it_was() -> None:

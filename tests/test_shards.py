@@ -32,6 +32,7 @@ from streamsoup.errors import (
     CorruptFileError,
     FormatError,
     MissingFileError,
+    RecipeError,
     StreamsoupError,
     UnsafePickleError,
 )
@@ -356,6 +357,14 @@ def test_a_hub_id_gets_advice() -> None:
     """A name such as org/model is answered with how to get its files."""
     with pytest.raises(MissingFileError, match="download it first"):
         open_ingredients(["meta-llama/Llama-3"])
+
+
+def test_one_path_is_no_list(tmp_path: Path) -> None:
+    """The letters of a path are not taken for paths."""
+    path = save(tmp_path / "a", A)
+    for one in (path, str(path), bytes(path)):
+        with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
+            open_ingredients(one)  # type: ignore[arg-type]
 
 
 def test_all_layouts_open_alike(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from streamsoup.errors import (
     CorruptFileError,
     FormatError,
     MissingFileError,
+    RecipeError,
     UnsafePickleError,
     printable,
     some,
@@ -298,8 +299,12 @@ def open_ingredients(paths: Sequence[AnyIngredient]) -> list[Ingredient]:
     An already open ingredient is passed through, after a check that its files are unchanged. A
     state dict, or a module, is an ingredient too: its tensors are read where they are.
     Raises `MissingFileError` or a `FormatError` that names the file, and the tensor if there is
-    one. Reads headers and indexes only, and keeps one copy of those that are equal.
+    one; `RecipeError` for a path in the place of a list. Reads headers and indexes only, and keeps
+    one copy of those that are equal.
     """
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        given = printable(os.fsdecode(paths))
+        raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
     pantry = Pantry()
     opened: list[Ingredient] = []
     for path in paths:

@@ -110,7 +110,7 @@ def order(
         ingredients=tuple(ingredient.name for ingredient in opened),
         coefficients=coefficients,
         method=method,
-        dtype=options.dtype if options.dtype == "same" else float_dtype(options.dtype).name,
+        dtype="same" if options.dtype == "same" else float_dtype(options.dtype).name,
         non_float=options.non_float,
         non_finite=options.non_finite,
         shard_size=None if size is None else parse_nbytes(size),
