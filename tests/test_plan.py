@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import header_text, raw, save, save_sharded, tensor
+from checkpoints import command, header_text, raw, save, save_sharded, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -346,6 +346,19 @@ def test_rules_must_be_known() -> None:
     ):
         with pytest.raises(RecipeError, match=phrase):
             planned(m, **more)
+
+
+def test_what_is_wider_than_the_rest_is_narrowed_with_a_word(tmp_path: Path) -> None:
+    """Some models keep a few tensors wide on purpose, and --dtype is for all."""
+    wide, half = tensor(np.ones(2, np.float32)), tensor(np.ones(2, np.uint16), "BF16")
+    mixed = save(tmp_path / "m", {"gate": wide, "w": half})
+    all_wide = save(tmp_path / "w", {"w": wide})
+    ran = command("uniform", mixed, "-o", tmp_path / "o1", "--dtype", "bf16")
+    assert "--dtype makes gate narrower, and not the others" in ran.stderr
+    for number, told in enumerate(
+        [(mixed,), (mixed, "--dtype", "f32"), (all_wide, "--dtype", "bf16")]
+    ):
+        assert command("uniform", *told, "-o", tmp_path / f"p{number}").stderr == ""
 
 
 def test_dtypes_have_many_names() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import (
     as_hub_snapshot,
     command,
@@ -359,12 +360,35 @@ def test_a_hub_id_gets_advice() -> None:
         open_ingredients(["meta-llama/Llama-3"])
 
 
+@pytest.mark.parametrize("plain", ["model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variants_are_for_those_who_ask(tmp_path: Path, plain: str, sharded: bool) -> None:
+    """What from_pretrained takes of a folder is taken: no variant, where there is another."""
+    folder = save(tmp_path / "a", A)
+    (folder / "model.safetensors").rename(folder / f"{plain}.safetensors")
+    variant = f"{plain}.fp16.safetensors"
+    if sharded:
+        variant = f"{plain}.safetensors.index.fp16.json"
+        names = [f"{plain}.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        for name, part in zip(names, (A, B), strict=True):
+            (folder / name).write_bytes(content(part))
+        places = dict.fromkeys(A, names[0]) | dict.fromkeys(B, names[1])
+        (folder / variant).write_text(json.dumps({"weight_map": places}))
+    else:
+        (folder / variant).write_bytes(content(B))
+    (both, asked) = open_ingredients([folder, folder / variant])
+    assert set(both.layout.places) == set(A)
+    assert set(asked.layout.places) == ({*A, *B} if sharded else set(B))
+
+
 def test_one_path_is_no_list(tmp_path: Path) -> None:
     """The letters of a path are not taken for paths."""
     path = save(tmp_path / "a", A)
     for one in (path, str(path), bytes(path)):
         with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
             open_ingredients(one)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="is one state dict or module, and a list"):
+        open_ingredients({"a": torch.ones(1)})  # type: ignore[arg-type]
 
 
 def test_all_layouts_open_alike(tmp_path: Path) -> None:

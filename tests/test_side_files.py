@@ -73,10 +73,14 @@ def test_links_are_followed_into_plain_files(tmp_path: Path) -> None:
 
 
 def test_a_lone_file_brings_no_side_files(tmp_path: Path) -> None:
-    """A file given by itself may lie anywhere: what is beside it is not taken."""
+    """A file given by itself may lie anywhere: what is beside it is not taken, and that is said."""
     a = fill(tmp_path / "a", ("config.json",))
-    uniform([a / "model.safetensors"], output=tmp_path / "out")
+    ran = command("uniform", a / "model.safetensors", "-o", tmp_path / "out")
     assert names_of(tmp_path / "out") == {"model.safetensors", "streamsoup.json"}
+    assert "is a lone file, so what lies beside it, such as config.json, is not" in ran.stderr
+    (a / "config.json").unlink()
+    ran = command("uniform", a / "model.safetensors", "-o", tmp_path / "other")
+    assert ran.stderr == ""
 
 
 def test_differences_between_ingredients_are_said(tmp_path: Path) -> None:
@@ -106,6 +110,32 @@ def test_the_configuration_names_the_new_dtype(tmp_path: Path) -> None:
         assert found == config | {key: "bfloat16"}
     files, _ = gather_side_files(open_ingredients([a]), None)
     assert files[0].content is None
+
+
+def test_the_parts_of_a_model_name_the_new_dtype_too(tmp_path: Path) -> None:
+    """A part loaded by itself goes by its own dtype; one that says null goes by the whole."""
+
+    def config(dtype: str) -> dict[str, object]:
+        deeper = {"deeper_config": {"torch_dtype": dtype, "n": 1}}
+        parts = {"text_config": {"dtype": dtype} | deeper, "vision_config": {"dtype": None}}
+        return {"dtype": dtype, "other": {"dtype": "float16"}} | parts
+
+    a = save(tmp_path / "a", MODEL)
+    (a / "config.json").write_text(json.dumps(config("float16")))
+    uniform([a, a], output=tmp_path / "out", options=Options(dtype="f32"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config("float32")
+
+
+def test_what_training_leaves_is_no_side_file(tmp_path: Path) -> None:
+    """Shards of FSDP, optimizers and metrics of one run; the code and data of a model go along."""
+    left = ("latest", "zero_to_fp32.py", "train_results.json", "optimizer.pt", "scheduler.pt")
+    left += ("optimizer_0/__0_0.distcp", "optimizer_0/.metadata", "pytorch_model_fsdp_0/x.distcp")
+    left += ("rng_state_0.pth", "trainer_state.json", "weights.npz")
+    kept = ("scheduler.py", "optimizer_utils.py", "mel_filters.npz", "scheduler.json", "x/y.npz")
+    a = fill(tmp_path / "a", (*left, *kept))
+    files, warnings = gather_side_files(open_ingredients([a]), None)
+    assert {file.name for file in files} == set(kept)
+    assert warnings == []
 
 
 def test_a_configuration_that_can_be_read_can_be_written(tmp_path: Path) -> None:

@@ -299,12 +299,14 @@ def open_ingredients(paths: Sequence[AnyIngredient]) -> list[Ingredient]:
     An already open ingredient is passed through, after a check that its files are unchanged. A
     state dict, or a module, is an ingredient too: its tensors are read where they are.
     Raises `MissingFileError` or a `FormatError` that names the file, and the tensor if there is
-    one; `RecipeError` for a path in the place of a list. Reads headers and indexes only, and keeps
-    one copy of those that are equal.
+    one; `RecipeError` for one checkpoint in the place of a list. Reads headers and indexes only,
+    and keeps one copy of those that are equal.
     """
     if isinstance(paths, (str, bytes, os.PathLike)):
         given = printable(os.fsdecode(paths))
         raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
+    if isinstance(paths, Mapping) or hasattr(paths, "state_dict"):
+        raise RecipeError("this is one state dict or module, and a list of them is wanted")
     pantry = Pantry()
     opened: list[Ingredient] = []
     for path in paths:
@@ -358,6 +360,13 @@ def _find_weights(folder: str) -> str:
     indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
     where = printable(folder)
+    for plain in ("model", "diffusion_pytorch_model"):
+        # Variants are only for those who ask for them, as in `from_pretrained`.
+        whole = (f"{plain}.safetensors", f"{plain}.safetensors.index.json")
+        if not {*whole}.isdisjoint(names):
+            other = [name for name in names if name.startswith(f"{plain}.") and name not in whole]
+            indexes = [name for name in indexes if name not in other]
+            files = [name for name in files if name not in other]
     if "model.safetensors.index.json" in indexes:
         indexes = ["model.safetensors.index.json"]
     if len(indexes) > 1:

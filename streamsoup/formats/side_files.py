@@ -26,13 +26,14 @@ __all__ = ["SideFile", "gather_side_files", "pieces"]
 
 _WEIGHTS = (
     *(".safetensors", *PICKLES),
-    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".npz", ".tflite", ".ot"),
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".tflite", ".ot", ".distcp"),
 )
 
 LEFT_OUT = (
     *(f"*{suffix}" for suffix in _WEIGHTS),
     *("*.index.json", "*.index.*.json"),
-    *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args*"),
+    *("weights*.npz", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
+    *("training_loss.png", "*_results.json", "latest", "zero_to_fp32.py"),
     *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
 )
 """Weights, the state of a training run, and descriptions of the one model it came from."""
@@ -40,7 +41,10 @@ LEFT_OUT = (
 _OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
 """What a soup has files of, so that no folder may have such a name in it."""
 
-_OF_TRAINING = (".", "checkpoint-", "global_step", "runs", "wandb")
+_OF_TRAINING = (
+    *(".", "checkpoint-", "global_step", "runs", "wandb"),
+    *("optimizer_", "pytorch_model_fsdp"),
+)
 """What the names of folders begin with that a training run leaves."""
 
 LARGEST = 1_000_000_000
@@ -72,7 +76,13 @@ def gather_side_files(
     """
     first = ingredients[0].folder
     if first is None:
-        return [], []
+        beside = os.path.dirname(ingredients[0].path)
+        if not os.path.isfile(os.path.join(beside, "config.json")):
+            return [], []
+        return [], [
+            f"{printable(ingredients[0].name)}: is a lone file, so what lies beside it, such as "
+            "config.json, is not copied; copy it, or give the folder"
+        ]
     names, strange, heavy = _walk(first)
     warnings = []
     if heavy:
@@ -236,10 +246,7 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     config = _config(file.path) if file.name == "config.json" else None
     if config is None:
         return file
-    keys = [key for key in ("dtype", "torch_dtype") if key in config]
-    for key in keys:
-        config[key] = TORCH_NAMES[dtype.name]
-    if not keys:
+    if not _say_dtype(config, TORCH_NAMES[dtype.name]):
         return file
     try:
         content = json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -248,3 +255,16 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     except RecursionError:  # read without trouble, but nested too deep to be written with indents
         content = json.dumps(config).encode()
     return SideFile(file.name, file.path, content + b"\n")
+
+
+def _say_dtype(config: dict[str, object], name: str) -> bool:
+    """Put a dtype wherever there is one, in the parts of a model too; say if there was any."""
+    parts, found = [config], False
+    for part in parts:
+        inner = [value for key, value in part.items() if key.endswith("_config")]
+        parts += [value for value in inner if isinstance(value, dict)]
+        for key in ("dtype", "torch_dtype"):
+            # A part that says null goes by the whole.
+            if key in part and (part is config or part[key] is not None):
+                part[key], found = name, True
+    return found

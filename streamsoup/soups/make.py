@@ -21,6 +21,7 @@ from streamsoup.errors import (
     OutputExistsError,
     StreamsoupError,
     printable,
+    some,
 )
 from streamsoup.folders import sync_folder
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
@@ -140,6 +141,13 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     side_files, warnings = gather_side_files(opened, dtype)
+    mixed = [tensor for tensor in plan.tensors if tensor.operation == "mix"]
+    narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
+    if 0 < len(narrowed) < len(mixed):
+        warnings.append(
+            f"--dtype makes {some([t.name for t in narrowed])} narrower, and not the others: where "
+            "a model has them wider on purpose, leave --dtype out"
+        )
     return Order(
         plan,
         plan_files(plan),
@@ -184,7 +192,8 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
             f"{error}. This very recipe made it; `streamsoup verify` tells whether it is unchanged"
         ) from None
     except OSError as error:
-        if isinstance(error, StreamsoupError):
+        # What has no number is not of the system, but of the caller: a callback's, a handler's.
+        if isinstance(error, StreamsoupError) or error.errno is None:
             raise
         raise _not_written(given, error) from error
     elapsed_s = time.monotonic() - started
