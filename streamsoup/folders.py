@@ -1,14 +1,24 @@
-"""Folders as the system has them: names made durable, removed, and renamed in one step."""
+"""Folders as the system has them: names made durable, removed, renamed in one step; locks."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
+from contextlib import suppress
 
-__all__ = ["EXCHANGE", "NO_REPLACE", "is_movable", "remove_any", "rename", "sync_folder"]
+__all__ = [
+    "EXCHANGE",
+    "NO_REPLACE",
+    "is_movable",
+    "remove_any",
+    "rename",
+    "sync_folder",
+    "unlock",
+]
 
 NO_REPLACE, EXCHANGE = 1, 2
 """Ways to rename, as renameat2(2) has them."""
@@ -29,6 +39,13 @@ def sync_folder(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of a lock, and close its file: closing alone would leave it to forked children."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def remove_any(path: str) -> None:

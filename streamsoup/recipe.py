@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import xxhash
@@ -178,7 +179,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> bytes:
         """Write it as indented JSON, with its checksum; floats keep every bit."""
         whole = msgspec.structs.replace(self, checksum=self._digest())
-        return msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n"
+        text = msgspec.json.encode(whole, enc_hook=_number)
+        return msgspec.json.format(text, indent=1) + b"\n"
 
     @property
     def intact(self) -> bool:
@@ -186,7 +188,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.checksum == self._digest()
 
     def _digest(self) -> str:
-        text = msgspec.json.encode(msgspec.structs.replace(self, checksum=""))
+        text = msgspec.json.encode(msgspec.structs.replace(self, checksum=""), enc_hook=_number)
         # There and back, as what was made with an int where a float belongs reads back as 1.0.
         back = msgspec.json.decode(text, type=type(self))
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(back))
@@ -198,3 +200,10 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"is not a streamsoup provenance: {printable(error)}") from None
+
+
+def _number(value: Any) -> Any:
+    """Write down a number of numpy or torch as what it is."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be noted in a provenance")

@@ -33,7 +33,15 @@ from streamsoup.errors import (
     OutputExistsError,
     printable,
 )
-from streamsoup.folders import EXCHANGE, NO_REPLACE, is_movable, remove_any, rename, sync_folder
+from streamsoup.folders import (
+    EXCHANGE,
+    NO_REPLACE,
+    is_movable,
+    remove_any,
+    rename,
+    sync_folder,
+    unlock,
+)
 from streamsoup.journal import Journal
 from streamsoup.recipe import PROVENANCE_NAME
 
@@ -332,7 +340,7 @@ class Staging:
             self._journal.close()
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
-            os.close(lock)
+            unlock(lock)
 
 
 def _immovable(target: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import command
 from safetensors.numpy import load_file, save_file
 
@@ -47,6 +48,32 @@ def states(tmp_path: Path) -> list[dict[str, np.ndarray]]:
 def paths(states: Any, tmp_path: Path) -> list[str]:
     """Their files, the base first."""
     return [str(tmp_path / f"{i}.safetensors") for i in range(N + 1)]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(paths: list[str], tmp_path: Path) -> None:
+    """They give the same soup, and the same recipe, as Python's own."""
+    made = []
+    for n, number in enumerate((0.75, np.float64(0.75), np.float32(0.75), torch.tensor(0.75))):
+        soup = streamsoup.ema(paths, number, output=tmp_path / f"e{n}")  # type: ignore[arg-type]
+        made.append((load(soup), soup.provenance.report))
+    for other, report in made[1:]:
+        assert report == made[0][1]
+        for name, array in made[0][0].items():
+            np.testing.assert_array_equal(other[name], array)
+    narrow = streamsoup.interpolate(paths[0], paths[0], np.float16(0.1), output=tmp_path / "i")  # type: ignore[arg-type]
+    assert math.fsum(narrow.recipe.coefficients.values) == 1
+
+
+def test_what_a_callback_raises_is_the_callers(paths: list[str], tmp_path: Path) -> None:
+    """An error of a tracker that is gone is not one of the disk, whatever its kind."""
+
+    def report(progress: Any) -> None:
+        raise ConnectionResetError("tracker gone")
+
+    options = streamsoup.Options(on_progress=report)
+    with pytest.raises(ConnectionResetError, match="tracker gone"):
+        streamsoup.uniform(paths, output=tmp_path / "out", options=options)
+    streamsoup.uniform(paths, output=tmp_path / "out")
 
 
 def load(soup: Any) -> dict[str, np.ndarray]:

@@ -7,6 +7,8 @@ import operator
 import os
 import random
 import shutil
+import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -493,6 +495,58 @@ def test_a_failure_names_the_task_the_place_and_the_candidate(
     """An error in the scoring function is named, and what was scored before is kept."""
     journal = interrupted(paths, tmp_path / "out")
     assert len(journal.read_bytes().splitlines()) == 3  # what it is for, and two scores
+
+
+def test_what_a_task_forks_holds_no_lock(tmp_path: Path, paths: list[str]) -> None:
+    """Workers that a task has started outlive a search that failed: the next goes on."""
+    reading, writing = os.pipe()
+    children = []
+
+    def score(model: nn.Module) -> float:
+        if not children:
+            children.append(os.fork())
+            if children[0] == 0:
+                os.close(writing)
+                os.read(reading, 1)  # until the parent is done
+                os._exit(0)
+            raise ValueError("transient")
+        return networks.score(model)
+
+    try:
+        with pytest.raises(TaskError, match="transient"):
+            greedy_soup(paths, score, output=tmp_path / "soup", model=networks.build())
+        greedy_soup(paths, score, output=tmp_path / "soup", model=networks.build())
+    finally:
+        os.close(writing)
+        os.waitpid(children[0], 0)
+        os.close(reading)
+
+
+def test_searches_in_threads_leave_the_generators_alone(tmp_path: Path, paths: list[str]) -> None:
+    """What each search seeds is put back as it was before any of them."""
+
+    def score(model: nn.Module) -> float:
+        time.sleep(0.01)
+        return random.random() + float(torch.rand(1))
+
+    def search(name: str, model: nn.Module) -> None:
+        found.append(greedy_soup(paths, score, output=tmp_path / name, model=model))
+
+    found: list[Any] = []
+    models = [("a", networks.build()), ("b", networks.build())]
+    random.seed(5)
+    torch.manual_seed(5)
+    expected = random.random(), float(torch.rand(1))
+    random.seed(5)
+    torch.manual_seed(5)
+    threads = [threading.Thread(target=search, args=each) for each in models]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert (random.random(), float(torch.rand(1))) == expected
+    assert found[0].score == found[1].score
 
 
 def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:

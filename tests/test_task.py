@@ -159,6 +159,22 @@ def test_loading_a_task_leaves_the_world_as_it_was(
         assert np.geterr() == before
 
 
+def test_each_task_file_has_what_lies_beside_it(tmp_path: Path) -> None:
+    """A helper of one name beside two task files is two helpers, in whatever order they load."""
+    before = list(sys.path)
+    for number, name in enumerate("ab"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "__init__.py").write_text("from inner.deep import V\n")
+        (tmp_path / name / "inner" / "deep.py").write_text(f"V = {number}\n")
+        (tmp_path / name / "helper.py").write_text("from inner import V\n")
+        (tmp_path / name / "task.py").write_text(
+            "from helper import V\ndef score(model, split): return V\n"
+        )
+    loaded = [load_task(str(tmp_path / name / "task.py")) for name in "aba"]
+    assert [task.score(None, "val").value for task in loaded] == [0, 1, 0]
+    assert [path for path in sys.path if path not in before] == [str(tmp_path / "a")]
+
+
 def fingerprint_of(code: str, name: str = "score") -> str:
     """Give the fingerprint of a task that was typed in."""
     known: dict[str, Any] = {"__name__": "__main__"}

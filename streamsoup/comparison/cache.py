@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from streamsoup.comparison.calibration import AnyFloats, Labels
 from streamsoup.errors import OutputError, printable
+from streamsoup.folders import unlock
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
 from streamsoup.soups.search_folder import lock_folder
@@ -53,7 +54,7 @@ class Cache:
         try:
             self._journal = Journal(os.path.join(folder, "journal"))
         except BaseException:
-            os.close(self._lock)
+            unlock(self._lock)
             raise
         self._synced = time.monotonic()
         self._intact: set[str] = set()
@@ -83,8 +84,8 @@ class Cache:
             self._journal.sync()
         self._journal.close()
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            lock, self._lock = self._lock, -1
+            unlock(lock)
 
     def digest_of(self, ingredient: Ingredient) -> str | None:
         """Give the digest of an ingredient whose files are those that were digested."""

@@ -109,6 +109,7 @@ def interpolate(
     `alpha` is any finite number: 0 is the base, 1 the fine-tuned model, beyond is extrapolation.
     Costs and errors as for `uniform`.
     """
+    alpha = float(alpha)  # of numpy or torch it may be narrow, and 1 - alpha with it
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha {alpha} is not finite")
     coefficients = Coefficients.given((1.0 - alpha, alpha))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -239,16 +240,35 @@ class _CandidateSession:
         self._descriptors.close()
 
 
+_ALONE = threading.RLock()
+"""Held while the user's code runs: what it may change, and is put back, is the whole process's."""
+
+
 @contextmanager
 def contained(name: str, what: str) -> Iterator[None]:
-    """Run the user's code: same randomness every time, all settings put back, errors named."""
+    """Run the user's code: same randomness every time, all settings put back, errors named.
+
+    One thread at a time.
+    """
+    try:
+        with _ALONE, put_back(), _same_randomness():
+            yield
+    except (KeyboardInterrupt, GeneratorExit, StreamsoupError):
+        raise
+    except BaseException as error:
+        raise TaskError(f"{name}: {what} failed: {_describe(error)}") from error
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Seed all generators, and put back what they were, and torch's settings."""
     import torch
 
     state = random.getstate(), np.random.get_state()  # noqa: NPY002 - tasks may use it
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with put_back(), torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             # Not `torch.manual_seed`: it takes longer than a small model's score.
@@ -256,10 +276,6 @@ def contained(name: str, what: str) -> Iterator[None]:
             if torch.cuda.is_initialized():
                 torch.cuda.manual_seed_all(0)
             yield
-    except (KeyboardInterrupt, GeneratorExit, StreamsoupError):
-        raise
-    except BaseException as error:
-        raise TaskError(f"{name}: {what} failed: {_describe(error)}") from error
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])  # noqa: NPY002

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
-from streamsoup.folders import sync_folder
+from streamsoup.folders import sync_folder, unlock
 from streamsoup.journal import Journal
 
 __all__ = ["SearchFolder", "lock_folder"]
@@ -46,7 +46,7 @@ class SearchFolder:
             self._clear()
             self.journal = Journal(path)
         except BaseException:
-            os.close(self._lock)
+            unlock(self._lock)
             raise
         try:
             self.records = self._begin(dict(bound_to))
@@ -72,8 +72,8 @@ class SearchFolder:
         if self._lock >= 0:
             if os.path.isdir(self.root):
                 self._clear()
-            os.close(self._lock)
-            self._lock = -1
+            lock, self._lock = self._lock, -1
+            unlock(lock)
 
     def _begin(self, bound_to: dict[str, Any]) -> list[dict[str, Any]]:
         """Check what the journal belongs to, or note it in a new one; give the other records."""

@@ -45,7 +45,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -239,12 +239,31 @@ def _load_file(path: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As for a script: what lies beside the task file can be imported by it.
+    # As for a script: what lies beside the task file can be imported by it, and by no other.
+    for other in [each for each in _known_before if each != folder]:
+        _forget(other)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+        _known_before[folder] = set(sys.modules)
     sys.modules[module_name] = module  # dataclasses and pickles look modules up by name
     _guarded(where, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
     return module
+
+
+_known_before: dict[str, set[str]] = {}
+"""The modules that were there before a task file's folder was put on the path, by folder."""
+
+
+def _forget(folder: str) -> None:
+    """Take a folder off the path, and what was imported from it: names such as utils are common."""
+    known = _known_before.pop(folder)
+    with suppress(ValueError):
+        sys.path.remove(folder)
+    for name, module in list(sys.modules.items()):
+        top = os.path.join(folder, name.partition(".")[0])
+        file = getattr(module, "__file__", None) or ""
+        if name not in known and file.startswith((f"{top}.", f"{top}{os.sep}")):
+            del sys.modules[name]
 
 
 def _load_module(name: str, text: str) -> ModuleType:
