@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def test_what_one_would_try_fails_alike(marks: list[Path]) -> None:
             search(marks, jobs=jobs, poison=(0, 1, 2), body="raise ValueError('no')")
         said.append(str(error.value))
     assert said[0] == said[1]
+
+
+def test_a_task_of_the_script_itself_is_refused(marks: list[Path], tmp_path: Path) -> None:
+    """Its workers could not import it, which is said before one is started."""
+    call = f"greedy_soup({[str(path) for path in marks]}, score, output='out', search=search)"
+    script = "import sys; from streamsoup import SearchOptions, greedy_soup\n"
+    script += "def score(model): return 1\nsearch = SearchOptions(jobs=2)\n"
+    script += f"try: {call}\nexcept ValueError as error: print(error)\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "known to it alone); give a task file" in ran.stdout
 
 
 def test_commands_run_at_once(tmp_path: Path, marks: list[Path]) -> None:

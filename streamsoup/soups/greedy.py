@@ -64,8 +64,10 @@ class GreedySoup(Soup, frozen=True):
     score: float = math.nan
     """The soup's score on the split that was searched on."""
     singles: tuple[Trial, ...] = ()
-    """The single ingredients that were scored, in the order given."""
+    """The single ingredients that were scored, in the order given; not if `finished`: see
+    `report`."""
     runs: tuple[Run, ...] = ()
+    """Each search in one order; not if `finished`: see `report`."""
     report: Mapping[str, Any] = {}
     """All of it as plain JSON; also in the soup's ``streamsoup.json``."""
 

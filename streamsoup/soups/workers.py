@@ -37,6 +37,9 @@ __all__ = ["Alone", "Crew", "Scorers"]
 DYING_S = 2.0
 """How long a worker may take from its last word to its end."""
 
+_MAIN = b"\x8c\x08__main__"
+"""How a pickle names what is defined in a script or notebook itself."""
+
 
 class Scorers(Protocol):
     """Answers what a candidate scores, from the book or by scoring it."""
@@ -159,6 +162,8 @@ class _Worker:
         self._tail = Tail()
         try:
             pickled = pickle.dumps(replace(work, options=replace(work.options, on_progress=None)))
+            if _MAIN in pickled:
+                raise ValueError("what a script or notebook defines is known to it alone")
         except Exception as error:
             raise RecipeError(
                 f"the task or an ingredient cannot be sent to another process ({error}); give a "
