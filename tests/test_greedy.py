@@ -7,6 +7,7 @@ import operator
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 import zlib
@@ -38,7 +39,7 @@ from streamsoup.journal import Journal
 from streamsoup.soups.candidates import Candidates, Moved
 from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
-from streamsoup.soups.scoring import Outcome
+from streamsoup.soups.scoring import Outcome, contained
 from streamsoup.soups.search import search
 from streamsoup.soups.search_folder import lock_folder
 from streamsoup.task import Score
@@ -497,6 +498,7 @@ def test_a_failure_names_the_task_the_place_and_the_candidate(
     assert len(journal.read_bytes().splitlines()) == 3  # what it is for, and two scores
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
 def test_what_a_task_forks_holds_no_lock(tmp_path: Path, paths: list[str]) -> None:
     """Workers that a task has started outlive a search that failed: the next goes on."""
     reading, writing = os.pipe()
@@ -520,6 +522,38 @@ def test_what_a_task_forks_holds_no_lock(tmp_path: Path, paths: list[str]) -> No
         os.close(writing)
         os.waitpid(children[0], 0)
         os.close(reading)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+def test_a_fork_during_a_score_may_search(tmp_path: Path, paths: list[str]) -> None:
+    """A pool started by another thread meanwhile gets no lock that nobody can open again."""
+    scoring, forked = threading.Event(), threading.Event()
+
+    def score(model: nn.Module) -> float:
+        scoring.set()
+        assert forked.wait(20)
+        return networks.score(model)
+
+    thread = threading.Thread(
+        target=greedy_soup,
+        args=(paths[:2], score),
+        kwargs={"output": tmp_path / "a", "model": networks.build()},
+    )
+    thread.start()
+    assert scoring.wait(20)
+    child = os.fork()
+    if child == 0:
+        with contained("task", "score"):
+            os._exit(0)
+    forked.set()
+    thread.join()
+    deadline = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child waits for a thread that it has not")
+        time.sleep(0.01)
 
 
 def test_searches_in_threads_leave_the_generators_alone(tmp_path: Path, paths: list[str]) -> None:

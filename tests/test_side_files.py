@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,11 @@ def test_a_lone_file_brings_no_side_files(tmp_path: Path) -> None:
     ran = command("uniform", a / "model.safetensors", "-o", tmp_path / "out")
     assert names_of(tmp_path / "out") == {"model.safetensors", "streamsoup.json"}
     assert "is a lone file, so what lies beside it, such as config.json, is not" in ran.stderr
+    state = "import torch, streamsoup; streamsoup.uniform([{'w': torch.ones(2)}], output='state')"
+    ran = subprocess.run(
+        [sys.executable, "-c", state], cwd=a, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
     (a / "config.json").unlink()
     ran = command("uniform", a / "model.safetensors", "-o", tmp_path / "other")
     assert ran.stderr == ""

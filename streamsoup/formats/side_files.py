@@ -76,8 +76,8 @@ def gather_side_files(
     """
     first = ingredients[0].folder
     if first is None:
-        beside = os.path.dirname(ingredients[0].path)
-        if not os.path.isfile(os.path.join(beside, "config.json")):
+        beside = os.path.join(os.path.dirname(ingredients[0].path), "config.json")
+        if ingredients[0].shards[0].in_memory or not os.path.isfile(beside):
             return [], []
         return [], [
             f"{printable(ingredients[0].name)}: is a lone file, so what lies beside it, such as "

@@ -244,6 +244,15 @@ _ALONE = threading.RLock()
 """Held while the user's code runs: what it may change, and is put back, is the whole process's."""
 
 
+def _renew() -> None:
+    """Have a lock that nobody holds: in a forked child, the thread that held it is not there."""
+    global _ALONE
+    _ALONE = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
 @contextmanager
 def contained(name: str, what: str) -> Iterator[None]:
     """Run the user's code: same randomness every time, all settings put back, errors named.
