@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 
 from streamsoup.errors import OutputError, OutputExistsError, printable, some
-from streamsoup.formats.shards import PICKLES, Ingredient
+from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.weights import PICKLES
 from streamsoup.recipe import PROVENANCE_NAME
 
 __all__ = ["check_output", "check_replaceable", "exists_already"]

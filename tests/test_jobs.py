@@ -95,7 +95,7 @@ def test_what_one_would_try_fails_alike(marks: list[Path]) -> None:
 def test_a_task_of_the_script_itself_is_refused(marks: list[Path], tmp_path: Path) -> None:
     """Its workers could not import it, which is said before one is started."""
     call = f"greedy_soup({[str(path) for path in marks]}, score, output='out', search=search)"
-    script = "import sys; from streamsoup import SearchOptions, greedy_soup\n"
+    script = "from streamsoup import SearchOptions, greedy_soup\n"
     script += "def score(model): return 1\nsearch = SearchOptions(jobs=2)\n"
     script += f"try: {call}\nexcept ValueError as error: print(error)\n"
     ran = subprocess.run(

@@ -27,15 +27,14 @@ from streamsoup.errors import (
     RecipeError,
     UnsafePickleError,
     printable,
-    some,
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
-from streamsoup.formats.index import check_files, check_index, is_index, read_index, stem
+from streamsoup.formats.index import check_files, check_index, is_index, read_index
 from streamsoup.formats.regular import reading
+from streamsoup.formats.weights import PICKLES, find_weights, names_in
 from streamsoup.tensors import TensorSpec
 
 __all__ = [
-    "PICKLES",
     "AnyIngredient",
     "Identity",
     "Ingredient",
@@ -44,9 +43,6 @@ __all__ = [
     "Shard",
     "open_ingredients",
 ]
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""How the names of weights end that are not safetensors."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -238,7 +234,7 @@ class Pantry(msgspec.Struct):
                 f"{printable(given)}: cannot be opened: {error.strerror}; mend that, and run again"
             ) from None
         if stat.S_ISDIR(mode):
-            name = _find_weights(given)
+            name = find_weights(given)
             if is_index(name):
                 return self._open_index(given, given, name)
             shards: tuple[Shard, ...] = (self._open_shard(os.path.join(given, name)),)
@@ -257,7 +253,7 @@ class Pantry(msgspec.Struct):
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
-        check_files(os.path.join(folder, name), files, _names_in(folder))
+        check_files(os.path.join(folder, name), files, names_in(folder))
         return Ingredient(given, folder, shards, layout, name)
 
     def _open_shard(self, path: str) -> Shard:
@@ -342,78 +338,6 @@ def _advice_for(given: str) -> str:
             ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
         )
     return ""
-
-
-def _names_in(folder: str) -> list[str]:
-    """List a folder."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise FormatError(
-            f"{printable(folder)}: cannot be listed: {error.strerror}; mend that, and run again"
-        ) from None
-
-
-def _find_weights(folder: str) -> str:
-    """Choose the file name of the index, or of the only safetensors file, in a folder."""
-    names = _names_in(folder)
-    indexes = [name for name in names if is_index(name)]
-    files = [name for name in names if name.endswith(".safetensors") and name[0] != "."]
-    where = printable(folder)
-    for plain in ("model", "diffusion_pytorch_model"):
-        # Variants are only for those who ask for them, as in `from_pretrained`.
-        whole = (f"{plain}.safetensors", f"{plain}.safetensors.index.json")
-        if not {*whole}.isdisjoint(names):
-            other = [name for name in names if name.startswith(f"{plain}.") and name not in whole]
-            indexes = [name for name in indexes if name not in other]
-            files = [name for name in files if name not in other]
-    if "model.safetensors.index.json" in indexes:
-        indexes = ["model.safetensors.index.json"]
-    if len(indexes) > 1:
-        raise FormatError(
-            f"{where}: has several indexes ({some(indexes)}); keep one, or give the file you mean"
-        )
-    if indexes:
-        listed = set(read_index(os.path.join(folder, indexes[0])).values())
-        single = f"{stem(indexes[0])}.safetensors"
-        if single in files and single not in listed:
-            raise FormatError(
-                f"{where}: has both {printable(single)} and {printable(indexes[0])}, two "
-                "checkpoints in one folder; give the file you mean, or remove one"
-            )
-        return indexes[0]
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise FormatError(
-            f"{where}: has {len(files)} safetensors files ({some(files, 3)}) and no index that "
-            "says how they belong together; give the file you mean, or add the index"
-        )
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
-        raise UnsafePickleError(
-            f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "
-            "could run code when opened; convert them to safetensors first"
-        )
-    inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
-    if not inside and "snapshots" in names:  # a model in the cache of the hub
-        snapshots = [os.path.join("snapshots", name) for name in _names_in(f"{folder}/snapshots")]
-        inside = [name for name in snapshots if _holds_weights(os.path.join(folder, name))]
-    if inside:
-        raise FormatError(
-            f"{where}: has no safetensors file, but there are some in its folders "
-            f"({some(inside, 3)}); give one of those"
-        )
-    has = f"only {some(names, 3)}" if names else "nothing at all"
-    raise FormatError(f"{where}: has no safetensors file, {has}; give a folder with a checkpoint")
-
-
-def _holds_weights(path: str) -> bool:
-    """Whether a folder has a safetensors file, as far as can be seen."""
-    try:
-        return any(name.endswith(".safetensors") for name in os.listdir(path))
-    except OSError:
-        return False
 
 
 def _read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:

@@ -19,7 +19,8 @@ import msgspec
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
 from streamsoup.formats.regular import reading
-from streamsoup.formats.shards import PICKLES, Ingredient
+from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.weights import PICKLES
 from streamsoup.tensors import TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "pieces"]
