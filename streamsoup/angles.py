@@ -11,7 +11,7 @@ are no weights, and of a size of their own (a variance of 10⁴ would drown ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from streamsoup.budget import MemoryPlan, memory_budget
 from streamsoup.digest import Digests
 from streamsoup.errors import RecipeError, printable
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
 from streamsoup.options import Options
 from streamsoup.plan import Leaf, MixPlan, plan_mix
@@ -187,7 +187,7 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
 
 
 def geometry(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     *,
     base: AnyIngredient | None = None,
     options: Options = Options(),  # noqa: B008 - frozen
@@ -206,9 +206,10 @@ def geometry(
 
 
 def plan_geometry(
-    ingredients: Sequence[AnyIngredient], *, base: AnyIngredient | None, options: Options
+    ingredients: Iterable[AnyIngredient], *, base: AnyIngredient | None, options: Options
 ) -> tuple[MixPlan, MemoryPlan, bool]:
     """Plan the pass; the base, if any, comes first. Reads headers only."""
+    ingredients = listed(ingredients)
     if not ingredients:
         raise RecipeError("geometry needs at least one checkpoint; give some")
     opened = open_ingredients([*([] if base is None else [base]), *ingredients])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from streamsoup.errors import OutputError, OutputExistsError, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.weights import PICKLES
 from streamsoup.recipe import PROVENANCE_NAME
 
-__all__ = ["check_output", "check_replaceable", "exists_already"]
+__all__ = ["check_output", "check_outside", "check_replaceable", "exists_already"]
 
 _Id = tuple[int, int]
 """Device and inode: the same for every path to a file or folder, bind mounts included."""
@@ -66,6 +66,17 @@ def check_output(
         # place: `Staging` will tell, and tidy up.
         raise exists_already(target)
     return target
+
+
+def check_outside(path: str, ingredients: Iterable[str]) -> None:
+    """Raise `OutputError` for a file or folder to be made in one of some checkpoints' folders."""
+    above = _ids_above(path)
+    for ingredient in ingredients:
+        if os.path.isdir(ingredient) and _id(ingredient) in above:
+            raise OutputError(
+                f"{printable(path)}: lies in the ingredient {printable(ingredient)}; choose a "
+                "folder outside of it"
+            )
 
 
 def exists_already(target: str) -> OutputExistsError:

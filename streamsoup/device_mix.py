@@ -169,7 +169,7 @@ def find_device(
     """
     from streamsoup.kernels.device import open_device
 
-    device = open_device(options.device)
+    device = open_device(str(options.device))
     chosen = plan_device(
         plan,
         device=device.name,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from streamsoup.errors import MismatchError, TaskError, printable, some
 from streamsoup.formats.files import Bytes, Descriptors, read_bytes
-from streamsoup.formats.memory import MemoryShard, is_apart, overlaps
+from streamsoup.formats.memory import MemoryShard, is_apart, overlaps, plain_name, unwrapped
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.tensors import TORCH_NAMES
 
@@ -77,7 +77,7 @@ class ModelSink:
         self.plan = plan
         self._apart = False
         """Whether no ingredient is known to share the model's memory."""
-        self.live = _named_as(plan, tensors_of(model))
+        self.live = _named_as(plan, model)
         """All persistent tensors of the model, by the names of the plan."""
         self._memory = {name: _memory_of(name, tensor) for name, tensor in self.live.items()}
         """Where the elements lie: a module that is converted keeps its parameters, not these."""
@@ -181,7 +181,7 @@ class ModelSink:
 
     def check(self) -> None:
         """Raise `TaskError` if the model's tensors are no longer the ones that were matched."""
-        now = _named_as(self.plan, tensors_of(self.model))
+        now = _named_as(self.plan, self.model)
         changed = [
             name
             for name, memory in self._memory.items()
@@ -218,10 +218,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         path = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[(path + name).replace("_orig_mod.", "")] = parameter
+                found[plain_name(path + name)] = parameter
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[(path + name).replace("_orig_mod.", "")] = buffer
+                found[plain_name(path + name)] = buffer
     return found
 
 
@@ -284,9 +284,12 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
         model(move(batch))
 
 
-def _named_as(plan: MixPlan, live: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the prefix of a wrapper (DataParallel) that the checkpoints do not have."""
+def _named_as(plan: MixPlan, model: nn.Module) -> dict[str, Tensor]:
+    """Give a model's tensors by name, without the prefix of a wrapper that the plan has not."""
     planned = {tensor.name for tensor in plan.tensors}
+    live = tensors_of(model)
+    if planned.isdisjoint(live):
+        live = tensors_of(unwrapped(model))
     wrapped = live and all(name.startswith("module.") for name in live)
     if wrapped and not any(name.startswith("module.") for name in planned):
         return {name.removeprefix("module."): tensor for name, tensor in live.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -14,7 +14,41 @@ from streamsoup.errors import RecipeError, printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Options"]
+__all__ = ["Options", "settle_numbers"]
+
+
+def settle_numbers(options: msgspec.Struct) -> None:
+    """Take numbers of any library as Python's own, in ``__post_init__``.
+
+    Goes by the annotations ``int``, ``float`` and ``bool``, with ``| None`` or without. Raises
+    `RecipeError` for what is none of that kind.
+    """
+    for name, annotation in type(options).__annotations__.items():
+        value = getattr(options, name)
+        kind = annotation.removesuffix(" | None")
+        if kind not in _KINDS or (value is None and kind != annotation):
+            continue
+        take, wanted = _KINDS[kind]
+        try:
+            if isinstance(value, (str, bytes)):  # which float() would read
+                raise TypeError
+            number = take(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise RecipeError(f"{name}: {printable(repr(value))} is no {wanted}") from None
+        msgspec.structs.force_setattr(options, name, number)
+
+
+def _truth(value: Any) -> bool:
+    if value not in (False, True):
+        raise ValueError
+    return bool(value)
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (operator.index, "whole number"),
+    "float": (float, "number"),
+    "bool": (_truth, "truth value"),
+}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,8 +71,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     of thousands of tensors takes."""
     threads: int | None = None
     """Threads that read and sum; None for the CPUs this process may use, 8 at most."""
-    device: str = "auto"
-    """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` is ``cpu`` for files."""
+    device: str | torch.device = "auto"
+    """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; torch's own will do. For files,
+    ``auto`` is ``cpu``."""
     device_memory: int | str | None = None
     """Memory to take on the device, by all workers of a search together, running sums included;
     None for an eighth of what is free."""
@@ -49,16 +84,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     on_progress: Callable[[Any], None] | None = None
     """Called with a `streamsoup.stream.Progress` twenty times a second, by the calling thread."""
 
+    def __post_init__(self) -> None:
+        """Take numbers and devices as other libraries have them. Raises `RecipeError`."""
+        settle_numbers(self)
+        msgspec.structs.force_setattr(self, "device", str(self.device))
+
     @property
     def n_threads(self) -> int:
         """The number of threads to use. More than 8 gain nothing: memory is the limit by then."""
         if self.threads is None:
             return min(8, len(os.sched_getaffinity(0)))
-        try:
-            threads = operator.index(self.threads)
-        except TypeError:
-            given = printable(self.threads)
-            raise RecipeError(f"{given!r} is no number of threads; give a whole one") from None
-        if threads < 1:
-            raise RecipeError(f"{threads} threads cannot work; give one or more")
-        return threads
+        if self.threads < 1:
+            raise RecipeError(f"{self.threads} threads cannot work; give one or more")
+        return self.threads

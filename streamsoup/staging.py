@@ -393,5 +393,6 @@ def _is_alive(holder: dict[str, object]) -> bool:
 def _busy(target: str, holder: dict[str, object]) -> str:
     who = "another run"
     if holder:
-        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+        pid, host, since = (printable(holder.get(key), 60) for key in ("pid", "host", "since"))
+        who = f"process {pid} on {host} since {since}"
     return f"{printable(target)}: is being written by {who}; wait for it, or stop it"

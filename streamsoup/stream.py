@@ -37,6 +37,9 @@ measured; each note makes the disk empty its own cache, which slow ones take lon
 ALONE_NBYTES = 1 << 24
 """Bytes to read up to which one thread may as well be the caller's own: a blink."""
 
+MEASURES = ("geometry", "compare")
+"""Methods of recipes that make no checkpoint, and have no rule for NaN and Inf."""
+
 TICK_S = 0.05
 """Time between reports of progress."""
 
@@ -333,7 +336,8 @@ class _Pass:
 
     def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
-        advice = "--non-finite propagate lets it pass"
+        measures = self.plan.recipe.method in MEASURES
+        lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)
             dtype = tensor.sources[self.plan.layout_of[i]].dtype
@@ -344,9 +348,12 @@ class _Pass:
                 place = _place(start + int(bad[0]), tensor.shape)
                 raise NonFiniteError(
                     f"{ingredient.where(tensor.name)}: holds {values[bad[0]]} at {place}, "
-                    f"which would spoil the soup; leave this ingredient out, or {advice}"
+                    f"which would spoil {'what is measured' if measures else 'the soup'}; leave "
+                    f"this ingredient out{lets_pass}"
                 )
         raise NonFiniteError(
             f"{printable(tensor.name)}: the sum is too large for {tensor.dtype.name}, though every "
-            f"ingredient is finite; choose a wider --dtype or smaller coefficients, or {advice}"
+            "ingredient is finite; "
+            + ("leave one out" if measures else "choose a wider --dtype or smaller coefficients")
+            + lets_pass
         )

@@ -7,7 +7,7 @@ also opens the ingredients, compares theirs, and makes the soup once more withou
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import xxhash
@@ -21,7 +21,7 @@ from streamsoup.errors import (
     VerificationError,
     printable,
 )
-from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
 from streamsoup.plan import LEAF, plan_mix
@@ -51,7 +51,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     quick: bool = False,
-    ingredients: Sequence[AnyIngredient] | None = None,
+    ingredients: Iterable[AnyIngredient] | None = None,
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Verification:
     """Check the soup in the folder `path` against its provenance.
@@ -66,7 +66,8 @@ def verify(
     problems: list[str] = []
     nbytes = _check_soup(folder, provenance, problems)
     if not quick and not problems:
-        given = ingredients or _where_they_were(folder, provenance)
+        given = [] if ingredients is None else listed(ingredients)
+        given = given or [*_where_they_were(folder, provenance)]
         nbytes += _rederive(provenance, given, options, problems)
     if problems:
         raise VerificationError(_bounded(folder, problems))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamsoup
 from streamsoup.angles import Place
-from streamsoup.errors import OutputExistsError, RecipeError
+from streamsoup.errors import NonFiniteError, OutputExistsError, RecipeError
 from streamsoup.soups.closed import sphere_factors, stock_ratio, wsm_factors
 
 N = 4
@@ -48,6 +48,61 @@ def states(tmp_path: Path) -> list[dict[str, np.ndarray]]:
 def paths(states: Any, tmp_path: Path) -> list[str]:
     """Their files, the base first."""
     return [str(tmp_path / f"{i}.safetensors") for i in range(N + 1)]
+
+
+def test_every_verb_takes_what_can_be_gone_through(paths: list[str], tmp_path: Path) -> None:
+    """A generator, such as a folder's glob, and an array of paths are lists of ingredients."""
+    base, *tuned = paths
+    n = len(tuned)
+    verbs: list[Any] = [
+        (streamsoup.uniform,),
+        (streamsoup.mix, [0.25] * n),
+        (streamsoup.ema,),
+        (streamsoup.lawa, 2),
+        (streamsoup.wsm,),
+        (streamsoup.arithmetic, 0.3, base),
+        (streamsoup.stock, None, base),
+        (streamsoup.slerp, [0.25] * n, None),
+    ]
+    for verb, *rest in verbs:
+        given, more = rest[:1], {"base": rest[1]} if rest[1:] else {}
+        given = [] if given == [None] else given
+        made = []
+        for number, many in enumerate((tuned, (path for path in tuned), np.array(tuned))):
+            output = tmp_path / f"{verb.__name__}-{number}"
+            made.append(verb(many, *given, output=output, **more))
+        assert all(soup.recipe == made[0].recipe for soup in made), verb.__name__
+        for soup in made[1:]:
+            np.testing.assert_equal(load(soup), load(made[0]))
+        with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
+            verb(tuned[0], *given, output=tmp_path / "out", **more)
+    found, same = (streamsoup.geometry(many, base=base) for many in (iter(tuned), tuned))
+    np.testing.assert_equal(found.total.rows, same.total.rows)
+    given = (path for path in tuned)
+    assert streamsoup.verify(tmp_path / "uniform-0", ingredients=given).rederived
+    for wrong in (None, 3, {tuned[0]}):
+        with pytest.raises(RecipeError, match=f"{wrong}: a list of ingredients is wanted"):
+            streamsoup.uniform(wrong, output=tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_what_has_no_angle_cannot_pass(paths: list[str], tmp_path: Path) -> None:
+    """Stock and slerp refuse to let NaN pass, and nothing is advised that could not be done."""
+    base, *tuned = paths
+    options = streamsoup.Options(non_finite="propagate")
+    for verb, more in (
+        (streamsoup.stock, {"base": base}),
+        (streamsoup.slerp, {"weights": [1] * N}),
+    ):
+        with pytest.raises(RecipeError, match="leave out --non-finite propagate"):
+            verb(tuned, output=tmp_path / "out", options=options, **more)  # type: ignore[operator]
+    spoiled = {**load_file(tuned[0]), "b": np.full(7, np.nan)}
+    save_file(spoiled, tmp_path / "spoiled.safetensors")
+    with pytest.raises(NonFiniteError, match=r"spoil what is measured; leave this ingredient out$"):
+        streamsoup.geometry([*tuned, tmp_path / "spoiled.safetensors"], base=base)
+    huge = {**load_file(tuned[0]), "b": np.full(7, 1e200)}
+    save_file(huge, tmp_path / "huge.safetensors")
+    with pytest.raises(NonFiniteError, match=r"every ingredient is finite; leave one out$"):
+        streamsoup.geometry([*tuned, tmp_path / "huge.safetensors"], base=base)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(paths: list[str], tmp_path: Path) -> None:

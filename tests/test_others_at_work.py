@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from checkpoints import content, save, tensor
+from checkpoints import content, random_model, save, tensor
 
 from streamsoup import folders, staging
 from streamsoup.destination import check_output
@@ -174,6 +175,20 @@ def test_the_holder_is_named_and_a_dead_one_blocks_nobody(tmp_path: Path) -> Non
     os.killpg(second.pid, signal.SIGINT)
     assert finish(second)[0] == 130
     assert [stream.close() for stream in (first.stdout, first.stderr) if stream] == [None, None]
+
+
+def test_a_lock_of_somebody_else_says_nothing_to_the_terminal(tmp_path: Path) -> None:
+    """What stands in it is shown, and not obeyed."""
+    a = save(tmp_path / "a", random_model(1))
+    (tmp_path / "soup.partial").mkdir()
+    lock = tmp_path / "soup.partial" / "lock"
+    lock.write_text(json.dumps({"pid": 1, "host": "\x1b]0;x\x07\x1b[2J", "since": "\x1b" * 99}))
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, stderr = run("uniform", a, a, "-o", tmp_path / "soup")
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert r"is being written by process 1 on \x1b]0;x\x07\x1b[2J since" in stderr
+    assert stderr.strip().isprintable()
 
 
 def test_a_killed_worker_is_explained(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_one_path_is_no_list(tmp_path: Path) -> None:
     for one in (path, str(path), bytes(path)):
         with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
             open_ingredients(one)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="is one state dict or module, and a list"):
+    with pytest.raises(RecipeError, match="is one ingredient, and a list"):
         open_ingredients({"a": torch.ones(1)})  # type: ignore[arg-type]
 
 

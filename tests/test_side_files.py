@@ -51,6 +51,8 @@ def names_of(folder: Path) -> set[str]:
 def test_side_files_go_along_and_weights_do_not(tmp_path: Path) -> None:
     """Everything that makes the model work is copied; weights and training state stay behind."""
     a = fill(tmp_path / "a", KEPT + LEFT)
+    _, (warning,) = gather_side_files(open_ingredients([a]), None)
+    assert warning.endswith("copy it there, or a soup of it: lora, onnx")  # the rest is familiar
     uniform([a, a], output=tmp_path / "out")
     assert names_of(tmp_path / "out") == {*KEPT, "model.safetensors", "streamsoup.json"}
     for name in KEPT:
@@ -203,8 +205,8 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     files, warnings = gather_side_files(open_ingredients([a, b]), DTYPES["BF16"])
     assert [file.name for file in files] == ["config.json", "x.txt"]
     assert warnings == [
-        f"{a}: left out the folders with weights of their own; if the soup needs them, make a soup "
-        "of each, or copy them there: self",
+        f"{a}: left out what may be weights of another model; if the soup needs it, copy it there, "
+        "or a soup of it: self",
         f"{a}: left out what is neither a plain file nor a link to one; if the "
         "soup needs it, copy it there: 1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
         f"side files of {b} differ from those of {a}, which are used: config.json, x.txt",
@@ -257,8 +259,12 @@ def test_weights_in_folders_are_left_out_and_named(tmp_path: Path) -> None:
     a = fill(tmp_path / "a", ("config.json", *parts, "checkpoint-5/model.safetensors"))
     files, (warning,) = gather_side_files(open_ingredients([a]), None)
     assert [file.name for file in files] == ["config.json"]
-    assert warning.startswith(f"{a}: left out the folders with weights of their own")
+    assert warning.startswith(f"{a}: left out what may be weights of another model; if the soup")
     assert warning.endswith(": 2_Dense, onnx, vae, deep/down")
+    for name in ("spk2info.pt", "Vocab.bin", "speech_tokenizer.onnx"):
+        (a / name).write_text("")
+    _, (warning,) = gather_side_files(open_ingredients([a]), None)
+    assert warning.endswith(": 2_Dense, onnx, vae, Vocab.bin, speech_tokenizer.onnx and 2 more")
 
 
 def test_a_side_file_that_vanishes_is_named(

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import random_model, save
 
-from streamsoup import Options, uniform
+from streamsoup import CompareOptions, LearningOptions, Options, SearchOptions, uniform
 from streamsoup.errors import RecipeError
 from streamsoup.sizes import nbytes_text, parse_nbytes
 
@@ -48,13 +49,43 @@ def test_options_take_whole_numbers(tmp_path: Path) -> None:
     """What is no whole number is refused before anything is written; numpy's are taken."""
     a = save(tmp_path / "a", random_model(0))
     for wrong in ({"shard_size": 5e9}, {"memory": 3e8}, {"threads": 2.0}, {"threads": "2"}):
-        with pytest.raises(RecipeError, match=r"is no (size|number of threads); .* whole"):
+        with pytest.raises(RecipeError, match=r"is no (size; .* )?whole"):
             uniform([a], output=tmp_path / "out", options=Options(**wrong))  # type: ignore[arg-type]
         assert os.listdir(tmp_path) == ["a"]
     numbers: dict[str, Any] = {"shard_size": 4000, "memory": 10**9, "threads": 2}
     numbers = {name: np.int64(number) for name, number in numbers.items()}
     soup = uniform([a], output=tmp_path / "out", options=Options(**numbers))
     assert soup.recipe.shard_size == 4000
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    """Options hold Python's own, whoever's were given; what is no number is refused by name."""
+    whole = SearchOptions(seed=np.int64(3), jobs=torch.tensor(2), z=np.float32(0.5))  # type: ignore[arg-type]
+    assert whole == SearchOptions(seed=3, jobs=2, z=0.5)
+    assert {type(whole.seed), type(whole.jobs), type(whole.z)} == {int, float}
+    learning = LearningOptions(evaluations=np.int32(3), lr=1)  # type: ignore[arg-type]
+    assert (type(learning.evaluations), type(learning.lr)) == (int, float)
+    assert type(CompareOptions(seed=np.uint8(3)).seed) is int  # type: ignore[arg-type]
+    assert LearningOptions(temperature=np.True_).temperature is True  # type: ignore[arg-type]
+    assert SearchOptions(timeout=None).timeout is None
+    assert Options(device=torch.device("cuda:1")).device == "cuda:1"
+    wrong: list[tuple[Any, str, Any]] = [
+        (SearchOptions, "seed", 1.5),
+        (SearchOptions, "jobs", None),
+        (SearchOptions, "timeout", "1"),
+        (LearningOptions, "lr", None),
+        (LearningOptions, "tolerance", np.ones(2)),
+        (SearchOptions, "z", torch.ones(2)),
+        (SearchOptions, "min_gain", b"1"),
+        (LearningOptions, "temperature", "no"),
+        (CompareOptions, "curve", [8]),
+        (Options, "threads", np.float64(2)),
+    ]
+    for kind, name, value in wrong:
+        with pytest.raises(
+            RecipeError, match=f"^{name}: .* is no (whole number|number|truth value)$"
+        ):
+            kind(**{name: value})
 
 
 def test_sizes_are_written_for_people() -> None:

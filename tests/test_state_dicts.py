@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 import streamsoup
 from streamsoup import Options, SearchOptions
@@ -34,6 +35,32 @@ def test_the_same_soup_as_from_files(tmp_path: Path, dtype: torch.dtype, io: str
     got = load_file(Path(soup.path) / "model.safetensors")
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch, of its own parts
+def test_what_wraps_a_module_is_left_out(tmp_path: Path) -> None:
+    """The soup of compiled, parallel and averaged modules has the names of plain ones."""
+    plain = [networks.build() for _ in range(5)]
+    inner = networks.build()
+    inner.load_state_dict(plain[4].state_dict())
+    inner[0] = torch.compile(inner[0])
+    wrapped: list[Any] = [
+        torch.compile(plain[0]),
+        torch.nn.DataParallel(plain[1]),
+        torch.compile(torch.nn.DataParallel(plain[2])),
+        AveragedModel(plain[3]),
+        inner,
+    ]
+    soups = [
+        streamsoup.uniform(some, output=tmp_path / name)
+        for name, some in (("plain", plain), ("wrapped", wrapped))
+    ]
+    want, got = (load_file(Path(soup.path) / "model.safetensors") for soup in soups)
+    assert list(want) == list(got)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    state = {"module._orig_mod.w": torch.zeros(1)}  # as it is, where it was given like that
+    (opened,) = open_ingredients([state])
+    assert set(opened.layout.places) == set(state)
 
 
 def test_transposed_and_scalar_tensors(tmp_path: Path) -> None:

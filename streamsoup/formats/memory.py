@@ -21,7 +21,7 @@ from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["MemoryShard", "is_apart", "open_state", "overlaps"]
+__all__ = ["MemoryShard", "is_apart", "open_state", "overlaps", "plain_name", "unwrapped"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
@@ -108,12 +108,13 @@ def _storage(tensor: Any) -> tuple[int, int]:
 def open_state(given: Any, pantry: Pantry) -> Ingredient:
     """Open a state dict, or the one of a module, as an ingredient.
 
+    What wraps a module puts prefixes into its names: those are left out; not those of a state dict.
     Raises `FormatError` for entries that are no plain dense tensors. Reads all of it once, for
     its digest; copies nothing.
     """
     import torch
 
-    state = given if isinstance(given, Mapping) else given.state_dict()
+    state = given if isinstance(given, Mapping) else _state_of(given)
     names = {getattr(torch, spelling): name for name, spelling in TORCH_NAMES.items()}
     strange = [
         name
@@ -153,6 +154,40 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
     shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory)
     return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
+
+
+def unwrapped(module: Any) -> Any:
+    """Give a module without what it is wrapped in for training or speed."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+    from torch.optim.swa_utils import AveragedModel
+
+    wrappers = (DataParallel, DistributedDataParallel, AveragedModel)
+    while isinstance(module, wrappers) or _COMPILED in getattr(module, "_modules", ()):
+        module = module.module if isinstance(module, wrappers) else module._orig_mod
+    return module
+
+
+def plain_name(name: str) -> str:
+    """Give the name of a tensor without what `torch.compile` puts into it, at whatever depth.
+
+    >>> plain_name("encoder._orig_mod.weight")
+    'encoder.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+_COMPILED = "_orig_mod"
+
+
+def _state_of(module: Any) -> Mapping[str, Any]:
+    """Give the state dict of a module, without its wrappers."""
+    import torch
+
+    inner = unwrapped(module)
+    state: Mapping[str, Any] = inner.state_dict()
+    if not isinstance(inner, torch.nn.Module):
+        return state
+    return {plain_name(name): tensor for name, tensor in state.items()}
 
 
 def is_apart(tensor: Any) -> bool:

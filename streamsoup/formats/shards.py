@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import msgspec
@@ -41,6 +41,7 @@ __all__ = [
     "Layout",
     "Pantry",
     "Shard",
+    "listed",
     "open_ingredients",
 ]
 
@@ -215,7 +216,7 @@ class Pantry(msgspec.Struct):
     def open(self, path: str | os.PathLike[str]) -> Ingredient:
         """Open one ingredient. See `open_ingredients`."""
         try:
-            return self._open(os.fspath(path))
+            return self._open(str(os.fsdecode(path)))  # of numpy, too
         except CorruptFileError as error:
             raise CorruptFileError(
                 f"{error}; download, copy or save the checkpoint again"
@@ -289,7 +290,23 @@ AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
 """A path, an open ingredient, a state dict or a module."""
 
 
-def open_ingredients(paths: Sequence[AnyIngredient]) -> list[Ingredient]:
+def listed(ingredients: Iterable[AnyIngredient]) -> list[AnyIngredient]:
+    """Take ingredients in the order given, of a generator, too.
+
+    Raises `RecipeError` for one ingredient in the place of a list, for no list at all, and for a
+    set, which has no order.
+    """
+    if isinstance(ingredients, (str, bytes, os.PathLike)):
+        given = printable(os.fsdecode(ingredients))
+        raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
+    if isinstance(ingredients, (Mapping, Ingredient)) or hasattr(ingredients, "state_dict"):
+        raise RecipeError("this is one ingredient, and a list of them is wanted")
+    if isinstance(ingredients, Set) or not isinstance(ingredients, Iterable):
+        raise RecipeError(f"{printable(repr(ingredients))}: a list of ingredients is wanted")
+    return list(ingredients)
+
+
+def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
     """Open checkpoints by their headers, in the order given.
 
     An already open ingredient is passed through, after a check that its files are unchanged. A
@@ -298,14 +315,9 @@ def open_ingredients(paths: Sequence[AnyIngredient]) -> list[Ingredient]:
     one; `RecipeError` for one checkpoint in the place of a list. Reads headers and indexes only,
     and keeps one copy of those that are equal.
     """
-    if isinstance(paths, (str, bytes, os.PathLike)):
-        given = printable(os.fsdecode(paths))
-        raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
-    if isinstance(paths, Mapping) or hasattr(paths, "state_dict"):
-        raise RecipeError("this is one state dict or module, and a list of them is wanted")
     pantry = Pantry()
     opened: list[Ingredient] = []
-    for path in paths:
+    for path in listed(paths):
         if isinstance(path, Ingredient):
             path.check_unchanged()
             opened.append(path)

@@ -39,6 +39,13 @@ LEFT_OUT = (
 )
 """Weights, the state of a training run, and descriptions of the one model it came from."""
 
+_FAMILIAR = (
+    *("*model*", "*weights*", "consolidated*", "*.distcp", "*.ot", "mp_rank_*"),
+    *("optim*", "sched*", "scaler*", "sampler*", "*_state*", "*rng*", "training_args*", "epoch*"),
+    *("*checkpoint*", "last*", "best*", "latest*", "ema*", "*step*"),
+)
+"""What weights and the state of a run are called, where `LEFT_OUT` needs no word."""
+
 _OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
 """What a soup has files of, so that no folder may have such a name in it."""
 
@@ -85,11 +92,12 @@ def gather_side_files(
             "config.json, is not copied; copy it, or give the folder"
         ]
     names, strange, heavy = _walk(first)
+    heavy = [name for name in heavy if name not in ingredients[0].layout.file_names]
     warnings = []
     if heavy:
         warnings.append(
-            f"{printable(first)}: left out the folders with weights of their own; if the soup "
-            f"needs them, make a soup of each, or copy them there: {some(heavy)}"
+            f"{printable(first)}: left out what may be weights of another model; if the soup needs "
+            f"it, copy it there, or a soup of it: {some(heavy)}"
         )
     if strange:
         warnings.append(
@@ -126,7 +134,7 @@ def gather_side_files(
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
     """List the side files below a folder, and what has their place but is no regular file.
 
-    Folders that hold weights of their own come third, and what they hold is left out; those of a
+    What may be weights of another model comes third, folders with all that they hold; those of a
     training run are passed over. Raises `FormatError` for what cannot be looked at: it may be a
     tokenizer.
     """
@@ -144,9 +152,13 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
         linked = [name for name in folders if os.path.islink(os.path.join(at, name))]
         for name in sorted(files + linked):
             path = os.path.join(at, name)
-            if name.startswith(".") or _matches(name, LEFT_OUT):
-                continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            if name.startswith("."):
+                continue
+            if _matches(name, LEFT_OUT):
+                if name.lower().endswith(_WEIGHTS) and not _matches(name, _FAMILIAR):
+                    heavy.append(relative)
+                continue
             (names if _is_regular(path) else strange).append(_checked(relative, path))
     return names, strange, heavy
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from streamsoup.angles import Place, measure, plan_geometry
 from streamsoup.destination import check_output
 from streamsoup.errors import RecipeError, check_choice, some
-from streamsoup.formats.shards import AnyIngredient
+from streamsoup.formats.shards import AnyIngredient, listed
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import Soup, make, order
@@ -48,7 +48,7 @@ where vectors differ in length. The SLERP of two has fewer unless they are 179 d
 
 
 def ema(
-    checkpoints: Sequence[AnyIngredient],
+    checkpoints: Iterable[AnyIngredient],
     decay: float = 0.9,
     *,
     output: str | os.PathLike[str],
@@ -61,6 +61,7 @@ def ema(
     """
     if not 0 <= decay < 1:
         raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
+    checkpoints = listed(checkpoints)
     n = len(checkpoints)
     factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
     factors[:1] = [decay ** (n - 1)] if n else []
@@ -68,7 +69,7 @@ def ema(
 
 
 def lawa(
-    checkpoints: Sequence[AnyIngredient],
+    checkpoints: Iterable[AnyIngredient],
     window: int,
     *,
     output: str | os.PathLike[str],
@@ -78,6 +79,7 @@ def lawa(
 
     Costs and errors as for `uniform`, of the latest ones only.
     """
+    checkpoints = listed(checkpoints)
     if not 1 <= window <= len(checkpoints):
         raise RecipeError(
             f"a window of {window} does not fit {len(checkpoints)} checkpoints; "
@@ -89,7 +91,7 @@ def lawa(
 
 
 def wsm(
-    checkpoints: Sequence[AnyIngredient],
+    checkpoints: Iterable[AnyIngredient],
     curve: Curve = "linear",
     *,
     output: str | os.PathLike[str],
@@ -102,9 +104,9 @@ def wsm(
     plain mean), ``cosine`` (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x). Costs and errors as for
     `uniform`.
     """
-    return _make(
-        checkpoints, wsm_factors(len(checkpoints), curve), "wsm", {"curve": curve}, output, options
-    )
+    checkpoints = listed(checkpoints)
+    factors = wsm_factors(len(checkpoints), curve)
+    return _make(checkpoints, factors, "wsm", {"curve": curve}, output, options)
 
 
 def wsm_factors(n: int, curve: Curve) -> list[float]:
@@ -124,7 +126,7 @@ def wsm_factors(n: int, curve: Curve) -> list[float]:
 
 
 def arithmetic(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     scale: float | Sequence[float],
     *,
     base: AnyIngredient,
@@ -136,6 +138,7 @@ def arithmetic(
     `scale` is λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
     unlearns. Costs and errors as for `uniform`; the base is read too.
     """
+    ingredients = listed(ingredients)
     n = len(ingredients)
     scales = [float(s) for s in scale] if np.ndim(scale) else [float(scale)] * n  # type: ignore[arg-type, union-attr]
     if len(scales) != n:
@@ -148,7 +151,7 @@ def arithmetic(
 
 
 def stock(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
@@ -162,6 +165,7 @@ def stock(
     is 0 there, the base, and the report names those tensors. Reads each checkpoint twice: once
     for the angles, once for the soup. Errors as for `geometry` and `uniform`.
     """
+    ingredients = listed(ingredients)
     n = len(ingredients)
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
@@ -202,7 +206,7 @@ def stock_ratio(place: Place) -> float:
 
 
 def slerp(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     weights: Sequence[float],
     *,
     base: AnyIngredient | None = None,
@@ -218,6 +222,7 @@ def slerp(
     out or lie all around the sphere, the mean is a straight one, and the report counts those
     tensors. Costs as for `stock`.
     """
+    ingredients = listed(ingredients)
     shares = _shares(weights, len(ingredients))
     places = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
@@ -308,12 +313,17 @@ def _shares(weights: Sequence[float], n: int) -> Floats:
 
 
 def _measure(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     base: AnyIngredient | None,
     output: str | os.PathLike[str],
     options: Options,
 ) -> Sequence[Place]:
     """Take the Gram pass, after everything that could refuse the soup itself has been tried."""
+    if options.non_finite == "propagate":
+        raise RecipeError(
+            "NaN and Inf have no angles, so stock and slerp cannot let them pass: leave out "
+            "--non-finite propagate"
+        )
     everything = [*([] if base is None else [base]), *ingredients]
     equal = Coefficients.uniform(len(everything))
     ordered = order(everything, equal, method="mix", options=options)
@@ -326,7 +336,7 @@ def _measure(
 
 
 def _make(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     coefficients: Coefficients | Sequence[float],
     method: str,
     report: Mapping[str, object],

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from streamsoup.errors import RecipeError, printable
-from streamsoup.formats.shards import AnyIngredient
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options
 from streamsoup.recipe import PROVENANCE_NAME, Coefficients
@@ -28,7 +28,7 @@ AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
 
 
 def uniform(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     *,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
@@ -39,13 +39,13 @@ def uniform(
     For bfloat16 and float16 the result is the correctly rounded mean. Reads each ingredient
     once, holds blocks of it only. Raises the errors of `order` and `make`.
     """
-    coefficients = Coefficients.uniform(len(ingredients))
-    ordered = order(ingredients, coefficients, method="uniform", options=options)
+    opened = open_ingredients(ingredients)
+    ordered = order(opened, Coefficients.uniform(len(opened)), method="uniform", options=options)
     return make(ordered, output=output, options=options)
 
 
 def mix(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     coefficients: AnyCoefficients,
     *,
     output: str | os.PathLike[str],

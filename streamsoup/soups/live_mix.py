@@ -7,7 +7,7 @@ stays there too, if it fits, so that a trial moves one ingredient over the bus a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from streamsoup.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.device_mix import OnDevice, RunningSum, find_device
 from streamsoup.errors import BudgetError, RecipeError
-from streamsoup.formats.shards import AnyIngredient
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
@@ -44,7 +44,7 @@ def device_of(sink: ModelSink, options: Options) -> str:
     A model on several accelerators is served from the first; what is on the others is copied.
     """
     if options.device != "auto":
-        return options.device
+        return str(options.device)
     for target in sink.targets.values():
         if target.tensor.device.type not in ("cpu", "mps", "meta"):
             return str(target.tensor.device)
@@ -106,7 +106,7 @@ class LiveMix:
 
 def mix_into(
     model: nn.Module,
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     coefficients: Sequence[float] | Coefficients | None = None,
     *,
     normalize: bool = False,
@@ -121,6 +121,7 @@ def mix_into(
     after any other error, the model holds part of the mix.
     """
     if coefficients is None:
+        ingredients = open_ingredients(ingredients)
         coefficients = Coefficients.uniform(len(ingredients))
     elif not isinstance(coefficients, Coefficients):
         coefficients = Coefficients.given(coefficients, normalize=normalize)
