@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options, SearchOptions, greedy_soup
+from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
 from streamsoup.comparison.cache import Cache
 from streamsoup.errors import (
     MismatchError,
@@ -581,6 +581,60 @@ def test_searches_in_threads_leave_the_generators_alone(tmp_path: Path, paths: l
         thread.join()
     assert (random.random(), float(torch.rand(1))) == expected
     assert found[0].score == found[1].score
+
+
+def test_an_older_soup_of_the_same_is_not_the_one_under_way(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """A search to replace it that was stopped goes on: its data may have changed meanwhile."""
+    data, left = {"sign": 1.0}, [0]
+
+    def score(model: nn.Module) -> float:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return data["sign"] * networks.score(model)
+
+    def search() -> GreedySoup:
+        options = Options(overwrite=True)
+        model = networks.build()
+        return greedy_soup(paths, score, model=model, output=tmp_path / "out", options=options)
+
+    before = search()
+    data["sign"], left[0] = -1.0, 4
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    after = search()
+    assert not after.finished
+    assert (after.score < 0, before.score > 0) == (True, True)
+    assert after.report["n_resumed"] == 3
+    assert not (tmp_path / "out.search").exists()
+
+
+def test_scores_belong_to_the_files_beside_the_weights(tmp_path: Path) -> None:
+    """A tokenizer that was mended makes other scores; that it was is said."""
+    paths = networks.ingredients(tmp_path / "in", 3)
+    tokenizer = Path(paths[0], "tokenizer.json")
+    tokenizer.write_text("{}")
+    left = [3]
+
+    def score(model: nn.Module) -> float:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return networks.score(model)
+
+    def search(**more: Any) -> GreedySoup:
+        rules = SearchOptions(**more)
+        out = tmp_path / "out"
+        return greedy_soup(paths, score, model=networks.build(), output=out, search=rules)
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    tokenizer.write_text('{"a": 1}')
+    with pytest.raises(ResumeError, match="since then what lies beside the weights of the first"):
+        search()
+    assert search(restart=True).members
 
 
 def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:

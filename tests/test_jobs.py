@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,21 @@ def test_what_one_would_not_try_may_fail(marks: list[Path]) -> None:
         assert trials(several) == trials(one)
         assert several.members == one.members
         assert several.report["n_scored"] >= one.report["n_scored"] == len(SCORES) + 1
+
+
+def test_workers_of_a_process_with_many_files(marks: list[Path]) -> None:
+    """Descriptors above 1023 are watched as well."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 1200:
+        pytest.skip(f"this system allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        assert search(marks, jobs=2).members == (0, 1, 3)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_one_would_try_fails_alike(marks: list[Path]) -> None:

@@ -29,7 +29,7 @@ from streamsoup.recipe import Coefficients
 from streamsoup.soups.backward import _vector
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.learned import learned_soup
-from streamsoup.soups.learning import LearningOptions
+from streamsoup.soups.learning import LearningOptions, Look
 from streamsoup.soups.make import order
 from streamsoup.soups.mixture import make_mixture
 from streamsoup.soups.notebook import Notebook
@@ -703,6 +703,107 @@ def test_logits_are_heated_wherever_they_are(
     task.loss, task.build = loss, lambda: Wrapping().double()
     soup = learn(paths, tmp_path / "soup", task, **settings)
     assert soup.beta == plain.beta != 1.0
+
+
+def test_the_grad_mode_does_not_matter(paths: list[str], tmp_path: Path) -> None:
+    """Under `no_grad` the same soup is learned; inference mode is refused, and has made nothing."""
+    found = [learn(paths, tmp_path / "plain", evaluations=3)]
+    with torch.no_grad():
+        found.append(learn(paths, tmp_path / "no_grad", evaluations=3))
+    assert found[0].rows == found[1].rows
+    with torch.inference_mode(), pytest.raises(RecipeError, match="learn outside of it"):
+        learn(paths, tmp_path / "inference")
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "no_grad"}
+
+
+def test_a_mixture_that_cannot_be_watched_is_no_better() -> None:
+    """NaN and ∞ where others watched beat nothing; where nothing watches, the loss decides."""
+    nan, inf = math.nan, math.inf
+    watched = Look(1.0, 1.1)
+    for other in (Look(0.9, nan), Look(0.9, inf), Look(nan, 1.0), Look(0.9, 1.2), watched):
+        assert not other.beats(watched)
+    assert Look(0.9, 1.0).beats(watched)
+    assert Look(0.9, nan).beats(Look(1.0, nan))
+    assert not Look(nan, nan).beats(Look(1.0, nan))
+
+
+def test_looks_come_back_from_the_notes_as_they_were(paths: list[str], tmp_path: Path) -> None:
+    """Also where a watched loss was infinite: the search that goes on is the same."""
+    number = [0]  # of the look; the sixth is stopped, once
+
+    def loss(model: nn.Module, split: str) -> Any:
+        number[0] += 1
+        if number[0] == number[-1]:
+            raise Stop
+        for n, (x, y) in enumerate(make_batches(5)):
+            far = n == 4 and number[0] == 3
+            yield nn.functional.cross_entropy(model(x), y) * (math.inf if far else 1), len(y)
+
+    task = task_of([])
+    task.loss = loss
+    number[:] = [0, -1]
+    whole = learn(paths, tmp_path / "whole", task, evaluations=8)
+    assert not math.isfinite(whole.looks[2].guard)
+    number[:] = [0, 6]
+    with pytest.raises(TaskError):
+        learn(paths, tmp_path / "soup", task, evaluations=8)
+    number[:] = [5, -1]
+    soup = learn(paths, tmp_path / "soup", task, evaluations=8)
+    assert (soup.rows, soup.best) == (whole.rows, whole.best)
+
+
+def test_what_watches_is_never_learned_from(paths: list[str], tmp_path: Path) -> None:
+    """A loss that shuffles has the same order in each epoch as where its mixtures are looked at."""
+    orders = []
+
+    def loss(model: nn.Module, split: str) -> Any:
+        batches = make_batches(5)
+        orders.append(torch.randperm(5).tolist())
+        for i in orders[-1]:
+            x, y = batches[i]
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    task = task_of([])
+    task.loss = loss
+    learn(paths, tmp_path / "watched", task, optimizer="adamw", epochs=3)
+    assert len(set(map(tuple, orders))) == 1
+    orders.clear()
+    learn(paths, tmp_path / "unwatched", task, optimizer="adamw", epochs=3, guard_every=0)
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_an_older_soup_of_the_same_is_not_the_one_under_way(
+    paths: list[str], tmp_path: Path
+) -> None:
+    """A search to replace it that was stopped goes on: its data may have changed meanwhile."""
+    batches, left = make_batches(4), [0]
+
+    def loss(model: nn.Module, split: str) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+        for x, y in batches:
+            yield nn.functional.cross_entropy(model(x), y), len(y)
+
+    def search() -> Any:
+        return learned_soup(
+            paths,
+            task,
+            output=tmp_path / "soup",
+            learning=LearningOptions(evaluations=4),
+            options=Options(non_float="first", overwrite=True),
+        )
+
+    task = task_of([])
+    task.loss = loss
+    before = search()
+    batches[:], left[0] = make_batches(8)[4:], 2
+    with pytest.raises(TaskError):
+        search()
+    after = search()
+    assert not after.finished
+    assert after.rows != before.rows
+    assert not (tmp_path / "soup.search").exists()
 
 
 def test_refusals(paths: list[str], tmp_path: Path) -> None:

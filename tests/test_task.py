@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networks
@@ -175,6 +176,98 @@ def test_each_task_file_has_what_lies_beside_it(tmp_path: Path) -> None:
     assert [path for path in sys.path if path not in before] == [str(tmp_path / "a")]
 
 
+def test_what_a_task_imports_from_its_folder_counts(tmp_path: Path) -> None:
+    """A changed helper is another task, and is what scores from then on; what is beside is not."""
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import json, broken_namespace\nfrom kit import deep\n"
+        "def score(model):\n    from late import V\n    return V + deep.V\n"
+    )
+    files = {
+        "kit/__init__.py": "from .near import W\n",
+        "kit/near.py": "def late():\n    from ..absent import V\nW = 1\n",
+        "kit/deep.py": "import kit.near, task\nV = 10\n",
+        "late.py": "V = 1\n",
+    }
+    others = {
+        "unused.py": "import late\n",
+        "kit/unused.py": "def (",
+        "t.txt": "",
+    }
+    (tmp_path / "broken_namespace").mkdir()
+    (tmp_path / "kit").mkdir()
+    for name, text in (files | others).items():
+        (tmp_path / name).write_text(text)
+    first = load_task(task)
+    assert first.score(None, "val").value == 11
+    assert load_task(os.path.relpath(task)).fingerprint == first.fingerprint
+    for name in others:
+        (tmp_path / name).write_text("V = 5\n")
+    assert load_task(task).fingerprint == first.fingerprint
+    known = {first.fingerprint}
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}U = 5\n")
+        known.add(load_task(task).fingerprint)
+    assert len(known) == 1 + len(files)
+    (tmp_path / "late.py").write_text("V = 2000\n")
+    changed = load_task(task)
+    assert changed.fingerprint not in known
+    assert changed.score(None, "val").value == 2010
+
+
+def test_a_task_in_a_package_has_what_lies_beside_it(tmp_path: Path) -> None:
+    """Its imports are found beside the file, as Python finds them, and above its package."""
+    package = tmp_path / "evals"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("V = 1\n")
+    task = package / "task.py"
+    task.write_text("from helper import V\ndef score(model): return V\n")
+    first = load_task(task)
+    (package / "helper.py").write_text("V = 1000\n")
+    second = load_task(task)
+    (package / "__init__.py").write_text("# changed\n")
+    assert len({first.fingerprint, second.fingerprint, load_task(task).fingerprint}) == 3
+    assert [each.score(None, "val").value for each in (first, second)] == [1, 1000]
+
+
+def test_a_helper_is_imported_anew_when_it_has_changed(tmp_path: Path) -> None:
+    """Of a folder without `__init__.py`, too; one that is as it was keeps its classes."""
+    task = tmp_path / "task.py"
+    (tmp_path / "kit").mkdir()
+    deep = tmp_path / "kit" / "deep.py"
+    deep.write_text("class Net: pass\nV = 1\n")
+    task.write_text("from kit import deep\nNet = deep.Net\ndef score(model): return deep.V\n")
+    first, same = load_task(task), load_task(task)
+    assert first.source.Net is same.source.Net
+    deep.write_text("class Net: pass\nV = 1000\n")
+    changed = load_task(task)
+    assert [each.score(None, "val").value for each in (first, changed)] == [1, 1000]
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_libraries_are_not_read_through(tmp_path: Path) -> None:
+    """What is installed is known by its file alone, and of what lies beside, the nearest."""
+    for folder, changes in (("site-packages", False), ("project", True)):
+        (tmp_path / folder).mkdir()
+        task = tmp_path / folder / "lib.py"
+        task.write_text("def score(model):\n    import more_0\n")
+        for i in range(600):
+            (tmp_path / folder / f"more_{i}.py").write_text(f"import more_{i + 1}\n")
+        before = load_task(task).fingerprint
+        (tmp_path / folder / "more_599.py").write_text("")
+        assert load_task(task).fingerprint == before
+        (tmp_path / folder / "more_1.py").write_text("import more_2, more_0\n")
+        assert (load_task(task).fingerprint != before) == changes
+
+
+def test_the_metric_that_counts_is_in_the_fingerprint() -> None:
+    """Scores of one are none of another, also where the task is an object."""
+    score = load_task(SimpleNamespace(score=len, main="acc")).fingerprint
+    assert load_task(SimpleNamespace(score=len, main="f1")).fingerprint != score
+    assert load_task(SimpleNamespace(score=len, main="acc")).fingerprint == score
+
+
 def fingerprint_of(code: str, name: str = "score") -> str:
     """Give the fingerprint of a task that was typed in."""
     known: dict[str, Any] = {"__name__": "__main__"}
@@ -268,6 +361,42 @@ def test_the_fingerprint_of_a_command(tmp_path: Path) -> None:
     script.write_text("print(2)")
     after = [command_task(c, main=None, timeout=None).fingerprint for c in commands]
     assert not set(before) & set(after)
+    config, helper = tmp_path / "eval.yaml", tmp_path / "helper.py"
+    script.write_text("import helper")
+    for line in (
+        f"python {script} {{checkpoint}} --config={config}",
+        f"sh -c 'python {script} {{checkpoint}} {config}' \"it's all\"",
+    ):
+        known = set()
+        for text in ("1", "22", "333"):
+            for path in (config, helper):
+                path.write_text(text)
+                known.add(command_task(line, main=None, timeout=None).fingerprint)
+        known.add(command_task(line, main="acc", timeout=None).fingerprint)
+        assert len(known) == 7, line
+
+
+def test_a_command_may_tidy_up(tmp_path: Path, paths: list[str]) -> None:
+    """It may remove its candidate, or put a link in its place: what that leads to stays."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "work").write_text("")
+    for number, end in enumerate(("", f"; ln -s {mine} {{checkpoint}}")):
+        line = "test -e {checkpoint}/model.safetensors && echo 1; rm -r {checkpoint}" + end
+        task = command_task(line, main=None, timeout=60)
+        soup = greedy_soup(paths, task, output=tmp_path / f"out{number}")
+        assert len(soup.members) == len(paths)
+        assert [path.name for path in mine.iterdir()] == ["work"]
+        assert not (tmp_path / f"out{number}.search").exists()
+
+
+def test_the_time_of_a_search_holds_for_its_command(tmp_path: Path, paths: list[str]) -> None:
+    """A command without a limit of its own has that of the search."""
+    task = command_task("sleep 60; : {checkpoint}", main=None, timeout=None)
+    for jobs in (1, 2):
+        search = SearchOptions(timeout=0.2, jobs=jobs)
+        with pytest.raises(TaskError, match=r"took longer than 0\.2 s"):
+            greedy_soup(paths, task, output=tmp_path / "out", search=search)
 
 
 def hostile(folder: Path, body: str) -> Path:

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.candidates import Moved
-from streamsoup.soups.make import Order, Soup, make, order, put_into
+from streamsoup.soups.make import Order, Soup, digest_beside, make, order, put_into
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
@@ -73,7 +73,7 @@ class GreedySoup(Soup, frozen=True):
 
 
 def greedy_soup(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     task: AnyTask | CommandTask,
     *,
     output: str | os.PathLike[str],
@@ -111,7 +111,7 @@ def greedy_soup(
         about = [bound_to, rules, repr(search.scores), ordered.plan.recipe.shard_size]
         identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
         with Scorebook(target, bound_to, restart=search.restart) as book, closing(kitchen):
-            finished = _finished(target, identity) if resumed else None
+            finished = _finished(target, identity, book) if resumed else None
             if finished is not None:
                 put_into(model, finished, options)
                 book.finish()
@@ -124,7 +124,7 @@ def greedy_soup(
             report: dict[str, Any] = {**kitchen.described, "split": kitchen.split}
             report |= report_of(found, search, paid=book.paid, n_resumed=len(book.resumed))
             report["seconds"]["before"] = time.monotonic() - started - found.elapsed_s
-            report |= {"search": identity, "bound_to": bound_to}
+            report |= {"search": identity, "run": book.run, "bound_to": bound_to}
             kitchen.leave(best.members)
             kitchen.close()
             chosen = [opened[i] for i in best.members]
@@ -134,7 +134,7 @@ def greedy_soup(
                 soup = make(replace(final, report=report), output=output, options=options)
             except OutputExistsError:
                 # Where a kill came as `make` tidied up, only the soup itself says whose it is.
-                finished = _finished(target, identity) if resumed else None
+                finished = _finished(target, identity, book) if resumed else None
                 if finished is None:
                     raise
                 book.finish()
@@ -228,6 +228,8 @@ class _Kitchen:
         self._live: LiveScorer | None = None
         self._crew: Crew | None = None
         self._command = task if isinstance(task, CommandTask) else None
+        if self._command is not None and self._command.timeout is None:
+            self._command = replace(self._command, timeout=search.timeout)
         self._task: Task | None = None
         n_jobs = search.jobs
         isolated = n_jobs > 1 or search.timeout is not None or search.isolate
@@ -265,6 +267,7 @@ class _Kitchen:
                 for ingredient in self.ordered.plan.ingredients
             ],
             **self.described,
+            "side_files": digest_beside(self.ordered),
             "split": self.split,
             "metric": self._command.main if self._command is not None else None,
             "recalibrate": self.search.recalibrate,
@@ -338,7 +341,7 @@ class _Kitchen:
         )
 
 
-def _finished(target: str, identity: str) -> GreedySoup | None:
+def _finished(target: str, identity: str, book: Scorebook) -> GreedySoup | None:
     """Give the soup of this very search, if an earlier run had put it in place before a kill."""
     if os.path.lexists(target + ".partial"):
         return None  # `make` knows more
@@ -347,7 +350,8 @@ def _finished(target: str, identity: str) -> GreedySoup | None:
     except RecipeError:
         return None
     report = provenance.report
-    if report.get("search") != identity:
+    # One search of these very things may have been over long ago, and another be under way.
+    if report.get("search") != identity or not book.is_of(report.get("run")):
         return None
     members, score = report.get("members"), report.get("score")
     return GreedySoup(

@@ -34,13 +34,13 @@ from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
-from streamsoup.soups.make import Soup, make, order, put_into
+from streamsoup.soups.make import Soup, digest_beside, make, order, put_into
 from streamsoup.soups.notebook import Notebook
 from streamsoup.task import AnyTask, Task, load_task
 from streamsoup.verification import read_provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -65,7 +65,7 @@ class LearnedSoup(Soup, frozen=True):
 
 
 def learned_soup(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     task: AnyTask,
     *,
     output: str | os.PathLike[str],
@@ -83,9 +83,14 @@ def learned_soup(
     Holds the model, one gradient at most (in float32 where the model's floats are narrower), and
     blocks; reads what differs between ingredients twice for each look (``lbfgs``) or each batch
     (``adamw``). Buffers are mixed too, but have no slopes. Raises `TaskError` if the task fails,
-    `MismatchError` if the model does not fit, and the errors of `make`.
+    `MismatchError` if the model does not fit, `RecipeError` in torch's inference mode, and the
+    errors of `make`.
     """
+    import torch
+
     learning.check()
+    if torch.is_inference_mode_enabled():
+        raise RecipeError("nothing has a gradient in torch.inference_mode(): learn outside of it")
     opened = open_ingredients(ingredients)
     if len(opened) < 2:
         raise RecipeError("there is nothing to learn with less than two ingredients")
@@ -104,7 +109,7 @@ def learned_soup(
     about = [bound_to, ordered.plan.recipe.shard_size]
     identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
-        known = _known(target, identity) if resumed else None
+        known = _known(target, identity, notebook) if resumed else None
         if known is not None:
             put_into(model, known, options)
             notebook.finish()
@@ -119,7 +124,7 @@ def learned_soup(
             soup = make(replace(final, report=report), output=output, options=options)
         except OutputExistsError:
             # Where a kill came as `make` tidied up, only the soup itself says whose it is.
-            known = _known(target, identity) if resumed else None
+            known = _known(target, identity, notebook) if resumed else None
             if known is None:
                 raise
             soup = known
@@ -136,6 +141,7 @@ def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str)
         "ingredients": [[i.name, i.fingerprint] for i in ordered.plan.ingredients],
         "task": task.name,
         "code": task.fingerprint,
+        "side_files": digest_beside(ordered),
         "split": split,
         "dtype": recipe.dtype,
         "non_float": recipe.non_float,
@@ -143,7 +149,7 @@ def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str)
     } | {name: getattr(learning, name) for name in SETTINGS}
 
 
-def _known(target: str, identity: str) -> LearnedSoup | None:
+def _known(target: str, identity: str, notebook: Notebook) -> LearnedSoup | None:
     """Give the soup that an earlier run of this very search had put in place."""
     started = time.monotonic()
     if os.path.lexists(target + ".partial"):
@@ -152,7 +158,9 @@ def _known(target: str, identity: str) -> LearnedSoup | None:
         provenance = read_provenance(target)
     except RecipeError:
         return None
-    if provenance.report.get("search") != identity:
+    # One search of these very things may have been over long ago, and another be under way.
+    report = provenance.report
+    if report.get("search") != identity or not notebook.is_of(report.get("run")):
         return None
     elapsed_s = time.monotonic() - started
     return _described(Soup(target, provenance.recipe, provenance, 0, 0, elapsed_s, finished=True))

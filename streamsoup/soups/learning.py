@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError, ResumeError, TaskError, check_choice, printable
-from streamsoup.options import Options
+from streamsoup.options import Options, settle_numbers
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
@@ -79,6 +79,10 @@ class LearningOptions(msgspec.Struct, frozen=True, kw_only=True):
     on_event: Callable[[str], None] | None = None
     """Called with a line for a person: what is predicted, and how each look came out."""
 
+    def __post_init__(self) -> None:
+        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        settle_numbers(self)
+
     def check(self) -> None:
         """Raise `RecipeError` for options that make no sense."""
         check_choice("granularity", self.granularity, get_args(Granularity))
@@ -106,7 +110,7 @@ class Look(msgspec.Struct, frozen=True):
 
         Few batches watch, and their loss alone would now and then praise a step too far.
         """
-        if math.isnan(self.guard):
+        if math.isnan(self.guard) and math.isnan(other.guard):
             return self.loss < other.loss
         return self.guard < other.guard and self.loss <= other.loss
 
@@ -386,6 +390,7 @@ class Search:
         rows = mixture.rows(self.chosen)
         found = {
             "search": identity,
+            "run": self._notebook.run,
             "groups": list(mixture.groups),
             "rows": rows.tolist(),
             "beta": mixture.beta(self.chosen),
@@ -406,8 +411,8 @@ def _record(number: int, raw: Floats, seen: Evaluation) -> dict[str, Any]:
     return {
         "look": number,
         "raw": raw.tolist(),
-        "loss": _or_none(seen.loss),
-        "guard": _or_none(seen.guard),
+        "loss": seen.loss,
+        "guard": seen.guard,
         "slopes": seen.slopes.tolist(),
         "beta_slope": seen.beta_slope,
         "n_batches": seen.n_batches,
@@ -415,8 +420,7 @@ def _record(number: int, raw: Floats, seen: Evaluation) -> dict[str, Any]:
 
 
 def _remember(record: Mapping[str, Any]) -> Evaluation:
-    loss, guard = (math.nan if record[name] is None else record[name] for name in ("loss", "guard"))
-    slopes = np.array(record["slopes"], np.float64)
+    loss, guard, slopes = record["loss"], record["guard"], np.array(record["slopes"], np.float64)
     return Evaluation(loss, guard, slopes, record["beta_slope"], record["n_batches"])
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -94,7 +94,7 @@ class Order(msgspec.Struct, frozen=True):
 
 
 def order(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     coefficients: Coefficients,
     *,
     method: str,
@@ -290,6 +290,27 @@ def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
     return records + _write_index(ordered.plan, ordered.files, folder)
 
 
+def digest_beside(ordered: Order) -> str:
+    """Digest the names and the contents of the side files. Raises `FormatError`."""
+    digest = xxhash.xxh3_128()
+    for file in ordered.side_files:
+        content = xxhash.xxh3_128()
+        for piece in _content(file):
+            content.update(piece)
+        digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+def _content(file: SideFile) -> Iterator[bytes]:
+    """Give what a side file is to hold, a piece at a time."""
+    try:
+        yield from pieces(file.path) if file.content is None else [file.content]
+    except OSError as error:
+        raise FormatError(
+            f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run again"
+        ) from None
+
+
 def _copy(file: SideFile, folder: str) -> FileRecord:
     """Copy one side file, with its digest. Links are followed, modes are ours."""
     digest = xxhash.xxh3_128()
@@ -297,16 +318,10 @@ def _copy(file: SideFile, folder: str) -> FileRecord:
 
     def digested() -> Iterator[bytes]:
         nonlocal nbytes
-        try:
-            for piece in pieces(file.path) if file.content is None else [file.content]:
-                digest.update(piece)
-                nbytes += len(piece)
-                yield piece
-        except OSError as error:
-            raise FormatError(
-                f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run "
-                "again"
-            ) from None
+        for piece in _content(file):
+            digest.update(piece)
+            nbytes += len(piece)
+            yield piece
 
     path = os.path.join(folder, file.name)
     os.makedirs(os.path.dirname(path), exist_ok=True)

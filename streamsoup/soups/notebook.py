@@ -23,10 +23,13 @@ class Notebook:
         Arguments and errors are those of `SearchFolder`.
         """
         self._folder = SearchFolder(target, bound_to, restart=restart)
-        self.root = self._folder.root
-        records = self._folder.records
-        self._looks = {record["look"]: record for record in records if "look" in record}
-        self._last = {key: record for record in records for key in record}
+        self.root, self.run = self._folder.root, self._folder.run
+        self._looks: dict[int, dict[str, Any]] = {}
+        self._last: dict[str, dict[str, Any]] = {}
+        for record in self._folder.records:  # of a long search there may be thousands: few stay
+            if "look" in record:
+                self._looks[record["look"]] = record
+            self._last |= dict.fromkeys(record, record)
 
     def __enter__(self) -> Notebook:
         """Give the notebook itself."""
@@ -43,7 +46,7 @@ class Notebook:
 
     def put(self, record: dict[str, Any]) -> None:
         """Take a note. It is on disk when this returns, and there alone: notes may be many."""
-        self._folder.journal.append(record)
+        self._folder.note(record)
 
     def find(self, key: str) -> dict[str, Any] | None:
         """Give the last note of an earlier run that has `key`."""
@@ -52,6 +55,10 @@ class Notebook:
     def look(self, number: int) -> dict[str, Any] | None:
         """Give what an earlier run noted of a look, by its number."""
         return self._looks.get(number)
+
+    def is_of(self, run: object) -> bool:
+        """Whether a soup's run is this search. See `SearchFolder.is_of`."""
+        return self._folder.is_of(run)
 
     def finish(self) -> None:
         """Remove the folder: the output is in place."""

@@ -33,7 +33,7 @@ class Scorebook:
         Arguments and errors are those of `SearchFolder`.
         """
         self._folder = SearchFolder(target, bound_to, restart=restart)
-        self.root = self._folder.root
+        self.root, self.run = self._folder.root, self._folder.run
         self.scores: dict[Members, Outcome] = {}
         """What is known by now."""
         self.paid: list[Outcome] = []
@@ -78,8 +78,8 @@ class Scorebook:
         if to_beat is not None:
             record["to_beat"] = to_beat
         self._wait()
-        self._folder.journal.append(record, wait=False)
-        self._syncing = self._syncer.submit(self._folder.journal.sync)
+        self._folder.note(record, wait=False)
+        self._syncing = self._syncer.submit(self._folder.sync)
         self.scores[members] = outcome
         self.paid.append(outcome)
 
@@ -89,6 +89,10 @@ class Scorebook:
         if outcome is None or not outcome.score.stopped:
             return outcome
         return outcome if to_beat is not None and outcome.score.value < to_beat else None
+
+    def is_of(self, run: object) -> bool:
+        """Whether a soup's run is this search. See `SearchFolder.is_of`."""
+        return self._folder.is_of(run)
 
     def finish(self) -> None:
         """Remove the folder: the output is in place."""

@@ -21,12 +21,14 @@ import msgspec
 import numpy as np
 
 from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
+from streamsoup.folders import remove_any
 from streamsoup.formats.files import Bytes, Descriptors
 from streamsoup.plan import FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates, Moved
-from streamsoup.task import Score, Task, put_back
+from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
+from streamsoup.task.loading import put_back
 from streamsoup.write import write_at
 
 if TYPE_CHECKING:
@@ -137,14 +139,15 @@ class FolderScorer:
         self._candidates = candidates
         self._split = split
         self._folder = folder
-        self._n_made = 0
+        self._n_made = 1
         self._current: str | None = None
 
     def score(self, members: Sequence[int], to_beat: float | None, *, keep: bool) -> Outcome:
         """Write the candidate, and run the command on it."""
-        path = self._next_path()
+        path = os.path.join(self._folder, f"candidate-{os.getpid()}-{self._n_made:04}")
         ordered = self._ordered
         try:
+            self._clear(path)
             sink = _CandidateSink(ordered.plan, ordered.files, path)
             moved = self._candidates.mix(members, sink, keep=keep)
             self._write_side_files(path)
@@ -166,22 +169,22 @@ class FolderScorer:
             shutil.rmtree(self._current, ignore_errors=True)
         self._candidates.forget()
 
-    def _next_path(self) -> str:
-        """Give the next candidate a path that no other has had; what is there is used again."""
+    def _clear(self, path: str) -> None:
+        """Make a folder for the next candidate, of the one before it if that is still there."""
+        before, self._current = self._current, path
         self._n_made += 1
-        path = os.path.join(self._folder, f"candidate-{os.getpid()}-{self._n_made:04}")
-        expected = {file.name for file in self._ordered.files.files}
-        if self._current is not None:
-            os.rename(self._current, path)
-            for entry in list(os.scandir(path)):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                elif entry.name not in expected or not entry.is_file(follow_symlinks=False):
-                    os.unlink(entry.path)
-        else:
+        if before is None or os.path.islink(before) or not os.path.isdir(before):
+            if before is not None:  # a command put something else in its place, or nothing
+                remove_any(before)
             os.makedirs(path)
-        self._current = path
-        return path
+            return
+        os.rename(before, path)
+        expected = {file.name for file in self._ordered.files.files}
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name not in expected or not entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
 
     def _write_side_files(self, folder: str) -> None:
         from streamsoup.soups.make import write_beside

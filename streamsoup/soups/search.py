@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from streamsoup.errors import RecipeError, TaskError, check_choice
+from streamsoup.options import settle_numbers
 from streamsoup.soups.candidates import Moved
 from streamsoup.soups.running import SumsPlace
 from streamsoup.soups.scorebook import Members
@@ -79,6 +80,10 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Forget the scores of an unfinished search of the same output."""
     on_trial: Callable[[Trial], None] | None = None
     """Called with each `Trial` once it is decided."""
+
+    def __post_init__(self) -> None:
+        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        settle_numbers(self)
 
     def check(self, n_ingredients: int) -> None:
         """Raise `RecipeError` for options that make no sense."""

@@ -10,15 +10,16 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
-import shutil
+import secrets
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
-from streamsoup.folders import sync_folder, unlock
+from streamsoup.folders import remove_any, sync_folder, unlock
 from streamsoup.journal import Journal
 
 __all__ = ["SearchFolder", "lock_folder"]
@@ -44,16 +45,39 @@ class SearchFolder:
             if restart and os.path.lexists(path):
                 os.unlink(path)
             self._clear()
+            self._lost = not os.path.lexists(path)
             self.journal = Journal(path)
         except BaseException:
             unlock(self._lock)
             raise
         try:
-            self.records = self._begin(dict(bound_to))
-            """All answers of earlier runs."""
+            self.run = self._begin(dict(bound_to))
+            """Tells this search, goings-on included, from every other of the same things."""
         except BaseException:
             self.close()
             raise
+
+    @property
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All answers of earlier runs, one after the other."""
+        return itertools.islice(self.journal, 1, None)
+
+    def is_of(self, run: object) -> bool:
+        """Whether a run, as a soup's report names it, is this search.
+
+        A kill while tidying up leaves no name, and then every run may be.
+        """
+        return self._lost or run == self.run
+
+    def note(self, record: dict[str, Any], *, wait: bool = True) -> None:
+        """Add an answer to the journal. See `Journal.append`. Raises `OutputError`."""
+        with self._telling():
+            self.journal.append(record, wait=wait)
+
+    def sync(self) -> None:
+        """Wait until all answers are on disk. Raises `OutputError`."""
+        with self._telling():
+            self.journal.sync()
 
     def finish(self) -> None:
         """Remove the folder: the output is in place."""
@@ -75,27 +99,37 @@ class SearchFolder:
             lock, self._lock = self._lock, -1
             unlock(lock)
 
-    def _begin(self, bound_to: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check what the journal belongs to, or note it in a new one; give the other records."""
-        records = list(self.journal)
-        if len(records) == 1 and records[0].get("search") != bound_to:
+    def _begin(self, bound_to: dict[str, Any]) -> str:
+        """Check what the journal belongs to, or note it in a new one; give the run's name."""
+        if self.journal.n_records == 1 and self.journal.first.get("search") != bound_to:
             # Nothing was answered: whoever mends a slip in a task need not say --restart.
             self.journal.close()
             os.unlink(self.journal.path)
-            self.journal, records = Journal(self.journal.path), []
-        if records:
-            _check_same(self.root, records[0].get("search"), bound_to)
-        else:
-            self.journal.append({"search": bound_to})
+            self.journal = Journal(self.journal.path)
+        if not self.journal.n_records:
+            self.note({"search": bound_to, "run": secrets.token_hex(8)})
             sync_folder(self.root)
             sync_folder(os.path.dirname(self.root))
-        return records[1:]
+        _check_same(self.root, self.journal.first.get("search"), bound_to)
+        return str(self.journal.first.get("run"))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say of a disk that takes no more whose it is."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{printable(self.journal.path)}: cannot be written: {error.strerror}; mend that, "
+                "and the same command goes on"
+            ) from error
 
     def _clear(self) -> None:
         """Remove candidates that a killed run left."""
         for name in os.listdir(self.root):
             if name.startswith("candidate-"):
-                shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
+                with suppress(OSError):
+                    remove_any(os.path.join(self.root, name))
             elif name.startswith("sum-"):
                 os.unlink(os.path.join(self.root, name))
 
@@ -171,7 +205,11 @@ def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
         changed.append(_what_changed(before, now))
     for key in wanted:
         if key != "ingredients" and found.get(key) != wanted[key]:
-            names = {"task": "the task", "code": "the code of the task"}
+            names = {
+                "task": "the task",
+                "code": "the code of the task",
+                "side_files": "what lies beside the weights of the first ingredient",
+            }
             changed.append(names.get(key, f"--{key.replace('_', '-')}"))
     if "the task" in changed and "the code of the task" in changed:
         changed.remove("the code of the task")

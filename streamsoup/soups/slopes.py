@@ -48,6 +48,10 @@ N_PASSES = 20
 """Passes of products that any search takes: what compiling for them is weighed against."""
 
 
+PARTS = 64
+"""Plans of products that are kept, one for each set of tensors that came with gradients."""
+
+
 class Evaluation(msgspec.Struct, frozen=True):
     """What one look at a mixture gave."""
 
@@ -218,7 +222,8 @@ class Slopes:
         computes a batch when it is asked for, so each step mixes first, and then asks.
         """
         assert self._n_batches is not None
-        with self._at_work(backward=True, seed=n) as gradients:
+        # A loss may shuffle: what watches is told by its place, so all epochs have one order then.
+        with self._at_work(backward=True, seed=0 if self._guard_every else n) as gradients:
             batches = iter(self._task.losses(self._sink.model, self._split))
             n_learned = 0
             for index in range(self._n_batches):
@@ -307,6 +312,8 @@ class Slopes:
             if not names:
                 continue
             if names not in self._parts:
+                if len(self._parts) >= PARTS:  # what has gradients may be new at every step
+                    self._parts.clear()
                 plan = share.plan.only(names)
                 memory = _inner_memory(plan, mapped=self._mapped, options=self._options)
                 reader = open_reader(plan, memory, mapped=self._mapped, kept=self._mix.kept)

@@ -9,6 +9,7 @@ those that a decision made stale are not used, so that the outcome is that of on
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import select
@@ -132,6 +133,8 @@ class Crew:
                     self._failed[members] = error
                     self._replace(worker)
                     continue
+                if worker.task not in (None, self.task):
+                    raise TaskError("the code of the task changed as it was used; run it again")
                 if done is not None:
                     book.put(*done)
         return outcome
@@ -155,6 +158,8 @@ class _Worker:
         self.work = work
         self.members: Members | None = None
         """What it works on."""
+        self.task: dict[str, Any] | None = None
+        """What it says of its task, once that is loaded."""
         self._to_beat: float | None = None
         self._timeout = timeout
         self._deadline: float | None = None
@@ -196,11 +201,9 @@ class _Worker:
         """Wait until it has loaded the task; give what it says of it."""
         while True:
             for worker in _ready([self]):
-                message = worker.message(())
-                if message is not None and message[0] == "loaded":
-                    self._deadline = None
-                    return dict(message[1])
-                self._note(message)
+                worker._note(worker.message(()))
+            if self.task is not None:
+                return self.task
 
     def begin(self, members: Members, to_beat: float | None, keep: bool) -> None:
         """Give it a candidate to score."""
@@ -225,6 +228,8 @@ class _Worker:
             if kind == "doing":
                 self._doing = content
                 self._start_clock()
+            elif kind == "loaded":
+                self.task = content
 
     def message(self, names: Sequence[str]) -> tuple[str, Any] | None:
         """Take a message, or find out why there is none. Raises `TaskError` for a dead worker."""
@@ -306,8 +311,11 @@ def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
     """Wait until a worker has something to say, has died, or is late."""
     by_descriptor = {w.connection.fileno(): w for w in workers} | {w.died: w for w in workers}
     wait_s = min(worker.wait_s() for worker in workers)
-    found, _, _ = select.select(list(by_descriptor), [], [], wait_s)
-    ready = {id(by_descriptor[descriptor]) for descriptor in found}
+    poll = select.poll()  # not `select`, which cannot have descriptors above 1023
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    found = poll.poll(math.ceil(1000 * min(wait_s, 3600.0)))
+    ready = {id(by_descriptor[descriptor]) for descriptor, _ in found}
     return [w for w in workers if id(w) in ready or w.wait_s() == 0.0]
 
 

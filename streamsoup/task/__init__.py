@@ -38,25 +38,21 @@ Importing this room loads no torch: tasks do.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from streamsoup.errors import TaskError, printable, some
 from streamsoup.task.code import digest_code
+from streamsoup.task.loading import guarded, load
 from streamsoup.task.scores import Score, read_score
 
-__all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "put_back", "read_score"]
+__all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "read_score"]
 
 EXAMPLES = {
     "build": "def build():\n    return MyModel()",
@@ -184,24 +180,25 @@ def load_task(task: AnyTask) -> Task:
         return task
     if isinstance(task, (str, os.PathLike)):
         name = printable(os.fspath(task))
-        source = _load(os.fspath(task))
+        source = load(os.fspath(task))
     else:
         source = task
         name = getattr(task, "__name__", None) or type(task).__name__
     if inspect.isclass(source):
-        source = _guarded(name, source)
+        source = guarded(name, source)
     if inspect.isfunction(source) or (callable(source) and not hasattr(source, "score")):
         source = _Lone(source)
     splits = getattr(source, "splits", None)
     if callable(splits):
-        splits = _guarded(name, splits)
+        splits = guarded(name, splits)
     names = ("val",) if splits is None else tuple(map(str, splits))
     if not names or isinstance(splits, str):
         raise TaskError(f"{name}: splits is empty or no list; write splits = ['val', 'test']")
     main = getattr(source, "main", None)
-    version = str(getattr(source, "version", ""))
+    main = main if isinstance(main, str) else None
+    version = repr((str(getattr(source, "version", "")), main))
     fingerprint = digest_code(_parts_of(source), version=version)
-    loaded = Task(name, fingerprint, source, names, main if isinstance(main, str) else None)
+    loaded = Task(name, fingerprint, source, names, main)
     loaded.need("score")
     return loaded
 
@@ -211,98 +208,6 @@ class _Lone:
 
     def __init__(self, score: Callable[..., Any]) -> None:
         self.score = score
-
-
-def _load(text: str) -> Any:
-    """Import a task file, a module, or an object in one of them."""
-    path, _, attribute = text.rpartition(":")
-    if text.endswith(".py"):
-        path, attribute = text, ""
-    elif not path.endswith(".py"):
-        path, _, attribute = text.partition(":")
-    module = _load_file(path) if path.endswith(".py") else _load_module(path, text)
-    found: Any = module
-    for part in attribute.split(".") if attribute else ():
-        if not hasattr(found, part):
-            raise TaskError(f"{printable(path)}: has no {printable(attribute)!r}; check the name")
-        found = getattr(found, part)
-    return found
-
-
-def _load_file(path: str) -> ModuleType:
-    where = printable(path)
-    if not os.path.isfile(path):
-        raise TaskError(f"{where}: no such task file; check the path")
-    folder, file = os.path.split(os.path.abspath(path))
-    module_name = f"streamsoup_task_{os.path.splitext(file)[0]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # As for a script: what lies beside the task file can be imported by it, and by no other.
-    for other in [each for each in _known_before if each != folder]:
-        _forget(other)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        _known_before[folder] = set(sys.modules)
-    sys.modules[module_name] = module  # dataclasses and pickles look modules up by name
-    _guarded(where, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    return module
-
-
-_known_before: dict[str, set[str]] = {}
-"""The modules that were there before a task file's folder was put on the path, by folder."""
-
-
-def _forget(folder: str) -> None:
-    """Take a folder off the path, and what was imported from it: names such as utils are common."""
-    known = _known_before.pop(folder)
-    with suppress(ValueError):
-        sys.path.remove(folder)
-    for name, module in list(sys.modules.items()):
-        top = os.path.join(folder, name.partition(".")[0])
-        file = getattr(module, "__file__", None) or ""
-        if name not in known and file.startswith((f"{top}.", f"{top}{os.sep}")):
-            del sys.modules[name]
-
-
-def _load_module(name: str, text: str) -> ModuleType:
-    if os.path.exists(name) or os.sep in name or not name:
-        raise TaskError(f"{printable(text)}: is no task; give a file task.py, or module:object")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return _guarded(printable(name), lambda: importlib.import_module(name))  # type: ignore[no-any-return]
-    except TaskError as error:
-        missing = error.__cause__
-        if isinstance(missing, ModuleNotFoundError) and missing.name == name.partition(".")[0]:
-            raise TaskError(
-                f"{printable(text)}: there is no module {printable(name)!r}; "
-                "give a file task.py, or module:object that Python can import"
-            ) from None
-        raise
-
-
-@contextmanager
-def put_back() -> Iterator[None]:
-    """Put back what the user's code may change and ours goes by: folder, and numpy's errors."""
-    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)  # which has no name any more if it was removed
-    try:
-        with np.errstate():
-            yield
-    finally:
-        os.fchdir(folder)
-        os.close(folder)
-
-
-def _guarded(where: str, load: Callable[[], Any]) -> Any:
-    """Run the user's code, and name it where it fails."""
-    try:
-        with put_back():
-            return load()
-    except (Exception, SystemExit) as error:
-        kind = type(error).__name__
-        raise TaskError(f"{where}: cannot be loaded: {kind}: {printable(error, 500)}") from error
 
 
 def _parameters(function: Callable[..., Any]) -> set[str] | None:

@@ -1,29 +1,40 @@
 """A digest of the code that scores, so that scores of other code are not taken for its own.
 
-What has a source file is known by the whole file. Code without one, of a notebook or a prompt, is
-known by what Python compiled it to, and by the functions, classes and plain values that it names.
-Either way a function's own code counts, with its default arguments and what it encloses: a file may
-hold several, and one that is wrapped by another's decorator is not in the file of its wrapper.
+What has a source file is known by the whole file, and by the files beside it that it imports, and
+those that they import; libraries are not looked at. Code without a file, of a notebook or a
+prompt, is known by what Python compiled it to, and by the functions, classes and plain values that
+it names. Either way a function's own code counts, with its default arguments and what it encloses:
+a file may hold several, and one that is wrapped by another's decorator is not in the file of its
+wrapper.
 
-Data is not looked at, nor what a file imports.
+Data is not looked at.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["digest_code"]
+__all__ = ["digest_code", "digest_scripts"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 """Values whose `repr` says all, and the same in each process."""
 
 _COLLECTIONS = (tuple, list, dict, set)
+
+_INSTALLED = ("site-packages", "dist-packages")
+"""Folders of libraries."""
+
+_MOST = 500
+"""Files that are looked at for imports, the nearest first: libraries may lie beside a project."""
 
 _SMALL = 1000
 """Entries up to which a collection is a setting, and not data."""
@@ -41,12 +52,22 @@ def digest_code(parts: Iterable[Any], *, version: str) -> str:
     return code.digest.hexdigest()
 
 
+def digest_scripts(paths: Iterable[str], *, version: str) -> str:
+    """Digest source files with what they import of their own projects. See `digest_code`."""
+    code = _Code()
+    code.note(version)
+    for path in paths:
+        code.add_file(os.path.abspath(path))
+    return code.digest.hexdigest()
+
+
 class _Code:
     """A digest in the making; each file, function and class is taken in once."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self._seen: set[Any] = set()
+        self._n_files = 0
 
     def note(self, text: str) -> None:
         content = text.encode("utf-8", "surrogatepass")
@@ -101,11 +122,22 @@ class _Code:
             return False
         if path is None or not os.path.isfile(path) or _is_typed_in(part, path):
             return False
-        if path not in self._seen:
-            self._seen.add(path)
-            with open(path, "rb") as file:
-                self.digest.update(file.read())
+        self.add_file(os.path.abspath(path))
         return True
+
+    def add_file(self, path: str) -> None:
+        """Take in a source file, and what it imports of its own project."""
+        roots = _roots_of(path)
+        todo = [path, *(_packages_of(path) if roots else [])]
+        for name in todo:
+            if name not in self._seen:
+                self._seen.add(name)
+                content = _read(name)
+                self.note(os.path.relpath(name, path))
+                self.digest.update(content)
+                self._n_files += 1
+                if self._n_files <= _MOST:
+                    todo += _imports(name, content, roots)
 
     def _add_function(self, function: FunctionType, has_file: bool) -> None:
         self._add_code(function.__code__)
@@ -151,6 +183,63 @@ class _Code:
                 self._add_value(entry)
         else:
             self.add(part)
+
+
+def _packages_of(path: str) -> list[str]:
+    """List what runs before a module of a package does."""
+    found: list[str] = []
+    while os.path.isfile(init := os.path.join(os.path.dirname(path), "__init__.py")):
+        found.append(init)
+        path = os.path.dirname(path)
+    return found
+
+
+def _roots_of(path: str) -> list[str]:
+    """List the folders that a source file's own project is imported from; none if installed.
+
+    Beside a script, and beside the package that it is in, if any.
+    """
+    packages = _packages_of(path)
+    root = os.path.dirname(os.path.dirname(packages[-1]) if packages else path)
+    if os.path.basename(root) in _INSTALLED or root == sysconfig.get_path("stdlib"):
+        return []
+    return list(dict.fromkeys([os.path.dirname(path), root]))
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:  # nor can it be imported
+        return b""
+
+
+def _imports(path: str, content: bytes, roots: Sequence[str]) -> Iterator[str]:
+    """Give the files of a project that a source file has import statements for, wherever."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for each in node.names:
+                yield from _files_of(roots, each.name)
+        elif isinstance(node, ast.ImportFrom):
+            above = os.path.normpath(os.path.join(path, *[os.pardir] * node.level))
+            for each in node.names:
+                module = f"{node.module or ''}.{each.name}".lstrip(".")
+                yield from _files_of([above] if node.level and roots else roots, module)
+
+
+def _files_of(folders: Sequence[str], module: str) -> Iterator[str]:
+    """Give the source files in some folders that a dotted name may mean, its packages' too."""
+    for folder in folders:
+        for part in module.split("."):
+            folder = os.path.join(folder, part)
+            for path in (f"{folder}.py", os.path.join(folder, "__init__.py")):
+                if os.path.isfile(path):
+                    yield path
 
 
 def _is_typed_in(part: Any, path: str) -> bool:

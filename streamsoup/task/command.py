@@ -10,7 +10,6 @@ wanted any more; see `family`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -21,12 +20,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import msgspec
 
 from streamsoup.errors import TaskError, printable
 from streamsoup.sizes import nbytes_text
+from streamsoup.task.code import digest_scripts
 from streamsoup.task.family import Family, Tail
 from streamsoup.task.scores import Score, read_score
 
@@ -39,7 +40,7 @@ with all their digits and a line each, are 25 MB."""
 _CUT = f" in the last {nbytes_text(OUTPUT_NBYTES)} that it printed, and no more are held"
 
 DIGESTED_NBYTES = 10_000_000
-"""Files named in a command, up to this size, are part of what its scores depend on."""
+"""Files named in a command count with all that they hold up to this size; else by size and time."""
 
 
 class CommandTask(msgspec.Struct, frozen=True):
@@ -89,27 +90,34 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
     """Make a task of a shell command, such as ``python eval.py {checkpoint}``.
 
     ``{checkpoint}`` stands for the folder to score, ``{split}`` and ``{to_beat}`` for what a
-    task file would be told. Files named in it are part of what its scores depend on; not those
-    that output goes to (``>> log``), but any other that it writes to and so changes. Raises
-    `TaskError` for a command that takes no checkpoint.
+    task file would be told. Files named in it are part of what its scores depend on, and what those
+    import that lies beside them; not those that output goes to (``>> log``), but any other that it
+    writes to and so changes. Raises `TaskError` for a command that takes no checkpoint.
     """
     if "{checkpoint}" not in command:
         raise TaskError(
             f"{printable(command)}: takes no checkpoint; "
             "write it as 'python eval.py {checkpoint}'"
         )
-    digest = hashlib.sha256(command.encode())
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise TaskError(f"{printable(command)}: is no shell command: {error}") from None
-    for before, word in itertools.pairwise(["", *words]):
-        if before.endswith(">"):
-            continue
-        if os.path.isfile(word) and os.path.getsize(word) <= DIGESTED_NBYTES:
-            with open(word, "rb") as file:
-                digest.update(file.read())
-    return CommandTask(command, digest.hexdigest(), main, timeout)
+    inner: list[str] = []
+    for word in words:
+        with suppress(ValueError):  # sh -c 'python eval.py …'
+            inner += shlex.split(word) if " " in word else []
+    known = repr((command, main))
+    scripts: list[str] = []
+    for before, word in itertools.pairwise(["", *words, "", *inner]):
+        for path in (word, word.partition("=")[2]):  # --config=eval.yaml
+            if not before.endswith(">") and os.path.isfile(path):
+                if os.path.getsize(path) <= DIGESTED_NBYTES:
+                    scripts.append(path)
+                else:
+                    status = os.stat(path)
+                    known += f" {status.st_size} {status.st_mtime_ns}"
+    return CommandTask(command, digest_scripts(scripts, version=known), main, timeout)
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
