@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from streamsoup.comparison import calibration
 from streamsoup.comparison.barriers import advantage, barrier, parse_alphas
 from streamsoup.comparison.bootstrap import interval, resampled_means
-from streamsoup.comparison.calibration import calibrate, equal_mass_error, fit_beta, losses
+from streamsoup.comparison.calibration import (
+    NONE,
+    answers_of,
+    calibrate,
+    equal_mass_error,
+    fit_beta,
+    losses,
+)
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.selection import grow
 from streamsoup.comparison.theory import compare_with_ensemble, disagreement
@@ -158,6 +165,18 @@ def test_classes_without_a_chance_change_nothing() -> None:
     assert calibrate(a, labels).nll == math.inf
 
 
+def test_logits_that_are_none_are_never_right() -> None:
+    """NaN and +∞ answer nothing, whatever numpy calls the largest, and say nothing of β."""
+    logits, labels = answers(500, 4, 3, 0.6)
+    spoiled = np.vstack([logits, np.full((3, 4), math.nan), np.full((2, 4), math.inf)])
+    more = np.concatenate([labels, np.zeros(5, np.int64)])
+    assert list(answers_of(spoiled)[500:]) == [NONE] * 5
+    at = calibrate(spoiled, more)
+    assert at.accuracy == pytest.approx(calibrate(logits, labels).accuracy * 500 / 505)
+    assert math.isnan(at.nll)
+    assert fit_beta(spoiled, more) == pytest.approx(fit_beta(logits, labels), rel=1e-9)
+
+
 def test_strict_numpy_changes_nothing() -> None:
     """Where a task lets numpy raise, small numbers still become 0, and −∞ is still a number."""
     logits, labels = answers(200, 5, 6)
@@ -214,6 +233,9 @@ def test_both_barriers_by_hand() -> None:
     assert humped.alpha == 0.25
     slope = barrier([0, 0.5, 1], [0.4, 0.2, 0.0])
     assert (slope.over_mean, slope.over_chord) == (pytest.approx(0.2), pytest.approx(0.0))
+    unknown = barrier([0, 0.5, 1], [0.1, math.nan, 0.3])
+    assert math.isnan(unknown.over_mean)
+    assert math.isnan(unknown.over_chord)
     beyond = barrier([-0.5, 0, 1, 1.5], [9.0, 0.1, 0.1, 9.0])
     assert (beyond.over_mean, beyond.over_chord) == (0.0, 0.0)
     assert advantage(0.7, 0.9, 0.8) == pytest.approx(0.15)

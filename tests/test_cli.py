@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import click
+import networks
 import numpy as np
 import pytest
 import safetensors.torch
@@ -85,8 +86,12 @@ def test_wrong_usage_has_status_2(
         ["mix", a, b, *out, "--coefficients", ""],
         ["interpolate", a, *out],
         ["interpolate", a, b, *out, "--alpha", "x"],
+        ["interpolate", a, b, *out, "--alphas", "0,1", "--task", "t.py", "--alpha", ".5"],
+        ["interpolate", a, b, *out, "--alphas", "0,1", "--task", "t.py", "--overwrite"],
+        ["greedy", a, b, *out, "--task", "t.py", "--scores", "no/such.json"],
         ["inspect"],
         ["verify"],
+        ["verify", a, "--quick", "-i", b],
     ):
         assert cli(words) == 2, words
         printed = capsys.readouterr()
@@ -301,6 +306,31 @@ def test_a_time_in_the_future_is_no_proof(tmp_path: Path) -> None:
     assert explained(started + 10).startswith("a mapped ingredient could not be read")
 
 
+@pytest.mark.parametrize("verb", ["verify", "compare"])
+def test_what_shrank_is_named_though_it_was_not_given(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    """An ingredient that the provenance alone names, and the base of a comparison."""
+    a, b = pair
+    streamsoup.uniform([a, b], output=tmp_path / "soup")
+
+    def shrink(*arguments: object, **options: object) -> None:
+        os.truncate(b / "model.safetensors", 100)
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr("streamsoup.verification.verify", shrink)
+    monkeypatch.setattr("streamsoup.comparison.table.compare", shrink)
+    more = [a, "--base", b, "--task", "t.py", "-o", tmp_path / "out"]
+    words = [tmp_path / "soup"] if verb == "verify" else more
+    assert cli([verb, *map(str, words)]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: an ingredient shrank while it was being read: {b}")
+
+
 def test_the_unforeseen_is_said_in_one_line(
     pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +373,50 @@ def test_nobody_reading_is_no_failure_to_speak_of(pair: tuple[Path, Path]) -> No
     ran = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["greedy", "learned"])
+def test_a_search_goes_on_when_nobody_listens(tmp_path: Path, verb: str) -> None:
+    """Whoever read stderr is gone after a line, as with `2>&1 | head -1`: the soup is made."""
+    paths = networks.ingredients(tmp_path / "in", 2)
+    task, _ = networks.task_file(tmp_path)
+    with task.open("a") as file:
+        file.write("def loss(model, split):\n    yield model(networks.INPUTS).square().mean()\n")
+    more = ["--guard-every", "0", "--evaluations", "2"] if verb == "learned" else []
+    words = [verb, *paths, "--task", task, "-o", tmp_path / "soup", *more]
+    call = [sys.executable, "-m", "streamsoup", *map(str, words)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(call, stderr=writing, stdout=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ran.returncode, verb in ran.stdout) == (0, True)
+    assert (tmp_path / "soup" / "streamsoup.json").exists()
+
+
+def test_no_plot_is_put_into_an_ingredient(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """It would be copied into every soup of it."""
+    a, b = map(str, pair)
+    plot = ["--plot", f"{a}/plot.png"]
+    for words in (
+        ["geometry", a, b, *plot],
+        ["landscape", b, a, b, "--task", "task.py", *plot],
+        ["learned", a, b, "--task", "task.py", "-o", str(tmp_path / "out"), *plot],
+    ):
+        ran = command(*words)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.startswith(f"error: {a}/plot.png: lies in the ingredient {a};"), words
+    assert os.listdir(a) == ["model.safetensors"]
+
+
+def test_paths_that_are_not_unicode_are_reported(tmp_path: Path) -> None:
+    """A report says which command made it, whatever the bytes of its arguments."""
+    paths = networks.ingredients(tmp_path / "in", 2)
+    task, _ = networks.task_file(tmp_path)
+    folder = tmp_path / os.fsdecode(b"r\xe9port")
+    more = ["--task", task, "-o", folder]
+    ran = command("interpolate", *paths, "--alphas", "0,1", *more)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "r\\udce9port" in (folder / "report.md").read_text()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

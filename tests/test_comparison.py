@@ -314,6 +314,36 @@ def test_a_score_that_is_no_accuracy(folders: list[str], tmp_path: Path) -> None
     assert any("not the accuracy" in note for note in found.notes)
 
 
+def test_a_model_of_nan_answers_nothing(folders: list[str], tmp_path: Path) -> None:
+    """Its answers are no class 0, though that is what numpy and torch call the largest of NaN."""
+
+    class Overflowing(Counting):
+        def predictions(self, model: torch.nn.Module, split: str) -> Any:
+            for logits, labels in super().predictions(model, split):
+                spoiled = torch.equal(model[0].weight, first)  # type: ignore[index]
+                yield logits * (math.nan if spoiled else 1), labels * 0
+
+        def score(self, model: torch.nn.Module, split: str) -> Any:
+            parts = list(self.predictions(model, split))
+            right = sum(int((z.argmax(1) == y).sum()) for z, y in parts)
+            return right / sum(len(y) for _, y in parts)
+
+    first = load_file(Path(folders[0]) / "model.safetensors")["0.weight"]
+    found = compare(folders[:3], Overflowing(), output=tmp_path / "out", settings=SMALL)
+    assert found.metric == "score"  # which says so, and is not the accuracy of the answers
+    assert len([note for note in found.notes if "answers on 'val' are NaN" in note]) >= 2
+    cell = found.of("ingredient")[0].cells["val"]
+    assert (cell.value, math.isnan(cell.nll)) == (1.0, True)
+
+
+def test_a_split_without_examples_is_refused(folders: list[str], tmp_path: Path) -> None:
+    """In words, and not as a division by zero."""
+    task = Counting()
+    task.predictions = lambda model, split: (torch.zeros(0, 2), torch.zeros(0).long())  # type: ignore[method-assign]
+    with pytest.raises(TaskError, match="they have no examples; yield some"):
+        compare(folders[:2], task, output=tmp_path / "out", settings=SMALL)
+
+
 def test_a_task_without_predictions(folders: list[str], tmp_path: Path) -> None:
     """Scores alone make soups and no ensembles; examples beside the score make intervals."""
 
@@ -546,6 +576,8 @@ def test_sweep_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
     more = sweep(*folders[:2], task, [0, 0.25, 0.5, 1], cache=tmp_path / "cache")
     assert len(task.asked) == 4
     assert more.best in more.alphas
+    of_numpy = sweep(*folders[:2], Counting(), np.linspace(0, 1, 5)[:2], cache=tmp_path / "cache")
+    assert of_numpy.values["val"] == more.values["val"][:2]
     barrier = more.barrier("test")
     assert barrier is not None
     assert barrier.over_chord >= 0

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,16 @@ def end_in_order() -> None:
             signal.signal(number, end)
 
 
+class NobodyReadsError(BrokenPipeError):
+    """All work is done, and whoever was to read the result is gone."""
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Print a line on stderr while work goes on: it does so if nobody reads it, too."""
+    with suppress(OSError):
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
 def tell(lines: Sequence[str]) -> None:
     """Print the result of work that is done. Nobody may be there to read it."""
     with telling():
@@ -253,7 +263,7 @@ def telling() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        raise
+        raise NobodyReadsError from None
     except OSError as error:
         raise OutputError(
             f"stdout: cannot be written: {error.strerror}; all work is done, but its result is not "
@@ -279,10 +289,13 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
 def supervise(
     work: Callable[[Options, Watcher, bool], None],
     label: str,
-    paths: Sequence[str],
+    paths: Sequence[str] | Callable[[], Sequence[str]],
     settings: dict[str, Any],
 ) -> int:
-    """Do work that reads weights in a child process; turn its errors into lines and statuses."""
+    """Do work that reads weights in a child process; turn its errors into lines and statuses.
+
+    `paths` are those of the ingredients, or give them: one is named where the child dies of it.
+    """
     from streamsoup.terminal import clear_bar
 
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
@@ -302,8 +315,8 @@ def supervise(
             return 1
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:
-            return 0  # all is done, and nobody reads what there is to say
+        except NobodyReadsError:
+            return 0
         except Exception as error:
             watcher.close()
             print(f"error: {in_words(error)}", file=sys.stderr)
@@ -316,7 +329,7 @@ def supervise(
 
     def explain(number: int, started: float) -> str:
         clear_bar()
-        return _explain(number, started, paths, after)
+        return _explain(number, started, paths() if callable(paths) else paths, after)
 
     status = supervised(child, explain)
     if status > 128:

@@ -109,7 +109,8 @@ def compare(
         last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
         common.tell([*_table(found), last])
 
-    return common.supervise(work, "compare", ingredients, settings)
+    paths = ingredients if base is None else (base, *ingredients)
+    return common.supervise(work, "compare", paths, settings)
 
 
 @click.command()
@@ -150,11 +151,13 @@ def landscape(
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.comparison.landscape import landscape as measure
+        from streamsoup.destination import check_outside
         from streamsoup.report.figures import check_picture
         from streamsoup.report.page import write_text
         from streamsoup.report.paths import draw_landscape
 
         check_picture(plot)
+        check_outside(plot, (base, first, second))
         cache, rows = f"{plot}.cache", f"{os.path.splitext(plot)[0]}.jsonl"
         for each in () if os.path.exists(os.path.join(cache, "lock")) else (plot, rows):
             if os.path.lexists(each):
@@ -242,16 +245,17 @@ class _Line:
     def __call__(self, text: str) -> None:
         if self._draws:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{printable(text)[:width]}", end="", file=sys.stderr, flush=True)
+            common.say(f"\r\x1b[K{printable(text)[:width]}", end="")
 
     def close(self) -> None:
         """Take the line away."""
         if self._draws:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            common.say("\r\x1b[K", end="")
 
 
 def _this_command() -> str:
-    return shlex.join(["streamsoup", *sys.argv[1:]])
+    line = shlex.join(["streamsoup", *sys.argv[1:]])
+    return line.encode("utf-8", "backslashreplace").decode()  # not every path is Unicode
 
 
 def _table(found: Comparison) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from streamsoup.cli import common
 
@@ -90,6 +91,9 @@ def interpolate(
     if (alphas is None) != (task is None):
         raise click.UsageError("a sweep needs both --alphas and --task")
     if alphas is not None and task is not None:
+        given = click.get_current_context().get_parameter_source
+        if given("alpha") is not ParameterSource.DEFAULT or settings["overwrite"]:
+            raise click.UsageError("a sweep takes neither --alpha nor --overwrite")
         from streamsoup.cli.compare import sweep
 
         return sweep((base, fine_tuned), alphas, task, output, recalibrate, settings)

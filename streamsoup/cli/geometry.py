@@ -39,9 +39,11 @@ def geometry(
         from streamsoup.terminal import summary
 
         if plot is not None:
+            from streamsoup.destination import check_outside
             from streamsoup.plot import check_plot
 
             check_plot(plot)
+            check_outside(plot, paths)
         started = time.monotonic()
         found = geometry(ingredients, base=base, options=options)
         elapsed_s = time.monotonic() - started
@@ -53,7 +55,7 @@ def geometry(
         notes = [] if settings_quiet else [f"note: {note}" for note in found.notes]
         if as_json:
             for note in notes:
-                print(note, file=sys.stderr)
+                common.say(note)
             with common.telling():
                 write_json(found, sys.stdout)
             return

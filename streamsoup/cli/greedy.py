@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +108,8 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     for name in ("limit", "batch_size"):
         if told["lm_eval"] is None and told[name] is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --lm-eval")
+    if rules["scores"] is not None:
+        rules["scores"] = _read_scores(rules["scores"])
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
@@ -152,32 +153,28 @@ def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -
 
     rules = dict(rules)
     rules["direction"] = "backward" if rules.pop("backward") else "forward"
-    scores = rules.pop("scores")
     return SearchOptions(
         **rules,
         split=split,
-        scores=None if scores is None else _read_scores(scores),
         isolate=True,
-        on_trial=None if silent else _say,
+        on_trial=None if silent else lambda trial: common.say(_line(trial)),
     )
 
 
 def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
     """Read scores: numbers, or the report in an earlier soup or its JSON."""
     path = os.path.join(text, "streamsoup.json") if os.path.isdir(text) else text
-    if not os.path.isfile(path):
-        return common.numbers(text)
+    if not os.path.exists(path):
+        try:
+            return common.numbers(text)
+        except click.UsageError as error:
+            raise click.UsageError(f"{error.message}, and there is no such report") from None
     try:
         with open(path, "rb") as file:
             found = json.load(file)
         return dict(found.get("report", found))
     except (ValueError, AttributeError, TypeError, OSError):
         raise RecipeError(f"{printable(path)}: is no report of a greedy search") from None
-
-
-def _say(trial: Trial) -> None:
-    """Print a line for a trial on stderr, as it is decided."""
-    print(_line(trial), file=sys.stderr, flush=True)
 
 
 def _line(trial: Trial) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -95,16 +94,18 @@ def learned(
 
     def say(line: str) -> None:
         if not quiet:
-            print(line, file=sys.stderr, flush=True)
+            common.say(line)
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.soups.learned import learned_soup
         from streamsoup.soups.learning import LearningOptions
 
         if plot is not None:
+            from streamsoup.destination import check_outside
             from streamsoup.plot import check_plot
 
             check_plot(plot)
+            check_outside(plot, ingredients)
         learning = LearningOptions(
             granularity=granularity,
             constraint=constraint,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import printable
+from streamsoup.errors import StreamsoupError, printable
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
@@ -93,4 +94,14 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
         elapsed_s = time.monotonic() - started
         common.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
 
-    return common.supervise(work, "verify", (soup, *ingredients), settings)
+    def paths() -> list[str]:
+        from streamsoup.verification import read_provenance
+
+        with suppress(StreamsoupError):
+            found = ingredients or [each.path for each in read_provenance(soup).ingredients]
+            return [soup, *found]
+        return [soup]
+
+    if quick and ingredients:
+        raise click.UsageError("--quick looks at the soup alone; leave out --ingredient")
+    return common.supervise(work, "verify", paths, settings)

@@ -47,9 +47,10 @@ def barrier(alphas: Sequence[float], errors: Sequence[float]) -> Barrier:
         raise RecipeError("a barrier needs the errors at both ends, α = 0 and α = 1")
     inside = sorted(a for a in at if 0 <= a <= 1)
     over = [at[a] - ((1 - a) * at[0.0] + a * at[1.0]) for a in inside]
-    highest = int(np.argmax(over))
+    highest = int(np.argmax(over))  # a NaN, if there is one: nobody knows how high it goes there
     mean = (at[0.0] + at[1.0]) / 2
-    return Barrier(max(at[a] for a in inside) - mean, max(over[highest], 0.0), inside[highest])
+    over_mean = float(np.max([at[a] for a in inside])) - mean
+    return Barrier(over_mean, float(np.maximum(over[highest], 0.0)), inside[highest])
 
 
 def advantage(first: float, middle: float, second: float) -> float:

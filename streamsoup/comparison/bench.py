@@ -22,9 +22,9 @@ import xxhash
 
 from streamsoup.budget import memory_budget, plan_memory
 from streamsoup.comparison.cache import Cache
-from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate
+from streamsoup.comparison.calibration import AnyFloats, Labels, answers_of, calibrate
 from streamsoup.errors import TaskError
-from streamsoup.formats.shards import AnyIngredient, Ingredient
+from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.plan import MixPlan, plan_mix
 from streamsoup.read import open_reader
@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(
         self,
-        ingredients: Sequence[AnyIngredient],
+        ingredients: Iterable[AnyIngredient],
         task: Task,
         cache: Cache,
         *,
@@ -88,8 +88,9 @@ class Bench:
         told, in a line, whenever something is measured. Raises what `soups.make.order` raises,
         and `TaskError` for a task without what `recalibrate` needs.
         """
-        coefficients = Coefficients.uniform(len(ingredients))
-        ordered = order(ingredients, coefficients, method="compare", options=options)
+        opened = open_ingredients(ingredients)
+        equal = Coefficients.uniform(len(opened))
+        ordered = order(opened, equal, method="compare", options=options)
         self.plan = ordered.plan
         self.task = task
         self.cache = cache
@@ -115,7 +116,7 @@ class Bench:
         self._versions: list[int] | None = None
         """How often each tensor had been changed when the current mixture was put there."""
         self._labels: dict[str, Labels] = {}
-        self._digests: list[str | None] = [None] * len(ingredients)
+        self._digests: list[str | None] = [None] * len(opened)
 
     def settle_metric(self, mixtures: Sequence[Mixture], split: str) -> None:
         """Find out whether the task's score is the accuracy of its predictions.
@@ -128,7 +129,7 @@ class Bench:
         self.asks_score = False
         for mixture in mixtures:
             logits, labels = self.logits(mixture, split)
-            accuracy = float((logits.argmax(axis=1) == labels).mean())
+            accuracy = float((answers_of(logits) == labels).mean())
             value = self.score(mixture, split).value
             if not min(abs(value - accuracy), abs(value / 100 - accuracy)) <= EQUAL:
                 self.asks_score = True
@@ -342,6 +343,8 @@ class Bench:
                     advice = f"the first batch had {logits[0].shape[1]} classes"
                 raise TaskError(f"{what} (example, class) and (example,), not {found}; {advice}")
         answers, truth = np.concatenate(logits), np.concatenate(labels)
+        if not len(truth):
+            raise TaskError(f"{where}: they have no examples; yield some")
         if not np.issubdtype(truth.dtype, np.integer):
             raise TaskError(
                 f"{where}: labels are {truth.dtype}, not numbers of classes; {_NO_CLASSES}"

@@ -165,7 +165,13 @@ class Cache:
     def _add(self, record: dict[str, Any]) -> None:
         now = time.monotonic()
         wait = now - self._synced > SYNC_S
-        self._journal.append(record, wait=wait)
+        try:
+            self._journal.append(record, wait=wait)
+        except OSError as error:
+            raise OutputError(
+                f"{printable(self._journal.path)}: cannot be written: {error.strerror}; mend that, "
+                "and the same command goes on"
+            ) from error
         if wait:
             self._synced = now
         self._index(record)

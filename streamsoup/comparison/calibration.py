@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 __all__ = [
     "BINS",
     "HELD",
+    "NONE",
     "Calibration",
+    "answers_of",
     "blocks",
     "calibrate",
     "equal_mass_error",
@@ -49,6 +51,10 @@ CACHED = 100_000
 """Logits worked on at once where they are read many times: what fits into a core's cache."""
 
 
+NONE = -1
+"""The answer where logits are NaN, or infinite without saying that a class has no chance."""
+
+
 class Calibration(msgspec.Struct, frozen=True):
     """How good the answers of one model are on one split, and how honest its confidence."""
 
@@ -58,6 +64,18 @@ class Calibration(msgspec.Struct, frozen=True):
     """Mean negative log-likelihood of the labels, in nats."""
     ece: float
     """Expected calibration error, 0 to 1."""
+
+
+def answers_of(logits: AnyFloats) -> Labels:
+    """Give the class of the largest of ``(example, class)`` logits, or `NONE`: right nowhere.
+
+    What numpy and torch call the largest of a row with NaN would be right now and then.
+
+    >>> answers_of(np.array([[0.0, 1.0], [np.nan, 0.0], [-np.inf, 0.0], [np.inf, 0.0]]))
+    array([ 1, -1,  1, -1])
+    """
+    answers = logits.argmax(axis=-1)
+    return np.where(np.isfinite(logits.max(axis=-1)), answers, NONE)
 
 
 @np.errstate(all="ignore")
@@ -91,7 +109,7 @@ def calibrate(
         logs = log_softmax(logits[part], beta)
         rows = np.arange(len(logs))
         # Of the logits themselves: a small β must not make ties, and with them other answers.
-        answers = logits[part].argmax(axis=-1)
+        answers = answers_of(logits[part])
         right[part] = answers == labels[part]
         confidence[part] = np.exp(logs[rows, answers])
         loss[part] = -logs[rows, labels[part]]
@@ -139,14 +157,15 @@ def _slopes(logits: AnyFloats, labels: Labels, beta: float) -> tuple[float, floa
 
     With p = softmax(β·z) they are E[Σp·z − z_y] and E[Σp·z² − (Σp·z)²]; neither depends on a
     constant added to z. A class without a chance adds nothing to the sums, and a label without one
-    costs the same, ∞, at every β, so that its example says nothing of β.
+    costs the same, ∞, at every β, so that its example says nothing of β; nor do logits of NaN.
     """
     first = second = 0.0
     for part in blocks(logits, CACHED):
         z = logits[part].astype(np.float64)
-        z -= z.max(axis=1, keepdims=True)
+        largest = z.max(axis=1, keepdims=True)
+        z -= largest
         rows = np.arange(len(z))
-        possible = z[rows, labels[part]] != -np.inf
+        possible = (z[rows, labels[part]] != -np.inf) & np.isfinite(largest[:, 0])
         p = np.exp(beta * z)
         total = p.sum(axis=1)
         z[z == -np.inf] = 0.0  # p is 0 there, and 0·∞ is none

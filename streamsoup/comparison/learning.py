@@ -30,7 +30,11 @@ def why_not(bench: Bench) -> str:
     gradient: many a task takes them under `torch.no_grad`, or gives arrays of numpy. Costs one
     batch of predictions, once.
     """
+    import torch
+
     task = bench.task
+    if torch.is_inference_mode_enabled():
+        return "Nothing has a gradient in torch.inference_mode(): no learned soups."
     if task.has("loss"):
         return ""
     if not bench.predicts:

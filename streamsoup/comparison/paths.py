@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -103,7 +103,7 @@ def sweep(
     first: AnyIngredient,
     second: AnyIngredient,
     task: AnyTask,
-    alphas: Sequence[float],
+    alphas: Iterable[float],
     *,
     cache: str | os.PathLike[str],
     model: object = None,
@@ -117,11 +117,11 @@ def sweep(
     what is new. Costs a pass over both checkpoints for each α, and the task's passes over the
     splits. Raises `RecipeError`, `TaskError`, `MismatchError`.
     """
-    if not alphas or not all(map(math.isfinite, alphas)):
+    at = tuple(sorted({float(alpha) for alpha in alphas}))
+    if not at or not all(map(math.isfinite, at)):
         raise RecipeError("a sweep needs some finite α")
     loaded = load_task(task)
     splits = splits_of(loaded)
-    at = tuple(sorted({float(alpha) for alpha in alphas}))
     values: dict[str, list[float]] = {split: [] for split in splits.all}
     losses: dict[str, list[float]] = {split: [] for split in splits.all}
     with Cache(os.fspath(cache)) as answers:

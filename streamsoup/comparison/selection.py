@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.comparison.bench import Bench, Mixture
-from streamsoup.comparison.calibration import AnyFloats, Labels
+from streamsoup.comparison.calibration import AnyFloats, Labels, answers_of
 
 __all__ = ["Ensemble", "grow", "grow_ensemble", "grow_soup"]
 
@@ -59,7 +59,7 @@ class Ensemble:
 
     def accuracy_with(self, i: int) -> float:
         """Give the accuracy that the ensemble would have with ingredient `i`."""
-        answers = self._with(i).argmax(axis=1)
+        answers = answers_of(self._with(i))
         return float((answers == self.labels).mean())
 
     def _with(self, i: int) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -19,23 +19,30 @@ from numpy.typing import NDArray
 from streamsoup.comparison.bench import EQUAL, Bench, Mixture
 from streamsoup.comparison.bootstrap import interval, resampled_means
 from streamsoup.comparison.cache import Cache
-from streamsoup.comparison.calibration import AnyFloats, Labels, calibrate, fit_beta
+from streamsoup.comparison.calibration import (
+    NONE,
+    AnyFloats,
+    Labels,
+    answers_of,
+    calibrate,
+    fit_beta,
+)
 from streamsoup.comparison.curves import draw_curves, values_of
 from streamsoup.comparison.learning import learn, why_not
 from streamsoup.comparison.pairs import choose_pairs, look_between
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, Pair, Row, Splits
 from streamsoup.comparison.selection import Ensemble, grow_ensemble, grow_soup
+from streamsoup.destination import check_outside
 from streamsoup.errors import (
-    OutputError,
     OutputExistsError,
     RecipeError,
     TaskError,
     printable,
     some,
 )
-from streamsoup.formats.shards import AnyIngredient, Ingredient
+from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
 from streamsoup.inspection import short_names
-from streamsoup.options import Options
+from streamsoup.options import Options, settle_numbers
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.mixture import Granularity
 from streamsoup.soups.search import best_first, random_order
@@ -67,9 +74,13 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     coefficients: Mapping[str, Coefficients] = {}
     """Further soups of all ingredients, by name."""
 
+    def __post_init__(self) -> None:
+        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        settle_numbers(self)
+
 
 def compare(
-    ingredients: Sequence[AnyIngredient],
+    ingredients: Iterable[AnyIngredient],
     task: AnyTask,
     *,
     output: str | os.PathLike[str],
@@ -93,6 +104,7 @@ def compare(
     Raises `TaskError`, `MismatchError` and `OutputError`.
     """
     loaded = load_task(task)
+    ingredients = listed(ingredients)
     if not ingredients:
         raise RecipeError("a comparison needs at least one ingredient")
     every = [*ingredients, *([] if base is None else [base])]
@@ -126,15 +138,10 @@ def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngred
             raise OutputExistsError(
                 f"{where}: is there already, and no report of ours; choose another folder"
             )
-    for each in ingredients:
-        named = each.name if isinstance(each, Ingredient) else each
-        if not isinstance(named, (str, os.PathLike)):
-            continue  # in memory: no file to mind
-        path = os.path.realpath(os.fspath(named))
-        if root == path or root.startswith(path + os.sep):
-            raise OutputError(
-                f"{where}: lies in the ingredient {printable(path)}; choose a folder outside of it"
-            )
+    names = [each.name if isinstance(each, Ingredient) else each for each in ingredients]
+    # What is in memory has no file to mind.
+    paths = [os.fspath(name) for name in names if isinstance(name, (str, os.PathLike))]
+    check_outside(os.fspath(output), paths)
 
 
 def splits_of(task: Task) -> Splits:
@@ -232,7 +239,9 @@ class _Table:
         bench, splits = self.bench, self.splits.all
         bench.measure(mixture, splits)
         if bench.predicts:
-            cells, beta = self._calibrated(bench.key, mixture, lambda s: bench.logits(mixture, s))
+            cells, beta = self._calibrated(
+                name, bench.key, mixture, lambda s: bench.logits(mixture, s)
+            )
         else:
             cells, beta = {split: Cell(math.nan) for split in splits}, math.nan
         if bench.asks_score:
@@ -250,6 +259,7 @@ class _Table:
 
     def _calibrated(
         self,
+        name: str,
         key_of: Callable[[Mixture, str], str],
         mixture: Mixture,
         logits_of: Callable[[str], tuple[AnyFloats, Labels]],
@@ -269,7 +279,13 @@ class _Table:
                 known = [plain.nll, plain.ece, scaled.nll, scaled.ece, beta]
                 cache.put_value(key, known)
             beta = known[4]
-            right = (logits.argmax(axis=1) == labels).astype(np.float64)
+            answers = answers_of(logits)
+            if n := int((answers == NONE).sum()):
+                self.notes.append(
+                    f"{name}: {n} of {len(labels)} answers on {split!r} are NaN or infinite. They "
+                    "count as wrong, and leave no likelihood and no calibration."
+                )
+            right = (answers == labels).astype(np.float64)
             self.n_examples[split] = len(labels)
             if not self.bench.asks_score:
                 self.right.setdefault(split, []).append((len(self.rows), right))
@@ -358,7 +374,7 @@ class _Table:
             def key_of(mixture: Mixture, split: str) -> str:
                 return f"{self.bench.key(mixture, split)}:ensemble"
 
-            cells, beta = self._calibrated(key_of, mixture, logits_of)
+            cells, beta = self._calibrated(name, key_of, mixture, logits_of)
             if self.bench.asks_score:
                 cells = {split: replace(cell, value=math.nan) for split, cell in cells.items()}
             n = len(members)

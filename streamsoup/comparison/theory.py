@@ -17,7 +17,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.comparison.calibration import HELD, AnyFloats, Labels, blocks, log_softmax, losses
+from streamsoup.comparison.calibration import (
+    HELD,
+    AnyFloats,
+    Labels,
+    answers_of,
+    blocks,
+    log_softmax,
+    losses,
+)
 
 __all__ = ["Theory", "compare_with_ensemble", "disagreement"]
 
@@ -72,7 +80,7 @@ def compare_with_ensemble(
         ensemble = (1 - alpha) * first + alpha * second
         sums += [
             *(losses(z, right, beta).sum() for z in (*some[1:4], ensemble)),
-            *((z.argmax(axis=1) != right).sum() for z in (soup, ensemble)),
+            *((answers_of(z) != right).sum() for z in (soup, ensemble)),
             disagreement(soup, second - first, beta) * len(right),
         ]
     before, at, after, of_ensemble, wrong, wrong_ensemble, spread = sums / len(labels)
