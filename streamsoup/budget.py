@@ -153,8 +153,7 @@ def fixed_nbytes(plan: MixPlan) -> int:
 
 def opening_nbytes(plan: MixPlan) -> int:
     """Bound what the process held while it opened the ingredients: metadata may take megabytes."""
-    shards = (shard for ingredient in plan.ingredients for shard in ingredient.shards)
-    return OPENING_NBYTES + max(shard.opening_nbytes for shard in shards)
+    return OPENING_NBYTES + max(ingredient.opening_nbytes for ingredient in plan.ingredients)
 
 
 def check_opening(plan: MixPlan, budget: int) -> int:
@@ -163,7 +162,7 @@ def check_opening(plan: MixPlan, budget: int) -> int:
     if took > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: opening these ingredients "
-            f"takes up to {nbytes_text(took, up=True)}, as one has a large header; raise --memory "
-            "above that"
+            f"takes up to {nbytes_text(took, up=True)}, as one has a large header or index; raise "
+            "--memory above that"
         )
     return took

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from streamsoup.errors import (
     StreamsoupError,
     UnsafePickleError,
 )
+from streamsoup.formats.index import read_index
 from streamsoup.formats.shards import Pantry, open_ingredients
 from streamsoup.recipe import Coefficients
 from streamsoup.soups import make
@@ -572,6 +574,30 @@ def test_a_name_that_is_not_unicode_is_refused_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {f"{i:x}": "" for i in range(50_000)},
+        {"log": [[]] * 200_000},
+        {"log": [1] * 200_000},
+        {"log": "x" * 2_000_000},
+        {"log": "\U0001f963" * 200_000},
+    ],
+)
+def test_an_index_takes_no_more_than_is_said(tmp_path: Path, metadata: Any) -> None:
+    """Whatever is in it besides the weight map."""
+    path = tmp_path / "model.safetensors.index.json"
+    index = {"metadata": metadata, "weight_map": {"a": "model.safetensors"}}
+    path.write_text(json.dumps(index, ensure_ascii=False))
+    tracemalloc.start()
+    try:
+        _, said = read_index(str(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said / 8 < peak < said + 10_000
+
+
 def test_opening_leaves_no_descriptor(tmp_path: Path) -> None:
     """Neither an ingredient that opens nor one that is refused keeps a descriptor."""
     good = save_sharded(tmp_path / "good", [A, B])

@@ -139,6 +139,13 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
     layout: Layout
     index_name: str | None
     """File name of its index, if it has one."""
+    index_opening_nbytes: int = 0
+    """Bytes that its index took while it was read."""
+
+    @property
+    def opening_nbytes(self) -> int:
+        """Bytes that its index or its largest header took while it was read."""
+        return max(self.index_opening_nbytes, *(shard.opening_nbytes for shard in self.shards))
 
     @property
     def path(self) -> str:
@@ -248,14 +255,14 @@ class Pantry(msgspec.Struct):
 
     def _open_index(self, given: str, folder: str, name: str) -> Ingredient:
         """Open the shards that the index `name` of a folder lists."""
-        weight_map = read_index(os.path.join(folder, name))
+        weight_map, opening = read_index(os.path.join(folder, name))
         files = sorted(set(weight_map.values()))
         shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
         layout = self.layout(shards, given)
         held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
         check_files(os.path.join(folder, name), files, names_in(folder))
-        return Ingredient(given, folder, shards, layout, name)
+        return Ingredient(given, folder, shards, layout, name, opening)
 
     def _open_shard(self, path: str) -> Shard:
         """Read one header, with errors that name the file."""

@@ -47,7 +47,7 @@ def find_weights(folder: str) -> str:
             f"{where}: has several indexes ({some(indexes)}); keep one, or give the file you mean"
         )
     if indexes:
-        listed = set(read_index(os.path.join(folder, indexes[0])).values())
+        listed = set(read_index(os.path.join(folder, indexes[0]))[0].values())
         single = f"{stem(indexes[0])}.safetensors"
         if single in files and single not in listed:
             raise FormatError(
