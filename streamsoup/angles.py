@@ -23,7 +23,7 @@ from streamsoup.digest import Digests
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options
 from streamsoup.plan import Leaf, MixPlan, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import Coefficients, Recipe
@@ -162,6 +162,10 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
     """Pairs that are as far apart as their weights are large."""
     nbytes_read: int
 
+    def __repr__(self) -> str:
+        """Say it in a line."""
+        return f"<Geometry of {len(self.names)}: {len(self.tensors)} tensors>"
+
     def to_builtins(self) -> dict[str, Any]:
         """Give plain data for JSON: the total in full, and the Gram matrix of each tensor."""
         return self.summary() | {"tensors": [tensor.to_builtins() for tensor in self.tensors]}
@@ -209,6 +213,7 @@ def plan_geometry(
     ingredients: Iterable[AnyIngredient], *, base: AnyIngredient | None, options: Options
 ) -> tuple[MixPlan, MemoryPlan, bool]:
     """Plan the pass; the base, if any, comes first. Reads headers only."""
+    check_options(options, Options)
     ingredients = listed(ingredients)
     if not ingredients:
         raise RecipeError("geometry needs at least one checkpoint; give some")

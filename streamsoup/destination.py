@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
-from streamsoup.errors import OutputError, OutputExistsError, printable, some
+from streamsoup.errors import OutputError, OutputExistsError, StreamsoupError, printable, some
+from streamsoup.formats.files import is_mounted
 from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.weights import PICKLES
 from streamsoup.recipe import PROVENANCE_NAME
@@ -26,7 +28,22 @@ def check_output(
     `OutputExistsError` if something is there that may not be replaced, and `OutputError` if the
     output would lie in, over or around an ingredient, by whatever link or mount.
     """
+    try:
+        return _check_output(output, ingredients, overwrite=overwrite, resumes=resumes)
+    except OSError as error:
+        if isinstance(error, StreamsoupError):
+            raise
+        raise OutputError(
+            f"{printable(output)}: cannot be made: {error.strerror}; choose another folder"
+        ) from None
+
+
+def _check_output(
+    output: str, ingredients: Sequence[Ingredient], *, overwrite: bool, resumes: bool
+) -> str:
     where = printable(output)
+    if "\0" in output:
+        raise OutputError(f"{where}: a path holds no NUL character; check the path")
     if output.endswith(".safetensors"):
         raise OutputError(f"{where}: the output is a folder; leave out '.safetensors'")
     if output.split("/")[0] == "~":
@@ -122,7 +139,14 @@ def check_replaceable(target: str) -> None:
             f"{where}: holds more than one checkpoint ({some(sorted(others))}), so --overwrite "
             "does not replace it; choose another folder or remove it yourself"
         )
-    if _id(target) in _ids_above(_here()) or os.path.ismount(target):
+    above = os.stat(os.path.dirname(target))
+    owners = (0, above.st_uid, os.stat(target).st_uid)
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+        raise OutputExistsError(
+            f"{where}: belongs to somebody else, and its folder lets nobody else replace it; "
+            "choose another folder"
+        )
+    if _id(target) in _ids_above(_here()) or is_mounted(target):
         raise OutputExistsError(
             f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
             "choose a new folder in it"

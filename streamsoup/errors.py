@@ -151,7 +151,7 @@ def printable(text: object, limit: int = 200) -> str:
 
 def check_choice(what: str, value: object, known: Collection[str]) -> None:
     """Raise `RecipeError` for a word that is none of the known ones. Types alone check nothing."""
-    if value not in list(known):  # which may be no hashable thing
+    if not isinstance(value, str) or value not in known:
         raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
 
 

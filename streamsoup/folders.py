@@ -14,8 +14,10 @@ __all__ = [
     "EXCHANGE",
     "NO_REPLACE",
     "is_movable",
+    "make_private",
     "remove_any",
     "rename",
+    "stranger",
     "sync_folder",
     "unlock",
 ]
@@ -60,6 +62,35 @@ def remove_any(path: str) -> None:
             shutil.rmtree(path)
     except FileNotFoundError:
         pass
+
+
+def make_private(path: str) -> None:
+    """Make a folder that nobody else may write to or look into. Raises `FileExistsError`."""
+    os.mkdir(path, 0o700)
+
+
+def stranger(path: str) -> str:
+    """Say who else may have written into a folder; nothing, if it is ours alone.
+
+    What is in it would otherwise be believed, and be made part of what we make.
+    """
+    status = os.stat(path)
+    if status.st_uid != os.geteuid() and status.st_uid != _our_uid(os.path.dirname(path)):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "may be written to by others"
+    return ""
+
+
+def _our_uid(folder: str) -> int:
+    """Give the owner of what we make in a folder, which some file systems map."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return os.geteuid()
 
 
 def rename(source: str, target: str, flag: int) -> bool:

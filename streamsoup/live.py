@@ -73,6 +73,8 @@ class ModelSink:
         once, under the first of their names in the model. Raises `MismatchError` with everything
         that does not fit. Costs a read of tensors that are tied but held apart, and of none else.
         """
+        if not isinstance(model, nn.Module):
+            raise MismatchError(f"{printable(repr(model))} is no torch.nn.Module to put a mix into")
         self.model = model
         self.plan = plan
         self._apart = False
@@ -168,6 +170,41 @@ class ModelSink:
                     )
         self._apart = True
 
+    def check_in_place(self) -> None:
+        """Raise `MismatchError` if an ingredient lies in the model's memory in another way.
+
+        A model may be mixed into itself: each element is read before it is written. Of a tensor
+        that lies in that of another name, or in another order, some would be read after.
+        """
+        own = {name: tensor for name, tensor in self.live.items() if type(tensor) in _PLAIN}
+        for ingredient in self.plan.ingredients:
+            for shard in ingredient.shards:
+                if not isinstance(shard, MemoryShard) or not shard.memory.shares_with(own.values()):
+                    continue
+                for name, tensor in shard.memory.tensors.items():
+                    mine = own.get(name) if tensor.numel() else tensor
+                    if mine is tensor:
+                        continue
+                    if mine is not None and _memory_of(name, tensor) == self._memory[name]:
+                        continue
+                    met = overlaps({**own, f"{name} of the ingredient": tensor})
+                    others = [pair for pair in met if f"{name} of the ingredient" in pair]
+                    if others:
+                        raise MismatchError(
+                            f"{ingredient.name}: {printable(name)} lies in the memory of "
+                            f"{some(set(others[0]) - {f'{name} of the ingredient'})} of the model, "
+                            "which would overwrite it; give a copy"
+                        )
+
+    def mark_changed(self) -> None:
+        """Have torch know that all tensors were changed: ours are not among its own operations.
+
+        It then refuses to go backward through what was computed before.
+        """
+        for tensor in self.live.values():
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
     def versions(self) -> list[int] | None:
         """Say how often each tensor was changed in place; None where torch does not count.
 
@@ -234,7 +271,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     a tuple of arguments or a dictionary of keyword arguments; it is brought to the model's device.
     Only BatchNorm is put into training mode meanwhile. Gives the number of layers measured. Costs
     a forward pass over the batches. As `torch.optim.swa_utils.update_bn`, for the running mean
-    and variance. Raises `TaskError`, and measures nothing, if there is no batch.
+    and variance. Raises `TaskError`, and measures nothing, if there is no batch; after any error
+    the statistics are what they were.
     """
     layers = [
         module
@@ -253,6 +291,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     training = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     counted = [None if n is None else n.clone() for _, _, n in momenta]
+    statistics = [(each, each.clone()) for layer in layers for each in _statistics(layer)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         model.eval()
@@ -262,6 +301,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             layer.train()
         for batch in itertools.chain(first, batches):
             _forward(model, batch, device)
+    except BaseException:
+        for statistic, before in statistics:
+            statistic.copy_(before)
+        raise
     finally:
         for (layer, momentum, _), n_batches in zip(momenta, counted, strict=True):
             layer.momentum = momentum
@@ -270,6 +313,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         for module, was_training in training:
             module.training = was_training
     return len(layers)
+
+
+def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
+    """Give the running statistics of a layer, as far as it has them."""
+    return [each for each in (layer.running_mean, layer.running_var) if each is not None]
 
 
 def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
@@ -299,7 +347,7 @@ def _named_as(plan: MixPlan, model: nn.Module) -> dict[str, Tensor]:
 def _memory_of(name: str, tensor: Tensor) -> object:
     """Tell whether two names stand for the same elements."""
     plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_meta
-    if tensor.numel() == 0 or not plain:
+    if not plain or tensor.numel() == 0:  # a lazy one has no number of elements
         return name
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
 
@@ -402,7 +450,7 @@ def _are_equal(plan: MixPlan, i: int, first: PlannedTensor, second: PlannedTenso
 
 
 def _target(planned: PlannedTensor, tensor: Tensor) -> Target:
-    live = tensor.detach()
+    live = tensor.data  # not `detach`: what we write is counted once, by `mark_changed`
     if not live.is_contiguous():
         return Target(live, None, None)
     flat = live.view(-1)

@@ -14,28 +14,46 @@ from streamsoup.errors import RecipeError, printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Options", "settle_numbers"]
+__all__ = ["Options", "check_options", "settle", "take"]
 
 
-def settle_numbers(options: msgspec.Struct) -> None:
-    """Take numbers of any library as Python's own, in ``__post_init__``.
+def take(kind: str, what: str, value: Any) -> Any:
+    """Take a number of any library as Python's own, of the `kind` ``int``, ``float`` or ``bool``.
 
-    Goes by the annotations ``int``, ``float`` and ``bool``, with ``| None`` or without. Raises
-    `RecipeError` for what is none of that kind.
+    `what` is its name. Raises `RecipeError` for what is none of that kind.
+    """
+    read, wanted = _KINDS[kind]
+    try:
+        if isinstance(value, (str, bytes)):  # which float() would read
+            raise TypeError
+        number = read(value)
+        if kind == "int" and abs(number) >= 2**63:
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise RecipeError(f"{what}: {printable(repr(value))} is no {wanted}") from None
+    return number
+
+
+def settle(options: msgspec.Struct) -> None:
+    """Take all numbers of some options, in ``__post_init__``, and check what is to be called.
+
+    Goes by the annotations, with ``| None`` or without. Raises `RecipeError`.
     """
     for name, annotation in type(options).__annotations__.items():
         value = getattr(options, name)
         kind = annotation.removesuffix(" | None")
-        if kind not in _KINDS or (value is None and kind != annotation):
+        if value is None and kind != annotation:
             continue
-        take, wanted = _KINDS[kind]
-        try:
-            if isinstance(value, (str, bytes)):  # which float() would read
-                raise TypeError
-            number = take(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise RecipeError(f"{name}: {printable(repr(value))} is no {wanted}") from None
-        msgspec.structs.force_setattr(options, name, number)
+        if kind in _KINDS:
+            msgspec.structs.force_setattr(options, name, take(kind, name, value))
+        elif kind.startswith("Callable") and not callable(value):
+            raise RecipeError(f"{name}: {printable(repr(value))} cannot be called")
+
+
+def check_options(given: object, kind: type[msgspec.Struct]) -> None:
+    """Raise `RecipeError` for options that are of another kind."""
+    if not isinstance(given, kind):
+        raise RecipeError(f"{printable(repr(given))} is no streamsoup.{kind.__name__}")
 
 
 def _truth(value: Any) -> bool:
@@ -86,7 +104,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Take numbers and devices as other libraries have them. Raises `RecipeError`."""
-        settle_numbers(self)
+        settle(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
 
     @property

@@ -63,6 +63,8 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
 
         Raises `RecipeError` for a factor that is not finite, and for a sum of zero to divide by.
         """
+        if isinstance(values, (str, bytes, set, frozenset, Mapping)):
+            raise RecipeError(f"{printable(repr(values))}: a list of coefficients is wanted")
         factors = tuple(float(value) for value in values)
         for value in factors:
             if not math.isfinite(value):
@@ -175,6 +177,11 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a search adds about how it found the coefficients."""
     checksum: str
     """Of all the rest; set by `to_json`. It finds accidents, such as an edit, not forgeries."""
+
+    def __repr__(self) -> str:
+        """Say it in a line."""
+        made = f"{len(self.tensors)} tensors of {len(self.ingredients)} ingredients"
+        return f"<Provenance: {made}, {self.created}>"
 
     def to_json(self) -> bytes:
         """Write it as indented JSON, with its checksum; floats keep every bit."""

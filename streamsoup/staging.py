@@ -37,8 +37,10 @@ from streamsoup.folders import (
     EXCHANGE,
     NO_REPLACE,
     is_movable,
+    make_private,
     remove_any,
     rename,
+    stranger,
     sync_folder,
     unlock,
 )
@@ -218,12 +220,9 @@ class Staging:
         """Make the work folder, or accept one that is ours."""
         try:
             self._make_folder(os.path.dirname(self.root))
-            os.mkdir(self.root)
+            make_private(self.root)
         except FileExistsError:
-            if not self._is_ours():
-                raise OutputError(
-                    f"{printable(self.root)}: is in the way and not ours; move it elsewhere"
-                ) from None
+            self._check_ours()
         except OSError as error:
             if error.errno == errno.ENOENT and attempts > 1:
                 # A run that could not begin has just removed the folders that it had made.
@@ -247,6 +246,21 @@ class Staging:
         if path not in self._made:
             self._made.append(path)
         sync_folder(os.path.dirname(path))
+
+    def _check_ours(self) -> None:
+        """Raise `OutputError` unless the work folder is of a run of ours."""
+        where = printable(self.root)
+        try:
+            who = stranger(self.root) if os.path.isdir(self.root) else ""
+        except FileNotFoundError:
+            return  # another run just tidied up
+        if who:
+            raise OutputError(
+                f"{where}: {who}, so what is in it is not believed; a run may be at work there: "
+                "wait for it, choose another output, or remove that folder"
+            )
+        if not self._is_ours():
+            raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
 
     def _is_ours(self) -> bool:
         """Whether the work folder holds nothing but what a run leaves there."""

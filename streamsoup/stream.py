@@ -351,9 +351,10 @@ class _Pass:
                     f"which would spoil {'what is measured' if measures else 'the soup'}; leave "
                     f"this ingredient out{lets_pass}"
                 )
+        what, advice = "the sum is", "choose a wider --dtype or smaller coefficients"
+        if measures:
+            what, advice = "products are", "nothing can be measured there"
         raise NonFiniteError(
-            f"{printable(tensor.name)}: the sum is too large for {tensor.dtype.name}, though every "
-            "ingredient is finite; "
-            + ("leave one out" if measures else "choose a wider --dtype or smaller coefficients")
-            + lets_pass
+            f"{printable(tensor.name)}: {what} too large for {tensor.dtype.name}, though every "
+            f"ingredient is finite; {advice}{lets_pass}"
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["die_with", "leave", "open_standard_streams", "supervised"]
+__all__ = ["die_with", "leave", "open_standard_streams", "status_of", "supervised"]
 
 GRACE_S = 1.2
 """Time to stop in good order after Ctrl-C or SIGTERM. Work that is cut off is resumed anyway."""
@@ -66,7 +66,11 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
         signal.SIGCHLD, signal.SIG_DFL
     )  # ignored, none to wait for
     try:
-        child = os.fork()
+        try:
+            child = os.fork()
+        except BlockingIOError:
+            print("error: no process can be started here; raise its limit", file=sys.stderr)
+            return 1
         if child == 0:
             _work(work, parent, heeded)
         if stopping:  # it came before there was a child to pass it on to
@@ -96,6 +100,12 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
+def status_of(stop: KeyboardInterrupt) -> int:
+    """Give the exit status after a signal to stop, which the exception names if it was ours."""
+    number = stop.args[0] if stop.args and stop.args[0] in _STOPPING else signal.SIGINT
+    return 128 + int(number)
+
+
 def die_with(parent: int) -> None:
     """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -123,8 +133,8 @@ def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) ->
             signal.signal(number, _interrupt)
         status = work()
         status = _flush(status)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        status = status_of(stop)
     except BrokenPipeError:
         pass  # nobody reads what there is to say
     except Exception as error:
@@ -151,7 +161,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # A terminal sends Ctrl-C to parent and child, and the parent passes it on: once is enough.
     for each in _STOPPING:
         signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _kill(child: int, number: int) -> None:

@@ -23,7 +23,7 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
 from streamsoup.formats.side_files import pieces
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options, take
 from streamsoup.plan import LEAF, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
@@ -61,13 +61,14 @@ def verify(
     `VerificationError` with all that differs, `RecipeError` where there is no provenance, and
     what opening ingredients raises. Holds blocks only; writes nothing.
     """
-    folder = os.fspath(path)
+    check_options(options, Options)
+    folder = os.fsdecode(path)
     provenance = read_provenance(folder)
     problems: list[str] = []
     nbytes = _check_soup(folder, provenance, problems)
-    if not quick and not problems:
-        given = [] if ingredients is None else listed(ingredients)
-        given = given or [*_where_they_were(folder, provenance)]
+    if not take("bool", "quick", quick) and not problems:
+        places = _where_they_were(folder, provenance) if ingredients is None else ingredients
+        given = listed(places)
         nbytes += _rederive(provenance, given, options, problems)
     if problems:
         raise VerificationError(_bounded(folder, problems))

@@ -245,11 +245,11 @@ def _reserve(descriptor: int, nbytes: int, folder: str) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _full(nbytes: int, free: int) -> OSError:
+def _full(missing: int, free: int) -> OSError:
     return OSError(
         errno.ENOSPC,
-        f"the disk is too full, as the soup needs {nbytes_text(nbytes)} more and "
-        f"{nbytes_text(free)} are free",
+        f"the disk is too full, as the soup needs {nbytes_text(missing, up=True)} more, and that "
+        f"is {nbytes_text(max(missing - free, 1), up=True)} more than are free",
     )
 
 

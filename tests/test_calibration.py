@@ -71,6 +71,17 @@ def test_ece_equals_a_plain_loop(n: int) -> None:
     assert ours == pytest.approx(plain_ece(confidence, right, 15, equal_mass=True), abs=1e-12)
 
 
+def test_equal_confidences_stay_in_order() -> None:
+    """Classes in another order are no other confidence, though softmax rounds otherwise."""
+    rng = np.random.default_rng(0)
+    logits = np.array([rng.permutation([3.0, 2.0, 1.0, 0.0, -1.0]) for _ in range(300)])
+    labels = np.where(rng.random(300) < 0.6, logits.argmax(1), logits.argmin(1))
+    right = (logits.argmax(1) == labels).astype(float)
+    confidence = float(np.exp(3.0) / np.exp([3.0, 2.0, 1.0, 0.0, -1.0]).sum())
+    gaps = [abs(part.sum() - len(part) * confidence) for part in np.array_split(right, 15)]
+    assert calibrate(logits, labels).ece == pytest.approx(sum(gaps) / 300, rel=1e-9)
+
+
 def test_equal_widths_would_be_seen() -> None:
     """Planted fault: bins of equal width give another error."""
     rng = np.random.default_rng(0)

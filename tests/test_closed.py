@@ -101,7 +101,7 @@ def test_what_has_no_angle_cannot_pass(paths: list[str], tmp_path: Path) -> None
         streamsoup.geometry([*tuned, tmp_path / "spoiled.safetensors"], base=base)
     huge = {**load_file(tuned[0]), "b": np.full(7, 1e200)}
     save_file(huge, tmp_path / "huge.safetensors")
-    with pytest.raises(NonFiniteError, match=r"every ingredient is finite; leave one out$"):
+    with pytest.raises(NonFiniteError, match=r"products are too large for F64, .*; nothing can be"):
         streamsoup.geometry([*tuned, tmp_path / "huge.safetensors"], base=base)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import streamsoup
 from streamsoup import Options, budget, reduce
-from streamsoup.errors import MismatchError, TaskError
+from streamsoup.errors import ChangedIngredientError, MismatchError, TaskError
+from streamsoup.formats.shards import open_ingredients
 from streamsoup.live import ModelSink, recalibrate, tensors_of
 from streamsoup.read import open_reader
 from streamsoup.recipe import Coefficients
@@ -254,6 +255,78 @@ def test_a_model_may_be_mixed_into_itself(
     streamsoup.mix_into(models[0], [models[0], *states[1:]])
     assert torch.equal(models[0].weight, expected.weight)
     assert expected.weight[0, 0] != 0
+
+
+@pytest.mark.parametrize("kind", ["channels last", "narrower", "wider", "transposed"])
+def test_a_model_of_any_layout_may_be_mixed_into_itself(kind: str) -> None:
+    """What is written element by element, or by torch, is no change by somebody else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    if kind == "channels last":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if kind == "transposed":
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+        for layer in model:
+            layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    dtype = {"narrower": "bf16", "wider": "f64"}.get(kind, "same")
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    expected = {name: t.clone() + 0.25 for name, t in model.state_dict().items()}
+    streamsoup.mix_into(model, [model, other], [0.75, 0.25], options=Options(dtype=dtype))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=0.01, rtol=0.01)
+
+
+def test_what_lies_elsewhere_in_the_model_is_refused() -> None:
+    """A model may be mixed into itself, tensor by tensor; not into another place of itself."""
+    model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(3)])
+    before = [layer.weight.detach().clone() for layer in model]
+    state = model.state_dict()
+    shifted = {f"{i}.weight": state[f"{max(i - 1, 0)}.weight"] for i in range(3)}
+    turned = {name: tensor.t() for name, tensor in state.items()}
+    memory = torch.zeros(40)
+    model[0].weight.data = memory[:16].view(4, 4)
+    beside = {"0.weight": memory[16:32].view(4, 4)} | {f"{i}.weight": before[i] for i in (1, 2)}
+    over = {"0.weight": memory[2:18].view(4, 4)} | {f"{i}.weight": before[i] for i in (1, 2)}
+    memory[:16] = before[0].flatten()
+    for wrong in (shifted, turned, over):
+        with pytest.raises(
+            MismatchError, match=r"\d\.weight lies in the memory of \d.*give a copy"
+        ):
+            streamsoup.mix_into(model, [model, wrong])
+    assert all(torch.equal(layer.weight, was) for layer, was in zip(model, before, strict=True))
+    streamsoup.mix_into(model, [model, beside])
+    assert torch.equal(model[0].weight, before[0] / 2)
+
+
+def test_torch_knows_that_a_mix_changed_its_tensors(tmp_path: Path) -> None:
+    """It refuses to go backward through them, and an ingredient that was open has changed."""
+    model, other = networks.build(), networks.build()
+    (opened,) = open_ingredients([model])
+    loss = model(networks.INPUTS).square().mean()
+    streamsoup.mix_into(model, [other])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ChangedIngredientError):
+        streamsoup.uniform([opened], output=tmp_path / "out")
+
+
+def test_what_is_no_model_is_named() -> None:
+    """In words, before anything is looked at; a lazy one too."""
+    state = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    with pytest.raises(MismatchError, match=r"5 is no torch\.nn\.Module"):
+        streamsoup.mix_into(5, [state])  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="not yet initialised"):
+        streamsoup.mix_into(nn.LazyLinear(2), [state])
+
+
+def test_statistics_survive_a_batch_that_fails() -> None:
+    """What could not be measured is as it was."""
+    model = nn.Sequential(nn.BatchNorm1d(12))
+    recalibrate(model, [torch.randn(16, 12) + 3])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises((RuntimeError, ValueError)):
+        recalibrate(model, [torch.randn(16, 12), torch.randn(16, 7)])
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
 def test_order_of_elements_hooks_and_wrappers_do_not_matter(

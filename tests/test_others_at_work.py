@@ -21,11 +21,12 @@ import pytest
 from checkpoints import content, random_model, save, tensor
 
 from streamsoup import folders, staging
-from streamsoup.destination import check_output
-from streamsoup.errors import OutputError
+from streamsoup.destination import check_output, check_replaceable
+from streamsoup.errors import OutputError, OutputExistsError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.options import Options
 from streamsoup.soups.fixed import uniform
+from streamsoup.soups.search_folder import lock_folder
 from streamsoup.staging import Staging
 
 COMMAND = [sys.executable, "-m", "streamsoup"]
@@ -189,6 +190,72 @@ def test_a_lock_of_somebody_else_says_nothing_to_the_terminal(tmp_path: Path) ->
     assert (status, stderr.count("\n")) == (1, 1)
     assert r"is being written by process 1 on \x1b]0;x\x07\x1b[2J since" in stderr
     assert stderr.strip().isprintable()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, None])
+def test_work_of_others_is_not_believed(tmp_path: Path, mode: int | None) -> None:
+    """Where another user may have written into it, unfinished work would be made part of a soup."""
+    a = small(tmp_path / "a")
+    uniform([a], output=tmp_path / "before")
+    work = tmp_path / "soup.partial"
+    work.mkdir(mode=0o700)
+    if mode is not None:
+        work.chmod(mode)
+        who = "may be written to by others"
+    elif IS_ROOT:
+        os.chown(work, 1234, 1234)
+        who = "belongs to user 1234"
+    else:
+        pytest.skip("only root may give things away")
+    (work / "journal").touch()
+    status, stderr = run("uniform", a, a, "-o", tmp_path / "soup")
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert f"{work}: {who}, so what is in it is not believed" in stderr
+    assert os.listdir(work) == ["journal"]
+    work.rename(tmp_path / "soup.search")
+    with pytest.raises(OutputError, match=f"{who}, so its scores are not believed"):
+        lock_folder(str(tmp_path / "soup.search"), private=True)
+
+
+def test_unfinished_work_is_nobody_elses(tmp_path: Path) -> None:
+    """Whatever the umask, others can neither write into it nor look."""
+    before = os.umask(0)
+    try:
+        with Staging(str(tmp_path / "soup"), "x", overwrite=False) as staging:
+            assert os.stat(staging.root).st_mode & 0o777 == 0o700
+            assert os.stat(staging.folder).st_mode & 0o777 == 0o777  # what will be the soup
+    finally:
+        os.umask(before)
+
+
+def test_what_cannot_be_replaced_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's soup in a sticky folder, and a folder that is mounted over itself."""
+    soup = small(tmp_path / "shared" / "soup")
+    (tmp_path / "shared").chmod(0o1777)
+    check_replaceable(str(soup))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 4321)
+        with pytest.raises(OutputExistsError, match="lets nobody else replace it"):
+            check_replaceable(str(soup))
+    if not IS_ROOT or subprocess.run(["mount", "--bind", soup, soup], check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        with pytest.raises(OutputExistsError, match="is a mount point"):
+            check_replaceable(str(soup))
+    finally:
+        subprocess.run(["umount", soup], check=True)
+
+
+def test_a_worker_that_is_stopped_by_itself_says_by_what(tmp_path: Path) -> None:
+    """As some batch systems signal every process."""
+    a = large(tmp_path / "a")
+    command = start("uniform", a, a, "-o", tmp_path / "soup")
+    os.kill(wait_for_work(tmp_path / "soup.partial"), signal.SIGTERM)
+    status, stderr = finish(command)
+    assert status == 143
+    assert stderr.startswith("interrupted by SIGTERM")
 
 
 def test_a_killed_worker_is_explained(tmp_path: Path) -> None:

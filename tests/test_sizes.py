@@ -11,8 +11,10 @@ import pytest
 import torch
 from checkpoints import random_model, save
 
+import streamsoup
 from streamsoup import CompareOptions, LearningOptions, Options, SearchOptions, uniform
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, StreamsoupError
+from streamsoup.formats.shards import open_ingredients
 from streamsoup.sizes import nbytes_text, parse_nbytes
 
 
@@ -86,6 +88,51 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
             RecipeError, match=f"^{name}: .* is no (whole number|number|truth value)$"
         ):
             kind(**{name: value})
+
+
+def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
+    """Whatever is given in the place of options, ingredients or numbers, it is named."""
+    a = str(save(tmp_path / "a", random_model(0)))
+    b, out = a, tmp_path / "out"
+    many: Any = {1.0, 2.0}
+    wrong: list[tuple[Any, str]] = [
+        (lambda: uniform([a], output=out, options=None), "None is no streamsoup.Options"),
+        (lambda: uniform([a], output=out, options={}), "{} is no streamsoup.Options"),
+        (lambda: streamsoup.geometry([a], options=SearchOptions()), "is no streamsoup.Options"),
+        (lambda: uniform([a, 3], output=out), "3 is no ingredient; give a path"),
+        (lambda: uniform([torch.nn.Linear], output=out), "a state dict holds nothing"),
+        (lambda: uniform(np.array(3), output=out), "a list of ingredients is wanted"),
+        (lambda: uniform([a], output="a\0b"), "a path holds no NUL"),
+        (lambda: streamsoup.mix([a, b], "12", output=out), "12: cannot be read"),
+        (lambda: streamsoup.mix([a, b], b"12", output=out), "a list of coefficients is wanted"),
+        (lambda: streamsoup.mix([a, b], many, output=out), "a list of coefficients is wanted"),
+        (lambda: streamsoup.mix([a], [1], normalize="no", output=out), "no truth value"),
+        (lambda: streamsoup.interpolate(a, b, "0.5", output=out), "alpha: '0.5' is no number"),
+        (lambda: streamsoup.ema([a, b], None, output=out), "decay: None is no number"),
+        (lambda: streamsoup.lawa([a, b], 1.5, output=out), "window: 1.5 is no whole number"),
+        (lambda: streamsoup.slerp([a, b], "11", output=out), "a list of weights is wanted"),
+        (lambda: streamsoup.arithmetic([], 0.5, base=a, output=out), "at least one ingredient"),
+        (lambda: streamsoup.arithmetic([a], ["x"], base=b, output=out), "scale: 'x' is no number"),
+        (lambda: SearchOptions(scores=["x"]), "scores: 'x' is no number"),
+        (lambda: SearchOptions(scores=3), "are no list of numbers"),
+        (lambda: SearchOptions(jobs=10**9).check(2), "more processes than any machine"),
+        (lambda: SearchOptions(ties=np.array(["accept"])).check(2), "none of accept, reject"),
+        (lambda: SearchOptions(on_trial=3), "on_trial: 3 cannot be called"),
+        (lambda: Options(on_progress="x"), "on_progress: 'x' cannot be called"),
+        (lambda: LearningOptions(evaluations=10**400), "evaluations: 1"),
+        (lambda: CompareOptions(orders=-1), "orders -1 is below 0"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(StreamsoupError) as error:
+            call()
+        assert message in str(error.value)
+        assert len(str(error.value)) < 400
+        assert not out.exists()
+    soup = uniform([a, b], output=os.fsencode(out))
+    with pytest.raises(RecipeError, match="0 ingredients given for a soup of 2"):
+        streamsoup.verify(out, ingredients=[])
+    shown = [soup, soup.provenance, *open_ingredients([a]), streamsoup.geometry([a, b])]
+    assert all(len(repr(each)) < 300 for each in shown)
 
 
 def test_sizes_are_written_for_people() -> None:

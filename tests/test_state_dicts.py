@@ -63,6 +63,31 @@ def test_what_wraps_a_module_is_left_out(tmp_path: Path) -> None:
     assert set(opened.layout.places) == set(state)
 
 
+def test_tied_names_are_left_out_as_transformers_does(tmp_path: Path) -> None:
+    """A live module fits its own saved checkpoint, which holds one of the names."""
+
+    class Tied(torch.nn.Module):
+        _tied_weights_keys = ("head.weight",)
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 3)
+            self.head = torch.nn.Linear(3, 5, bias=False)
+            torch.nn.init.constant_(self.embed.weight, value)
+            self.head.weight = self.embed.weight
+
+    saved = {"embed.weight": torch.full((5, 3), 1.0)}
+    soup = streamsoup.uniform([saved, Tied(3.0)], output=tmp_path / "out")
+    assert load_file(Path(soup.path) / "model.safetensors").keys() == saved.keys()
+    model = Tied(5.0)
+    streamsoup.mix_into(model, [model, saved])
+    assert torch.equal(model.head.weight, torch.full((5, 3), 3.0))
+    apart = Tied(3.0)
+    apart.head.weight = torch.nn.Parameter(torch.zeros(5, 3))  # not tied after all: it counts
+    (opened,) = open_ingredients([apart])
+    assert set(opened.layout.places) == {"embed.weight", "head.weight"}
+
+
 def test_transposed_and_scalar_tensors(tmp_path: Path) -> None:
     """Elements are read in their logical order, whatever their strides; 0-d and empty ones too."""
     a = {"t": torch.arange(6.0).reshape(2, 3).t(), "s": torch.tensor(2.0), "e": torch.zeros(0, 3)}

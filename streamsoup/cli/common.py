@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.errors import OutputError, RecipeError, StreamsoupError, is_plain, printable
-from streamsoup.supervise import supervised
+from streamsoup.supervise import status_of, supervised
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
@@ -313,8 +313,8 @@ def supervise(
             watcher.close()
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as stop:
+            return status_of(stop)
         except NobodyReadsError:
             return 0
         except Exception as error:

@@ -282,7 +282,10 @@ class Bench:
             self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
         mix, memory = self._mix.reduction(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
-        run(part, memory, reader, mix, sink, digest=False)
+        try:
+            run(part, memory, reader, mix, sink, digest=False)
+        finally:
+            sink.mark_changed()
         if self._recalibrate and len(mixture.members) > 1:
             with contained(self.task.name, "recalibration"):
                 recalibrate(sink.model, self.task.recalibration())

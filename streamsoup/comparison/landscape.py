@@ -21,7 +21,7 @@ from streamsoup.comparison.rows import to_line
 from streamsoup.errors import RecipeError
 from streamsoup.formats.shards import AnyIngredient
 from streamsoup.inspection import short_names
-from streamsoup.options import Options
+from streamsoup.options import Options, take
 from streamsoup.task import AnyTask, load_task
 
 __all__ = ["Landscape", "Mark", "landscape"]
@@ -91,6 +91,8 @@ def landscape(
 
     Raises `RecipeError` for checkpoints on one line, `TaskError`, `MismatchError`.
     """
+    resolution, margin = take("int", "resolution", resolution), take("float", "margin", margin)
+    splits = list(splits)
     if resolution < 2 or not 0 <= margin <= 10:
         raise RecipeError("a landscape needs 2 points a side or more, and a margin of 0 to 10")
     loaded = load_task(task)

@@ -19,7 +19,7 @@ from streamsoup.comparison.rows import Splits, to_line
 from streamsoup.comparison.table import splits_of
 from streamsoup.errors import RecipeError
 from streamsoup.formats.shards import AnyIngredient
-from streamsoup.options import Options
+from streamsoup.options import Options, take
 from streamsoup.soups.search import best_first
 from streamsoup.task import AnyTask, load_task
 
@@ -117,7 +117,7 @@ def sweep(
     what is new. Costs a pass over both checkpoints for each α, and the task's passes over the
     splits. Raises `RecipeError`, `TaskError`, `MismatchError`.
     """
-    at = tuple(sorted({float(alpha) for alpha in alphas}))
+    at = tuple(sorted({take("float", "alphas", alpha) for alpha in alphas}))
     if not at or not all(map(math.isfinite, at)):
         raise RecipeError("a sweep needs some finite α")
     loaded = load_task(task)

@@ -42,7 +42,7 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
 from streamsoup.inspection import short_names
-from streamsoup.options import Options, settle_numbers
+from streamsoup.options import Options, check_options, settle
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.mixture import Granularity
 from streamsoup.soups.search import best_first, random_order
@@ -76,7 +76,10 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Take numbers as other libraries have them. Raises `RecipeError`."""
-        settle_numbers(self)
+        settle(self)
+        for name in ("orders", "curve", "pairs"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} {getattr(self, name)} is below 0")
 
 
 def compare(
@@ -103,13 +106,14 @@ def compare(
 
     Raises `TaskError`, `MismatchError` and `OutputError`.
     """
+    check_options(settings, CompareOptions)
     loaded = load_task(task)
     ingredients = listed(ingredients)
     if not ingredients:
         raise RecipeError("a comparison needs at least one ingredient")
     every = [*ingredients, *([] if base is None else [base])]
     check_folder(output, every)
-    with Cache(os.path.join(os.fspath(output), "cache")) as cache:
+    with Cache(os.path.join(os.fsdecode(output), "cache")) as cache:
         bench = Bench(
             every,
             loaded,
@@ -128,8 +132,8 @@ def compare(
 
 def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngredient]) -> None:
     """Raise `OutputError` for a folder that holds something else, or lies in an ingredient."""
-    root = os.path.realpath(os.fspath(output))
-    where = printable(os.fspath(output))
+    root = os.path.realpath(os.fsdecode(output))
+    where = printable(os.fsdecode(output))
     if os.path.exists(root):
         strange = not os.path.isdir(root) or (
             os.listdir(root) and not os.path.exists(os.path.join(root, "cache", "lock"))
@@ -141,7 +145,7 @@ def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngred
     names = [each.name if isinstance(each, Ingredient) else each for each in ingredients]
     # What is in memory has no file to mind.
     paths = [os.fspath(name) for name in names if isinstance(name, (str, os.PathLike))]
-    check_outside(os.fspath(output), paths)
+    check_outside(os.fsdecode(output), paths)
 
 
 def splits_of(task: Task) -> Splits:

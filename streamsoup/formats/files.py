@@ -12,6 +12,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.regular import close_read
 from streamsoup.formats.shards import Identity, Shard
 
-__all__ = ["Bytes", "Descriptors", "Window", "on_network", "open_shard"]
+__all__ = ["Bytes", "Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
 
 Bytes = NDArray[np.uint8]
 
@@ -176,6 +177,13 @@ def on_network(paths: Sequence[str]) -> bool:
         if mounts.get(at, "").startswith(_NETWORK):
             return True
     return False
+
+
+def is_mounted(folder: str) -> bool:
+    """Whether something is mounted at a folder, be it another folder of the same disk."""
+    with suppress(OSError):
+        return os.path.realpath(folder) in _mounts()
+    return os.path.ismount(folder)
 
 
 def _mounts() -> dict[str, str]:

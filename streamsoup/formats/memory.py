@@ -9,6 +9,7 @@ tensor that is changed in place afterwards is noticed as a changed file would be
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -30,11 +31,11 @@ _PIECE = 1 << 20
 class Memory:
     """Tensors one after the other, to be sliced like the bytes of a file."""
 
-    def __init__(self, tensors: list[Any], begins: list[int]) -> None:
-        """Take tensors and the offsets of their first bytes, in order."""
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Any], begins: list[int]) -> None:
+        """Take tensors by name, and the offsets of their first bytes, in order."""
+        self._names, self._tensors = list(tensors), list(tensors.values())
         self._begins = begins
-        self._versions = [_version(tensor) for tensor in tensors]
+        self._versions = [_version(tensor) for tensor in self._tensors]
 
     def __getitem__(self, place: slice) -> NDArray[np.uint8]:
         """Give bytes that lie in one tensor."""
@@ -52,6 +53,11 @@ class Memory:
         raw: NDArray[np.uint8] = elements.contiguous().view(torch.uint8).numpy()
         skip = first % size
         return raw[skip : skip + last - first]
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors by name."""
+        return dict(zip(self._names, self._tensors, strict=True))
 
     def is_unchanged(self) -> bool:
         """Whether no tensor was changed in place, as far as torch knows."""
@@ -144,7 +150,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     nbytes = len(text) + sum(t.numel() * t.element_size() for t in tensors.values())
     header = pantry.header(text[8:], nbytes)
     order = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
-    memory = Memory([tensors[n] for n in order], [header.tensors[n].begin for n in order])
+    memory = Memory({n: tensors[n] for n in order}, [header.tensors[n].begin for n in order])
     digest = xxhash.xxh3_128(text)
     for name in order:
         spec = header.tensors[name]
@@ -184,10 +190,34 @@ def _state_of(module: Any) -> Mapping[str, Any]:
     import torch
 
     inner = unwrapped(module)
-    state: Mapping[str, Any] = inner.state_dict()
+    try:
+        state: Mapping[str, Any] = inner.state_dict()
+    except TypeError:  # of a class, say
+        state = {}
+    if not isinstance(state, Mapping):
+        raise FormatError(f"state_dict() of {printable(repr(module))} gave no mapping of tensors")
     if not isinstance(inner, torch.nn.Module):
         return state
-    return {plain_name(name): tensor for name, tensor in state.items()}
+    tied = _tied_names(inner, state)
+    return {plain_name(name): state[name] for name in state if name not in tied}
+
+
+def _tied_names(module: Any, state: Mapping[str, Any]) -> set[str]:
+    """Name the tensors that transformers leaves out when it saves: another has their memory."""
+    found: set[str] = set()
+    kept = [name for name in state if hasattr(state[name], "data_ptr")]
+    for path, each in module.named_modules():
+        for pattern in getattr(each, "_tied_weights_keys", None) or ():
+            whole = re.compile(f"{re.escape(path)}\\.{pattern}" if path else pattern)
+            for name in kept:
+                twins = (n for n in kept if n != name and n not in found)
+                if whole.fullmatch(name) and any(_same(state[name], state[n]) for n in twins):
+                    found.add(name)
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape)
 
 
 def is_apart(tensor: Any) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -32,6 +32,7 @@ from streamsoup.formats.header import Header, header_nbytes, parse_header
 from streamsoup.formats.index import check_files, check_index, is_index, read_index
 from streamsoup.formats.regular import reading
 from streamsoup.formats.weights import PICKLES, find_weights, names_in
+from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import TensorSpec
 
 __all__ = [
@@ -142,6 +143,11 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
     index_opening_nbytes: int = 0
     """Bytes that its index took while it was read."""
 
+    def __repr__(self) -> str:
+        """Say it in a line."""
+        size = nbytes_text(self.nbytes)
+        return f"<Ingredient {self.name!r}: {len(self.layout.places)} tensors, {size}>"
+
     @property
     def opening_nbytes(self) -> int:
         """Bytes that its index or its largest header took while it was read."""
@@ -220,7 +226,7 @@ class Pantry(msgspec.Struct):
             self.layouts[key] = Layout(names, headers, places)
         return self.layouts[key]
 
-    def open(self, path: str | os.PathLike[str]) -> Ingredient:
+    def open(self, path: str | bytes | os.PathLike[Any]) -> Ingredient:
         """Open one ingredient. See `open_ingredients`."""
         try:
             return self._open(str(os.fsdecode(path)))  # of numpy, too
@@ -308,9 +314,14 @@ def listed(ingredients: Iterable[AnyIngredient]) -> list[AnyIngredient]:
         raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
     if isinstance(ingredients, (Mapping, Ingredient)) or hasattr(ingredients, "state_dict"):
         raise RecipeError("this is one ingredient, and a list of them is wanted")
-    if isinstance(ingredients, Set) or not isinstance(ingredients, Iterable):
-        raise RecipeError(f"{printable(repr(ingredients))}: a list of ingredients is wanted")
-    return list(ingredients)
+    try:
+        if isinstance(ingredients, (set, frozenset)):
+            raise TypeError
+        going = iter(ingredients)
+    except TypeError:
+        given = printable(repr(ingredients))
+        raise RecipeError(f"{given}: a list of ingredients is wanted") from None
+    return list(going)
 
 
 def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
@@ -328,12 +339,16 @@ def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
         if isinstance(path, Ingredient):
             path.check_unchanged()
             opened.append(path)
-        elif isinstance(path, Mapping) or hasattr(path, "state_dict"):
+        elif isinstance(path, Mapping) or callable(getattr(path, "state_dict", None)):
             from streamsoup.formats.memory import open_state
 
             opened.append(open_state(path, pantry))
-        else:
+        elif isinstance(path, (str, bytes, os.PathLike)):
             opened.append(pantry.open(path))
+        else:
+            raise RecipeError(
+                f"{printable(repr(path))} is no ingredient; give a path, a state dict or a module"
+            )
     return opened
 
 

@@ -106,7 +106,8 @@ def _cache_name(label: str, rooms: Sequence[str]) -> str:
     for room in rooms:
         with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
             parts.append(file.read())
-    key = xxhash.xxh3_128_hexdigest(os.fsencode("\0".join(parts)))
+    text = "\0".join(parts).encode("utf-8", "surrogateescape")  # whatever the locale
+    key = xxhash.xxh3_128_hexdigest(text)
     return f"{label}-{key}.o".lower()
 
 

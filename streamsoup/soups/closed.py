@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from streamsoup.angles import Place, measure, plan_geometry
 from streamsoup.destination import check_output
-from streamsoup.errors import RecipeError, check_choice, some
+from streamsoup.errors import RecipeError, check_choice, printable, some
 from streamsoup.formats.shards import AnyIngredient, listed
-from streamsoup.options import Options
+from streamsoup.options import Options, take
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import Soup, make, order
 
@@ -44,7 +44,7 @@ NEARLY_OPPOSITE = -1 + 1e-9
 
 LARGEST_FACTORS = 100.0
 """Sum of the absolute coefficients, beyond which they stand for what cancels out, and for nothing
-where vectors differ in length. The SLERP of two has fewer unless they are 179 degrees apart."""
+where vectors differ in length. The SLERP of two has fewer unless they are 178.8 degrees apart."""
 
 
 def ema(
@@ -59,6 +59,7 @@ def ema(
     `decay` ``(0 ≤ d < 1)`` is what a step leaves of the average so far; the first checkpoint
     starts it. Costs and errors as for `uniform`.
     """
+    decay = take("float", "decay", decay)
     if not 0 <= decay < 1:
         raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
     checkpoints = listed(checkpoints)
@@ -79,7 +80,7 @@ def lawa(
 
     Costs and errors as for `uniform`, of the latest ones only.
     """
-    checkpoints = listed(checkpoints)
+    checkpoints, window = listed(checkpoints), take("int", "window", window)
     if not 1 <= window <= len(checkpoints):
         raise RecipeError(
             f"a window of {window} does not fit {len(checkpoints)} checkpoints; "
@@ -140,7 +141,10 @@ def arithmetic(
     """
     ingredients = listed(ingredients)
     n = len(ingredients)
-    scales = [float(s) for s in scale] if np.ndim(scale) else [float(scale)] * n  # type: ignore[arg-type, union-attr]
+    if n < 1:
+        raise RecipeError("task arithmetic needs at least one ingredient besides the base")
+    many: Sequence[Any] = scale if np.ndim(scale) else [scale] * n  # type: ignore[assignment]
+    scales = [take("float", "scale", each) for each in many]
     if len(scales) != n:
         raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
     if not math.isfinite(sum(scales)):
@@ -302,9 +306,11 @@ def _about_zero(place: Place) -> Floats:
 
 
 def _shares(weights: Sequence[float], n: int) -> Floats:
-    if len(weights) != n:
-        raise RecipeError(f"{len(weights)} weights for {n} ingredients; give one for each")
-    given = np.array([float(weight) for weight in weights])
+    if isinstance(weights, (str, bytes)):
+        raise RecipeError(f"{printable(repr(weights))}: a list of weights is wanted")
+    given = np.array([take("float", "weights", weight) for weight in weights])
+    if len(given) != n:
+        raise RecipeError(f"{len(given)} weights for {n} ingredients; give one for each")
     with np.errstate(over="ignore"):
         total = float(given.sum())
     if not ((given >= 0).all() and 0 < total < math.inf):
@@ -328,7 +334,7 @@ def _measure(
     equal = Coefficients.uniform(len(everything))
     ordered = order(everything, equal, method="mix", options=options)
     check_output(
-        os.fspath(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
+        os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
     )
     plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
     found = measure(plan, memory, mapped=mapped, base=base is not None, options=options)

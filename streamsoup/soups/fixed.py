@@ -17,7 +17,7 @@ import msgspec
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.formats.side_files import pieces
-from streamsoup.options import Options
+from streamsoup.options import Options, take
 from streamsoup.recipe import PROVENANCE_NAME, Coefficients
 from streamsoup.soups.make import Soup, make, order
 
@@ -36,8 +36,9 @@ def uniform(
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
     An ingredient is a safetensors file, a folder that holds a checkpoint, or one already open.
-    For bfloat16 and float16 the result is the correctly rounded mean. Reads each ingredient
-    once, holds blocks of it only. Raises the errors of `order` and `make`.
+    The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
+    the sum. Reads each ingredient once, holds blocks of it only. Raises the errors of `order` and
+    `make`.
     """
     opened = open_ingredients(ingredients)
     ordered = order(opened, Coefficients.uniform(len(opened)), method="uniform", options=options)
@@ -58,7 +59,7 @@ def mix(
     divided by their sum with `normalize`. The path of a soup stands for those it was made with,
     such as learned ones, tensor by tensor. Costs and errors as for `uniform`.
     """
-    found = find_coefficients(coefficients, normalize=normalize)
+    found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
     ordered = order(ingredients, found, method="mix", options=options)
     return make(ordered, output=output, options=options)
 
@@ -109,7 +110,7 @@ def interpolate(
     `alpha` is any finite number: 0 is the base, 1 the fine-tuned model, beyond is extrapolation.
     Costs and errors as for `uniform`.
     """
-    alpha = float(alpha)  # of numpy or torch it may be narrow, and 1 - alpha with it
+    alpha = take("float", "alpha", alpha)  # it may be narrow, and 1 - alpha with it
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha {alpha} is not finite")
     coefficients = Coefficients.given((1.0 - alpha, alpha))

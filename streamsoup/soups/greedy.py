@@ -35,7 +35,7 @@ from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.candidates import Moved
 from streamsoup.soups.make import Order, Soup, digest_beside, make, order, put_into
@@ -96,13 +96,14 @@ def greedy_soup(
     of `make` and `Scorebook`.
     """
     started = time.monotonic()
+    check_options(search, SearchOptions)
     opened = open_ingredients(ingredients)
     search.check(len(opened))
     ordered = order(opened, Coefficients.uniform(len(opened)), method="greedy", options=options)
-    target = os.path.realpath(os.fspath(output))
+    target = os.path.realpath(os.fsdecode(output))
     resumed = os.path.lexists(target + ".search") and not search.restart
     if not resumed:
-        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
+        check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=False)
     kitchen = _Kitchen(ordered, task, model, search, options, target)
     try:
         bound_to = kitchen.bound_to()
@@ -116,7 +117,7 @@ def greedy_soup(
                 put_into(model, finished, options)
                 book.finish()
                 return finished
-            check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
+            check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=resumed)
             scorers = kitchen.open(book)
             ask = _asking(scorers, book, search, given)
             found = go_through([ingredient.name for ingredient in opened], ask, search)

@@ -31,7 +31,7 @@ from streamsoup.destination import check_output
 from streamsoup.digest import digest_bytes
 from streamsoup.errors import OutputExistsError, RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
 from streamsoup.soups.make import Soup, digest_beside, make, order, put_into
@@ -88,6 +88,7 @@ def learned_soup(
     """
     import torch
 
+    check_options(learning, LearningOptions)
     learning.check()
     if torch.is_inference_mode_enabled():
         raise RecipeError("nothing has a gradient in torch.inference_mode(): learn outside of it")
@@ -101,10 +102,10 @@ def learned_soup(
     split = loaded.check_split(learning.split)
     if learning.guard is not None and loaded.check_split(learning.guard) == split:
         raise RecipeError(f"the split {printable(split)!r} cannot both learn and watch")
-    target = os.path.realpath(os.fspath(output))
+    target = os.path.realpath(os.fsdecode(output))
     resumed = os.path.lexists(target + ".search") and not learning.restart
     if not resumed:
-        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=False)
+        check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=False)
     bound_to = _bound_to(ordered, loaded, learning, split)
     about = [bound_to, ordered.plan.recipe.shard_size]
     identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
@@ -114,7 +115,7 @@ def learned_soup(
             put_into(model, known, options)
             notebook.finish()
             return known
-        check_output(os.fspath(output), opened, overwrite=options.overwrite, resumes=resumed)
+        check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=resumed)
         search = Search(ordered, loaded, model, split, learning, options, notebook)
         search.run()
         report = search.report(identity)

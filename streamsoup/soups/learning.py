@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError, ResumeError, TaskError, check_choice, printable
-from streamsoup.options import Options, settle_numbers
+from streamsoup.options import Options, settle
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.descent import AdamW, lbfgs
 from streamsoup.soups.mixture import Constraint, Granularity, make_mixture
@@ -81,7 +81,7 @@ class LearningOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Take numbers as other libraries have them. Raises `RecipeError`."""
-        settle_numbers(self)
+        settle(self)
 
     def check(self) -> None:
         """Raise `RecipeError` for options that make no sense."""

@@ -7,7 +7,7 @@ stays there too, if it fits, so that a trial moves one ingredient over the bus a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -20,13 +20,14 @@ from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live import ModelSink
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options, take
 from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.reduce import Engine, Mix, Reduction
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates
+from streamsoup.soups.fixed import AnyCoefficients, find_coefficients
 from streamsoup.soups.make import order
 from streamsoup.soups.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.stream import run
@@ -107,7 +108,7 @@ class LiveMix:
 def mix_into(
     model: nn.Module,
     ingredients: Iterable[AnyIngredient],
-    coefficients: Sequence[float] | Coefficients | None = None,
+    coefficients: AnyCoefficients | None = None,
     *,
     normalize: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
@@ -117,22 +118,29 @@ def mix_into(
     Without `coefficients`, the mean. Sums are made on the device of the model (`Options.device`
     ``auto``) or on the one that is named. Writes nothing to disk; holds blocks only. Each result
     is rounded once, to the dtype of the ingredients or `Options.dtype`, and has the bytes that
-    `mix` would write. Raises what `mix` raises, and `MismatchError` where the model does not fit;
-    after any other error, the model holds part of the mix.
+    `mix` would write. The model may be an ingredient itself. Raises what `mix` raises, and
+    `MismatchError` where the model does not fit, or an ingredient lies in its memory in another
+    way; after any other error, the model holds part of the mix.
     """
+    check_options(options, Options)
     if coefficients is None:
         ingredients = open_ingredients(ingredients)
         coefficients = Coefficients.uniform(len(ingredients))
     elif not isinstance(coefficients, Coefficients):
-        coefficients = Coefficients.given(coefficients, normalize=normalize)
+        told = take("bool", "normalize", normalize)
+        coefficients = find_coefficients(coefficients, normalize=told)
     on_host = replace(options, device="cpu")
     ordered = order(ingredients, coefficients, method="mix", options=on_host)
     plan = ordered.plan
     sink = ModelSink(model, plan)
+    sink.check_in_place()
     mix = LiveMix(plan, sink, mapped=ordered.mapped, options=options)
     reduction, memory = mix.reduction(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
-    run(plan, memory, reader, reduction, sink, digest=False, on_progress=options.on_progress)
+    try:
+        run(plan, memory, reader, reduction, sink, digest=False, on_progress=options.on_progress)
+    finally:
+        sink.mark_changed()
     return plan.recipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from streamsoup.errors import (
 from streamsoup.folders import sync_folder
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
-from streamsoup.options import Options
+from streamsoup.options import Options, check_options
 from streamsoup.plan import FilePlan, MixPlan, plan_files, plan_mix
 from streamsoup.read import open_reader, will_map
 from streamsoup.recipe import (
@@ -74,6 +75,11 @@ class Soup(msgspec.Struct, frozen=True):
     summed_on: str = ""
     """On which device its sums were made, and why there; empty if an earlier run had made them."""
 
+    def __repr__(self) -> str:
+        """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
+        n = len(self.recipe.ingredients)
+        return f"<{type(self).__name__}: {self.recipe.method} of {n} in {self.path!r}>"
+
 
 class Order(msgspec.Struct, frozen=True):
     """A soup planned to the last byte: all that can be known before a weight is read."""
@@ -105,6 +111,7 @@ def order(
     Raises whatever can be refused by then: `FormatError`, `MismatchError`, `RecipeError`,
     `BudgetError`.
     """
+    check_options(options, Options)
     opened = open_ingredients(ingredients)
     size = options.shard_size
     recipe = Recipe(
@@ -124,7 +131,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     plan = plan_mix(opened, recipe)
     mapped = will_map(opened, options.io)
     on_device = None
-    why = "the bus takes longer than the sums" if options.device == "auto" else "told"
+    why = "no device was asked for" if options.device == "auto" else "told"
     summed_on = f"cpu, as {why}"
     if options.device not in ("auto", "cpu"):
         from streamsoup.device_mix import find_device
@@ -169,7 +176,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     `ChangedIngredientError`.
     """
     started = time.monotonic()
-    given = os.fspath(output)
+    given = os.fsdecode(output)
     plan = ordered.plan
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
@@ -250,6 +257,8 @@ def _not_written(output: str, error: OSError) -> OutputError:
     after = "nothing is left behind; mend that, or choose another folder"
     if os.path.lexists(os.path.realpath(output) + ".partial"):
         after = "what is finished is kept beside it; mend that, and the same command goes on"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        after = "raise the limit of open files (ulimit -n), and run again"
     wrapped = OutputError(
         f"{printable(output)}: cannot be written: {error.strerror or error}; {after}"
     )

@@ -99,6 +99,8 @@ class LiveScorer:
         except BaseException as error:
             error.add_note("the live model holds parts of a candidate now")
             raise
+        finally:
+            self.sink.mark_changed()
 
     def close(self) -> None:
         """Put modules back into the modes they were in, and forget the running sum."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
 
-from streamsoup.errors import RecipeError, TaskError, check_choice
-from streamsoup.options import settle_numbers
+from streamsoup.errors import RecipeError, TaskError, check_choice, printable
+from streamsoup.options import settle, take
 from streamsoup.soups.candidates import Moved
 from streamsoup.soups.running import SumsPlace
 from streamsoup.soups.scorebook import Members
@@ -36,6 +36,10 @@ __all__ = [
     "random_order",
     "search",
 ]
+
+
+JOBS = 1000
+"""Most workers of a search."""
 
 
 class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +87,12 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Take numbers as other libraries have them. Raises `RecipeError`."""
-        settle_numbers(self)
+        settle(self)
+        if self.scores is not None and not isinstance(self.scores, Mapping):
+            if isinstance(self.scores, (str, bytes)) or not isinstance(self.scores, Iterable):
+                raise RecipeError(f"scores: {printable(repr(self.scores))} are no list of numbers")
+            scores = tuple(take("float", "scores", score) for score in self.scores)
+            msgspec.structs.force_setattr(self, "scores", scores)
 
     def check(self, n_ingredients: int) -> None:
         """Raise `RecipeError` for options that make no sense."""
@@ -106,6 +115,8 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("jobs", "passes", "n_orders"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 1")
+        if self.jobs > JOBS:
+            raise RecipeError(f"{self.jobs} jobs are more processes than any machine has room for")
         check_choice("ties", self.ties, ("accept", "reject"))
         check_choice("order", self.order, ("scores", "given", "random"))
         check_choice("direction", self.direction, ("forward", "backward"))

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
-from streamsoup.folders import remove_any, sync_folder, unlock
+from streamsoup.folders import make_private, remove_any, stranger, sync_folder, unlock
 from streamsoup.journal import Journal
 
 __all__ = ["SearchFolder", "lock_folder"]
@@ -39,7 +39,7 @@ class SearchFolder:
         damaged journal or one of another search, `OutputError` if the folder is not ours.
         """
         self.root = target + ".search"
-        self._lock = lock_folder(self.root)
+        self._lock = lock_folder(self.root, private=True)
         try:
             path = os.path.join(self.root, "journal")
             if restart and os.path.lexists(path):
@@ -134,19 +134,28 @@ class SearchFolder:
                 os.unlink(os.path.join(self.root, name))
 
 
-def lock_folder(root: str) -> int:
+def lock_folder(root: str, *, private: bool = False) -> int:
     """Make a folder, and those above it, and lock it against every other run.
 
-    Gives the descriptor of the lock. Raises `OutputBusyError` if another run holds it, and
-    `OutputError` if the folder is not ours or cannot be made.
+    One that is `private` is believed only if nobody else may have written there. Gives the
+    descriptor of the lock. Raises `OutputBusyError` if another run holds it, and `OutputError` if
+    the folder is not ours or cannot be made.
     """
     where = printable(root)
     try:
         while True:
             if not os.path.lexists(root):
-                os.makedirs(root, exist_ok=True)
+                os.makedirs(os.path.dirname(root), exist_ok=True)
+                with suppress(FileExistsError):
+                    (make_private if private else os.mkdir)(root)
             # Not through a link: candidates of earlier runs are removed from what is ours.
             is_folder = os.path.isdir(root) and not os.path.islink(root)
+            who = stranger(root) if private and is_folder else ""
+            if who:
+                raise OutputError(
+                    f"{where}: {who}, so its scores are not believed; a search may be at work "
+                    "there: wait for it, choose another output, or remove that folder"
+                )
             names = os.listdir(root) if is_folder else ["?"]
             if names and "lock" not in names:
                 raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")

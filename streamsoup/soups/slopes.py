@@ -295,7 +295,10 @@ class Slopes:
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         started = time.monotonic()
         to_model = Apart(self._sink, pieces_of(self._sink.plan, part))
-        run(part, memory, reader, mix, to_model, digest=False)
+        try:
+            run(part, memory, reader, mix, to_model, digest=False)
+        finally:
+            self._sink.mark_changed()
         self._count(part.nbytes_read, started)
 
     def _count(self, nbytes: int, started: float) -> None:
