@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import permutations
@@ -54,18 +55,18 @@ class Counting:
     def __init__(self, *, score: Any = None, predicts: bool = True, fails_after: int = -1) -> None:
         self.splits = list(SPLITS)
         self.asked: list[tuple[str, str]] = []
-        self.n_built = 0
-        self.fails_after = fails_after
+        self._n_built = 0
+        self._fails_after = fails_after
         self._score = score
         if not predicts:
             self.predictions = None  # type: ignore[assignment,method-assign]
 
     def build(self) -> torch.nn.Module:
-        self.n_built += 1
+        self._n_built += 1
         return build()
 
     def note(self, what: str, split: str) -> None:
-        if len(self.asked) == self.fails_after:
+        if len(self.asked) == self._fails_after:
             raise RuntimeError("the power failed")
         self.asked.append((what, split))
 
@@ -210,9 +211,9 @@ def test_second_run_measures_nothing(folders: list[str], tmp_path: Path) -> None
     before = compare(folders, first, output=tmp_path / "out", settings=settings)
     after = compare(folders, again, output=tmp_path / "out", settings=settings)
     assert before.n_measured > 0
-    assert (after.n_measured, again.asked, again.n_built) == (0, [], 0)
+    assert (after.n_measured, again.asked, again._n_built) == (0, [], 0)
     assert list(before.to_lines()) == list(after.to_lines())
-    assert first.n_built == 1
+    assert first._n_built == 1
 
 
 def test_one_more_ingredient_costs_what_is_new(folders: list[str], tmp_path: Path) -> None:
@@ -504,7 +505,7 @@ def test_predictions_without_a_gradient(folders: list[str], tmp_path: Path, how:
     assert "learned soup" not in by_name(found)
     again = Deaf(how)
     compare(folders, again, output=tmp_path / "out", settings=settings)
-    assert (again.asked, again.n_built) == ([], 0)
+    assert (again.asked, again._n_built) == ([], 0)
 
 
 def test_a_frozen_model_can_still_be_learned_in(folders: list[str], tmp_path: Path) -> None:
@@ -533,6 +534,23 @@ def test_learning_that_was_killed(
             compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
     found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)
     assert by_name(found)["learned soup"].n_ingredients == 6
+
+
+def test_learning_goes_on_anew_where_paths_changed(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept goes by content; the notes of a learned search, by path and time, may go."""
+    settings = replace(SMALL, learned=("global",))
+    before, whole = Counting(), Counting()
+    compare(folders[:3], before, output=tmp_path / "before", settings=SMALL)
+    compare(folders[:3], whole, output=tmp_path / "whole", settings=settings)
+    fails = Counting(fails_after=(len(before.asked) + len(whole.asked)) // 2)
+    with pytest.raises(TaskError):
+        compare(folders[:3], fails, output=tmp_path / "out", settings=settings)
+    assert list((tmp_path / "out" / "cache").glob("learned-*.search"))
+    os.utime(Path(folders[0]) / "model.safetensors", (1, 1))
+    found = compare(folders[:3], Counting(), output=tmp_path / "out", settings=settings)
+    assert "learned soup" in by_name(found)
 
 
 def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:

@@ -637,6 +637,56 @@ def test_scores_belong_to_the_files_beside_the_weights(tmp_path: Path) -> None:
     assert search(restart=True).members
 
 
+def test_where_one_stands_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search is gone on with from another folder, however the paths are spelled."""
+    networks.ingredients(tmp_path / "in", 3)
+    task, _ = networks.task_file(tmp_path)
+    scores = Path(task).read_text()
+    left = tmp_path / "left"
+    left.write_text("2")
+    Path(task).write_text(
+        f"{scores}\nof = score\ndef score(model, split):\n"
+        f"    from pathlib import Path\n    path = Path({str(left)!r})\n"
+        "    n = int(path.read_text())\n    path.write_text(str(n - 1))\n"
+        "    assert n\n    return of(model, split)\n"
+    )
+    spellings = [(tmp_path, "in/run", "task.py"), (tmp_path / "in", "run", "../task.py")]
+    for number, (folder, prefix, name) in enumerate(spellings):
+        monkeypatch.chdir(folder)
+        paths = [f"{prefix}{i}" for i in range(3)]
+        if number == 0:
+            with pytest.raises(TaskError):
+                greedy_soup(paths, name, output=tmp_path / "out")
+            left.write_text("99")
+        else:
+            assert greedy_soup(paths, name, output="../out").report["n_resumed"] == 2
+
+
+def test_scores_belong_to_the_model_that_was_given(tmp_path: Path, paths: list[str]) -> None:
+    """The same function in another network is another task."""
+    other = networks.build()
+    other[2] = nn.Tanh()
+    cache = tmp_path / "cache"
+    found = [
+        streamsoup.sweep(*paths[:2], networks.score, [0, 1], cache=cache, model=model)
+        for model in (networks.build(), other, networks.build())
+    ]
+    assert [each.n_measured for each in found] == [2, 2, 0]
+    assert found[0].values != found[1].values
+
+    def stops(model: nn.Module) -> float:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(model)
+        return networks.score(model)
+
+    seen: list[nn.Module] = []
+    with pytest.raises(KeyboardInterrupt):
+        greedy_soup(paths, stops, model=networks.build(), output=tmp_path / "out")
+    with pytest.raises(ResumeError, match="since then the model changed"):
+        greedy_soup(paths, stops, model=other, output=tmp_path / "out")
+
+
 def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:
     """A second search of the same output is refused while one is at it."""
 

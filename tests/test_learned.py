@@ -529,7 +529,7 @@ def test_a_search_that_was_stopped_goes_on(
     left[0] = 3
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "other", task, **settings)
-    with pytest.raises(ResumeError, match="--granularity"):
+    with pytest.raises(ResumeError, match="--per"):
         learn(paths, tmp_path / "other", task, **settings | {"granularity": "global"})
 
 

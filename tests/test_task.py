@@ -23,6 +23,7 @@ from streamsoup import SearchOptions, greedy_soup
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
+from streamsoup.task.code import digest_model
 from streamsoup.task.command import command_task
 
 
@@ -261,6 +262,56 @@ def test_libraries_are_not_read_through(tmp_path: Path) -> None:
         assert (load_task(task).fingerprint != before) == changes
 
 
+def test_what_a_task_imports_by_name_counts(tmp_path: Path) -> None:
+    """Not by statements alone: whatever of its folder was imported as it was loaded."""
+    task, plugin = tmp_path / "task.py", tmp_path / "plugin.py"
+    task.write_text(
+        "import importlib\nV = importlib.import_module('plugin').V\ndef score(model): return V\n"
+    )
+    known = set()
+    for text in ("V = 1\n", "V = 22\n", "V = 1\n"):
+        plugin.write_text(text)
+        known.add(load_task(task).fingerprint)
+    assert len(known) == 2
+
+
+def test_settings_of_a_task_object_count() -> None:
+    """Plain attributes do, but private ones; of what is called as a task, too."""
+
+    class Judge:
+        def __init__(self, **settings: Any) -> None:
+            vars(self).update(settings)
+
+        def __call__(self, model: Any) -> float:
+            return 0.0
+
+    class Asked(Judge):
+        score = Judge.__call__
+
+    for kind in (Judge, Asked):
+        some = [{"k": 1}, {"k": 2}, {"k": 1, "cfg": {"a": 1}}, {"k": 1, "cfg": {"a": 2}}]
+        assert len({load_task(kind(**each)).fingerprint for each in some}) == 4
+        same = [{"k": 1}, {"k": 1, "_calls": 3}, {"k": 1, "log": [1]}, {"k": 1, "data": len}]
+        assert len({load_task(kind(**each)).fingerprint for each in same}) == 1
+
+
+def test_a_model_is_known_by_what_it_computes() -> None:
+    """By its modules and their settings, not by its weights, nor by where it lies in memory."""
+
+    def net(function: torch.nn.Module, p: float = 0.1) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(3, 3), function, torch.nn.Dropout(p))
+
+    class Odd(torch.nn.Module):
+        def extra_repr(self) -> str:
+            return f"at {id(self):#x}"
+
+    relu = digest_model(net(torch.nn.ReLU()))
+    assert digest_model(net(torch.nn.ReLU())) == relu
+    others = [net(torch.nn.Tanh()), net(torch.nn.ReLU(), 0.2), net(Odd())]
+    assert len({relu, *map(digest_model, others)}) == 4
+    assert digest_model(net(Odd())) == digest_model(net(Odd()))
+
+
 def test_the_metric_that_counts_is_in_the_fingerprint() -> None:
     """Scores of one are none of another, also where the task is an object."""
     score = load_task(SimpleNamespace(score=len, main="acc")).fingerprint
@@ -302,6 +353,7 @@ TYPED = [
     "class T:\n    at = ({},)\n    def score(self, model): return self.at[0]\nscore = T()",
     "class T:\n    class I:\n        at = {}\n"
     "    def score(self, model): return self.I.at\nscore = T()",
+    "AT = dict(a={})\ndef score(model): return AT['a']",
     "def score(model, at=[{}]): return at[0]",
     "def score(model, *, at=dict(a={})): return at['a']",
     "import functools\nscore = functools.partial(lambda model, at: at[0], at=[{}])",
@@ -374,6 +426,36 @@ def test_the_fingerprint_of_a_command(tmp_path: Path) -> None:
                 known.add(command_task(line, main=None, timeout=None).fingerprint)
         known.add(command_task(line, main="acc", timeout=None).fingerprint)
         assert len(known) == 7, line
+
+
+def test_what_a_command_runs_in_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a module, as a folder, by a variable, or out of a shell script: it counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "run.sh").write_text('python "$WHERE/ev.py" $1\n')
+    for line, file in (
+        ("python -m ev {checkpoint}", "ev.py"),
+        ("python -m kit.ev {checkpoint}", "kit/ev.py"),
+        ("python kit {checkpoint}", "kit/__main__.py"),
+        ("python $WHERE/ev.py {checkpoint}", "ev.py"),
+        ("sh run.sh {checkpoint}", "ev.py"),
+    ):
+        known = set()
+        for text in ("1", "22"):
+            (tmp_path / file).write_text(text)
+            known.add(command_task(line, main=None, timeout=None).fingerprint)
+        assert len(known) == 2, line
+
+
+def test_a_script_that_changes_as_it_is_used(tmp_path: Path, paths: list[str]) -> None:
+    """Scores of two scripts make no soup."""
+    script, helper = tmp_path / "ev.py", tmp_path / "helper.py"
+    script.write_text(f"import helper\nprint(1)\nopen({str(helper)!r}, 'a').write('V = 1')")
+    helper.write_text("")
+    task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
+    with pytest.raises(TaskError, match=r"ev\.py, or what it imports, changed as it was used"):
+        greedy_soup(paths, task, output=tmp_path / "out")
 
 
 def test_a_command_may_tidy_up(tmp_path: Path, paths: list[str]) -> None:

@@ -31,6 +31,7 @@ from streamsoup.read import open_reader
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
 from streamsoup.soups.make import order
 from streamsoup.task import Score, Task
+from streamsoup.task.code import digest_model
 
 if TYPE_CHECKING:
     from streamsoup.live import ModelSink
@@ -109,6 +110,8 @@ class Bench:
             task.need("score")
         self._watch = watch
         self._model = model
+        self.given = "" if model is None else digest_model(model)
+        """What tells the model that was given from every other; nothing if the task builds one."""
         self._sink: ModelSink | None = None
         self._mix: LiveMix | None = None
         self._training: list[tuple[Any, bool]] = []
@@ -216,6 +219,7 @@ class Bench:
             self.plan.recipe.dtype,
             [self.digest(i) for i in mixture.members],
             msgspec.json.encode(mixture.coefficients).decode(),
+            *([self.given] if self.given else []),
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import xxhash
 from msgspec.structs import replace
 
 from streamsoup.comparison.bench import Bench
+from streamsoup.errors import ResumeError
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.mixture import Granularity
 from streamsoup.task import Task
+
+if TYPE_CHECKING:
+    from streamsoup.soups.learned import LearnedSoup
 
 __all__ = ["learn", "why_not"]
 
@@ -80,7 +84,8 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
     search goes on.
     """
     digests = ",".join(bench.digest(i) for i in range(n))
-    key = f"learned:{granularity}:{bench.task.fingerprint}:{bench.plan.recipe.dtype}:{digests}"
+    told = f"{bench.task.fingerprint}:{bench.given}:{bench.plan.recipe.dtype}"
+    key = f"learned:{granularity}:{told}:{digests}"
     known = bench.cache.value(key)
     if known is None:
         from streamsoup.soups.learned import learned_soup
@@ -89,14 +94,21 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
         # By its key, so that a search that was killed is gone on with by the same one alone.
         name = f"learned-{xxhash.xxh3_64_hexdigest(key.encode())}"
         output = os.path.join(bench.cache.folder, name)
-        soup = learned_soup(
-            bench.plan.ingredients[:n],
-            _with_loss(bench.task),
-            output=output,
-            model=bench.borrow(),
-            learning=LearningOptions(granularity=granularity),
-            options=replace(bench.options, overwrite=True),
-        )
+
+        def search(*, restart: bool) -> LearnedSoup:
+            return learned_soup(
+                bench.plan.ingredients[:n],
+                _with_loss(bench.task),
+                output=output,
+                model=bench.borrow(),
+                learning=LearningOptions(granularity=granularity, restart=restart),
+                options=replace(bench.options, overwrite=True),
+            )
+
+        try:
+            soup = search(restart=False)
+        except ResumeError:  # its notes go by paths and times, and the folder by contents
+            soup = search(restart=True)
         known = msgspec.to_builtins(soup.recipe.coefficients)
         bench.cache.put_value(key, known)
         shutil.rmtree(output, ignore_errors=True)

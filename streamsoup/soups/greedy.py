@@ -43,11 +43,14 @@ from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import FolderScorer, LiveScorer, Outcome, contained
 from streamsoup.soups.search import Ask, Run, SearchOptions, Trial, backward, best_run, forward
 from streamsoup.soups.search import search as go_through
+from streamsoup.soups.search_folder import bound_ingredients
 from streamsoup.soups.search_report import RULES, report_of
 from streamsoup.soups.serving import Work, candidates_of
 from streamsoup.soups.workers import Alone, Crew, Scorers
 from streamsoup.task import AnyTask, Score, Task, load_task
+from streamsoup.task.code import digest_model
 from streamsoup.task.command import CommandTask
+from streamsoup.task.loading import place_of
 from streamsoup.verification import read_provenance
 
 if TYPE_CHECKING:
@@ -263,11 +266,10 @@ class _Kitchen:
         """Say what the scores depend on."""
         recipe = self.ordered.plan.recipe
         return {
-            "ingredients": [
-                [ingredient.name, ingredient.fingerprint]
-                for ingredient in self.ordered.plan.ingredients
-            ],
+            "ingredients": bound_ingredients(self.ordered.plan.ingredients),
             **self.described,
+            "task": place_of(self.described["task"]),
+            "model": "" if self._model is None else digest_model(self._model),
             "side_files": digest_beside(self.ordered),
             "split": self.split,
             "metric": self._command.main if self._command is not None else None,

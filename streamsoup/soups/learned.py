@@ -36,7 +36,10 @@ from streamsoup.recipe import Coefficients
 from streamsoup.soups.learning import SETTINGS, LearningOptions, Look, Search
 from streamsoup.soups.make import Soup, digest_beside, make, order, put_into
 from streamsoup.soups.notebook import Notebook
+from streamsoup.soups.search_folder import bound_ingredients
 from streamsoup.task import AnyTask, Task, load_task
+from streamsoup.task.code import digest_model
+from streamsoup.task.loading import place_of
 from streamsoup.verification import read_provenance
 
 if TYPE_CHECKING:
@@ -106,7 +109,7 @@ def learned_soup(
     resumed = os.path.lexists(target + ".search") and not learning.restart
     if not resumed:
         check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=False)
-    bound_to = _bound_to(ordered, loaded, learning, split)
+    bound_to = _bound_to(ordered, loaded, model, learning, split)
     about = [bound_to, ordered.plan.recipe.shard_size]
     identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
     with Notebook(target, bound_to, restart=learning.restart) as notebook:
@@ -134,13 +137,16 @@ def learned_soup(
     return soup if isinstance(soup, LearnedSoup) else _described(soup)
 
 
-def _bound_to(ordered: Order, task: Task, learning: LearningOptions, split: str) -> dict[str, Any]:
+def _bound_to(
+    ordered: Order, task: Task, model: nn.Module | None, learning: LearningOptions, split: str
+) -> dict[str, Any]:
     """Say what the search depends on: not a look of it is of use for anything else."""
     recipe = ordered.plan.recipe
     return {
         "kind": "learned",
-        "ingredients": [[i.name, i.fingerprint] for i in ordered.plan.ingredients],
-        "task": task.name,
+        "ingredients": bound_ingredients(ordered.plan.ingredients),
+        "task": place_of(task.name),
+        "model": "" if model is None else digest_model(model),
         "code": task.fingerprint,
         "side_files": digest_beside(ordered),
         "split": split,

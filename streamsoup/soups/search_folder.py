@@ -20,9 +20,10 @@ from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
 from streamsoup.folders import make_private, remove_any, stranger, sync_folder, unlock
+from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal
 
-__all__ = ["SearchFolder", "lock_folder"]
+__all__ = ["SearchFolder", "bound_ingredients", "lock_folder"]
 
 _OURS = ("journal", "lock")
 """In the order in which they are removed: what has no lock is not ours."""
@@ -134,6 +135,17 @@ class SearchFolder:
                 os.unlink(os.path.join(self.root, name))
 
 
+def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
+    """Say which ingredients answers are about: real paths, and what tells their files."""
+    return [
+        [
+            each.name if each.shards[0].in_memory else os.path.realpath(each.path),
+            each.fingerprint,
+        ]
+        for each in ingredients
+    ]
+
+
 def lock_folder(root: str, *, private: bool = False) -> int:
     """Make a folder, and those above it, and lock it against every other run.
 
@@ -217,6 +229,8 @@ def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
             names = {
                 "task": "the task",
                 "code": "the code of the task",
+                "model": "the model",
+                "granularity": "--per",
                 "side_files": "what lies beside the weights of the first ingredient",
             }
             changed.append(names.get(key, f"--{key.replace('_', '-')}"))

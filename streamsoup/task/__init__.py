@@ -30,6 +30,9 @@ reach, or None. Once it is out of reach, ``{"at_most": bound}`` may be returned 
 the decision is the same, only sooner. An ``examples`` entry in the dictionary, a number for each
 held-out example, allows paired comparisons.
 
+What a score depends on besides the code, such as data, a task says in an attribute ``version``; of
+an object, plain attributes count too, but those whose names begin with an underscore.
+
 Whatever of these runs, the working folder and numpy's error handling are put back after it: a task
 names its files by absolute paths, or beside ``__file__``.
 
@@ -38,18 +41,19 @@ Importing this room loads no torch: tasks do.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType
 from typing import Any
 
 import msgspec
 
 from streamsoup.errors import TaskError, printable, some
 from streamsoup.task.code import digest_code
-from streamsoup.task.loading import guarded, load
+from streamsoup.task.loading import guarded, imported_beside, load
 from streamsoup.task.scores import Score, read_score
 
 __all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "read_score"]
@@ -197,7 +201,7 @@ def load_task(task: AnyTask) -> Task:
     main = getattr(source, "main", None)
     main = main if isinstance(main, str) else None
     version = repr((str(getattr(source, "version", "")), main))
-    fingerprint = digest_code(_parts_of(source), version=version)
+    fingerprint = digest_code(_parts_of(source), version=version, settings=_settings_of(source))
     loaded = Task(name, fingerprint, source, names, main)
     loaded.need("score")
     return loaded
@@ -226,4 +230,15 @@ def _parts_of(source: Any) -> list[Any]:
     functions = [getattr(source, name, None) for name in EXAMPLES]
     if isinstance(source, _Lone):
         return functions
-    return [source if isinstance(source, ModuleType) else type(source), *functions]
+    if isinstance(source, ModuleType):
+        return [source, *functions, *imported_beside(source)]
+    return [type(source), *functions]
+
+
+def _settings_of(source: Any) -> Mapping[str, Any]:
+    """Give the attributes of an object that is a task, or that is called as one."""
+    if isinstance(source, _Lone):
+        source = source.score
+    if isinstance(source, (ModuleType, FunctionType, functools.partial)):
+        return {}  # those are in the code
+    return getattr(source, "__dict__", {})

@@ -17,13 +17,14 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["digest_code", "digest_scripts"]
+__all__ = ["digest_code", "digest_model", "digest_scripts"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 """Values whose `repr` says all, and the same in each process."""
@@ -40,16 +41,27 @@ _SMALL = 1000
 """Entries up to which a collection is a setting, and not data."""
 
 
-def digest_code(parts: Iterable[Any], *, version: str) -> str:
+def digest_code(
+    parts: Iterable[Any], *, version: str, settings: Mapping[str, Any] | None = None
+) -> str:
     """Digest functions, classes and modules with all that they are made of.
 
-    `version` is digested too: what else the scores depend on. Reads source files; runs nothing.
+    `version` is digested too: what else the scores depend on; and `settings`, as far as they are
+    plain values. Reads source files; runs nothing.
     """
     code = _Code()
     code.note(version)
+    code.add_settings(settings or {})
     for part in parts:
         code.add(part)
     return code.digest.hexdigest()
+
+
+def digest_model(model: Any) -> str:
+    """Digest what a module computes, weights apart: how it prints itself, and its classes."""
+    kinds = {type(module) for module in model.modules()}
+    by_name = sorted(kinds, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
+    return digest_code(by_name, version=re.sub(r"\b0x[0-9a-f]+", "", repr(model)))
 
 
 def digest_scripts(paths: Iterable[str], *, version: str) -> str:
@@ -72,6 +84,13 @@ class _Code:
     def note(self, text: str) -> None:
         content = text.encode("utf-8", "surrogatepass")
         self.digest.update(b"%d:" % len(content) + content)
+
+    def add_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take in values by name: those that a user would set, and that do not change by use."""
+        for name in sorted(settings):
+            if not name.startswith("_") and isinstance(settings[name], (*_PLAIN, tuple, dict)):
+                self.note(name)
+                self._add_value(settings[name])
 
     def add(self, part: Any) -> None:
         """Take in a part, of whatever kind."""
@@ -112,7 +131,7 @@ class _Code:
     def _add_named(self, parts: Mapping[str, Any]) -> None:
         for name in sorted(parts):
             self.note(name)
-            self.add(parts[name])
+            self._add_value(parts[name])
 
     def _add_file(self, part: Any) -> bool:
         """Take in the file that a part is in, and say whether it has one."""
@@ -260,5 +279,9 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _or_name(part: Any) -> Any:
-    """Give the name of a module, for its content is not looked at; and anything else as it is."""
-    return part.__name__ if isinstance(part, ModuleType) else part
+    """Give the name of a module that is a library's, and anything else as it is."""
+    if not isinstance(part, ModuleType):
+        return part
+    file = vars(part).get("__file__") or ""
+    is_own = file.endswith(".py") and _roots_of(os.path.abspath(file))
+    return part if is_own else part.__name__

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from streamsoup.errors import TaskError, printable
+from streamsoup.errors import TaskError, printable, some
 from streamsoup.sizes import nbytes_text
 from streamsoup.task.code import digest_scripts
 from streamsoup.task.family import Family, Tail
@@ -53,6 +53,10 @@ class CommandTask(msgspec.Struct, frozen=True):
     """The name of the metric that counts, in a JSON object or in a line such as ``acc: 0.9``."""
     timeout: float | None
     """Seconds that one run may take."""
+    scripts: tuple[str, ...] = ()
+    """The Python files that it names."""
+    code: str = digest_scripts((), version="")
+    """Changes with those, and with what they import of their own project."""
     splits: tuple[str, ...] = ("val",)
 
     @property
@@ -77,6 +81,11 @@ class CommandTask(msgspec.Struct, frozen=True):
             r"\{(checkpoint|split|to_beat)\}", lambda m: shlex.quote(values[m[1]]), self.command
         )
         status, output, tail = _run(line, self.timeout)
+        if digest_scripts(self.scripts, version="") != self.code:
+            raise TaskError(
+                f"{self.name}: {some(self.scripts)}, or what it imports, changed as it was used; "
+                "run again"
+            )
         if status is None:
             raise TaskError(f"{self.name}: took longer than {self.timeout:g} s{tail.text()}")
         if status:
@@ -110,14 +119,37 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
     known = repr((command, main))
     scripts: list[str] = []
     for before, word in itertools.pairwise(["", *words, "", *inner]):
-        for path in (word, word.partition("=")[2]):  # --config=eval.yaml
-            if not before.endswith(">") and os.path.isfile(path):
-                if os.path.getsize(path) <= DIGESTED_NBYTES:
-                    scripts.append(path)
-                else:
-                    status = os.stat(path)
-                    known += f" {status.st_size} {status.st_mtime_ns}"
-    return CommandTask(command, digest_scripts(scripts, version=known), main, timeout)
+        for path in () if before.endswith(">") else _files_of(before, word):
+            if os.path.getsize(path) <= DIGESTED_NBYTES:
+                scripts.append(path)
+            else:
+                status = os.stat(path)
+                known += f" {status.st_size} {status.st_mtime_ns}"
+    python = tuple(os.path.abspath(path) for path in scripts if path.endswith(".py"))
+    fingerprint = digest_scripts(scripts, version=known)
+    return CommandTask(
+        command, fingerprint, main, timeout, python, digest_scripts(python, version="")
+    )
+
+
+def _files_of(before: str, word: str) -> list[str]:
+    """List the files that a word of a command may mean, and the scripts that a shell script names.
+
+    `before` is the word before it.
+    """
+    paths = [
+        os.path.expandvars(os.path.expanduser(each)) for each in (word, word.partition("=")[2])
+    ]
+    paths += [os.path.join(path, "__main__.py") for path in paths if path]  # python FOLDER
+    if before == "-m":
+        module = word.replace(".", os.sep)
+        paths += [f"{module}.py", os.path.join(module, "__main__.py")]
+    found = [path for path in paths if os.path.isfile(path)]
+    for path in [path for path in found if path.endswith(".sh")]:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            named = re.findall(r"[^\s'\"=;|&()]+\.py\b", file.read(1 << 20))
+        found += [each for each in map(os.path.expandvars, named) if os.path.isfile(each)]
+    return found
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from streamsoup.errors import TaskError, printable
 
-__all__ = ["guarded", "load", "put_back"]
+__all__ = ["guarded", "imported_beside", "load", "place_of", "put_back"]
 
 
 def load(text: str) -> Any:
@@ -38,6 +38,22 @@ def load(text: str) -> Any:
             raise TaskError(f"{printable(path)}: has no {printable(attribute)!r}; check the name")
         found = getattr(found, part)
     return found
+
+
+def imported_beside(module: ModuleType) -> list[ModuleType]:
+    """List the modules that a task file imported from its own folder, by whatever way."""
+    folder = os.path.dirname(module.__file__ or "")
+    names = sorted(_beside[folder].stamps) if folder in _beside else []
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+def place_of(name: str) -> str:
+    """Give the name of a task that does not hang on where we are: its file's real path."""
+    file, separator, attribute = name.rpartition(":")
+    for path, rest in ((name, ""), (file, separator + attribute)):
+        if os.path.isfile(path):
+            return os.path.realpath(path) + rest
+    return name
 
 
 def guarded(where: str, run: Callable[[], Any]) -> Any:
@@ -80,7 +96,7 @@ def _load_file(path: str) -> ModuleType:
         raise TaskError(f"{where}: no such task file; check the path")
     folder, file = os.path.split(os.path.abspath(path))
     module_name = f"streamsoup_task_{os.path.splitext(file)[0]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, os.path.abspath(path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
