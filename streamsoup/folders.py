@@ -70,27 +70,31 @@ def make_private(path: str) -> None:
 
 
 def stranger(path: str) -> str:
-    """Say who else may have written into a folder; nothing, if it is ours alone.
+    """Say who else may have written into a folder of `make_private`; nothing, if it is ours alone.
 
     What is in it would otherwise be believed, and be made part of what we make.
     """
     status = os.stat(path)
-    if status.st_uid != os.geteuid() and status.st_uid != _our_uid(os.path.dirname(path)):
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid == os.geteuid() and not others:
+        return ""
+    owner, mode = _as_made(os.path.dirname(path))
+    if status.st_uid not in (os.geteuid(), owner):
         return f"belongs to user {status.st_uid}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "may be written to by others"
-    return ""
+    return "may be written to by others" if others & ~mode else ""
 
 
-def _our_uid(folder: str) -> int:
-    """Give the owner of what we make in a folder, which some file systems map."""
+def _as_made(folder: str) -> tuple[int, int]:
+    """Give owner and mode of a private folder made in a folder: some file systems choose both."""
     import tempfile
 
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
+        made = tempfile.mkdtemp(prefix=".", dir=folder)
+        status = os.stat(made)
+        os.rmdir(made)
     except OSError:
-        return os.geteuid()
+        return os.geteuid(), 0
+    return status.st_uid, status.st_mode
 
 
 def rename(source: str, target: str, flag: int) -> bool:

@@ -217,6 +217,27 @@ def test_work_of_others_is_not_believed(tmp_path: Path, mode: int | None) -> Non
         lock_folder(str(tmp_path / "soup.search"), private=True)
 
 
+def test_file_systems_without_owners_and_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all folders belong to one and are open to all, as on some disks, ours are ours too."""
+    work = tmp_path / "work"
+    work.mkdir()
+    work.chmod(0o777)
+    assert folders.stranger(str(work)) == "may be written to by others"
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    assert folders.stranger(str(work)) == "may be written to by others"
+    mkdir = os.mkdir
+
+    def with_no_modes(path: str, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        os.chmod(path, 0o777)
+
+    monkeypatch.setattr(os, "mkdir", with_no_modes)
+    assert folders.stranger(str(work)) == ""
+    assert os.listdir(tmp_path) == ["work"]
+
+
 def test_unfinished_work_is_nobody_elses(tmp_path: Path) -> None:
     """Whatever the umask, others can neither write into it nor look."""
     before = os.umask(0)
