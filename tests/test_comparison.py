@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import streamsoup
+from streamsoup.comparison import learning
 from streamsoup.comparison.cache import Cache
 from streamsoup.comparison.curves import choose_counts
 from streamsoup.comparison.landscape import landscape
@@ -524,7 +526,7 @@ def test_learning_that_was_killed(
     """A learned search that was killed is no obstacle to one over other ingredients."""
     from streamsoup.soups.learning import Search
 
-    def killed(search: Any) -> None:
+    def killed(search: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
     settings = replace(SMALL, learned=("global",))
@@ -532,8 +534,14 @@ def test_learning_that_was_killed(
         patch.setattr(Search, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            compare(folders, Counting(), output=tmp_path / "out", settings=settings)
     found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)
     assert by_name(found)["learned soup"].n_ingredients == 6
+    cache = tmp_path / "out" / "cache"
+    assert [path.suffix for path in cache.glob("learned-*")] == [".search"]  # of the four
 
 
 def test_learning_goes_on_anew_where_paths_changed(

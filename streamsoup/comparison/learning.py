@@ -87,13 +87,12 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
     told = f"{bench.task.fingerprint}:{bench.given}:{bench.plan.recipe.dtype}"
     key = f"learned:{granularity}:{told}:{digests}"
     known = bench.cache.value(key)
+    # By its key, so that a search that was killed is gone on with by the same one alone.
+    name = f"learned-{xxhash.xxh3_64_hexdigest(key.encode())}"
+    output = os.path.join(bench.cache.folder, name)
     if known is None:
         from streamsoup.soups.learned import learned_soup
         from streamsoup.soups.learning import LearningOptions
-
-        # By its key, so that a search that was killed is gone on with by the same one alone.
-        name = f"learned-{xxhash.xxh3_64_hexdigest(key.encode())}"
-        output = os.path.join(bench.cache.folder, name)
 
         def search(*, restart: bool) -> LearnedSoup:
             return learned_soup(
@@ -111,7 +110,7 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
             soup = search(restart=True)
         known = msgspec.to_builtins(soup.recipe.coefficients)
         bench.cache.put_value(key, known)
-        shutil.rmtree(output, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)  # also where a kill came just before
     return msgspec.convert(known, Coefficients)
 
 
