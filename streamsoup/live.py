@@ -182,19 +182,21 @@ class ModelSink:
                 if not isinstance(shard, MemoryShard) or not shard.memory.shares_with(own.values()):
                     continue
                 for name, tensor in shard.memory.tensors.items():
-                    mine = own.get(name) if tensor.numel() else tensor
-                    if mine is tensor:
-                        continue
-                    if mine is not None and _memory_of(name, tensor) == self._memory[name]:
-                        continue
-                    met = overlaps({**own, f"{name} of the ingredient": tensor})
-                    others = [pair for pair in met if f"{name} of the ingredient" in pair]
-                    if others:
+                    if met := self._met(own, name, tensor):
                         raise MismatchError(
                             f"{ingredient.name}: {printable(name)} lies in the memory of "
-                            f"{some(set(others[0]) - {f'{name} of the ingredient'})} of the model, "
-                            "which would overwrite it; give a copy"
+                            f"{printable(met)} of the model, which would overwrite it; give a copy"
                         )
+
+    def _met(self, own: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:
+        """Name a tensor of the model that an ingredient's lies in, without being the same one."""
+        if not tensor.numel() or (name in own and _memory_of(name, tensor) == self._memory[name]):
+            return ""
+        theirs = ""  # as no tensor of a model is called
+        for pair in overlaps({**own, theirs: tensor}):
+            if theirs in pair:
+                return max(pair)
+        return ""
 
     def mark_changed(self) -> None:
         """Have torch know that all tensors were changed: ours are not among its own operations.
