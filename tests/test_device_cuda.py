@@ -6,6 +6,7 @@ well, failures are injected at every step, and peaks of memory are compared exac
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
@@ -199,6 +200,21 @@ def test_live_mix_in_place(
     for name, tensor in model.state_dict().items():
         assert raw(tensor) == raw(expected[name]), name
         assert tensor.data_ptr() == places[name]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_model_there_may_be_mixed_into_itself(layout: torch.memory_format) -> None:
+    """As on the host: what is written there is no change by somebody else, and torch knows of it."""
+    host = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    model = copy.deepcopy(host).to("cuda", memory_format=layout)  # type: ignore[call-overload]
+    other = {name: tensor + 1 for name, tensor in host.state_dict().items()}
+    versions = [tensor._version for tensor in model.parameters()]
+    for each in (host, model):
+        streamsoup.mix_into(each, [each, other], [0.75, 0.25], options=Options(memory="2GB"))
+    for mine, theirs in zip(host.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs.cpu())
+    changed = [tensor._version for tensor in model.parameters()]
+    assert all(after > before for after, before in zip(changed, versions, strict=True))
 
 
 def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) -> None:
