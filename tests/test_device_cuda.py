@@ -204,7 +204,7 @@ def test_live_mix_in_place(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_model_there_may_be_mixed_into_itself(layout: torch.memory_format) -> None:
-    """As on the host: what is written there is no change by somebody else, and torch knows of it."""
+    """As on the host: that is no change by somebody else, and torch knows of it."""
     host = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     model = copy.deepcopy(host).to("cuda", memory_format=layout)  # type: ignore[call-overload]
     other = {name: tensor + 1 for name, tensor in host.state_dict().items()}
