@@ -36,7 +36,7 @@ _HOMES = {
     "mix": "soups.fixed",
     "mix_into": "soups.live_mix",
     "open_ingredients": "formats.shards",
-    "recalibrate": "live",
+    "recalibrate": "recalibration",
     "slerp": "soups.closed",
     "stock": "soups.closed",
     "sweep": "comparison.paths",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.formats.shards import Ingredient as Ingredient
     from streamsoup.formats.shards import open_ingredients as open_ingredients
-    from streamsoup.live import recalibrate as recalibrate
     from streamsoup.options import Options as Options
+    from streamsoup.recalibration import recalibrate as recalibrate
     from streamsoup.recipe import Coefficients as Coefficients
     from streamsoup.recipe import Provenance as Provenance
     from streamsoup.recipe import Recipe as Recipe

@@ -16,15 +16,32 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from streamsoup.errors import ResumeError, printable
+from streamsoup.errors import OutputError, ResumeError, printable
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "named"]
 
 _BEGINNING = re.compile(rb"[0-9a-f]{0,8}(\Z|\0| (\Z|\0|[0-9]))")
 """How a record that was cut short begins: another file is not mistaken for a journal."""
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Say which file the disk did not take, and that the work so far is kept. Raises `OutputError`.
+
+    For whoever keeps answers in a journal and beside it; a soup has words of its own.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What numpy says of a full disk has no number: "3000 requested and 2016 written".
+        why = error.strerror or "the disk did not take all of it; is it full?"
+        raise OutputError(
+            f"{printable(path)}: cannot be written: {why}; mend that, and the same command goes on"
+        ) from error
 
 
 class Journal:

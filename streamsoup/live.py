@@ -9,18 +9,16 @@ do not fit, parameters that are not there (meta, offloaded), quantised, lazy or 
 and such that lie partly over one another. A tensor under several names is written once; where
 ingredients hold it under several, these are read, and refused unless they are equal.
 
-Danger: raw bytes go into CPU parameters past autograd's version counters, so a graph that was built
-before a mix must not be used after it. A module that keeps values derived from its weights (a
-quantised copy, inductor's ``freezing=True``) keeps the old ones.
+Whoever mixes into a model tells torch by `ModelSink.mark_changed`, as raw bytes go past autograd's
+version counters: it then refuses to use a graph that was built before. Danger: a module that keeps
+values derived from its weights (a quantised copy, inductor's ``freezing=True``) keeps the old ones.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,7 +31,7 @@ from streamsoup.formats.memory import MemoryShard, is_apart, overlaps, plain_nam
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["TORCH_DTYPES", "ModelSink", "Target", "recalibrate", "tensors_of"]
+__all__ = ["TORCH_DTYPES", "ModelSink", "Target", "tensors_of"]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, spelling) for name, spelling in TORCH_NAMES.items()
@@ -195,7 +193,7 @@ class ModelSink:
         theirs = ""  # as no tensor of a model is called
         for pair in overlaps({**own, theirs: tensor}):
             if theirs in pair:
-                return max(pair)
+                return max(pair)  # the other one
         return ""
 
     def mark_changed(self) -> None:
@@ -262,76 +260,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[plain_name(path + name)] = buffer
     return found
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Measure the running statistics of BatchNorm anew, as the mean over `batches`.
-
-    Averaged statistics belong to none of the averaged weights (Izmailov et al. 2018,
-    https://arxiv.org/abs/1803.05407, section 3.2). Each batch is an input of the model: a tensor,
-    a tuple of arguments or a dictionary of keyword arguments; it is brought to the model's device.
-    Only BatchNorm is put into training mode meanwhile. Gives the number of layers measured. Costs
-    a forward pass over the batches. As `torch.optim.swa_utils.update_bn`, for the running mean
-    and variance. Raises `TaskError`, and measures nothing, if there is no batch; after any error
-    the statistics are what they were.
-    """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    if not layers:
-        return 0
-    batches = iter(batches)
-    first = list(itertools.islice(batches, 1))
-    if not first:
-        raise TaskError(
-            "there is no batch to measure BatchNorm statistics on; give some, and make them anew "
-            "each time: a generator that was used up has no more"
-        )
-    training = [(module, module.training) for module in model.modules()]
-    momenta = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
-    counted = [None if n is None else n.clone() for _, _, n in momenta]
-    statistics = [(each, each.clone()) for layer in layers for each in _statistics(layer)]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # the cumulative mean
-            layer.train()
-        for batch in itertools.chain(first, batches):
-            _forward(model, batch, device)
-    except BaseException:
-        for statistic, before in statistics:
-            statistic.copy_(before)
-        raise
-    finally:
-        for (layer, momentum, _), n_batches in zip(momenta, counted, strict=True):
-            layer.momentum = momentum
-            if n_batches is not None and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.copy_(n_batches)
-        for module, was_training in training:
-            module.training = was_training
-    return len(layers)
-
-
-def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
-    """Give the running statistics of a layer, as far as it has them."""
-    return [each for each in (layer.running_mean, layer.running_var) if each is not None]
-
-
-def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: move(value) for name, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        model(*map(move, batch))
-    else:
-        model(move(batch))
 
 
 def _named_as(plan: MixPlan, model: nn.Module) -> dict[str, Tensor]:

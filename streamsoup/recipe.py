@@ -129,6 +129,11 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     shard_size: int | None = None
     """Largest shard in bytes; None mirrors the shards of the first ingredient."""
 
+    @property
+    def only_measures(self) -> bool:
+        """Whether it makes no checkpoint, and so has no rule for NaN and Inf."""
+        return self.method in ("geometry", "compare")
+
     def check(self) -> None:
         """Raise `RecipeError` for a recipe that cannot be cooked whatever the files hold."""
         if not self.ingredients:

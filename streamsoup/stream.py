@@ -37,9 +37,6 @@ measured; each note makes the disk empty its own cache, which slow ones take lon
 ALONE_NBYTES = 1 << 24
 """Bytes to read up to which one thread may as well be the caller's own: a blink."""
 
-MEASURES = ("geometry", "compare")
-"""Methods of recipes that make no checkpoint, and have no rule for NaN and Inf."""
-
 TICK_S = 0.05
 """Time between reports of progress."""
 
@@ -336,7 +333,7 @@ class _Pass:
 
     def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
-        measures = self.plan.recipe.method in MEASURES
+        measures = self.plan.recipe.only_measures
         lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)

@@ -33,6 +33,7 @@ FLOORS = {
     "reduce": 2,
     "write": 2,
     "live": 2,
+    "recalibration": 2,
     "inner": 2,
     "device_mix": 2,
     "stream": 3,

@@ -15,8 +15,9 @@ import streamsoup
 from streamsoup import Options, budget, reduce
 from streamsoup.errors import ChangedIngredientError, MismatchError, TaskError
 from streamsoup.formats.shards import open_ingredients
-from streamsoup.live import ModelSink, recalibrate, tensors_of
+from streamsoup.live import ModelSink, tensors_of
 from streamsoup.read import open_reader
+from streamsoup.recalibration import recalibrate
 from streamsoup.recipe import Coefficients
 from streamsoup.reduce import Engine, Mix
 from streamsoup.soups.make import Order, order

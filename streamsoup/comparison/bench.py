@@ -276,7 +276,7 @@ class Bench:
         if mixture == self._current and versions is not None and versions == self._versions:
             return
         self._current = None
-        from streamsoup.live import recalibrate
+        from streamsoup.recalibration import recalibrate
         from streamsoup.soups.live_mix import LiveMix
         from streamsoup.soups.scoring import contained
         from streamsoup.stream import run

@@ -27,10 +27,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamsoup.comparison.calibration import AnyFloats, Labels
-from streamsoup.errors import OutputError, printable
 from streamsoup.folders import unlock
 from streamsoup.formats.shards import Ingredient
-from streamsoup.journal import Journal
+from streamsoup.journal import Journal, named
 from streamsoup.soups.search_folder import lock_folder
 from streamsoup.task import Score
 
@@ -147,31 +146,19 @@ class Cache:
         """Write an array, whole or not at all; give its file's name and digest."""
         path = os.path.join(self.folder, name)
         temporary = f"{path}.partial"
-        try:
+        with named(path):
             with open(temporary, "wb") as file:
                 np.save(file, np.ascontiguousarray(array), allow_pickle=False)
             digest = _digest(temporary)
             os.replace(temporary, path)
-        except OSError as error:
-            # What numpy says of a full disk has no number: "3000 requested and 2016 written".
-            why = error.strerror or "the disk did not take all of it; is it full?"
-            raise OutputError(
-                f"{printable(path)}: cannot be written: {why}; mend that, and the same "
-                "command goes on"
-            ) from error
         self._intact.add(name)
         return name, digest
 
     def _add(self, record: dict[str, Any]) -> None:
         now = time.monotonic()
         wait = now - self._synced > SYNC_S
-        try:
+        with named(self._journal.path):
             self._journal.append(record, wait=wait)
-        except OSError as error:
-            raise OutputError(
-                f"{printable(self._journal.path)}: cannot be written: {error.strerror}; mend that, "
-                "and the same command goes on"
-            ) from error
         if wait:
             self._synced = now
         self._index(record)

@@ -111,7 +111,7 @@ def calibrate(
         # Of the logits themselves: a small β must not make ties, and with them other answers.
         answers = answers_of(logits[part])
         right[part] = answers == labels[part]
-        confidence[part] = np.exp(logs[rows, answers])
+        confidence[part] = np.exp(logs[rows, answers])  # of `NONE` any will do: all are NaN
         loss[part] = -logs[rows, labels[part]]
     ece = equal_mass_error(confidence, right, n_bins=n_bins)
     return Calibration(float(right.mean()), float(loss.mean()), ece)

@@ -115,7 +115,7 @@ class LiveScorer:
             return self._task.score(model, self._split, to_beat)
 
     def _measure(self) -> None:
-        from streamsoup.live import recalibrate
+        from streamsoup.recalibration import recalibrate
 
         with contained(self._task.name, "recalibration"):
             if not recalibrate(self.sink.model, self._task.recalibration()):

@@ -15,13 +15,13 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
 from streamsoup.folders import make_private, remove_any, stranger, sync_folder, unlock
 from streamsoup.formats.shards import Ingredient
-from streamsoup.journal import Journal
+from streamsoup.journal import Journal, named
 
 __all__ = ["SearchFolder", "bound_ingredients", "lock_folder"]
 
@@ -72,12 +72,12 @@ class SearchFolder:
 
     def note(self, record: dict[str, Any], *, wait: bool = True) -> None:
         """Add an answer to the journal. See `Journal.append`. Raises `OutputError`."""
-        with self._telling():
+        with named(self.journal.path):
             self.journal.append(record, wait=wait)
 
     def sync(self) -> None:
         """Wait until all answers are on disk. Raises `OutputError`."""
-        with self._telling():
+        with named(self.journal.path):
             self.journal.sync()
 
     def finish(self) -> None:
@@ -113,17 +113,6 @@ class SearchFolder:
             sync_folder(os.path.dirname(self.root))
         _check_same(self.root, self.journal.first.get("search"), bound_to)
         return str(self.journal.first.get("run"))
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Say of a disk that takes no more whose it is."""
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{printable(self.journal.path)}: cannot be written: {error.strerror}; mend that, "
-                "and the same command goes on"
-            ) from error
 
     def _clear(self) -> None:
         """Remove candidates that a killed run left."""
