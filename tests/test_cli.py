@@ -292,6 +292,24 @@ def test_a_name_that_cannot_be_said_here(tmp_path: Path) -> None:
     assert "which cannot be said in" in ran.stderr
 
 
+def test_kernels_are_found_in_any_locale() -> None:
+    """Their name is made of our sources, which no locale needs to be able to say."""
+    script = (
+        "from streamsoup.kernels.objects import _cache_name\n"
+        "print(_cache_name('x', ['means.py', 'sums.py']))"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            check=True,
+            env=os.environ | locale,
+        ).stdout
+        for locale in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    ]
+    assert found[0] == found[1] != b""
+
+
 def test_a_time_in_the_future_is_no_proof(tmp_path: Path) -> None:
     """Of a child that died of SIGBUS, only what was written since it began is blamed."""
     a, b = (save(tmp_path / name, random_model(0)) / "model.safetensors" for name in "ab")
