@@ -26,8 +26,9 @@ from streamsoup.budget import (
     memory_budget,
     opening_nbytes,
 )
+from streamsoup.buffers import Bytes
 from streamsoup.errors import BudgetError, StreamsoupError, printable
-from streamsoup.formats.files import Bytes
+from streamsoup.kernels import blocks
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.kernels.torch_blocks import carried
 from streamsoup.options import Options
@@ -320,7 +321,7 @@ class DeviceWorker:
         with our_errors(self._what()):
             for i, block in enumerate(inputs, first):
                 dtype = tensor.sources[mix.plan.layout_of[i]].dtype
-                self._lane.add(block, dtype, self._factors[i])
+                self._lane.add(blocks.array_of(block), dtype, self._factors[i])
                 if mix.running is not None and i + 1 == mix.running.n_tail:
                     self._lane.keep(self._sums())
             if first + len(inputs) == len(self._factors):
@@ -338,7 +339,7 @@ class DeviceWorker:
         with our_errors(self._what()):
             result, self.spoiled = self._lane.take()
         self._whole = True
-        return result
+        return result.data
 
     def close(self) -> None:
         """Wait for the device, whatever became of it, so that memory can be given back."""

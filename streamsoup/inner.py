@@ -28,11 +28,12 @@ from streamsoup.budget import (
     check_opening,
     fixed_nbytes,
 )
+from streamsoup.buffers import Bytes
 from streamsoup.errors import BudgetError
-from streamsoup.formats.files import Bytes
+from streamsoup.kernels import blocks
 from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
-from streamsoup.reduce import can_compile, loads_kernels
+from streamsoup.reduce import can_compile
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
@@ -49,9 +50,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-
-LOAD_S = 0.1
-"""Time in numpy from which loading the compiled kernel pays (measured: it takes 50 ms)."""
+Array = NDArray[np.uint8]
 
 COMPILE_S = 5.0
 """Time in numpy from which compiling it pays (measured: it takes 3 s, once)."""
@@ -112,7 +111,7 @@ class Products(Protocol):
 
     def __call__(
         self,
-        inputs: Sequence[Bytes],
+        inputs: Sequence[Array],
         dtypes: Sequence[DType],
         n: int,
         out: Floats,
@@ -124,20 +123,17 @@ class Products(Protocol):
 
 
 def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
-    """Give the compiled kernel if the job is worth it, and there is room to compile; else numpy.
+    """Give the compiled kernel if it is in the cache, or the job is worth compiling it; else numpy.
 
     The job: `n_products` of each element of the plan. Without `compiles`, or where numba cannot,
-    only what is in the cache is used. The bits are the same. Takes milliseconds,
-    or, the first time on a machine, seconds.
+    nothing is compiled. The bits are the same. Takes milliseconds, or, the first time on a machine,
+    seconds.
     """
     n_elements = sum(tensor.n_units for tensor in plan.tensors)
     # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
     in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
-    if in_numpy_s < LOAD_S or not loads_kernels():
-        return in_numpy
     found = find_products()
-    compiles = compiles and in_numpy_s >= COMPILE_S and can_compile()
-    if found is None and compiles:
+    if found is None and compiles and in_numpy_s >= COMPILE_S and can_compile():
         found = make_products()
     return found or in_numpy
 
@@ -172,7 +168,7 @@ class Gram:
         tensor: PlannedTensor,
         start: int,
         n: int,
-        inputs: Sequence[Bytes],
+        inputs: Sequence[Array],
         dtypes: Sequence[DType],
         out: Floats,
     ) -> None:
@@ -185,7 +181,7 @@ class Gram:
 class Vector(msgspec.Struct, frozen=True):
     """A tensor in memory to multiply ingredients with: raw little-endian elements."""
 
-    data: Bytes
+    data: Array
     dtype: DType
 
 
@@ -212,7 +208,7 @@ class Dot:
         tensor: PlannedTensor,
         start: int,
         n: int,
-        inputs: Sequence[Bytes],
+        inputs: Sequence[Array],
         dtypes: Sequence[DType],
         out: Floats,
     ) -> None:
@@ -246,12 +242,13 @@ class _Worker:
         assert (first, len(inputs)) == (0, len(self._plan.ingredients))
         sources = self._tensor.sources
         dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
-        self._reduction.multiply(self._tensor, self._start, self._n, inputs, dtypes, self._results)
+        arrays = [blocks.array_of(block) for block in inputs]
+        self._reduction.multiply(self._tensor, self._start, self._n, arrays, dtypes, self._results)
         self.spoiled = not bool(np.isfinite(self._results).all())
 
     def result(self) -> Bytes:
         """Give the numbers of each grain of the block."""
-        return self._results.reshape(-1).view(np.uint8)
+        return self._results.reshape(-1).view(np.uint8).data
 
     def close(self) -> None:
         """Let go of the numbers."""
@@ -327,7 +324,7 @@ class _SumsSession(msgspec.Struct):
         """Add a row of numbers for each grain of the leaf, in order."""
         if start == leaf.start:
             self.values = np.zeros_like(self.values)
-        rows = block.view(np.float64).reshape(-1, len(self.values))
+        rows = blocks.floats_of(block).reshape(-1, len(self.values))
         for row in rows:
             self.values += row
         if start + len(rows) * GRAIN >= leaf.start + leaf.n_units:

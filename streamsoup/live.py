@@ -21,13 +21,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamsoup.buffers import Bytes, address_of
 from streamsoup.errors import MismatchError, TaskError, printable, some
-from streamsoup.formats.files import Bytes, Descriptors, read_bytes
-from streamsoup.formats.memory import MemoryShard, is_apart, overlaps, plain_name, unwrapped
+from streamsoup.formats.files import Descriptors, read_bytes
+from streamsoup.formats.memory import MemoryShard, plain_name, unwrapped
+from streamsoup.formats.overlaps import is_apart, overlaps
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.tensors import TORCH_NAMES
 
@@ -129,7 +130,7 @@ class ModelSink:
         if target.raw is not None:
             begin = start * planned.unit_nbytes
             place = target.raw[begin : begin + len(block)]
-            if place.ctypes.data != block.ctypes.data:  # made elsewhere
+            if address_of(place) != address_of(block):  # made elsewhere
                 place[:] = block
             return
         dtype = TORCH_DTYPES[planned.dtype.name]
@@ -137,7 +138,7 @@ class ModelSink:
             if target.flat is not None:
                 size = planned.unit_nbytes if planned.operation == "mix" else 1
                 item = dtype.itemsize
-                values = torch.from_numpy(block).view(dtype)
+                values = torch.frombuffer(block, dtype=torch.uint8).view(dtype)
                 begin = start * size // item
                 target.flat[begin : begin + len(values)].copy_(values)
             else:
@@ -237,7 +238,7 @@ class ModelSink:
                 target.gathered = torch.empty(planned.nbytes, dtype=torch.uint8)
                 target.n_units = 0
             begin = start * planned.unit_nbytes
-            target.gathered[begin : begin + len(block)] = torch.from_numpy(block)
+            target.gathered[begin : begin + len(block)] = torch.frombuffer(block, dtype=torch.uint8)
             target.n_units += len(block) // planned.unit_nbytes
             if target.n_units == planned.n_units:
                 values = target.gathered.view(TORCH_DTYPES[planned.dtype.name])
@@ -386,6 +387,6 @@ def _target(planned: PlannedTensor, tensor: Tensor) -> Target:
     flat = live.view(-1)
     same = live.dtype == TORCH_DTYPES[planned.dtype.name]
     if same and live.device.type == "cpu":
-        raw = flat.view(torch.uint8).numpy() if live.numel() else np.empty(0, np.uint8)
+        raw = flat.view(torch.uint8).numpy().data
         return Target(live, raw, flat)
     return Target(live, None, flat)

@@ -12,11 +12,10 @@ import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-import numpy as np
-
 from streamsoup.budget import MemoryPlan
+from streamsoup.buffers import Bytes, buffer
 from streamsoup.errors import ChangedIngredientError, FormatError, check_choice, printable
-from streamsoup.formats.files import Bytes, Descriptors, Window, on_network
+from streamsoup.formats.files import Descriptors, Window, on_network
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import Ingredient, Shard
 from streamsoup.plan import MixPlan, PlannedTensor
@@ -24,8 +23,14 @@ from streamsoup.plan import MixPlan, PlannedTensor
 __all__ = ["Kept", "MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
 
 WINDOW = 1 << 23
-"""Bytes of an ingredient that a thread maps at once: large enough that opening and mapping cost
-nothing beside reading, small enough for any number of ingredients."""
+"""Bytes of an ingredient that a thread maps at once, at least: small enough for any number of
+ingredients, large enough that opening and mapping cost little beside reading."""
+
+WIDEST_WINDOW, WINDOWS = 1 << 25, 1 << 28
+"""Bytes that it maps at most, and of all windows that are wider than they have to be.
+
+Mapping and unmapping stop all other threads of a process: with eight ingredients and two threads a
+soup takes 5 % less with 16 MiB than with 8."""
 
 
 KEPT_NBYTES = 1 << 32
@@ -48,7 +53,7 @@ def open_reader(
     plan: MixPlan, memory: MemoryPlan, *, mapped: bool, kept: Kept | None = None
 ) -> Reader:
     """Give the reader of a run; what is mapped may be `kept` for others."""
-    return MappedReader(plan, kept) if mapped else PlainReader(plan, memory)
+    return MappedReader(plan, memory, kept) if mapped else PlainReader(plan, memory)
 
 
 class Kept:
@@ -102,20 +107,22 @@ class Reader(Protocol):
 class MappedReader:
     """Ingredients read by touching mapped memory: nothing is copied, nothing allocated."""
 
-    def __init__(self, plan: MixPlan, kept: Kept | None = None) -> None:
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, kept: Kept | None = None) -> None:
         """Map nothing yet: shards are mapped when first touched."""
         self._plan, self._kept = plan, kept
+        n_windows = len(plan.ingredients) * memory.threads
+        self._window = max(WINDOW, min(WIDEST_WINDOW, WINDOWS // n_windows))
 
     def session(self) -> _MappedSession:
         """Give a thread its own windows."""
-        return _MappedSession(self._plan, self._kept)
+        return _MappedSession(self._plan, self._window, self._kept)
 
 
 class _MappedSession:
     """A window into each ingredient, which moves along with the stream."""
 
-    def __init__(self, plan: MixPlan, kept: Kept | None) -> None:
-        self._plan, self._kept = plan, kept
+    def __init__(self, plan: MixPlan, window: int, kept: Kept | None) -> None:
+        self._plan, self._nbytes, self._kept = plan, window, kept
         self._windows: dict[int, tuple[int, Window]] = {}
 
     def block(
@@ -136,7 +143,8 @@ class _MappedSession:
             if window is None or at != number or not window.covers(begin, end):
                 # The former one goes first.
                 self._windows.pop(i, None)
-                window = Window(shard, begin, min(max(end, begin + WINDOW), shard.identity.size))
+                stop = min(max(end, begin + self._nbytes), shard.identity.size)
+                window = Window(shard, begin, stop)
                 self._windows[i] = number, window
             blocks.append(window.view(begin, end))
         return blocks
@@ -165,17 +173,17 @@ class _PlainSession:
         self._plan = plan
         self._files = files
         widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
-        self._buffers = np.empty((memory.group, memory.block * max(1, widest)), np.uint8)
+        self._buffers = [buffer(memory.block * max(1, widest)) for _ in range(memory.group)]
 
     def block(
         self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
     ) -> list[Bytes]:
         """Read each ingredient's range with one large read."""
         blocks = []
-        for buffer, i in zip(self._buffers, range(first, last), strict=False):
+        for own, i in zip(self._buffers, range(first, last), strict=False):
             number, begin, end = _range(self._plan, tensor, i, start, n_units)
             shard = self._plan.ingredients[i].shards[number]
-            block = buffer[: end - begin]
+            block = own[: end - begin]
             if isinstance(shard, MemoryShard):
                 block[:] = shard.memory[begin:end]
                 blocks.append(block)
@@ -214,10 +222,9 @@ def _range(
 
 def _read_into(descriptor: int, block: Bytes, offset: int) -> None:
     """Fill `block` from `offset`, however short each read comes back."""
-    view = block.data
-    while view:
-        n = os.preadv(descriptor, [view], offset)
+    while block:
+        n = os.preadv(descriptor, [block], offset)
         if n == 0:
             raise EOFError
-        view = view[n:]
+        block = block[n:]
         offset += n

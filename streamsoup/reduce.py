@@ -12,18 +12,17 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from streamsoup.budget import MemoryPlan
+from streamsoup.buffers import Bytes, address_of, buffer
 from streamsoup.errors import MismatchError, printable
-from streamsoup.formats.files import Bytes
-from streamsoup.kernels import blocks
 from streamsoup.kernels.cgroup import memory_limit
+from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
 from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.tensors import DType
 
 if TYPE_CHECKING:
-    from streamsoup.kernels.cpu import Mixer
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "Engine",
@@ -33,13 +32,9 @@ __all__ = [
     "Reduction",
     "Worker",
     "can_compile",
-    "loads_kernels",
 ]
 
 log = logging.getLogger("streamsoup")
-
-LOAD_NBYTES = 64_000_000
-"""Bytes to read from which loading a compiled kernel pays (measured: it takes 50 ms)."""
 
 COMPILE_NBYTES = 1_000_000_000
 """Bytes to read from which compiling one pays, before the work: some three seconds, once.
@@ -52,13 +47,19 @@ mapped. Measured, with cold libraries: 22 s for a soup of 2 GB in 220 MB; in 150
 which 127 GB were read again and again, and 31 s with numpy instead."""
 
 
-def loads_kernels() -> bool:
-    """Whether LLVM's library, which loads compiled kernels, can be had; a warning if it cannot."""
+def can_compile() -> bool:
+    """Whether numba may compile: nobody has switched it off, and there is room for it.
+
+    A warning says so where what it compiles with cannot be loaded.
+    """
+    is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
+    if is_off or memory_limit() < COMPILE_ROOM:
+        return False
     try:
-        importlib.import_module("streamsoup.kernels.objects")
+        importlib.import_module("llvmlite.binding")
     except (ImportError, OSError) as error:
         log.warning(
-            "compiled kernels cannot be loaded: %s; numpy makes the same sums, more slowly. "
+            "kernels cannot be compiled: %s; numpy makes the same sums, more slowly. "
             "Install llvmlite anew, or grant more memory",
             printable(error),
         )
@@ -66,20 +67,14 @@ def loads_kernels() -> bool:
     return True
 
 
-def can_compile() -> bool:
-    """Whether numba may compile: nobody has switched it off, and there is room for it."""
-    is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
-    return not is_off and memory_limit() >= COMPILE_ROOM
-
-
 class Engine:
-    """The fastest kernel that is ready: numpy at once, numba when it has been loaded.
+    """The fastest kernel that is ready: compiled if it was before, or the job is worth it.
 
-    Both give the same bits, so a run may change from one to the other at any block.
+    Numpy does the rest, with the same bits, so a run may change from one to the other at any block.
     """
 
     def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
-        """Load compiled kernels if the job is worth it; for a large one, compile missing ones.
+        """Load compiled kernels; for a large job, compile missing ones.
 
         Without `compiles`, in a memory cgroup too small for it, or where numba is switched off
         (``NUMBA_DISABLE_JIT``), numpy does what is not in the cache.
@@ -90,14 +85,10 @@ class Engine:
             for tensor in plan.tensors
             if tensor.operation == "mix" and len({s.dtype for s in tensor.sources}) == 1
         }
-        if plan.nbytes_read < LOAD_NBYTES or not loads_kernels():
-            return
-        from streamsoup.kernels.cpu import find_mixer, has_kernel
-
         self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
         for source, output in self._pairs:
-            if (mixer := find_mixer(source, output)) is not None:
-                self._mixers[source.name, output.name] = mixer
+            if (found := find_mixer(source, output)) is not None:
+                self._mixers[source.name, output.name] = found
         missing = len(self._mixers) < len(self._pairs)
         worth = missing and plan.nbytes_read >= COMPILE_NBYTES
         if compiles and worth and can_compile():
@@ -105,8 +96,6 @@ class Engine:
 
     def load(self) -> None:
         """Load or compile all kernels now: seconds, the first time on a machine."""
-        from streamsoup.kernels.cpu import mixer
-
         for source, output in self._pairs:
             if (source.name, output.name) not in self._mixers:
                 self._mixers[source.name, output.name] = mixer(source, output)
@@ -173,7 +162,7 @@ class Nothing:
 
     def result(self) -> Bytes:
         """Give no bytes."""
-        return np.empty(0, np.uint8)
+        return buffer(0)
 
     def close(self) -> None:
         """Hold nothing."""
@@ -199,14 +188,12 @@ class MixWorker:
     n_ahead = 0
 
     def __init__(self, mix: Mix) -> None:
-        """Allocate sums ``(block,) float64`` and a result of the same length."""
+        """Make room for sums ``(block,) float64`` and a result of the same length."""
         self._mix = mix
         plan, block = mix.plan, mix.memory.block
         widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
-        self._result = np.empty(block * widest, np.uint8)
-        self._sums = np.empty(block, np.float64)
-        self._nothing = np.empty(0, np.float64)
-        self._same = _Sameness()
+        self._result = buffer(block * widest)
+        self._sums = buffer(8 * block)
         self.spoiled = False
         """Whether the last result holds a NaN or an Inf."""
 
@@ -235,72 +222,74 @@ class MixWorker:
         mixer = self._mix.engine.mixer(sources, tensor.dtype)
         whole = first == 0 and last == len(self._factors)
         if mixer is not None and whole:
-            addresses = np.array([block.ctypes.data for block in inputs], np.int64)
-            self.spoiled = mixer(
-                self._nothing,
-                addresses,
-                np.array(factors),
-                True,
-                self._divisor,
-                self._output.ctypes.data,
-                self._n,
-            )
+            output, addresses = address_of(self._output), [address_of(block) for block in inputs]
+            self.spoiled = mixer(0, addresses, factors, True, self._divisor, output, self._n)
             self._done = True
             return
         self._done = False
-        sums = self._sums[: self._n]
-        if mixer is not None:
-            addresses = np.array([block.ctypes.data for block in inputs], np.int64)
-            mixer(sums, addresses, np.array(factors), first == 0, 1.0, 0, self._n)
-        else:
-            blocks.accumulate(sums, inputs, sources, factors, fresh=first == 0)
+        self._accumulate(mixer, inputs, sources, factors, fresh=first == 0)
         if self._watch_sameness:
-            self._same.add(first, inputs)
+            from streamsoup.kernels import blocks
+
+            if first == 0:
+                self._same = blocks.Sameness(blocks.array_of(inputs[0]))
+            self._same.add([blocks.array_of(block) for block in inputs])
 
     def result(self) -> Bytes:
         """Give the raw bytes of the finished block, valid until the next one is started."""
         tensor = self._tensor
         if tensor.operation == "mix" and not self._done:
-            sums = self._sums[: self._n]
+            from streamsoup.kernels import blocks
+
+            divisor = self._divisor
             if self._watch_sameness:
-                self._same.settle(sums, self._divisor)
-                self.spoiled = blocks.finish(sums, 1.0, tensor.dtype, self._output)
-            else:
-                self.spoiled = blocks.finish(sums, self._divisor, tensor.dtype, self._output)
+                self._same.settle(self._floats, divisor)
+                divisor = 1.0
+            output = blocks.array_of(self._output)
+            self.spoiled = blocks.finish(self._floats, divisor, tensor.dtype, output)
         return self._output
 
+    @property
+    def _floats(self) -> NDArray[np.float64]:
+        """The sums of the block, as numpy sees them."""
+        from streamsoup.kernels import blocks
+
+        return blocks.floats_of(self._sums[: 8 * self._n])
+
+    def _accumulate(
+        self,
+        mixer: Mixer | None,
+        inputs: Sequence[Bytes],
+        sources: Sequence[DType],
+        factors: Sequence[float],
+        *,
+        fresh: bool,
+    ) -> None:
+        """Add to the sums, or with `fresh` begin them."""
+        if mixer is not None:
+            sums, addresses = address_of(self._sums), [address_of(block) for block in inputs]
+            mixer(sums, addresses, factors, fresh, 1.0, 0, self._n)
+            return
+        from streamsoup.kernels import blocks
+
+        arrays = [blocks.array_of(block) for block in inputs]
+        blocks.accumulate(self._floats, arrays, sources, factors, fresh=fresh)
+
     def close(self) -> None:
-        """Do nothing: arrays go with the worker."""
+        """Do nothing: buffers go with the worker."""
 
     def _copy(self, first: int, inputs: Sequence[Bytes]) -> None:
         if first == 0:
             self._output[:] = inputs[0]
         if self._tensor.operation == "first":
             return
+        from streamsoup.kernels import blocks
+
         for i, block in enumerate(inputs, first):
-            if not np.array_equal(block, self._output):
+            if (blocks.array_of(block) != blocks.array_of(self._output)).any():
                 ingredients = self._mix.plan.ingredients
                 raise MismatchError(
                     f"{ingredients[i].where(self._tensor.name)}: this {self._tensor.dtype.name} "
                     f"tensor differs from that of {printable(ingredients[0].name)}, and is not "
                     "averaged; --non-float first takes it from the first ingredient"
                 )
-
-
-class _Sameness:
-    """Which float64 elements have had the same bits in every ingredient so far."""
-
-    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Compare further ingredients with the first."""
-        words = [block.view(np.uint64) for block in inputs]
-        if first == 0:
-            self._first = words[0].copy()
-            self._equal = np.ones(len(words[0]), np.bool_)
-        for word in words:
-            self._equal &= word == self._first
-
-    def settle(self, sums: np.ndarray[tuple[int], np.dtype[np.float64]], divisor: float) -> None:
-        """Divide the sums, and put the common value where all were equal."""
-        with np.errstate(all="ignore"):
-            np.divide(sums, divisor, out=sums)
-        sums[self._equal] = self._first.view(np.float64)[self._equal]

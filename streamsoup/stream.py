@@ -15,14 +15,12 @@ from contextlib import closing
 from typing import Protocol, Self
 
 import msgspec
-import numpy as np
 import xxhash
 
 from streamsoup.budget import MemoryPlan
+from streamsoup.buffers import Bytes
 from streamsoup.digest import Digests
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
-from streamsoup.formats.files import Bytes
-from streamsoup.kernels import blocks
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.read import Reader, Session
@@ -295,7 +293,7 @@ class _Pass:
                 last = min(first + memory.group, k)
                 inputs = reading.block(tensor, first, last, start, n_units)
                 for digest, block in zip(hashes[1 + first :], inputs, strict=False):
-                    digest.update(block.data)
+                    digest.update(block)
                 worker.add(first, inputs)
             under_way.append(_Block(leaf, start, n_units, hashes, start + n_units == end))
             self.deliver(worker.n_ahead, reading, writing, worker, under_way)
@@ -316,7 +314,7 @@ class _Pass:
                 tensor = self.plan.tensors[block.leaf.tensor]
                 self.explain(tensor, block.start, block.n_units, reading)
             if self.digest:
-                block.hashes[0].update(result.data)
+                block.hashes[0].update(result)
             writing.write(block.leaf, block.start, result)
             if block.last:
                 self.finish(block.leaf, b"".join(digest.digest() for digest in block.hashes))
@@ -333,13 +331,17 @@ class _Pass:
 
     def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
+        import numpy as np
+
+        from streamsoup.kernels import blocks
+
         measures = self.plan.recipe.only_measures
         lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)
             dtype = tensor.sources[self.plan.layout_of[i]].dtype
             with np.errstate(invalid="ignore"):  # signalling NaNs
-                values = blocks.widen(block, dtype)
+                values = blocks.widen(blocks.array_of(block), dtype)
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
                 place = _place(start + int(bad[0]), tensor.shape)

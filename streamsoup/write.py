@@ -18,9 +18,10 @@ from collections.abc import Iterable
 
 import xxhash
 
+from streamsoup.buffers import Bytes
 from streamsoup.digest import SIZE, Digests
 from streamsoup.folders import remove_any
-from streamsoup.formats.files import Bytes, Descriptors
+from streamsoup.formats.files import Descriptors
 from streamsoup.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
 from streamsoup.staging import Staging
@@ -171,7 +172,7 @@ class FileSession:
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Write a finished block of the leaf's tensor, from unit `start` on."""
         path, offset = self._sink.place(leaf, start)
-        write_at(self._files.writing(path), block.data, offset)
+        write_at(self._files.writing(path), block, offset)
 
     def close(self) -> None:
         """Close the descriptors."""

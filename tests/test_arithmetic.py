@@ -66,11 +66,9 @@ def in_numba(
     """Mix with the compiled kernel, in one call."""
     data = [np.ascontiguousarray(x) for x in inputs]
     result = np.empty(len(data[0]), WORDS[output.nbits])
-    addresses = np.array([x.ctypes.data for x in data])
-    spoiled = cpu.mixer(source, output)(
-        *(np.empty(0), addresses, np.array(factors, float), True),
-        *(divisor, result.ctypes.data, len(result)),
-    )
+    addresses = [x.ctypes.data for x in data]
+    mix = cpu.mixer(source, output)
+    spoiled = mix(0, addresses, factors, True, divisor, result.ctypes.data, len(result))
     assert spoiled == _has_non_finite(result, output)
     return result
 
@@ -566,8 +564,8 @@ def test_a_processor_that_tells_nothing_is_not_believed(monkeypatch: pytest.Monk
     for column, value in zip(inputs, values, strict=True):
         column[:7] = reference.narrow(value, dtype)
     found = np.empty(1024, np.uint16)
-    addresses = np.array([column.ctypes.data for column in inputs], np.int64)
-    kernel(np.empty(0), addresses, np.ones(8), True, 8.0, found.ctypes.data, len(found))
+    addresses = [column.ctypes.data for column in inputs]
+    kernel(0, addresses, [1.0] * 8, True, 8.0, found.ctypes.data, len(found))
     assert (found == in_numpy(inputs, dtype, [1.0] * 8, 8.0, dtype)).all()
 
 

@@ -14,6 +14,7 @@ ROOT = Path(streamsoup.__file__).parent
 
 FLOORS = {
     "errors": 0,
+    "buffers": 0,
     "sizes": 0,
     "tensors": 0,
     "recipe": 0,

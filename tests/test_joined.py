@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import streamsoup
 from streamsoup import Options, budget
+from streamsoup.buffers import Bytes, address_of
 from streamsoup.errors import NonFiniteError
-from streamsoup.formats.files import Bytes
 from streamsoup.plan import Leaf
 from streamsoup.recipe import Coefficients
 from streamsoup.soups import joined
@@ -45,15 +45,16 @@ class Shelf:
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         begin = start * self.sizes[leaf.tensor]
-        return self.found[self.names[leaf.tensor]][begin : begin + nbytes] if self.roomy else None
+        found = self.found[self.names[leaf.tensor]].data
+        return found[begin : begin + nbytes] if self.roomy else None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         name, begin = self.names[leaf.tensor], start * self.sizes[leaf.tensor]
         assert len(block), "a piece without bytes"
         place = self.found[name][begin : begin + len(block)]
         if self.roomy:
-            self.n_made_there += place.ctypes.data == block.ctypes.data
-        place[:] = block
+            self.n_made_there += place.ctypes.data == address_of(block)
+        place[:] = np.frombuffer(block, np.uint8)
         self.n_puts[name][begin : begin + len(block)] += 1
         self.n_blocks += 1
 

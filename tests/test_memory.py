@@ -41,9 +41,11 @@ def watch():
 peak = 0
 threading.Thread(target=watch, daemon=True).start()
 settings = json.loads(sys.argv[1])
-reduce.LOAD_NBYTES = settings.pop("load_nbytes")
 reduce.COMPILE_NBYTES = settings.pop("compile_nbytes")
-inner.LOAD_S = inner.COMPILE_S = 0 if reduce.LOAD_NBYTES == 1 else 1e9
+inner.COMPILE_S = 0
+if settings.pop("in_numpy"):
+    reduce.find_mixer = inner.find_products = lambda *_: None
+    inner.COMPILE_S = 1e9
 given = settings.pop("coefficients")
 options = Options(**settings)
 paths = sys.argv[3:]
@@ -91,7 +93,7 @@ def measure(
     model: Path,
     k: int,
     *,
-    load_nbytes: int = 1,
+    in_numpy: bool = False,
     compile_nbytes: int = 10**15,
     geometry: bool = False,
     coefficients: str | None = None,
@@ -101,10 +103,10 @@ def measure(
 
     It is the uniform one, unless the path of a file with `coefficients` is given.
 
-    With `geometry` they are measured instead, by a kernel that is compiled anew, or in numpy with
-    any other `load_nbytes` than 1; with a `compile_nbytes` of 1, those of soups are compiled anew.
+    With `geometry` they are measured instead, by a kernel that is compiled anew; with a
+    `compile_nbytes` of 1, those of soups are. With `in_numpy`, no compiled kernel is used.
     """
-    settings = options | {"load_nbytes": load_nbytes, "compile_nbytes": compile_nbytes}
+    settings = options | {"in_numpy": in_numpy, "compile_nbytes": compile_nbytes}
     settings["coefficients"] = coefficients
     out = "geometry" if geometry else str(tmp_path / f"out-{len(os.listdir(tmp_path))}")
     anew = geometry or compile_nbytes == 1
@@ -128,7 +130,7 @@ def test_the_peak_does_not_grow(io: str, tmp_path: Path) -> None:
     large = sparse(tmp_path / "l", {f"t{i}": ("F32", (1000, 5000), 20_000_000) for i in range(8)})
     # Without compiled kernels: those depend on what the cache holds. Reads go by fours. The budget
     # lets all have blocks of one size.
-    options: dict[str, Any] = {"io": io, "threads": 2, "memory": "140MB", "load_nbytes": 10**15}
+    options: dict[str, Any] = {"io": io, "threads": 2, "memory": "140MB", "in_numpy": True}
     few = measure(tmp_path, small, 4, **options)
     many = measure(tmp_path, small, 64, **options)
     big = measure(tmp_path, large, 4, **options)
@@ -203,7 +205,7 @@ def test_coefficients_of_each_tensor_are_in_the_plan(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).random((len(names), 64)).tolist()
     whole = {"values": rows[0], "per_tensor": dict(zip(names, rows, strict=True))}
     (tmp_path / "c.json").write_text(json.dumps(whole))
-    few: dict[str, Any] = {"memory": "125MB", "load_nbytes": 10**15}
+    few: dict[str, Any] = {"memory": "125MB", "in_numpy": True}
     peak, planned = measure(tmp_path, model, 64, coefficients=str(tmp_path / "c.json"), **few)
     assert peak <= planned <= 125_000_000
     plain, _ = measure(tmp_path, model, 64, **few)
@@ -224,14 +226,13 @@ def test_metadata_is_in_the_plan(said: str, geometry: bool, tmp_path: Path) -> N
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(raw(text.encode(), bytes(4)))
-    load_nbytes = 2 if geometry else 1
-    peak, planned = measure(tmp_path, folder, 8, geometry=geometry, load_nbytes=load_nbytes)
+    peak, planned = measure(tmp_path, folder, 8, geometry=geometry, in_numpy=geometry)
     assert 50_000_000 < peak <= planned
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"threads": 1, "io": "read"}, {"load_nbytes": 2}, {"memory": "60MB"}],
+    [{}, {"threads": 1, "io": "read"}, {"in_numpy": True}, {"memory": "60MB"}],
     ids=str,
 )
 def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_the_plan_of_inner_products_holds(options: dict[str, Any], tmp_path: Pat
     peak, planned = measure(tmp_path, model, 32, geometry=True, **options)
     assert peak <= planned <= 150_000_000
     compiled = len(list(tmp_path.glob("streamsoup/*.o"))) == 1
-    assert compiled == (not {"load_nbytes", "memory"} & options.keys())
+    assert compiled == (not {"in_numpy", "memory"} & options.keys())
 
 
 def test_products_of_64_fit_the_default_budget(tmp_path: Path) -> None:
@@ -301,11 +302,12 @@ def test_without_a_compiler_numpy_does(
             if name.startswith("llvmlite"):
                 raise error
 
-    kernels = ("llvmlite", "streamsoup.kernels.cpu", "streamsoup.kernels.objects")
-    for name in [each for each in sys.modules if each.startswith(kernels)]:
+    for name in [each for each in sys.modules if each.startswith("llvmlite")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    monkeypatch.setattr(inner, "LOAD_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", 1)
+    monkeypatch.setattr(inner, "COMPILE_S", 0.0)
     model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
     uniform([model] * 20, output=tmp_path / "soup")
     assert "numpy makes the same sums, more slowly" in caplog.text

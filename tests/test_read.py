@@ -340,7 +340,8 @@ def test_what_was_passed_is_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io: Any
 ) -> None:
     """However large the ingredients, a thread has a window of each mapped, and nothing is left."""
-    monkeypatch.setattr(read, "WINDOW", 4 * mmap.PAGESIZE)
+    for name in ("WINDOW", "WIDEST_WINDOW"):
+        monkeypatch.setattr(read, name, 4 * mmap.PAGESIZE)
     monkeypatch.setattr(budget, "LARGEST_BLOCK", 1000)
     monkeypatch.setattr(budget, "SMALLEST_BLOCK", 1000)
     model = {f"t{i}": tensor(np.arange(3e4) + i) for i in range(3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -96,13 +97,14 @@ def test_blocks_do_not_change_bytes(
     assert digests(cut) == digests(whole)
 
 
-@pytest.mark.parametrize("load_nbytes", [1, 10**12])
+@pytest.mark.parametrize("compiled", [True, False])
 def test_a_caller_that_flushes_subnormals_changes_no_byte(
-    load_nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a caller has told its processor does not hold for us, and holds for it afterwards."""
-    monkeypatch.setattr(reduce, "LOAD_NBYTES", load_nbytes)  # compiled kernels, or numpy
-    monkeypatch.setattr(reduce, "COMPILE_NBYTES", load_nbytes)
+    if not compiled:
+        monkeypatch.setattr(reduce, "find_mixer", lambda source, output: None)
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", 1 if compiled else math.inf)
     codes = np.arange(1, 125)  # all of them subnormal, in each of these
     paths = [
         save(
@@ -143,6 +145,7 @@ def test_engines_do_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for i in range(3)
     ]
     monkeypatch.setattr(budget, "LARGEST_BLOCK", 1 << 18)  # three blocks
+    monkeypatch.setattr(reduce, "find_mixer", lambda source, output: None)
     mix(paths, FACTORS, output=tmp_path / "numpy")
     original = reduce.Engine.mixer
     n_calls = 0
@@ -157,7 +160,7 @@ def test_engines_do_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reduce.Engine, "mixer", late)
     mix(paths, FACTORS, output=tmp_path / "both", options=Options(threads=1))
     assert n_calls >= 3
-    monkeypatch.setattr(reduce, "LOAD_NBYTES", 1)
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", 1)
     mix(paths, FACTORS, output=tmp_path / "numba", options=Options(threads=2))
     assert content(tmp_path / "numpy") == content(tmp_path / "both")
     assert content(tmp_path / "numpy") == content(tmp_path / "numba")

@@ -103,8 +103,8 @@ def _rate(
     """Give bytes of input per second."""
     k, n = len(inputs), len(inputs[0]) // size
     todo, lock = iter(range(0, n - BLOCK + 1, BLOCK)), threading.Lock()
-    nothing, ones = np.empty(0), np.ones(k)
-    bases = np.array([each.ctypes.data for each in inputs], np.int64)
+    ones = [1.0] * k
+    bases = [each.ctypes.data for each in inputs]
 
     def work() -> None:
         output = np.empty(BLOCK * size, np.uint8)
@@ -114,7 +114,7 @@ def _rate(
                 start = next(todo, None)
             if start is None:
                 return
-            mix(nothing, bases + start * size, ones, True, float(k), at, BLOCK)
+            mix(0, [base + start * size for base in bases], ones, True, float(k), at, BLOCK)
 
     threads = [threading.Thread(target=work) for _ in range(n_threads)]
     started = time.perf_counter()

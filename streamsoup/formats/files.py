@@ -14,16 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import numpy as np
-from numpy.typing import NDArray
-
+from streamsoup.buffers import Bytes
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.regular import close_read
 from streamsoup.formats.shards import Identity, Shard
 
-__all__ = ["Bytes", "Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
-
-Bytes = NDArray[np.uint8]
+__all__ = ["Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -106,7 +102,7 @@ class Window:
             )
         window = (ctypes.c_uint8 * nbytes).from_address(address)
         window.mapping = _Mapping(address, nbytes)  # type: ignore[attr-defined]
-        self._content: Bytes = np.frombuffer(memoryview(window), np.uint8)
+        self._content = memoryview(window).cast("B")
 
     def covers(self, begin: int, end: int) -> bool:
         """Whether bytes `begin` to `end` of the shard are in it."""

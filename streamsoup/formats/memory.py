@@ -13,16 +13,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from streamsoup.buffers import Bytes, buffer
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
 from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["MemoryShard", "is_apart", "open_state", "overlaps", "plain_name", "unwrapped"]
+__all__ = ["MemoryShard", "open_state", "plain_name", "unwrapped"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
@@ -37,20 +36,20 @@ class Memory:
         self._begins = begins
         self._versions = [_version(tensor) for tensor in self._tensors]
 
-    def __getitem__(self, place: slice) -> NDArray[np.uint8]:
+    def __getitem__(self, place: slice) -> Bytes:
         """Give bytes that lie in one tensor."""
         import torch
 
         begin, end = int(place.start), int(place.stop)
         if end == begin:
-            return np.empty(0, np.uint8)
+            return buffer(0)
         i = bisect.bisect_right(self._begins, begin) - 1
         tensor = self._tensors[i].detach()
         size = tensor.element_size()
         first, last = begin - self._begins[i], end - self._begins[i]
         elements = _elements(tensor, first // size, -(-last // size))
         elements = elements.cpu().resolve_conj().resolve_neg()
-        raw: NDArray[np.uint8] = elements.contiguous().view(torch.uint8).numpy()
+        raw: Bytes = elements.contiguous().view(torch.uint8).numpy().data
         skip = first % size
         return raw[skip : skip + last - first]
 
@@ -155,7 +154,7 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     for name in order:
         spec = header.tensors[name]
         for begin in range(spec.begin, spec.begin + spec.nbytes, _PIECE):
-            digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)].data)
+            digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)])
     label = f"state dict {digest.hexdigest()}"
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
     shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory)
@@ -218,82 +217,6 @@ def _tied_names(module: Any, state: Mapping[str, Any]) -> set[str]:
 
 def _same(one: Any, other: Any) -> bool:
     return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape)
-
-
-def is_apart(tensor: Any) -> bool:
-    """Whether all elements of a tensor lie at places of their own."""
-    reach = 0
-    steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
-    for stride, n in steps if tensor.numel() else ():
-        if stride <= reach:  # rows that begin within others may still miss their elements
-            begin, end = _span(tensor)
-            taken = np.zeros(end - begin, np.bool_)
-            _places(taken, begin, tensor)[...] = True
-            return bool(taken.sum() == tensor.numel() * tensor.element_size())
-        reach += stride * (n - 1)
-    return True
-
-
-def overlaps(tensors: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pair the names of tensors that have memory in common. Columns of one matrix have none.
-
-    None may be empty. Holds a byte for each that tensors span which lie between one another.
-    """
-    spans = sorted((str(tensor.device), *_span(tensor), name) for name, tensor in tensors.items())
-    found: list[tuple[str, str]] = []
-    for run in _runs(spans):
-        begin = run[0][1]
-        taken = np.zeros(max(end for _, _, end, _ in run) - begin, np.bool_)
-        for number, (*_, name) in enumerate(run):
-            mine = _places(taken, begin, tensors[name])
-            if mine.any():
-                found.append((name, _met(tensors, [other for *_, other in run[:number]], name)))
-            mine[...] = True
-    return found
-
-
-_Span = tuple[str, int, int, str]
-"""Device, first byte, end and name."""
-
-
-def _runs(spans: list[_Span]) -> list[list[_Span]]:
-    """Group spans, in their order, that reach into one another; leave out those that are alone."""
-    runs: list[list[_Span]] = []
-    reach = ("", 0)
-    for device, begin, end, name in spans:
-        if (device, begin) >= reach:
-            runs.append([])
-        runs[-1].append((device, begin, end, name))
-        reach = max(reach, (device, end))
-    return [run for run in runs if len(run) > 1]
-
-
-def _met(tensors: Mapping[str, Any], names: list[str], name: str) -> str:
-    """Name the first of some tensors that another has memory in common with."""
-    for other in names:
-        spans = _span(tensors[other]), _span(tensors[name])
-        begin = min(first for first, _ in spans)
-        taken = np.zeros(max(end for _, end in spans) - begin, np.bool_)
-        _places(taken, begin, tensors[other])[...] = True
-        if _places(taken, begin, tensors[name]).any():
-            return other
-    raise AssertionError(name)
-
-
-def _span(tensor: Any) -> tuple[int, int]:
-    """Give the addresses of a tensor's first byte, and of that after its last one."""
-    last = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _places(memory: NDArray[np.bool_], begin: int, tensor: Any) -> NDArray[np.bool_]:
-    """View those of the bytes from address `begin` on that a tensor's elements take."""
-    size = tensor.element_size()
-    return np.lib.stride_tricks.as_strided(
-        memory[tensor.data_ptr() - begin :],
-        (*tensor.shape, size),
-        (*(stride * size for stride in tensor.stride()), 1),
-    )
 
 
 def _version(tensor: Any) -> int:

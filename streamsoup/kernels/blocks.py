@@ -1,7 +1,8 @@
 """The arithmetic in numpy, a cache-sized block at a time.
 
-Eight (float32) to a hundred and more (float8) times slower than the compiled kernel, and ready
-sooner: small jobs end before that is loaded. Also the one kernel for ingredients of several dtypes.
+Eight (float32) to a hundred and more (float8) times slower than the compiled kernel, for what that
+is not there for: small jobs before a large one has had it compiled, old processors, and ingredients
+of several dtypes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from numpy.typing import NDArray
 
 from streamsoup.tensors import DType
 
-__all__ = ["accumulate", "finish", "narrow", "widen"]
+__all__ = ["Sameness", "accumulate", "array_of", "finish", "floats_of", "narrow", "widen"]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 BLOCK = 1 << 14
 """Elements at a time: their sums fill 128 KiB, and stay in a core's second cache."""
+
+
+def array_of(block: memoryview) -> Bytes:
+    """Give the bytes of a block as an array, without a copy."""
+    return np.frombuffer(block, np.uint8)
+
+
+def floats_of(block: memoryview) -> Floats:
+    """Give the float64 that a block holds as an array, without a copy."""
+    return np.frombuffer(block, np.float64)
 
 
 def accumulate(
@@ -132,3 +143,23 @@ def _narrow_small(values: Floats, dtype: DType, output: Bytes) -> bool:
         codes[np.isnan(values)] = dtype.nan
     output.view(np.uint8 if dtype.nbits == 8 else np.uint16)[:] = codes
     return spoiled
+
+
+class Sameness:
+    """Which float64 elements have had the same bits in every ingredient so far."""
+
+    def __init__(self, first: Bytes) -> None:
+        """Keep a copy of the first ingredient's."""
+        self._first = first.view(np.uint64).copy()
+        self._equal = np.ones(len(self._first), np.bool_)
+
+    def add(self, inputs: Sequence[Bytes]) -> None:
+        """Compare ingredients with the first."""
+        for block in inputs:
+            self._equal &= block.view(np.uint64) == self._first
+
+    def settle(self, sums: Floats, divisor: float) -> None:
+        """Divide the sums, and put the common value where all were equal."""
+        with np.errstate(all="ignore"):
+            np.divide(sums, divisor, out=sums)
+        sums[self._equal] = self._first.view(np.float64)[self._equal]

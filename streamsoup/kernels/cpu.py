@@ -3,21 +3,15 @@
 `objects` keeps and loads them; `loops` is what is compiled, and numba is imported only then.
 """
 
-# llvmlite has no types.
-# mypy: disable-error-code="no-untyped-call,import-untyped"
-
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import threading
+from collections.abc import Sequence
 
-import llvmlite.binding as llvm
-import numpy as np
-from numpy.typing import NDArray
-
-from streamsoup.kernels import objects
+from streamsoup.buffers import address_of, buffer
+from streamsoup.kernels import objects, processor
 from streamsoup.kernels.objects import Kernel
 from streamsoup.tensors import DType
 
@@ -50,9 +44,9 @@ class Mixer:
 
     def __call__(
         self,
-        sums: NDArray[np.float64],
-        addresses: NDArray[np.int64],
-        factors: NDArray[np.float64],
+        sums: int,
+        addresses: Sequence[int],
+        factors: Sequence[float],
         fresh: bool,
         divisor: float,
         output: int,
@@ -60,20 +54,23 @@ class Mixer:
     ) -> bool:
         """Mix blocks of `n` elements, and say whether a result is not finite.
 
-        `sums` is ``(n,)``, or ``(0,)`` to keep sums within the call, which then has to be both
-        fresh and finished. `addresses` ``(ingredient,)`` are of the blocks, `factors`
-        ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the address of
-        the result, or 0 to leave the sums unfinished for a later call. Reads and writes raw
-        memory: the caller keeps the blocks alive, and of the size it says.
+        `sums` is the address of ``(n,) float64``, or 0 to keep sums within the call, which then
+        has to be both fresh and finished. `addresses` ``(ingredient,)`` are of the blocks,
+        `factors` ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the
+        address of the result, or 0 to leave the sums unfinished for a later call. Reads and writes
+        raw memory: the caller keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = np.empty(SCRATCH, np.float64)
+            self._own.scratch = buffer(8 * SCRATCH)
+        k = len(addresses)
+        table = (ctypes.c_int64 * k)(*addresses)
+        multipliers = (ctypes.c_double * k)(*factors)
         spoiled = self._call(
-            sums.ctypes.data if len(sums) else 0,
-            addresses.ctypes.data,
-            factors.ctypes.data,
-            self._own.scratch.ctypes.data,
-            len(addresses),
+            sums,
+            ctypes.addressof(table),
+            ctypes.addressof(multipliers),
+            address_of(self._own.scratch),
+            k,
             fresh,
             divisor,
             output,
@@ -87,16 +84,15 @@ def has_kernel(source: DType) -> bool:
 
     Nor can it where numba was told to compile for any processor, old ones too.
     """
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     small = source.name in ("F16", "F8_E4M3", "F8_E5M2")
-    if not (x86 and small):
+    if not (small and processor.is_x86()):
         return True
     generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
-    return not generic and bool(llvm.get_host_cpu_features().get("f16c"))
+    return not generic and "f16c" in processor.features()
 
 
 def find_mixer(source: DType, output: DType) -> Mixer | None:
-    """Give the kernel for these dtypes if it is in the cache, or None. Takes milliseconds."""
+    """Give the kernel for these dtypes if it is in the cache, or None. Takes a millisecond."""
     found = objects.find(_label(source, output), _ROOMS)
     return None if found is None else Mixer(found)
 

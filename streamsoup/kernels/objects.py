@@ -1,8 +1,9 @@
-"""Compiled kernels as object files: found in a cache, loaded in milliseconds, or made once.
+"""Compiled kernels as object files: found in a cache, loaded in a millisecond, or made once.
 
-Importing numba and letting it load a cached kernel takes half a second, as long as a whole soup of
-small models. So what numba compiled is kept as a plain object file, and LLVM's loader, which numba
-brings along, puts it into memory; numba itself is imported only to compile.
+Importing numba and letting it load a cached kernel takes half a second, longer than a whole soup of
+small models. So what numba compiled is kept as a plain object file, and put into memory by
+`linking`, or, on processors that it does not know, by LLVM's loader. Numba itself is imported only
+to compile.
 
 The cache is ``$XDG_CACHE_HOME/streamsoup`` (``~/.cache/streamsoup``), and is believed only if
 nobody else may write there. Where there is none, each process compiles for itself.
@@ -13,30 +14,19 @@ nobody else may write there. Where there is none, each process compiles for itse
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
-import llvmlite
-import llvmlite.binding as llvm
 import msgspec
 import xxhash
 
-from streamsoup.versions import numba_version
+from streamsoup.kernels import processor
+from streamsoup.kernels.linking import NEVER_CALLED, address_of_symbol, place
+from streamsoup.versions import llvmlite_version, numba_version
 
 __all__ = ["Kernel", "find", "make"]
-
-_NEVER_CALLED = (
-    *("NRT_MemInfo_call_dtor", "NRT_Free", "numba_gil_ensure", "numba_gil_release"),
-    *("numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct"),
-)
-"""What numba's wrapper would call on an exception; kernels raise none. All that is not found in the
-process is to be here: where one name is missing, LLVM leaves every call of the kernel at address 0,
-and says nothing."""
-
 
 _NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
 """What numba may be told for each job anew, and compiles the same code."""
@@ -46,12 +36,12 @@ class Kernel(msgspec.Struct, frozen=True):
     """A compiled function in memory."""
 
     address: int
-    engine: object
+    memory: object
     """What keeps it there."""
 
 
 def find(label: str, rooms: Sequence[str]) -> Kernel | None:
-    """Give the kernel of a label if it is in the cache, or None. Takes milliseconds.
+    """Give the kernel of a label if it is in the cache, or None. Takes a millisecond.
 
     `rooms` are the files of this folder whose text it was compiled from.
     """
@@ -61,14 +51,14 @@ def find(label: str, rooms: Sequence[str]) -> Kernel | None:
     try:
         with open(os.path.join(folder, _cache_name(label, rooms)), "rb") as file:
             content = file.read()
-    except OSError:
+        digest, kernel = content[:16], content[16:]
+        name, _, code = kernel.partition(b"\0")
+        # A file torn by a crash, or cut short by a full disk, is as good as none.
+        if xxhash.xxh3_128_digest(kernel) != digest:
+            return None
+        return _load(name.decode(), code)
+    except (OSError, ImportError):  # LLVM's, where it is needed
         return None
-    digest, kernel = content[:16], content[16:]
-    name, _, code = kernel.partition(b"\0")
-    # A file torn by a crash, or cut short by a full disk, is as good as none.
-    if xxhash.xxh3_128_digest(kernel) != digest:
-        return None
-    return _load(name.decode(), code)
 
 
 def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, bytes]]) -> Kernel:
@@ -82,12 +72,20 @@ def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, byt
 
 def _load(name: str, code: bytes) -> Kernel:
     """Put an object file into memory."""
+    placed = place(code, name)
+    return _load_by_llvm(name, code) if placed is None else Kernel(*placed)
+
+
+def _load_by_llvm(name: str, code: bytes) -> Kernel:
+    """Put an object file of any processor into memory."""
+    import llvmlite.binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    unreachable = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for symbol in _NEVER_CALLED:
+    # Where one name cannot be found, LLVM leaves every call at address 0, and says nothing.
+    for symbol in NEVER_CALLED:
         if llvm.address_of_symbol(symbol) is None:
-            llvm.add_symbol(symbol, unreachable)
+            llvm.add_symbol(symbol, address_of_symbol(symbol))
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -97,9 +95,7 @@ def _load(name: str, code: bytes) -> Kernel:
 
 def _cache_name(label: str, rooms: Sequence[str]) -> str:
     """Name the kernel after all it depends on: our code, numba, LLVM and the processor."""
-    features: Any = llvm.get_host_cpu_features()
-    parts = [numba_version(), llvmlite.__version__, llvm.get_host_cpu_name()]
-    parts += [features.flatten(), llvm.get_default_triple()]
+    parts = [numba_version(), llvmlite_version(), processor.description()]
     # Most of them may change what is compiled, such as NUMBA_OPT and NUMBA_CPU_NAME.
     told = {key: value for key, value in os.environ.items() if key.startswith("NUMBA_")}
     parts += sorted(f"{key}={told[key]}" for key in told.keys() - _NO_MATTER)

@@ -360,7 +360,7 @@ def _trouble(device: Accelerator | HostDevice, paths: Sequence[str], room: str) 
     def unreadable() -> None:
         whole, calls = read._read_into, itertools.count()
 
-        def failing(descriptor: int, block: Bytes, offset: int) -> None:
+        def failing(descriptor: int, block: memoryview, offset: int) -> None:
             if next(calls) == 7:
                 raise OSError(5, "made up for this test")
             whole(descriptor, block, offset)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from streamsoup.device_mix import OnDevice
-from streamsoup.formats.files import Bytes
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
 from streamsoup.read import open_reader
@@ -108,7 +108,7 @@ def _read(paths: Sequence[str], *, cold: bool) -> float:
     return time.perf_counter() - started
 
 
-def _write(path: str, data: Bytes) -> None:
+def _write(path: str, data: NDArray[np.uint8]) -> None:
     with open(path, "wb", buffering=0) as file:
         file.write(data.data)
         os.fsync(file.fileno())

@@ -11,12 +11,10 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from streamsoup.budget import MemoryPlan, plan_memory
+from streamsoup.buffers import Bytes
 from streamsoup.errors import NonFiniteError
-from streamsoup.formats.files import Bytes
-from streamsoup.kernels import blocks
 from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.read import Kept, open_reader
 from streamsoup.recipe import Coefficients
@@ -223,28 +221,22 @@ class _TrialWorker(MixWorker):
         self._done = False
         self._watch_sameness = False
         if self._trial.starts:
-            self._trial.sums.read(tensor.name, start, self._sums[:n_units])
+            self._trial.sums.read(tensor.name, start, self._floats)
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         n_tail = self._trial.n_tail
         cut = min(max(n_tail - first, 0), len(inputs))
-        self._accumulate(first, inputs[:cut])
+        self._carry(first, inputs[:cut])
         if n_tail and first + cut == n_tail and cut:
-            self._trial.sums.write(self._tensor.name, self._start, self._sums[: self._n])
-        self._accumulate(first + cut, inputs[cut:])
+            self._trial.sums.write(self._tensor.name, self._start, self._floats)
+        self._carry(first + cut, inputs[cut:])
 
-    def _accumulate(self, first: int, inputs: Sequence[Bytes]) -> None:
+    def _carry(self, first: int, inputs: Sequence[Bytes]) -> None:
         if not inputs:
             return
         plan = self._trial.plan
-        sums = self._sums[: self._n]
         last = first + len(inputs)
         sources = [self._tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
         fresh = first == 0 and not self._trial.starts
         mixer = self._trial.engine.mixer(sources, self._tensor.dtype)
-        if mixer is None:
-            ones = [1.0] * len(inputs)
-            blocks.accumulate(sums, inputs, sources, ones, fresh=fresh)
-            return
-        addresses = np.array([block.ctypes.data for block in inputs], np.int64)
-        mixer(sums, addresses, np.ones(len(inputs)), fresh, 1.0, 0, self._n)
+        self._accumulate(mixer, inputs, sources, [1.0] * len(inputs), fresh=fresh)

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from streamsoup.budget import LARGEST_BLOCK
-from streamsoup.formats.files import Bytes
+from streamsoup.buffers import Bytes
 from streamsoup.formats.memory import MemoryShard
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.stream import Nowhere, Sink, SinkSession

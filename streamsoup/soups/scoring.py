@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import numpy as np
 
+from streamsoup.buffers import Bytes
 from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
 from streamsoup.folders import remove_any
-from streamsoup.formats.files import Bytes, Descriptors
+from streamsoup.formats.files import Descriptors
 from streamsoup.plan import FilePlan, Leaf, MixPlan
 from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates, Moved
@@ -239,7 +240,7 @@ class _CandidateSession:
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         number, offset = self._places[leaf.tensor]
         offset += start * self._plan.tensors[leaf.tensor].unit_nbytes
-        write_at(self._descriptors.writing(self._sink.path(number)), block.data, offset)
+        write_at(self._descriptors.writing(self._sink.path(number)), block, offset)
 
     def close(self) -> None:
         self._descriptors.close()
