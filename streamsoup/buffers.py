@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-__all__ = ["Bytes", "address_of", "buffer"]
+__all__ = ["Bytes", "address_of", "buffer", "is_same"]
 
 Bytes = memoryview
 """One after the other, in one dimension. Their elements are little-endian."""
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def buffer(nbytes: int) -> Bytes:
@@ -20,21 +23,28 @@ def buffer(nbytes: int) -> Bytes:
 
     Raises `MemoryError` where there is none.
     """
+    if not nbytes:
+        return memoryview(b"")
     try:
-        return memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(b"")
+        # Private: what is mapped without saying so would be shared with forked processes.
+        return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError:
         raise MemoryError(f"{nbytes} bytes") from None
 
 
 def address_of(block: Bytes) -> int:
-    """Give the address of a block, which may be read-only. The caller keeps it alive.
+    """Give the address of a block, which the caller keeps alive; 0 of an empty one.
+
+    It must not be marked as read-only. (Mapped files are not, though writing to them is SIGSEGV.)
 
     >>> block = buffer(100)
     >>> address_of(block[10:]) - address_of(block)
     10
     """
-    if block.readonly or not len(block):
-        import numpy as np
+    return ctypes.addressof(ctypes.c_char.from_buffer(block)) if len(block) else 0
 
-        return np.frombuffer(block, np.uint8).ctypes.data
-    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+def is_same(one: Bytes, other: Bytes) -> bool:
+    """Whether two blocks hold the same bytes. Python would look at them one by one."""
+    n = len(one)
+    return n == len(other) and (not n or not _LIBC.memcmp(address_of(one), address_of(other), n))

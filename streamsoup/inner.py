@@ -33,7 +33,7 @@ from streamsoup.errors import BudgetError
 from streamsoup.kernels import blocks
 from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
-from streamsoup.reduce import can_compile
+from streamsoup.reduce import compiled
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DType
 
@@ -133,8 +133,8 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
     # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
     in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
     found = find_products()
-    if found is None and compiles and in_numpy_s >= COMPILE_S and can_compile():
-        found = make_products()
+    if found is None and compiles and in_numpy_s >= COMPILE_S:
+        found = compiled(make_products)
     return found or in_numpy
 
 

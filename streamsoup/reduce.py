@@ -6,14 +6,14 @@ a group at a time, and takes the result. `Mix` is the one that makes soups.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streamsoup.budget import MemoryPlan
-from streamsoup.buffers import Bytes, address_of, buffer
+from streamsoup.buffers import Bytes, address_of, buffer, is_same
 from streamsoup.errors import MismatchError, printable
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
@@ -21,8 +21,7 @@ from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.tensors import DType
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from streamsoup.kernels.blocks import BlockSums
 
 __all__ = [
     "Engine",
@@ -31,7 +30,7 @@ __all__ = [
     "Nothing",
     "Reduction",
     "Worker",
-    "can_compile",
+    "compiled",
 ]
 
 log = logging.getLogger("streamsoup")
@@ -47,24 +46,26 @@ mapped. Measured, with cold libraries: 22 s for a soup of 2 GB in 220 MB; in 150
 which 127 GB were read again and again, and 31 s with numpy instead."""
 
 
-def can_compile() -> bool:
-    """Whether numba may compile: nobody has switched it off, and there is room for it.
+K = TypeVar("K")
 
-    A warning says so where what it compiles with cannot be loaded.
+
+def compiled(make: Callable[[], K]) -> K | None:
+    """Make a kernel, if numba may: nobody has switched it off, and there is room for it.
+
+    Where what it takes is broken, a warning says so, and there is none.
     """
     is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
     if is_off or memory_limit() < COMPILE_ROOM:
-        return False
+        return None
     try:
-        importlib.import_module("llvmlite.binding")
+        return make()
     except (ImportError, OSError) as error:
         log.warning(
             "kernels cannot be compiled: %s; numpy makes the same sums, more slowly. "
-            "Install llvmlite anew, or grant more memory",
+            "Install numba anew, or grant more memory",
             printable(error),
         )
-        return False
-    return True
+        return None
 
 
 class Engine:
@@ -91,14 +92,17 @@ class Engine:
                 self._mixers[source.name, output.name] = found
         missing = len(self._mixers) < len(self._pairs)
         worth = missing and plan.nbytes_read >= COMPILE_NBYTES
-        if compiles and worth and can_compile():
+        if compiles and worth:
             self.load()
 
     def load(self) -> None:
-        """Load or compile all kernels now: seconds, the first time on a machine."""
+        """Compile what is missing now, where it can be: seconds, the first time on a machine."""
         for source, output in self._pairs:
             if (source.name, output.name) not in self._mixers:
-                self._mixers[source.name, output.name] = mixer(source, output)
+                made = compiled(partial(mixer, source, output))
+                if made is None:
+                    return
+                self._mixers[source.name, output.name] = made
 
     def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:
         """Give the compiled kernel for these dtypes, or None while numpy has to do."""
@@ -229,32 +233,23 @@ class MixWorker:
         self._done = False
         self._accumulate(mixer, inputs, sources, factors, fresh=first == 0)
         if self._watch_sameness:
-            from streamsoup.kernels import blocks
-
-            if first == 0:
-                self._same = blocks.Sameness(blocks.array_of(inputs[0]))
-            self._same.add([blocks.array_of(block) for block in inputs])
+            self._in_numpy.watch(inputs, fresh=first == 0)
 
     def result(self) -> Bytes:
         """Give the raw bytes of the finished block, valid until the next one is started."""
         tensor = self._tensor
         if tensor.operation == "mix" and not self._done:
-            from streamsoup.kernels import blocks
-
-            divisor = self._divisor
-            if self._watch_sameness:
-                self._same.settle(self._floats, divisor)
-                divisor = 1.0
-            output = blocks.array_of(self._output)
-            self.spoiled = blocks.finish(self._floats, divisor, tensor.dtype, output)
+            self.spoiled = self._in_numpy.finish(
+                self._n, self._divisor, tensor.dtype, self._output, watched=self._watch_sameness
+            )
         return self._output
 
-    @property
-    def _floats(self) -> NDArray[np.float64]:
-        """The sums of the block, as numpy sees them."""
-        from streamsoup.kernels import blocks
+    @cached_property
+    def _in_numpy(self) -> BlockSums:
+        """The sums of blocks that no compiled kernel makes in one call."""
+        from streamsoup.kernels.blocks import BlockSums
 
-        return blocks.floats_of(self._sums[: 8 * self._n])
+        return BlockSums(self._sums)
 
     def _accumulate(
         self,
@@ -266,14 +261,11 @@ class MixWorker:
         fresh: bool,
     ) -> None:
         """Add to the sums, or with `fresh` begin them."""
-        if mixer is not None:
-            sums, addresses = address_of(self._sums), [address_of(block) for block in inputs]
-            mixer(sums, addresses, factors, fresh, 1.0, 0, self._n)
+        if mixer is None:
+            self._in_numpy.add(self._n, inputs, sources, factors, fresh=fresh)
             return
-        from streamsoup.kernels import blocks
-
-        arrays = [blocks.array_of(block) for block in inputs]
-        blocks.accumulate(self._floats, arrays, sources, factors, fresh=fresh)
+        addresses = [address_of(block) for block in inputs]
+        mixer(address_of(self._sums), addresses, factors, fresh, 1.0, 0, self._n)
 
     def close(self) -> None:
         """Do nothing: buffers go with the worker."""
@@ -283,10 +275,8 @@ class MixWorker:
             self._output[:] = inputs[0]
         if self._tensor.operation == "first":
             return
-        from streamsoup.kernels import blocks
-
         for i, block in enumerate(inputs, first):
-            if (blocks.array_of(block) != blocks.array_of(self._output)).any():
+            if not is_same(block, self._output):
                 ingredients = self._mix.plan.ingredients
                 raise MismatchError(
                     f"{ingredients[i].where(self._tensor.name)}: this {self._tensor.dtype.name} "

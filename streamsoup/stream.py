@@ -331,22 +331,18 @@ class _Pass:
 
     def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
-        import numpy as np
-
-        from streamsoup.kernels import blocks
+        from streamsoup.kernels.blocks import first_non_finite
 
         measures = self.plan.recipe.only_measures
         lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)
             dtype = tensor.sources[self.plan.layout_of[i]].dtype
-            with np.errstate(invalid="ignore"):  # signalling NaNs
-                values = blocks.widen(blocks.array_of(block), dtype)
-            bad = np.flatnonzero(~np.isfinite(values))
-            if len(bad):
-                place = _place(start + int(bad[0]), tensor.shape)
+            bad = first_non_finite(block, dtype)
+            if bad is not None:
+                place = _place(start + bad[0], tensor.shape)
                 raise NonFiniteError(
-                    f"{ingredient.where(tensor.name)}: holds {values[bad[0]]} at {place}, "
+                    f"{ingredient.where(tensor.name)}: holds {bad[1]} at {place}, "
                     f"which would spoil {'what is measured' if measures else 'the soup'}; leave "
                     f"this ingredient out{lets_pass}"
                 )

@@ -20,6 +20,7 @@ from checkpoints import command, load_array, random_model, save, save_sharded, t
 import streamsoup
 from streamsoup.cli import cli, main
 from streamsoup.cli.common import _explain
+from streamsoup.kernels import processor
 
 HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")
 
@@ -471,13 +472,16 @@ def test_commands_import_no_more_than_they_need(pair: tuple[Path, Path], tmp_pat
     for words in (["--help"], ["uniform", "--help"], ["--version"]):
         names = imported(words, tmp_path)
         assert not names.intersection((*HEAVY, "numpy", "rich", "psutil")), words
-    assert not imported(["inspect", "a"], tmp_path).intersection(HEAVY)
-    assert not imported(["plan", "a", "b"], tmp_path).intersection(HEAVY)
+    heavy = {*HEAVY, "numpy"}
+    assert not imported(["inspect", "a"], tmp_path).intersection(heavy)
+    assert not imported(["plan", "a", "b"], tmp_path).intersection(heavy)
     averaged = imported(["uniform", "a", "b", "-o", "out", "--quiet"], tmp_path)
     assert "xxhash" in averaged  # what the child imports does show
-    assert not averaged.intersection((*HEAVY, "psutil"))
-    assert not imported(["verify", "out", "--quick"], tmp_path).intersection(HEAVY)
-    assert not imported(["verify", "out"], tmp_path).intersection(HEAVY)
+    assert not imported(["verify", "out", "--quick"], tmp_path).intersection(heavy)
+    # Kernels that are kept are loaded by LLVM where they are not of an x86-64.
+    working = {*HEAVY, "psutil"} - (set() if processor.is_x86() else {"llvmlite"})
+    assert not averaged.intersection(working)
+    assert not imported(["verify", "out"], tmp_path).intersection(working)
 
 
 def test_import_does_nothing_heavy() -> None:

@@ -277,7 +277,7 @@ def rooms_below(room: str) -> set[str]:
             "streamsoup.kernels."
         ):
             below = str(node.module).split(".")[2]
-            found |= rooms_below(below) if below not in ("blocks", "objects") else set()
+            found |= rooms_below(below) if below not in ("blocks", "linking", "objects") else set()
     return found
 
 

@@ -321,14 +321,14 @@ def test_where_the_compiler_would_crawl_numpy_does(
     allowed: float, compiled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a memory group too small for LLVM nothing is compiled, however large the job."""
-    loads: list[object] = []
+    made: list[object] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(reduce, "memory_limit", lambda: allowed)
-    monkeypatch.setattr(reduce.Engine, "load", lambda self: loads.append(self))
+    monkeypatch.setattr(reduce, "mixer", lambda *dtypes: made.append(dtypes))
     model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
     plan = order([model] * 260, Coefficients.uniform(260), method="uniform", options=Options()).plan
     reduce.Engine(plan)
-    assert len(loads) == compiled
+    assert len(made) == compiled
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     reduce.Engine(plan)
-    assert len(loads) == compiled
+    assert len(made) == compiled

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
-import platform
 import pwd
 import struct
 import subprocess
@@ -16,30 +15,31 @@ import numpy as np
 import pytest
 from checkpoints import save, tensor
 
-from streamsoup import versions
+import streamsoup
+from streamsoup import buffers, reduce, versions
 from streamsoup.kernels import cpu, linking, objects, processor
 from streamsoup.tensors import DTYPES
 
-x86_alone = pytest.mark.skipif(platform.machine() != "x86_64", reason="others are left to LLVM")
+x86_alone = pytest.mark.skipif(not processor.is_x86(), reason="others are left to LLVM")
 
 
+@pytest.fixture(scope="module")
 def smallest() -> tuple[str, bytes]:
-    """Compile the smallest of our kernels."""
+    """Compile the smallest of our kernels: its symbol, and its object file."""
     from streamsoup.kernels.loops import compile_mix
 
     return compile_mix(DTYPES["F64"], DTYPES["F64"])
 
 
 @x86_alone
-def test_a_kernel_placed_by_us_is_the_one_of_llvm() -> None:
+def test_a_kernel_linked_by_us_is_the_one_of_llvm() -> None:
     """The same object file, put into memory in both ways, computes the same."""
     from streamsoup.kernels.loops import compile_mix
 
     name, code = compile_mix(DTYPES["BF16"], DTYPES["BF16"])
-    placed = linking.place(code, name)
-    assert placed is not None
-    ours = cpu.Mixer(objects.Kernel(*placed))
-    theirs = cpu.Mixer(objects._load_by_llvm(name, code))
+    linked = linking.link(code, name)
+    assert linked is not None
+    ours, theirs = cpu.Mixer(linked), cpu.Mixer(objects._load_by_llvm(name, code))
     rng = np.random.default_rng(0)
     for k, factors in ((3, [1.0] * 3), (11, [0.1] * 11)):
         inputs = [rng.integers(0, 0x7F00, 3001, np.uint16) for _ in range(k)]
@@ -51,34 +51,74 @@ def test_a_kernel_placed_by_us_is_the_one_of_llvm() -> None:
         assert (found[0] == found[1]).all()
 
 
+def changed(code: bytes, kind: int, field: int, value: int) -> bytes:
+    """Set a field of the header of the first section of a kind."""
+    table, n = struct.unpack_from("<Q", code, 0x28)[0], struct.unpack_from("<H", code, 0x3C)[0]
+    headers = [linking._SECTION.unpack_from(code, table + i * 64) for i in range(n)]
+    i = next(i for i, header in enumerate(headers) if header[1] == kind and header[5])
+    header = list(headers[i])
+    header[field] = value
+    made = bytearray(code)
+    linking._SECTION.pack_into(made, table + i * 64, *header)
+    return bytes(made)
+
+
 @x86_alone
-def test_what_is_not_foreseen_is_left_to_llvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other processors, other relocations, unknown names, memory that may not be executable."""
-    name, code = smallest()
-    assert linking.place(code, name) is not None
-    assert linking.place(code, "another") is None
-    assert linking.place(code[:500], name) is None
-    assert linking.place(code[: len(code) // 2], name) is None
-    assert linking.place(b"", name) is None
+def test_what_is_not_foreseen_is_left_to_llvm(
+    smallest: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processors, sections and relocations, unknown names, memory that may not be code."""
+    name, code = smallest
+    assert linking.link(code, name) is not None
+    assert linking.link(code, "another") is None
+    for n in (0, 40, 500, len(code) // 2):
+        assert linking.link(code[:n], name) is None
     arm = bytearray(code)
     struct.pack_into("<H", arm, 18, 183)
-    assert linking.place(bytes(arm), name) is None
-    for constant, value in (("_ABSOLUTE", 2), ("_WRITE", 4)):
-        with monkeypatch.context() as patch:
-            patch.setattr(linking, constant, value)
-            assert linking.place(code, name) is None
+    assert linking.link(bytes(arm), name) is None
+    for kind, field, value in (
+        (linking._PROGBITS, 2, 3),  # writable
+        (linking._PROGBITS, 2, 0),  # referred to, and not in memory
+        (linking._PROGBITS, 8, 1 << 16),  # at multiples of more than a page
+        (linking._UNWIND, 1, 9),  # relocations without addends
+    ):
+        assert linking.link(changed(code, kind, field, value), name) is None, (kind, field, value)
     with monkeypatch.context() as patch:
-        patch.setattr(linking, "NEVER_CALLED", ())
-        assert linking.place(code, name) is None
+        patch.setattr(linking, "_ABSOLUTE", 2)
+        assert linking.link(code, name) is None
     with monkeypatch.context() as patch:
         patch.setattr(linking._LIBC, "mprotect", lambda *_: -1)
-        assert linking.place(code, name) is None
+        assert linking.link(code, name) is None
 
 
-def test_where_nothing_is_placed_llvm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_nobody_has_is_not_called(
+    smallest: tuple[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A later numba may call what we know nothing of: numpy does the work then, with a warning."""
+    name, code = smallest
+    unknown = code.replace(b"\0PyErr_Clear\0", b"\0PyErr_Clean\0")
+    assert "PyErr_Clean" in linking.needed(unknown)
+    assert linking.link(unknown, name) is None
+    with pytest.raises(ImportError, match="numba calls PyErr_Clean, which is nowhere"):
+        objects._load_by_llvm(name, unknown)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("streamsoup.kernels.loops.compile_mix", lambda *_: (name, unknown))
+    monkeypatch.setattr(reduce, "COMPILE_NBYTES", 1)
+    model = save(tmp_path / "m", {"t": tensor(np.ones(1000))})
+    streamsoup.uniform([model, model], output=tmp_path / "out")
+    assert "numba calls PyErr_Clean, which is nowhere; numpy makes the same sums" in caplog.text
+    assert not list(tmp_path.glob("cache/streamsoup/*"))
+
+
+def test_where_nothing_is_linked_llvm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of all other processors: a kernel is made, kept, found and called."""
-    monkeypatch.setattr(objects, "place", lambda code, name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(objects, "link", lambda code, name: None)
     f32 = DTYPES["F32"]
+    assert cpu.find_mixer(f32, f32) is None
     cpu.mixer(f32, f32)
     found = cpu.find_mixer(f32, f32)
     assert found is not None
@@ -88,17 +128,19 @@ def test_where_nothing_is_placed_llvm_does(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_processor_that_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without /proc, or where it is empty, LLVM is asked what there is; and knows the same."""
-    told = processor.description(), processor.features()
-    assert "cpu MHz" not in told[0]
-    for path in (tmp_path / "none", tmp_path / "empty"):
-        monkeypatch.setattr(processor, "_CPUINFO", str(path))
-        processor._facts.cache_clear()
-        assert processor.description() not in ("", told[0])
-        if processor.is_x86():
-            assert {"avx2", "f16c"} & processor.features() == {"avx2", "f16c"} & told[1]
-        (tmp_path / "empty").touch()
-    processor._facts.cache_clear()
+    """LLVM is asked where /proc is missing, empty, or that of another kind of processor."""
+    told, has = processor.description(), processor.has_f16c()
+    assert "cpu MHz" not in told
+    (tmp_path / "empty").touch()
+    other = "Features\t: fp asimd\n" if processor.is_x86() else "flags\t\t: fpu f16c\n"
+    (tmp_path / "other").write_text(f"model name\t: none\n{other}")
+    by_llvm = set()
+    for name in ("none", "empty", "other"):
+        monkeypatch.setattr(processor, "_CPUINFO", str(tmp_path / name))
+        by_llvm.add(processor.description())
+        assert processor.has_f16c() == has
+    assert len(by_llvm) == 1
+    assert not by_llvm & {"", told}
 
 
 def test_versions_are_those_of_the_packages() -> None:
@@ -106,6 +148,55 @@ def test_versions_are_those_of_the_packages() -> None:
     told = versions.versions() | {"llvmlite": versions.llvmlite_version()}
     for package in ("numpy", "numba", "llvmlite", "xxhash"):
         assert told[package] == importlib.metadata.version(package)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('version = "2.4.6"\n__version__ = version\n', "2.4.6"),
+        ('\n{\n "error": null,\n "version": "0.68.1"\n}\n', "0.68.1"),
+        ("version_version = '0.44.0'\nversion_full = 'ab12'\n", "0.44.0"),
+        ('vinfo: dict[str, str]\nversion = vinfo["version"]\n', None),
+        ("def get_versions():\n    return {'version': get()}\n", None),
+    ],
+)
+def test_how_versions_are_written(text: str, found: str | None) -> None:
+    """As numpy, numba and llvmlite write theirs; older and unbuilt ones are asked otherwise."""
+    match = versions._ASSIGNED.search(text)
+    assert (match[1] if match else None) == found
+
+
+def test_memory_is_our_own() -> None:
+    """What is touched counts as this process's, and a forked child has a copy of its own."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    before = anonymous()
+    block = buffers.buffer(50_000_000)
+    assert anonymous() - before < 10_000_000
+    for at in range(0, len(block), 4096):
+        block[at] = 1
+    assert anonymous() - before > 40_000_000
+    child = os.fork()
+    if child == 0:
+        block[0] = 2
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert block[0] == 1
+    with pytest.raises(MemoryError, match="bytes"):
+        buffers.buffer(1 << 60)
+
+
+def test_blocks_are_compared_by_their_bytes() -> None:
+    """To the last byte, wherever they lie; empty ones are the same."""
+    one, other = (memoryview(bytearray(b"soup soup")) for _ in range(2))
+    assert buffers.is_same(one, other)
+    assert buffers.is_same(one[:4], other[5:])
+    assert not buffers.is_same(one[:4], other[4:8])
+    assert not buffers.is_same(one, other[:8])
+    assert buffers.is_same(buffers.buffer(0), one[9:])
 
 
 def test_a_compiled_kernel_loads_without_any_library(tmp_path: Path) -> None:
@@ -118,7 +209,8 @@ def test_a_compiled_kernel_loads_without_any_library(tmp_path: Path) -> None:
         "print(*sys.modules)\n"
     )
     for name in "ab":
-        save(tmp_path / name, {"t": tensor(np.zeros(100, np.float32))})
+        counter = tensor(np.array(7))  # as BatchNorm has
+        save(tmp_path / name, {"t": tensor(np.zeros(100, np.float32)), "n": counter})
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     libraries = {"torch", "numba"}

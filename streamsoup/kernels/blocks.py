@@ -14,16 +14,25 @@ from numpy.typing import NDArray
 
 from streamsoup.tensors import DType
 
-__all__ = ["Sameness", "accumulate", "array_of", "finish", "floats_of", "narrow", "widen"]
+__all__ = [
+    "BlockSums",
+    "accumulate",
+    "array_of",
+    "finish",
+    "first_non_finite",
+    "floats_of",
+    "narrow",
+    "widen",
+]
 
-Bytes = NDArray[np.uint8]
+Array = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 BLOCK = 1 << 14
 """Elements at a time: their sums fill 128 KiB, and stay in a core's second cache."""
 
 
-def array_of(block: memoryview) -> Bytes:
+def array_of(block: memoryview) -> Array:
     """Give the bytes of a block as an array, without a copy."""
     return np.frombuffer(block, np.uint8)
 
@@ -33,9 +42,65 @@ def floats_of(block: memoryview) -> Floats:
     return np.frombuffer(block, np.float64)
 
 
+class BlockSums:
+    """The sums of one block after the other, in memory where a compiled kernel may go on."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """Take the memory of as many float64 as a block has at most."""
+        self._sums = floats_of(memory)
+
+    def of(self, n: int) -> Floats:
+        """Give the sums of a block ``(n,)``."""
+        return self._sums[:n]
+
+    def add(
+        self,
+        n: int,
+        inputs: Sequence[memoryview],
+        dtypes: Sequence[DType],
+        factors: Sequence[float],
+        *,
+        fresh: bool,
+    ) -> None:
+        """Add the products of `inputs`, in order; with `fresh`, they begin the sums."""
+        accumulate(self.of(n), [array_of(block) for block in inputs], dtypes, factors, fresh)
+
+    def watch(self, inputs: Sequence[memoryview], *, fresh: bool) -> None:
+        """Note which float64 have had the same bits in every ingredient so far."""
+        words = [np.frombuffer(block, np.uint64) for block in inputs]
+        if fresh:
+            self._first = words[0].copy()
+            self._equal = np.ones(len(self._first), np.bool_)
+        for word in words:
+            self._equal &= word == self._first
+
+    def finish(
+        self, n: int, divisor: float, dtype: DType, output: memoryview, *, watched: bool
+    ) -> bool:
+        """Divide, round into `output`, and say whether a result is not finite.
+
+        Of a block that was `watched`, the common value stands where all were equal.
+        """
+        sums = self.of(n)
+        if watched:
+            with np.errstate(all="ignore"):
+                np.divide(sums, divisor, out=sums)
+            sums[self._equal] = self._first.view(np.float64)[self._equal]
+            divisor = 1.0
+        return finish(sums, divisor, dtype, array_of(output))
+
+
+def first_non_finite(block: memoryview, dtype: DType) -> tuple[int, float] | None:
+    """Give the first NaN or Inf of a block, and its place; None if there is none."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        values = widen(array_of(block), dtype)
+    bad = np.flatnonzero(~np.isfinite(values))
+    return (int(bad[0]), float(values[bad[0]])) if len(bad) else None
+
+
 def accumulate(
     sums: Floats,
-    inputs: Sequence[Bytes],
+    inputs: Sequence[Array],
     dtypes: Sequence[DType],
     factors: Sequence[float],
     fresh: bool,
@@ -50,7 +115,7 @@ def accumulate(
 
 def _accumulate(
     sums: Floats,
-    inputs: Sequence[Bytes],
+    inputs: Sequence[Array],
     dtypes: Sequence[DType],
     factors: Sequence[float],
     fresh: bool,
@@ -68,7 +133,7 @@ def _accumulate(
                 np.add(part, values, out=part)
 
 
-def finish(sums: Floats, divisor: float, dtype: DType, output: Bytes) -> bool:
+def finish(sums: Floats, divisor: float, dtype: DType, output: Array) -> bool:
     """Divide, round into `output`, and say whether a result is not finite."""
     spoiled = False
     with np.errstate(all="ignore"):
@@ -82,7 +147,7 @@ def finish(sums: Floats, divisor: float, dtype: DType, output: Bytes) -> bool:
     return spoiled
 
 
-def widen(data: Bytes, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32]:
+def widen(data: Array, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32]:
     """Give the values of raw little-endian `data`, exactly, as float64 or float32."""
     if dtype.name == "F64":
         return data.view(np.float64)
@@ -102,7 +167,7 @@ def widen(data: Bytes, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32
     return values
 
 
-def narrow(values: Floats, dtype: DType, output: Bytes) -> bool:
+def narrow(values: Floats, dtype: DType, output: Array) -> bool:
     """Round float64 `values` into raw `output`; say whether a result is not finite."""
     if dtype.name == "F64":
         floats = output.view(np.float64)
@@ -121,7 +186,7 @@ def narrow(values: Floats, dtype: DType, output: Bytes) -> bool:
     return _narrow_small(values, dtype, output)
 
 
-def _narrow_small(values: Floats, dtype: DType, output: Bytes) -> bool:
+def _narrow_small(values: Floats, dtype: DType, output: Array) -> bool:
     """Round to 16 or 8 bits directly from the bits of float64: by way of float32 rounds twice."""
     assert dtype.fraction is not None
     magnitudes = np.abs(values)
@@ -143,23 +208,3 @@ def _narrow_small(values: Floats, dtype: DType, output: Bytes) -> bool:
         codes[np.isnan(values)] = dtype.nan
     output.view(np.uint8 if dtype.nbits == 8 else np.uint16)[:] = codes
     return spoiled
-
-
-class Sameness:
-    """Which float64 elements have had the same bits in every ingredient so far."""
-
-    def __init__(self, first: Bytes) -> None:
-        """Keep a copy of the first ingredient's."""
-        self._first = first.view(np.uint64).copy()
-        self._equal = np.ones(len(self._first), np.bool_)
-
-    def add(self, inputs: Sequence[Bytes]) -> None:
-        """Compare ingredients with the first."""
-        for block in inputs:
-            self._equal &= block.view(np.uint64) == self._first
-
-    def settle(self, sums: Floats, divisor: float) -> None:
-        """Divide the sums, and put the common value where all were equal."""
-        with np.errstate(all="ignore"):
-            np.divide(sums, divisor, out=sums)
-        sums[self._equal] = self._first.view(np.float64)[self._equal]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from streamsoup.buffers import address_of, buffer
 from streamsoup.kernels import objects, processor
-from streamsoup.kernels.objects import Kernel
+from streamsoup.kernels.linking import Kernel
 from streamsoup.tensors import DType
 
 __all__ = ["AT_ONCE", "BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]
@@ -88,7 +88,7 @@ def has_kernel(source: DType) -> bool:
     if not (small and processor.is_x86()):
         return True
     generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
-    return not generic and "f16c" in processor.features()
+    return not generic and processor.has_f16c()
 
 
 def find_mixer(source: DType, output: DType) -> Mixer | None:

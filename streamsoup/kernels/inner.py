@@ -22,7 +22,7 @@ from streamsoup.kernels import blocks
 from streamsoup.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
-    from streamsoup.kernels.objects import Kernel
+    from streamsoup.kernels.linking import Kernel
 
 __all__ = [
     "CHUNK",
@@ -37,7 +37,7 @@ __all__ = [
     "multiply",
 ]
 
-Bytes = NDArray[np.uint8]
+Array = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 GRAIN = 1 << 12
@@ -90,7 +90,7 @@ def multiply(left: Floats, right: Floats, triangle: bool, out: Floats) -> None:
 
 
 def in_numpy(
-    inputs: Sequence[Bytes],
+    inputs: Sequence[Array],
     dtypes: Sequence[DType],
     n: int,
     out: Floats,
@@ -149,7 +149,7 @@ class Products:
 
     def __call__(
         self,
-        inputs: Sequence[Bytes],
+        inputs: Sequence[Array],
         dtypes: Sequence[DType],
         n: int,
         out: Floats,

@@ -12,12 +12,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from streamsoup.buffers import Bytes, address_of, buffer
+from streamsoup.buffers import address_of, buffer
 
-__all__ = ["NEVER_CALLED", "Placed", "address_of_symbol", "place"]
+__all__ = ["NEVER_CALLED", "Kernel", "address_of_symbol", "link", "needed"]
 
 NEVER_CALLED = frozenset(
     (
@@ -35,7 +35,8 @@ _ADDRESS = struct.Struct("<Q")
 
 _ELF_64 = b"\x7fELF\x02\x01"
 _RELOCATABLE, _X86_64 = 1, 62  # e_type, e_machine
-_PROGBITS, _SYMTAB, _RELA = 1, 2, 4  # sh_type
+_NULL, _PROGBITS, _SYMTAB, _STRTAB, _RELA = range(5)  # sh_type
+_UNWIND = 0x70000001  # how to unwind the stack, which nobody does
 _WRITE, _ALLOC = 1, 2  # sh_flags
 _ABSOLUTE = 1  # R_X86_64_64
 
@@ -43,12 +44,12 @@ _LIBC = ctypes.CDLL(None)
 _LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-class Placed(NamedTuple):
-    """A function in memory."""
+class Kernel(NamedTuple):
+    """A compiled function in memory."""
 
     address: int
-    memory: Bytes
-    """Where it lies. It is gone with this."""
+    memory: object
+    """What keeps it there."""
 
 
 class _Section(NamedTuple):
@@ -60,62 +61,41 @@ class _Section(NamedTuple):
     alignment: int
 
 
-class _OtherError(Exception):
+class _Symbol(NamedTuple):
+    name: str
+    section: int
+    """Its number; 0 for what the file needs from elsewhere."""
+    value: int
+
+
+class _UnforeseenError(Exception):
     """More than is done here."""
 
 
-def place(code: bytes, name: str) -> Placed | None:
-    """Put an object file into memory, and give its function `name`. Takes a millisecond.
+_FAILURES = (_UnforeseenError, LookupError, ValueError, struct.error)
+
+
+def link(code: bytes, name: str) -> Kernel | None:
+    """Put an object file into memory, and give its function `name`. Takes half a millisecond.
 
     None where it is of another kind of processor, needs what is not done here, or memory may not
     become executable.
     """
     try:
-        return _place(code, name)
-    except (_OtherError, LookupError, struct.error, OSError, ValueError):
+        machine, sections = _sections(code)
+        if machine != _X86_64:
+            return None
+        return _link(sections, name)
+    except _FAILURES:
         return None
 
 
-def _place(code: bytes, name: str) -> Placed:
-    sections = list(_sections(code))
-    begins: dict[int, int] = {}
-    nbytes = 0
-    for number, section in enumerate(sections):
-        if section.kind == _PROGBITS and section.flags & _ALLOC:
-            if section.flags & _WRITE or section.alignment > mmap.PAGESIZE:
-                raise _OtherError
-            begins[number] = -(-nbytes // section.alignment) * section.alignment
-            nbytes = begins[number] + len(section.content)
-    memory = buffer(nbytes)
-    base = address_of(memory)
-    for number, begin in begins.items():
-        content = sections[number].content
-        memory[begin : begin + len(content)] = content
-    (table,) = (section for section in sections if section.kind == _SYMTAB)
-    names = sections[table.link].content
-    symbols = []
-    functions = {}
-    for at, _, _, number, value, _ in _SYMBOL.iter_unpack(table.content):
-        text = names[at : names.index(b"\0", at)].decode()
-        # Those of sections that are not in memory are not referred to.
-        within = base + begins[number] + value if number in begins else None
-        symbols.append((text, number, within))
-        if within is not None:
-            functions[text] = within
-    for section in sections:
-        if section.kind != _RELA or section.info not in begins:
-            continue  # the latter are of how to unwind the stack, which nobody does
-        for offset, what, addend in _RELOCATION.iter_unpack(section.content):
-            symbol, kind = what >> 32, what & 0xFFFFFFFF
-            text, number, value = symbols[symbol]
-            if number == 0:
-                value = address_of_symbol(text)
-            if kind != _ABSOLUTE or value is None:
-                raise _OtherError
-            _ADDRESS.pack_into(memory, begins[section.info] + offset, value + addend)
-    if _LIBC.mprotect(base, nbytes, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
-        raise _OtherError
-    return Placed(functions[name], memory)
+def needed(code: bytes) -> list[str]:
+    """Name what an object file of any processor of 64 bits needs from elsewhere."""
+    try:
+        return [each.name for each in _symbols(_sections(code)[1]) if not each.section][1:]
+    except _FAILURES:
+        return []
 
 
 def address_of_symbol(name: str) -> int:
@@ -133,14 +113,62 @@ def address_of_symbol(name: str) -> int:
     return address
 
 
-def _sections(code: bytes) -> Iterator[_Section]:
-    """Give the sections of an object file, the empty first one too."""
+def _link(sections: Sequence[_Section], name: str) -> Kernel:
+    begins: dict[int, int] = {}
+    nbytes = 0
+    for number, section in enumerate(sections):
+        if section.kind == _PROGBITS and section.flags & _ALLOC:
+            if section.flags & _WRITE or section.alignment > mmap.PAGESIZE:
+                raise _UnforeseenError
+            begins[number] = -(-nbytes // section.alignment) * section.alignment
+            nbytes = begins[number] + len(section.content)
+        elif section.kind not in (_NULL, _PROGBITS, _SYMTAB, _STRTAB, _RELA, _UNWIND):
+            raise _UnforeseenError
+    memory = buffer(nbytes)
+    base = address_of(memory)
+    for number, begin in begins.items():
+        content = sections[number].content
+        memory[begin : begin + len(content)] = content
+    symbols = list(_symbols(sections))
+
+    def address(symbol: _Symbol) -> int:
+        if symbol.section == 0:
+            return address_of_symbol(symbol.name)
+        return base + begins[symbol.section] + symbol.value
+
+    for section in sections:
+        if section.kind == _RELA and section.info in begins:
+            for offset, what, addend in _RELOCATION.iter_unpack(section.content):
+                number, kind = what >> 32, what & 0xFFFFFFFF
+                if kind != _ABSOLUTE:
+                    raise _UnforeseenError
+                at = begins[section.info] + offset
+                _ADDRESS.pack_into(memory, at, address(symbols[number]) + addend)
+    (function,) = (symbol for symbol in symbols if symbol.name == name and symbol.section)
+    if _LIBC.mprotect(base, nbytes, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
+        raise _UnforeseenError
+    return Kernel(address(function), memory)
+
+
+def _sections(code: bytes) -> tuple[int, list[_Section]]:
+    """Give the machine that an object file is for, and its sections, the empty first one too."""
     magic, kind, machine, _, _, _, table, _, _, _, _, size, n, _ = _HEADER.unpack_from(code)
-    if (magic[:6], kind, machine, size) != (_ELF_64, _RELOCATABLE, _X86_64, _SECTION.size):
-        raise _OtherError
+    if (magic[:6], kind, size) != (_ELF_64, _RELOCATABLE, _SECTION.size):
+        raise _UnforeseenError
+    sections = []
     for i in range(n):
         _, kind, flags, _, offset, nbytes, link, info, alignment, _ = _SECTION.unpack_from(
             code, table + i * size
         )
         content = code[offset : offset + nbytes]
-        yield _Section(kind, flags, content, link, info, max(1, alignment))
+        sections.append(_Section(kind, flags, content, link, info, max(1, alignment)))
+    return machine, sections
+
+
+def _symbols(sections: Sequence[_Section]) -> Iterator[_Symbol]:
+    """Give what an object file defines and needs, the empty first one too."""
+    (table,) = (section for section in sections if section.kind == _SYMTAB)
+    names = sections[table.link].content
+    for at, _, _, section, value, _ in _SYMBOL.iter_unpack(table.content):
+        name = names[at : names.index(b"\0", at)].decode()
+        yield _Symbol(name, section, value)

@@ -19,25 +19,16 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import msgspec
 import xxhash
 
 from streamsoup.kernels import processor
-from streamsoup.kernels.linking import NEVER_CALLED, address_of_symbol, place
+from streamsoup.kernels.linking import Kernel, address_of_symbol, link, needed
 from streamsoup.versions import llvmlite_version, numba_version
 
-__all__ = ["Kernel", "find", "make"]
+__all__ = ["find", "make"]
 
 _NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
 """What numba may be told for each job anew, and compiles the same code."""
-
-
-class Kernel(msgspec.Struct, frozen=True):
-    """A compiled function in memory."""
-
-    address: int
-    memory: object
-    """What keeps it there."""
 
 
 def find(label: str, rooms: Sequence[str]) -> Kernel | None:
@@ -62,18 +53,21 @@ def find(label: str, rooms: Sequence[str]) -> Kernel | None:
 
 
 def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, bytes]]) -> Kernel:
-    """Keep, and load, what `compiled` gives: the symbol of a kernel, and its object file."""
+    """Keep, and load, what `compiled` gives: the symbol of a kernel, and its object file.
+
+    Raises `ImportError` where it needs what is not there.
+    """
     name, code = compiled()
+    kernel = _load(name, code)
     folder = _cache_folder()
     if folder is not None:
         _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
-    return _load(name, code)
+    return kernel
 
 
 def _load(name: str, code: bytes) -> Kernel:
     """Put an object file into memory."""
-    placed = place(code, name)
-    return _load_by_llvm(name, code) if placed is None else Kernel(*placed)
+    return link(code, name) or _load_by_llvm(name, code)
 
 
 def _load_by_llvm(name: str, code: bytes) -> Kernel:
@@ -82,10 +76,13 @@ def _load_by_llvm(name: str, code: bytes) -> Kernel:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    # Where one name cannot be found, LLVM leaves every call at address 0, and says nothing.
-    for symbol in NEVER_CALLED:
+    for symbol in needed(code):
         if llvm.address_of_symbol(symbol) is None:
-            llvm.add_symbol(symbol, address_of_symbol(symbol))
+            try:
+                llvm.add_symbol(symbol, address_of_symbol(symbol))
+            except LookupError:
+                # LLVM would leave every call of the kernel at address 0, and say nothing.
+                raise ImportError(f"numba calls {symbol}, which is nowhere") from None
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lane", "LaneShape", "held_nbytes", "taken_nbytes"]
 
-Bytes = NDArray[np.uint8]
+Array = NDArray[np.uint8]
 S = TypeVar("S")
 E = TypeVar("E")
 
@@ -131,7 +131,7 @@ class _Slot(Generic[E]):
         import torch
 
         self.pinned = device.pinned(nbytes, torch.uint8)
-        self.host: Bytes = self.pinned.numpy()
+        self.host: Array = self.pinned.numpy()
         self.device = device.device(nbytes, torch.uint8)
         self.copied = device.event()
         self.summed = device.event()
@@ -221,7 +221,7 @@ class Lane(Generic[S, E]):
         if initial is not None:
             self._launch(self._summing, self._into.total[:n].copy_, initial)
 
-    def add(self, data: Bytes, dtype: DType, factor: float) -> None:
+    def add(self, data: Array, dtype: DType, factor: float) -> None:
         """Add `factor` times the raw elements `data`, which are copied before this returns."""
         device, block = self._device, self._block
         slot = self._slots[self._n_added % len(self._slots)]
@@ -259,7 +259,7 @@ class Lane(Generic[S, E]):
         device.record(sums.landed, self._ending)
         self._ended.append((block, sums))
 
-    def take(self) -> tuple[Bytes, bool]:
+    def take(self) -> tuple[Array, bool]:
         """Give the oldest finished block, and whether a result in it is not finite.
 
         Its raw bytes ``(n · itemsize,)`` are valid until the next block is started; there are none
@@ -271,7 +271,7 @@ class Lane(Generic[S, E]):
         if block.target is not None:
             return np.empty(0, np.uint8), spoiled
         out = carried(block.output, output=True)
-        landed: Bytes = sums.landing.numpy()[: block.n * out.itemsize]
+        landed: Array = sums.landing.numpy()[: block.n * out.itemsize]
         if out is block.output:
             return landed, spoiled
         narrow = np.empty(block.n, np.uint8)

@@ -8,10 +8,9 @@ Linux tells it in a file. LLVM is asked where that says too little: its library 
 
 from __future__ import annotations
 
-import functools
 import platform
 
-__all__ = ["description", "features", "is_x86"]
+__all__ = ["description", "has_f16c", "is_x86"]
 
 _CPUINFO = "/proc/cpuinfo"
 
@@ -19,7 +18,8 @@ _TELLING = (
     *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),
 )
-"""What the file says of a processor that does not change from boot to boot: on x86, on ARM."""
+"""What the file says of a processor, on x86 and on ARM, that is the same for all processes. A new
+kernel of the system may know further flags: kernels are then compiled anew, once."""
 
 
 def is_x86() -> bool:
@@ -27,17 +27,16 @@ def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def features() -> frozenset[str]:
-    """Give the names of what the processor can do beyond its kind's first model."""
+def has_f16c() -> bool:
+    """Whether an x86-64 can widen float16 by an instruction."""
     facts = _facts()
-    told = facts.get("flags", facts.get("Features"))
-    if told is not None:
-        return frozenset(told.split())
+    if facts:
+        return "f16c" in facts["flags"].split()
     try:
         import llvmlite.binding as llvm
     except (ImportError, OSError):
-        return frozenset()
-    return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+        return False
+    return bool(llvm.get_host_cpu_features().get("f16c"))
 
 
 def description() -> str:
@@ -46,7 +45,7 @@ def description() -> str:
     Raises what importing LLVM's binding does where it is asked, and cannot be.
     """
     facts = _facts()
-    if "flags" in facts or "Features" in facts:
+    if facts:
         return "\0".join([platform.machine(), *(f"{key}={facts[key]}" for key in sorted(facts))])
     import llvmlite.binding as llvm
 
@@ -54,9 +53,11 @@ def description() -> str:
     return "\0".join([*parts, llvm.get_default_triple()])
 
 
-@functools.cache
 def _facts() -> dict[str, str]:
-    """Read what the system says of the first processor."""
+    """Read what the system says of the first processor; nothing, if it does not say what it can.
+
+    Emulators may show the file of a processor of another kind.
+    """
     found: dict[str, str] = {}
     try:
         with open(_CPUINFO, encoding="utf-8", errors="replace") as file:
@@ -68,4 +69,4 @@ def _facts() -> dict[str, str]:
                     break
     except OSError:
         pass  # a sandbox without /proc
-    return found
+    return found if ("flags" if is_x86() else "Features") in found else {}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["all_checks", "make_checkpoints", "order_on"]
 
-Bytes = NDArray[np.uint8]
+Array = NDArray[np.uint8]
 Outcome = tuple[bool, str]
 
 FLOATS = [DTYPES[name] for name in ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")]
@@ -118,7 +118,7 @@ def order_on(
     return replace(ordered, memory=plan.memory, on_device=OnDevice(device, plan))
 
 
-def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Bytes]:
+def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Array]:
     """Give random bits, so every kind of value; half as often, values whose sums are ties."""
     rng = np.random.default_rng([k, n, seed, dtype.nbits, dtype.bias])
     if seed % 2 == 0:
@@ -132,7 +132,7 @@ def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Bytes]:
 
 
 def _specified(
-    data: Sequence[Bytes], source: DType, factors: Sequence[float], divisor: float, output: DType
+    data: Sequence[Array], source: DType, factors: Sequence[float], divisor: float, output: DType
 ) -> bytes:
     bits = [[int(word) for word in each.view(_WORDS[source.itemsize])] for each in data]
     soup = reference.mix(bits, source, factors, divisor, output)
@@ -141,7 +141,7 @@ def _specified(
 
 def _through(
     device: Device[Any, Any],
-    data: Sequence[Bytes],
+    data: Sequence[Array],
     source: DType,
     factors: Sequence[float],
     divisor: float,

@@ -221,14 +221,14 @@ class _TrialWorker(MixWorker):
         self._done = False
         self._watch_sameness = False
         if self._trial.starts:
-            self._trial.sums.read(tensor.name, start, self._floats)
+            self._trial.sums.read(tensor.name, start, self._in_numpy.of(self._n))
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         n_tail = self._trial.n_tail
         cut = min(max(n_tail - first, 0), len(inputs))
         self._carry(first, inputs[:cut])
         if n_tail and first + cut == n_tail and cut:
-            self._trial.sums.write(self._tensor.name, self._start, self._floats)
+            self._trial.sums.write(self._tensor.name, self._start, self._in_numpy.of(self._n))
         self._carry(first + cut, inputs[cut:])
 
     def _carry(self, first: int, inputs: Sequence[Bytes]) -> None:
