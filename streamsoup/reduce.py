@@ -6,6 +6,7 @@ a group at a time, and takes the result. `Mix` is the one that makes soups.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -180,6 +181,19 @@ class Mix:
         self.plan = plan
         self.memory = memory
         self.engine = engine
+        if self._takes_numpy():
+            # Not by the threads at work: where memory is short, that may end the process.
+            importlib.import_module("streamsoup.kernels.blocks")
+
+    def _takes_numpy(self) -> bool:
+        """Whether there are sums that no compiled kernel makes."""
+        cut = self.memory.group < len(self.plan.ingredients)
+        return any(
+            self.engine.mixer([source.dtype for source in tensor.sources], tensor.dtype) is None
+            or (cut and self.plan.keeps_equal(tensor))
+            for tensor in self.plan.tensors
+            if tensor.operation == "mix"
+        )
 
     def worker(self) -> MixWorker:
         """Give a thread its own worker."""
@@ -211,29 +225,16 @@ class MixWorker:
         plan = self._mix.plan
         self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
         self._watch_sameness = plan.keeps_equal(tensor)
+        self._done = False
         self.spoiled = False
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Add the blocks of ingredients `first` and following, in order."""
-        tensor = self._tensor
-        if tensor.operation != "mix":
+        if self._tensor.operation != "mix":
             self._copy(first, inputs)
             return
-        plan = self._mix.plan
-        last = first + len(inputs)
-        sources = [tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
-        factors = self._factors[first:last]
-        mixer = self._mix.engine.mixer(sources, tensor.dtype)
-        whole = first == 0 and last == len(self._factors)
-        if mixer is not None and whole:
-            output, addresses = address_of(self._output), [address_of(block) for block in inputs]
-            self.spoiled = mixer(0, addresses, factors, True, self._divisor, output, self._n)
-            self._done = True
-            return
-        self._done = False
-        self._accumulate(mixer, inputs, sources, factors, fresh=first == 0)
-        if self._watch_sameness:
-            self._in_numpy.watch(inputs, fresh=first == 0)
+        ends = first + len(inputs) == len(self._factors)
+        self._accumulate(first, inputs, fresh=first == 0, ends=ends)
 
     def result(self) -> Bytes:
         """Give the raw bytes of the finished block, valid until the next one is started."""
@@ -251,21 +252,27 @@ class MixWorker:
 
         return BlockSums(self._sums)
 
-    def _accumulate(
-        self,
-        mixer: Mixer | None,
-        inputs: Sequence[Bytes],
-        sources: Sequence[DType],
-        factors: Sequence[float],
-        *,
-        fresh: bool,
-    ) -> None:
-        """Add to the sums, or with `fresh` begin them."""
+    def _accumulate(self, first: int, inputs: Sequence[Bytes], *, fresh: bool, ends: bool) -> None:
+        """Add to the sums, or with `fresh` begin them; finish what `ends`, if a kernel can."""
+        tensor, plan = self._tensor, self._mix.plan
+        last = first + len(inputs)
+        sources = [tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
+        factors = self._factors[first:last]
+        mixer = self._mix.engine.mixer(sources, tensor.dtype)
         if mixer is None:
             self._in_numpy.add(self._n, inputs, sources, factors, fresh=fresh)
-            return
-        addresses = [address_of(block) for block in inputs]
-        mixer(address_of(self._sums), addresses, factors, fresh, 1.0, 0, self._n)
+        else:
+            # Kept within the call, if this is all; a kernel knows what is the same in all then.
+            sums = 0 if fresh and ends else address_of(self._sums)
+            self._done = ends and (fresh or not self._watch_sameness)
+            divisor, output = (self._divisor, self._output) if self._done else (1.0, buffer(0))
+            addresses = [address_of(block) for block in inputs]
+            spoiled = mixer(sums, addresses, factors, fresh, divisor, address_of(output), self._n)
+            if self._done:
+                self.spoiled = spoiled
+                return
+        if self._watch_sameness:
+            self._in_numpy.watch(inputs, fresh=fresh)
 
     def close(self) -> None:
         """Do nothing: buffers go with the worker."""

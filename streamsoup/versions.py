@@ -1,7 +1,7 @@
 """Versions of what our numbers depend on: for provenance, and for the names of compiled kernels.
 
-`importlib.metadata` would be asked for them, but importing it takes 12 ms, a tenth of a small soup;
-importing numpy 40 ms, and numba half a second.
+`importlib.metadata` would be asked for them, but importing it takes 12 ms, an eighth of a small
+soup; importing numpy 40 ms, and numba half a second.
 """
 
 from __future__ import annotations

@@ -260,9 +260,14 @@ def test_an_old_processor_has_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others have the instruction")
-def test_where_numba_compiles_for_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"), [("NUMBA_CPU_NAME", "generic"), ("NUMBA_CPU_FEATURES", "+sse2,-f16c")]
+)
+def test_where_numba_compiles_for_any_processor(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clusters of several kinds are told so; LLVM would end the process for want of a function."""
-    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    monkeypatch.setenv(variable, value)
     assert not any(cpu.has_kernel(DTYPES[name]) for name in ("F16", "F8_E4M3", "F8_E5M2"))
     assert all(cpu.has_kernel(DTYPES[name]) for name in ("BF16", "F32", "F64"))
     assert make_products() is None

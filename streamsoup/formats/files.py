@@ -35,7 +35,7 @@ read."""
 
 
 _MOUNTS = "/proc/self/mounts"
-"""See proc_mounts(5). psutil reads it, too: to import it would take a twentieth of a small soup."""
+"""See proc_mounts(5). psutil reads it, too: to import it would take an eighth of a small soup."""
 
 
 def open_shard(shard: Shard) -> int:

@@ -88,7 +88,8 @@ def has_kernel(source: DType) -> bool:
     if not (small and processor.is_x86()):
         return True
     generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
-    return not generic and processor.has_f16c()
+    without = "-f16c" in os.environ.get("NUMBA_CPU_FEATURES", "")
+    return not generic and not without and processor.has_f16c()
 
 
 def find_mixer(source: DType, output: DType) -> Mixer | None:

@@ -78,8 +78,8 @@ _FAILURES = (_UnforeseenError, LookupError, ValueError, struct.error)
 def link(code: bytes, name: str) -> Kernel | None:
     """Put an object file into memory, and give its function `name`. Takes half a millisecond.
 
-    None where it is of another kind of processor, needs what is not done here, or memory may not
-    become executable.
+    None where it is of another kind of processor, or needs what is not done here. Raises `OSError`
+    where memory may not become executable, as some services are set up.
     """
     try:
         machine, sections = _sections(code)
@@ -146,7 +146,7 @@ def _link(sections: Sequence[_Section], name: str) -> Kernel:
                 _ADDRESS.pack_into(memory, at, address(symbols[number]) + addend)
     (function,) = (symbol for symbol in symbols if symbol.name == name and symbol.section)
     if _LIBC.mprotect(base, nbytes, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
-        raise _UnforeseenError
+        raise OSError("memory may not become executable here")
     return Kernel(address(function), memory)
 
 

@@ -55,7 +55,8 @@ def find(label: str, rooms: Sequence[str]) -> Kernel | None:
 def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, bytes]]) -> Kernel:
     """Keep, and load, what `compiled` gives: the symbol of a kernel, and its object file.
 
-    Raises `ImportError` where it needs what is not there.
+    Raises `ImportError` where it needs what is not there, `OSError` where memory may not become
+    executable.
     """
     name, code = compiled()
     kernel = _load(name, code)
@@ -74,6 +75,7 @@ def _load_by_llvm(name: str, code: bytes) -> Kernel:
     """Put an object file of any processor into memory."""
     import llvmlite.binding as llvm
 
+    llvm.check_jit_execution()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     for symbol in needed(code):

@@ -218,7 +218,6 @@ class _TrialWorker(MixWorker):
     ) -> None:
         super().start(tensor, start, n_units, room)
         self._start = start
-        self._done = False
         self._watch_sameness = False
         if self._trial.starts:
             self._trial.sums.read(tensor.name, start, self._in_numpy.of(self._n))
@@ -226,17 +225,12 @@ class _TrialWorker(MixWorker):
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         n_tail = self._trial.n_tail
         cut = min(max(n_tail - first, 0), len(inputs))
-        self._carry(first, inputs[:cut])
-        if n_tail and first + cut == n_tail and cut:
-            self._trial.sums.write(self._tensor.name, self._start, self._in_numpy.of(self._n))
-        self._carry(first + cut, inputs[cut:])
-
-    def _carry(self, first: int, inputs: Sequence[Bytes]) -> None:
-        if not inputs:
-            return
-        plan = self._trial.plan
-        last = first + len(inputs)
-        sources = [self._tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
         fresh = first == 0 and not self._trial.starts
-        mixer = self._trial.engine.mixer(sources, self._tensor.dtype)
-        self._accumulate(mixer, inputs, sources, [1.0] * len(inputs), fresh=fresh)
+        if cut:
+            self._accumulate(first, inputs[:cut], fresh=fresh, ends=False)
+            if first + cut == n_tail:
+                sums = self._in_numpy.of(self._n)
+                self._trial.sums.write(self._tensor.name, self._start, sums)
+        if inputs[cut:]:
+            ends = first + len(inputs) == len(self._factors)
+            self._accumulate(first + cut, inputs[cut:], fresh=fresh and not cut, ends=ends)
