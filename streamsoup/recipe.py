@@ -61,11 +61,17 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     def given(cls, values: Sequence[float], *, normalize: bool = False) -> Coefficients:
         """Take factors as they are, or divided by their sum if `normalize`.
 
-        Raises `RecipeError` for a factor that is not finite, and for a sum of zero to divide by.
+        Raises `RecipeError` for what is no list of finite numbers, and for a sum of zero to divide
+        by.
         """
-        if isinstance(values, (str, bytes, set, frozenset, Mapping)):
-            raise RecipeError(f"{printable(repr(values))}: a list of coefficients is wanted")
-        factors = tuple(float(value) for value in values)
+        try:
+            if isinstance(values, (str, bytes, set, frozenset, Mapping)):
+                raise TypeError
+            factors = tuple(float(value) for value in values)
+        except (TypeError, ValueError, OverflowError):
+            raise RecipeError(
+                f"{printable(repr(values))}: a list of coefficients is wanted"
+            ) from None
         for value in factors:
             if not math.isfinite(value):
                 raise RecipeError(f"coefficient {value} is not finite; give plain numbers")

@@ -106,6 +106,8 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: streamsoup.mix([a, b], "12", output=out), "12: cannot be read"),
         (lambda: streamsoup.mix([a, b], b"12", output=out), "a list of coefficients is wanted"),
         (lambda: streamsoup.mix([a, b], many, output=out), "a list of coefficients is wanted"),
+        (lambda: streamsoup.mix([a, b], ["x", 1], output=out), "a list of coefficients is wanted"),
+        (lambda: streamsoup.mix([a, b], 3, output=out), "3: a list of coefficients is wanted"),
         (lambda: streamsoup.mix([a], [1], normalize="no", output=out), "no truth value"),
         (lambda: streamsoup.interpolate(a, b, "0.5", output=out), "alpha: '0.5' is no number"),
         (lambda: streamsoup.ema([a, b], None, output=out), "decay: None is no number"),

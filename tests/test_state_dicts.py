@@ -121,6 +121,19 @@ def test_changes_and_strangers_are_refused() -> None:
             open_ingredients([stranger])
 
 
+def test_what_a_module_raises_is_told() -> None:
+    """A class has no tensors; a module whose `state_dict` fails is not said to hold nothing."""
+
+    class Broken(torch.nn.Linear):
+        def state_dict(self, *_: Any, **__: Any) -> Any:
+            raise TypeError("made up for this test")
+
+    with pytest.raises(TypeError, match="made up"):
+        open_ingredients([Broken(1, 1)])
+    with pytest.raises(FormatError, match="holds nothing"):
+        open_ingredients([torch.nn.Linear])
+
+
 @needs(safetensors, 0, 8)  # which reads complex numbers
 def test_conjugates_that_were_put_off_are_taken(tmp_path: Path) -> None:
     """What torch has noted, and not computed yet, is in the bytes."""

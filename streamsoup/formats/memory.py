@@ -189,10 +189,7 @@ def _state_of(module: Any) -> Mapping[str, Any]:
     import torch
 
     inner = unwrapped(module)
-    try:
-        state: Mapping[str, Any] = inner.state_dict()
-    except TypeError:  # of a class, say
-        state = {}
+    state: Mapping[str, Any] = {} if isinstance(inner, type) else inner.state_dict()
     if not isinstance(state, Mapping):
         raise FormatError(f"state_dict() of {printable(repr(module))} gave no mapping of tensors")
     if not isinstance(inner, torch.nn.Module):
