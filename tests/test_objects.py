@@ -121,6 +121,30 @@ def test_where_memory_may_not_be_code_numpy_does(
     assert load(tmp_path / "out") == load(model)
 
 
+@pytest.mark.parametrize(("dtype", "early"), [("same", False), ("F64", True)])
+def test_numpy_is_there_before_threads_need_it(dtype: str, early: bool, tmp_path: Path) -> None:
+    """Where memory is short, importing it in a thread at work may end the process."""
+    f32 = DTYPES["F32"]
+    cpu.mixer(f32, f32)
+    model = save(tmp_path / "m", {"t": tensor(np.ones(1000, np.float32))})
+    script = (
+        "import sys\n"
+        "from streamsoup import Coefficients, Options\n"
+        "from streamsoup import reduce\n"
+        "from streamsoup.soups.make import order\n"
+        "reduce.find_mixer = lambda one, other, found=reduce.find_mixer: (\n"
+        "    found(one, other) if one is other else None)\n"
+        "options = Options(dtype=sys.argv[2])\n"
+        "equal = Coefficients.uniform(2)\n"
+        "planned = order([sys.argv[1]] * 2, equal, method='uniform', options=options)\n"
+        "reduce.Mix(planned.plan, planned.memory, reduce.Engine(planned.plan))\n"
+        "print('streamsoup.kernels.blocks' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(model), dtype]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{early}\n"
+
+
 def test_a_name_that_nobody_has_is_not_called(
     smallest: tuple[str, bytes],
     tmp_path: Path,

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from checkpoints import command, content, save, save_sharded, tensor
+from msgspec.structs import replace
 
 from streamsoup import Options, budget, plan, read, stream, uniform, verify
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
@@ -364,6 +365,18 @@ def test_what_was_passed_is_let_go(
     assert [mapped_nbytes(path) for path in paths] == [0, 0, 0]
     soup = tmp_path / "out" / "model.safetensors"
     assert soup.read_bytes()[-720_000:] == paths[0].read_bytes()[-720_000:]
+
+
+def test_windows_share_what_may_be_mapped(tmp_path: Path) -> None:
+    """Wide for a few ingredients, and no narrower than is worth it for many."""
+    model = save(tmp_path / "m", MODEL)
+    options = Options(threads=2)
+    found = {}
+    for k in (2, 8, 12, 64):
+        planned = order([model] * k, Coefficients.uniform(k), method="uniform", options=options)
+        memory = replace(planned.memory, threads=2)
+        found[k] = read.MappedReader(planned.plan, memory)._window
+    assert found == {2: 1 << 25, 8: 1 << 24, 12: (1 << 28) // 24, 64: 1 << 23}
 
 
 def test_a_replaced_shard_is_not_opened(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from streamsoup.buffers import address_of, buffer
 
-__all__ = ["NEVER_CALLED", "Kernel", "address_of_symbol", "link", "needed"]
+__all__ = ["Kernel", "address_of_symbol", "link", "needed"]
 
-NEVER_CALLED = frozenset(
+_NEVER_CALLED = frozenset(
     (
         *("NRT_MemInfo_call_dtor", "NRT_Free", "numba_gil_ensure", "numba_gil_release"),
         *("numba_do_raise", "numba_unpickle", "numba_runtime_build_excinfo_struct"),
@@ -105,7 +105,7 @@ def address_of_symbol(name: str) -> int:
     """
     library = ctypes.CDLL(None)
     try:
-        found = getattr(library, "abort" if name in NEVER_CALLED else name)
+        found = getattr(library, "abort" if name in _NEVER_CALLED else name)
     except AttributeError:
         raise LookupError(name) from None
     address = ctypes.cast(found, ctypes.c_void_p).value
