@@ -486,12 +486,13 @@ def test_the_last_bit_of_the_smallest_decides_a_tie(name: str) -> None:
     assert n_lost, "float32 alone would have done"
 
 
-@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2"])
+@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2", "F8_E4M3"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 12, 33, 64])
 def test_means_of_relatives(name: str, k: int) -> None:
     """Fine-tuned models lie close together: no sum is rounded, whole tensors go the fastest way.
 
-    Among them are zeros, subnormal numbers only, and what is not finite and cancelled by others.
+    Among them are zeros, subnormal numbers only, the smallest of normal ones beside them with any
+    sign, and what is not finite and cancelled by others.
     """
     dtype = DTYPES[name]
     rng = np.random.default_rng(k)
@@ -503,6 +504,9 @@ def test_means_of_relatives(name: str, k: int) -> None:
     codes[:, ::7] = 1 << (dtype.nbits - 1)
     some = slice(4 * means.STRETCH, 6 * means.STRETCH)
     codes[:, some] = rng.integers(0, 1 << (dtype.fraction or 0), (k, 2 * means.STRETCH))
+    some = slice(6 * means.STRETCH, 9 * means.STRETCH)
+    codes[:, some] = rng.integers(0, 6 << (dtype.fraction or 0), (k, 3 * means.STRETCH))
+    codes[:, some] |= rng.integers(0, 2, (k, 3 * means.STRETCH)) << (dtype.nbits - 1)
     inputs = list(codes.astype(WORDS[dtype.nbits]))
     ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
     assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()

@@ -19,12 +19,13 @@ import numba
 import numpy as np
 from numba import types
 
-from streamsoup.kernels.bits import WORDS, narrow, pointer, prefetch, widen
+from streamsoup.kernels.bits import FORESEEN, WORDS, bits32, narrow, pointer, prefetch, widen
 from streamsoup.kernels.cpu import AT_ONCE, SCRATCH
 from streamsoup.kernels.flags import CAN_TELL, forget, rounded
 from streamsoup.kernels.vectors import (
     Vector,
     as_vector,
+    below,
     concatenated,
     first_half,
     larger,
@@ -51,6 +52,10 @@ STRETCH = 4 * GROUP
 whether float32 is worth it."""
 
 
+_SIGN, _MAGNITUDE, _ONE, _LIFT = 1 << 31, (1 << 31) - 1, 1 << 23, 64 << 23
+"""Of a float32: its sign, all but that, one of its exponent, and the exponent of 2^64."""
+
+
 def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
     """Give the compiled loops for a 16- or 8-bit dtype, as `bits.numbers` describes it.
 
@@ -61,7 +66,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
     assert (4 + 2 * size) * STRETCH + 4 <= 8 * SCRATCH, "sums, highs and lows of a stretch, a word"
     word: Any = WORDS[nbits]
     words, singles = Vector(word, GROUP), Vector(types.float32, GROUP)
-    bits32 = Vector(types.uint32, GROUP)
+    fields = Vector(types.uint32, GROUP)
     apart, together = _conversions(nbits, fraction)
     mask = (1 << (nbits - 1)) - 1
     # Sums of bfloat16 must not overflow: `MOST` of the magnitudes below this do not.
@@ -72,23 +77,46 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
     brain = fraction == 7
 
     @numba.njit(forceinline=True)
-    def narrowed(value: Any) -> Any:
+    def narrowed(bits: Any) -> Any:
         # Half to even: just below half of the last kept place is added, plus its parity; a carry
         # runs into the exponent.
-        bits: Any = as_vector(value, bits32)
         parity = (bits >> np.uint32(23 - fraction)) & np.uint32(1)
         return together(bits + np.uint32((1 << (22 - fraction)) - 1) + parity)
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def quotient(sums: Any, k: int) -> Any:
+        # If k is a power of two, multiplying by its reciprocal is the same, and takes no time.
+        divisor = np.float32(k)
+        reciprocal = np.float32(1.0) / divisor
+        return sums * reciprocal if k & (k - 1) == 0 else sums / divisor
 
     @numba.njit(forceinline=True, error_model="numpy")
     def divided(sums: Any, k: int) -> Any:
         # A quotient that is rounded to float32 and then to `y` is rounded as if once. Let h be
         # halfway between two values of `y`: k·h is a float32, so that a sum which is not k·h is
         # more than 2^-24 of it away, and its quotient is not rounded to h; nor where float32 is
-        # subnormal, as it then has 12 places more. Or k is a power of two, and it is exact:
-        # multiplying by the reciprocal is the same, and takes no time.
-        divisor = np.float32(k)
-        reciprocal = np.float32(1.0) / divisor
-        return narrowed(sums * reciprocal if k & (k - 1) == 0 else sums / divisor)
+        # subnormal, as it then has 12 places more. Or k is a power of two, and it is exact.
+        bits: Any = as_vector(sums, fields)
+        magnitude = bits & np.uint32(_MAGNITUDE)
+        # Sums at least as large as this, or zero, have no subnormal quotient.
+        normal = bits32(np.float32(k)) - np.uint32(126 << 23)
+        if brain or not reaches(splat(np.uint32(0), fields) - magnitude, np.uint32(1) - normal):
+            return narrowed(as_vector(quotient(sums, k), fields))
+        # Some processors (Intel's) take 150 cycles for a vector of quotients if one is subnormal.
+        # So all are taken 2^64 times as large, of whose exponent `together` keeps nothing. A one
+        # put before a subnormal's fraction, and subtracted, makes a number of it like any other;
+        # added to a quotient that shall be subnormal, it leaves the places that one has.
+        one = (bits & np.uint32(_SIGN)) | np.uint32(_LIFT + _ONE)
+        ones: Any = as_vector(one, singles)
+        from_subnormal = as_vector(as_vector(bits | one, singles) - ones, fields)
+        large = below(magnitude, np.uint32(_ONE), from_subnormal, bits + np.uint32(_LIFT))
+        ratio = quotient(as_vector(large, singles), k)
+        ratio_bits: Any = as_vector(ratio, fields)
+        to_subnormal = as_vector(ratio + ones, fields) - np.uint32(_ONE)
+        is_normal_from = np.uint32(_LIFT + _ONE)
+        return narrowed(
+            below(ratio_bits & np.uint32(_MAGNITUDE), is_normal_from, to_subnormal, ratio_bits)
+        )
 
     @numba.njit(forceinline=True, error_model="numpy")
     def unrounded_mean(addresses: Any, offset: int, n: int, scratch_at: int, y_at: int) -> Any:
@@ -107,7 +135,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
                 for i in range(first, min(first + AT_ONCE, k)):
                     x_at = addresses[i] + (offset + at)
                     x = load(x_at, words)
-                    if k > AT_ONCE:
+                    if k > FORESEEN:
                         for line in range(0, GROUP * size, 64):
                             prefetch(x_at + STRETCH * size + line)
                     if not brain:
@@ -153,7 +181,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
                 for i in range(first, last):
                     x_at = addresses[i] + (offset + at)
                     x = load(x_at, words)
-                    if k > AT_ONCE:
+                    if k > FORESEEN:
                         for line in range(0, GROUP * size, 64):
                             prefetch(x_at + STRETCH * size + line)
                     magnitude = x & word(mask)

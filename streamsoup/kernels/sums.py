@@ -14,7 +14,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from streamsoup.kernels.bits import prefetch
+from streamsoup.kernels.bits import FORESEEN, prefetch
 from streamsoup.kernels.cpu import AT_ONCE, BLOCK
 from streamsoup.kernels.vectors import Vector, load, splat, store, widened
 from streamsoup.tensors import DType
@@ -47,7 +47,7 @@ def sums_of(source: DType) -> Any:
                 sums: Any = splat(-0.0, doubles)  # so that -0 stays -0
                 if first > 0 or not fresh:
                     sums = load(sums_at + 8 * at, doubles)
-                if k > AT_ONCE:
+                if k > FORESEEN:
                     for i in range(first, last):
                         for line in range(0, WIDTH * size, 64):
                             prefetch(addresses[i] + offset + BLOCK * size + line)

@@ -26,6 +26,7 @@ from streamsoup.tensors import DType
 __all__ = [
     "Vector",
     "as_vector",
+    "below",
     "concatenated",
     "first_half",
     "larger",
@@ -167,6 +168,18 @@ def _chosen(comparison: str) -> Any:
 
 larger, smaller = _chosen(">"), _chosen("<")
 """Element by element, of two vectors of unsigned integers."""
+
+
+@intrinsic
+def below(typing: Any, vector: Any, limit: Any, there: Any, elsewhere: Any) -> Any:
+    """Choose elements of `there` where unsigned integers are below `limit`, else `elsewhere`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values, bound, *both = args
+        is_below = builder.icmp_unsigned("<", values, _everywhere(builder, bound, vector))
+        return builder.select(is_below, *both)
+
+    return there(vector, vector.element, there, there), generate
 
 
 @intrinsic
