@@ -9,10 +9,12 @@ and what they leave to be written must not burden whoever runs next.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Measurement", "drop_cache", "measure", "settle", "sync", "warm_cache"]
+__all__ = [
+    "Measurement",
+    "drop_cache",
+    "limit",
+    "measure",
+    "settle",
+    "sync",
+    "warm_cache",
+    "weights_of",
+]
+
+LIMITS = Path(__file__).parent / "limits.py"
 
 SAMPLE_S = 0.01
 """Time between looks at memory: about half a percent of one core."""
@@ -122,6 +135,13 @@ def measure(
     )
 
 
+def limit(*arguments: object) -> float:
+    """Ask `limits.py` for something the machine can do, and give the seconds that it took."""
+    result = measure([sys.executable, str(LIMITS), *map(str, arguments)])
+    assert result.status == 0, result.stderr
+    return float(json.loads(result.stdout))
+
+
 def settle(most_s: float = 60.0) -> None:
     """Wait until nobody else keeps the machine busy, but not for ever."""
     give_up = time.monotonic() + most_s
@@ -167,6 +187,11 @@ def warm_cache(folders: Sequence[Path]) -> None:
 def files_of(folders: Sequence[Path]) -> list[Path]:
     """List the files of checkpoints."""
     return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def weights_of(folders: Sequence[Path]) -> list[Path]:
+    """List the shards of checkpoints."""
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
 
 
 def sync(output: Path) -> float:

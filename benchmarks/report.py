@@ -66,7 +66,8 @@ def short_table(rows: Sequence[Row]) -> str:
     for case in cases:
         ours = _rows(rows, case, "streamsoup")
         limits.append(f"{_median(ours, 'limit_s'):.2f} s")
-    parts = [_table([head, [*limits, "", ""], *body]), _where(rows, cases), _alone(rows, cases)]
+    table = _table([head, [*limits, "", ""], *body])
+    parts = [table, _peers(rows, cases), _where(rows, cases), _alone(rows, cases)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -129,7 +130,8 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
             f"{row['tool']}: {row['skipped']}." for row in rows if _skipped(row, rows, case, cache)
         ]
         table = _table([head, *(line for _, line in sorted(lines, key=lambda pair: pair[0]))])
-        yield "\n\n".join([title, table, *skipped, _where(rows, [case], cache)])
+        parts = [title, table, *skipped, _peers(rows, [case], cache), _where(rows, [case], cache)]
+        yield "\n\n".join(part for part in parts if part)
 
 
 def _share(rows: Sequence[Row], limit: str) -> float:
@@ -189,11 +191,13 @@ def _growth(rows: Sequence[Row]) -> str:
                 f"{group[0]['input_nbytes'] / 1e9:.2f}",
                 _spread(group, "wall_s"),
                 _spread(group, "cpu_s"),
+                f"{_share(group, 'limit_s'):.2f}",
                 f"{_median(group, 'peak_anonymous_nbytes') / 1e6:.1f}",
             ]
             for case, group in zip(cases, groups, strict=True)
         ]
-        head = ["case", "GB read", "wall s: median (least–most)", "CPU s", "peak memory, MB"]
+        head = ["case", "GB read", "wall s: median (least–most)", "CPU s", "limit / wall"]
+        head += ["peak memory, MB"]
         start, *groups = groups
         moved = [(g[0]["input_nbytes"] + g[0]["output_nbytes"]) for g in groups]
         peaks = [_median(group, "peak_anonymous_nbytes") for group in groups]
@@ -201,20 +205,25 @@ def _growth(rows: Sequence[Row]) -> str:
         for key in ("wall_s", "cpu_s"):
             whole = [_median(group, key) for group in groups]
             beyond = [seconds - _median(start, key) for seconds in whole]
-            fits.append(
-                f"{key[:-2]} time {exponent(list(zip(moved, beyond, strict=True))):.2f} "
-                f"beyond start-up ({exponent(list(zip(moved, whole, strict=True))):.2f} with it)"
-            )
-        memory = exponent(list(zip([g[0][of] for g in groups], peaks, strict=True)))
+            fits.append(f"{key[:-2]} time {_exponent(moved, beyond)} beyond start-up")
+            fits[-1] += f" ({_exponent(moved, whole)} with it)"
+        limits = [_median(group, "limit_s") for group in groups]
+        fits.append(f"the limit {_exponent(moved, limits)}")
+        memory = _exponent([g[0][of] for g in groups], peaks)
         middle = statistics.median(peaks)
         swing = max(max(peaks) / middle - 1, 1 - min(peaks) / middle)
         text.append(
             f"### Growth with the number of {what}\n\n{_table([head, *lines])}\n\n"
             f"Exponents in bytes read and written: {', '.join(fits)}.\n"
-            f"Exponent of memory: {memory:.3f}; it stays within ± {swing:.1%} of its median.\n\n"
+            f"Exponent of memory: {memory}; it stays within ± {swing:.1%} of its median.\n\n"
             f"{_about(found)}"
         )
     return "\n\n".join(text)
+
+
+def _exponent(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """Fit an exponent, if everything is more than nothing."""
+    return f"{exponent(list(zip(xs, ys, strict=True))):.2f}" if min(ys) > 0 else "–"
 
 
 def _kernels(rows: Sequence[Row]) -> str:
@@ -369,6 +378,17 @@ def _nbytes(mega: float) -> str:
     if mega < 999.5:
         return f"{mega:.0f} MB" if mega >= 1 else f"{1000 * mega:.0f} kB"
     return f"{mega / 1000:.1f} GB"
+
+
+def _peers(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
+    """Say of what versions the peers were."""
+    found = {
+        f"{name} {number}"
+        for case in cases
+        for row in _compared(rows, case, cache)
+        for name, number in row.get("tool_versions", {}).items()
+    }
+    return f"Peers: {', '.join(sorted(found))}." if found else ""
 
 
 def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:

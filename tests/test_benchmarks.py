@@ -12,7 +12,7 @@ from benchmarks.checkpoints import Case, make
 from benchmarks.measure import measure
 from benchmarks.report import BEGIN, END, grown, inserted, short_table, tables
 from benchmarks.rows import Session, read
-from benchmarks.tasks import uniform
+from benchmarks.tasks import growth, uniform
 from benchmarks.tasks.growth import exponent
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,19 @@ def test_a_tiny_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["peak_anonymous_nbytes"] > 1e6 and row["cpu_s"] > 0 for row in ours)
     assert {row["answer"]["share_wrong"] for row in ours} == {0}
     assert "| streamsoup |" in tables(rows)
+
+
+def test_tiny_soups_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soups of more and more ingredients are measured beside their limits: a table comes of it."""
+    monkeypatch.setenv("STREAMSOUP_BENCH", str(tmp_path))
+    monkeypatch.setattr(growth, "settle", lambda: None)
+    cases = [Case("0.5M", n) for n in (3, 4, 6)]
+    growth.run(Session(tmp_path / "rows", log=False), cases, rounds=1)
+    rows = read(tmp_path / "rows")
+    assert [row["n"] for row in rows] == [2, 3, 4, 6]
+    assert all(row["wall_s"] > 0 and row["limit_s"] > 0 for row in rows)
+    assert "| 6 × 0.5M bf16 |" in tables(rows)
+    assert "the limit" in tables(rows)
 
 
 def test_a_wrong_answer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,26 @@
 """How do time and memory grow with the number of ingredients, and with their size?
 
 A line is fitted to the logarithms: the exponent in bytes of time beyond start-up, which a tiny soup
-takes, should be 1, of memory 0.
+takes, should be 1, of memory 0. Beside it the exponent of the machine's own limit, as in `uniform`:
+reading and writing cost differently, and a disk takes in little faster than much.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from benchmarks.checkpoints import Case, cache_folder, make
-from benchmarks.measure import drop_cache, measure, remove, settle, warm_cache
+from benchmarks.measure import (
+    drop_cache,
+    limit,
+    measure,
+    remove,
+    settle,
+    warm_cache,
+    weights_of,
+)
 from benchmarks.ours import uniform
 from benchmarks.rows import Session
 
@@ -24,13 +34,21 @@ def run(session: Session, cases: Sequence[Case], *, rounds: int = 3) -> None:
     """Measure cases, interleaved. They share ingredients where they differ in number alone."""
     cases = [START, *cases]
     output = cache_folder() / "soups" / "growth"
+    output.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         drop_cache(make(case))  # to be read anew: see `warm_cache`
+    n_cpus = len(os.sched_getaffinity(0))
     for round_ in range(rounds):
         for case in cases:
             ingredients = make(case)
-            settle()
             warm_cache(ingredients)
+            settle()
+            limit_s = limit("mapped", n_cpus, *weights_of(ingredients)) + min(
+                limit(way, case.nbytes_each, output.with_name("limit"))
+                for way in ("write", "reserved")
+            )
+            warm_cache(ingredients)
+            settle()
             result = measure(uniform(output, ingredients), output=output)
             assert result.status == 0, result.stderr
             session.add(
@@ -42,6 +60,7 @@ def run(session: Session, cases: Sequence[Case], *, rounds: int = 3) -> None:
                 size=case.size,
                 input_nbytes=case.n * case.nbytes_each,
                 output_nbytes=case.nbytes_each,
+                limit_s=limit_s,
                 **result.row(),
             )
     remove(output)

@@ -9,29 +9,26 @@ it, the fastest while as many bytes are written to the same disk and synced.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.answers import Answer, check
 from benchmarks.checkpoints import Case, cache_folder, make
 from benchmarks.measure import (
-    Measurement,
     drop_cache,
+    limit,
     measure,
     remove,
     settle,
     warm_cache,
+    weights_of,
 )
 from benchmarks.ours import uniform
 from benchmarks.peers import Peer, command, install, versions, why_not
 from benchmarks.rows import Session
 
 __all__ = ["run"]
-
-LIMITS = Path(__file__).parent.parent / "limits.py"
 
 
 def run(
@@ -104,7 +101,7 @@ def _limits(
     session: Session, case: Case, ingredients: Sequence[Path], numbers: dict[str, object]
 ) -> dict[str, float]:
     """Measure the machine's own limits for a case, in seconds."""
-    files = [str(path) for folder in ingredients for path in folder.glob("*.safetensors")]
+    files = weights_of(ingredients)
     cold = numbers["cache"] == "cold"
     n_cpus = len(os.sched_getaffinity(0))
     room = cache_folder() / "soups"
@@ -113,7 +110,7 @@ def _limits(
 
     def add(what: str, nbytes: int, *arguments: object) -> float:
         _prepare(ingredients, cold)
-        seconds = _ask(*arguments)
+        seconds = limit(*arguments)
         rate = nbytes / seconds / 1e9
         session.add("limits", what, case.label, **numbers, seconds=seconds, gb_per_s=rate)
         return seconds
@@ -137,12 +134,6 @@ def _limits(
         for n in (n_cpus, 4, 8)
     ]
     return {"limit_s": min(reading), "at_once_s": min(at_once)}
-
-
-def _ask(*arguments: object) -> float:
-    result: Measurement = measure([sys.executable, str(LIMITS), *map(str, arguments)])
-    assert result.status == 0, result.stderr
-    return float(json.loads(result.stdout))
 
 
 def _prepare(ingredients: Sequence[Path], cold: bool) -> None:
