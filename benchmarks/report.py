@@ -6,14 +6,14 @@ The README's table goes between its markers; all tables go into `benchmarks/READ
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.rows import RESULTS, Row, latest, read
-from benchmarks.tasks.growth import START, exponent
+from benchmarks.bars import bars
+from benchmarks.rows import RESULTS, Row, compared, latest, median, of_tool, read, share
+from benchmarks.tasks.growth import fitted, grown
 
-__all__ = ["grown", "inserted", "main", "short_table", "tables"]
+__all__ = ["inserted", "main", "short_table", "tables"]
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HERE = Path(__file__).parent
@@ -51,21 +51,21 @@ def short_table(rows: Sequence[Row]) -> str:
     for tool in _tools(rows, cases):
         cells = []
         for case in cases:
-            found = _rows(rows, case, tool)
-            cells.append(f"{_median(found, 'wall_s'):.2f} s" if found else "–")
-        found = next(f for case in reversed(cases) if (f := _rows(rows, case, tool)))
-        peak = _median(found, "peak_anonymous_nbytes") / 1e6
+            found = of_tool(rows, case, tool)
+            cells.append(f"{median(found, 'wall_s'):.2f} s" if found else "–")
+        found = next(f for case in reversed(cases) if (f := of_tool(rows, case, tool)))
+        peak = median(found, "peak_anonymous_nbytes") / 1e6
         wrong = max(row["answer"]["share_wrong"] for row in found)
         tools[tool] = [tool, *cells, _nbytes(peak), _percent(wrong)]
         order[tool] = min(
-            (_median(f, "wall_s") for case in cases if (f := _rows(rows, case, tool))),
+            (median(f, "wall_s") for case in cases if (f := of_tool(rows, case, tool))),
             default=0.0,
         )
     body = [tools[tool] for tool in sorted(tools, key=order.__getitem__)]
     limits = ["the machine's limit"]
     for case in cases:
-        ours = _rows(rows, case, "streamsoup")
-        limits.append(f"{_median(ours, 'limit_s'):.2f} s")
+        ours = of_tool(rows, case, "streamsoup")
+        limits.append(f"{median(ours, 'limit_s'):.2f} s")
     table = _table([head, [*limits, "", ""], *body])
     parts = [table, _peers(rows, cases), _where(rows, cases), _alone(rows, cases)]
     return "\n\n".join(part for part in parts if part)
@@ -76,8 +76,8 @@ def _alone(rows: Sequence[Row], cases: Sequence[str]) -> str:
     times = []
     for case in cases:
         last = latest(rows, "uniform", case, cache="warm", tool="streamsoup")
-        if last[0]["session"] > _rows(rows, case, "streamsoup")[0]["session"]:
-            ours, limit = _median(last, "wall_s"), _median(last, "limit_s")
+        if last[0]["session"] > of_tool(rows, case, "streamsoup")[0]["session"]:
+            ours, limit = median(last, "wall_s"), median(last, "limit_s")
             times.append(f"{case} in {ours:.2f} s, where the limit was {limit:.2f} s")
             about = f"commit {last[0]['commit']}, {last[0]['session'][:10]}"
     return f"Later, without peers: {'; '.join(times)} ({about})." if times else ""
@@ -86,6 +86,7 @@ def _alone(rows: Sequence[Row], cases: Sequence[str]) -> str:
 def tables(rows: Sequence[Row]) -> str:
     """Give all tables."""
     parts = [
+        "### The bars\n\n" + _table(list(bars(rows))),
         *_uniform(rows),
         _limits(rows),
         _growth(rows),
@@ -104,20 +105,20 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
             continue
         lines = []
         for tool in _tools(rows, [case], cache):
-            found = _rows(rows, case, tool, cache)
+            found = of_tool(rows, case, tool, cache)
             limits = [key for key in ("limit_s", "at_once_s") if key in found[0]]
             lines.append(
                 (
-                    _median(found, "wall_s"),
+                    median(found, "wall_s"),
                     [
                         tool,
                         _spread(found, "wall_s"),
-                        f"{_median(found, 'sync_s'):.2f}",
-                        f"{_median(found, 'cpu_s'):.1f}",
-                        " / ".join(f"{_share(found, key):.2f}" for key in limits),
-                        _nbytes(_median(found, "peak_anonymous_nbytes") / 1e6),
-                        f"{_median(found, 'read_nbytes') / 1e9:.2f}",
-                        f"{_median(found, 'written_nbytes') / 1e9:.2f}",
+                        f"{median(found, 'sync_s'):.2f}",
+                        f"{median(found, 'cpu_s'):.1f}",
+                        " / ".join(f"{share(found, key):.2f}" for key in limits),
+                        _nbytes(median(found, "peak_anonymous_nbytes") / 1e6),
+                        f"{median(found, 'read_nbytes') / 1e9:.2f}",
+                        f"{median(found, 'written_nbytes') / 1e9:.2f}",
                         _percent(max(row["answer"]["share_wrong"] for row in found)),
                         str(max(row["answer"]["largest_ulps"] for row in found)),
                     ],
@@ -134,13 +135,8 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
         yield "\n\n".join(part for part in parts if part)
 
 
-def _share(rows: Sequence[Row], limit: str) -> float:
-    """Give the median of a limit over the wall time of its own round."""
-    return statistics.median(row[limit] / row["wall_s"] for row in rows)
-
-
 def _skipped(row: Row, rows: Sequence[Row], case: str, cache: str) -> bool:
-    session = _compared(rows, case, cache)[0]["session"]
+    session = compared(rows, case, cache)[0]["session"]
     return (
         row["task"] == "uniform"
         and row["case"] == case
@@ -161,25 +157,6 @@ def _limits(rows: Sequence[Row]) -> str:
     return "### What the machine can do\n\n" + _table([head, *lines]) if lines else ""
 
 
-def grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Give what grew, its column, and the rows of the last session in which nothing else did.
-
-    Those of `START`, which is all start-up, come first.
-    """
-    mine = [row for row in rows if row["task"] == "growth"]
-    ways = (("ingredients", "n", "size"), ("bytes of a model", "output_nbytes", "n"))
-    for what, of, fixed in ways:
-        series: dict[tuple[str, Any], list[Row]] = {}
-        for row in mine:
-            if row["case"] != START.label:
-                series.setdefault((row["session"], row[fixed]), []).append(row)
-        fitting = [key for key, each in series.items() if len({row[of] for row in each}) > 2]
-        if fitting:
-            last = max(fitting)
-            start = [row for row in mine if (row["session"], row["case"]) == (last[0], START.label)]
-            yield what, of, start + series[last]
-
-
 def _growth(rows: Sequence[Row]) -> str:
     text = []
     for what, of, found in grown(rows):
@@ -191,39 +168,24 @@ def _growth(rows: Sequence[Row]) -> str:
                 f"{group[0]['input_nbytes'] / 1e9:.2f}",
                 _spread(group, "wall_s"),
                 _spread(group, "cpu_s"),
-                f"{_share(group, 'limit_s'):.2f}",
-                f"{_median(group, 'peak_anonymous_nbytes') / 1e6:.1f}",
+                f"{share(group, 'limit_s'):.2f}",
+                f"{median(group, 'peak_anonymous_nbytes') / 1e6:.1f}",
             ]
             for case, group in zip(cases, groups, strict=True)
         ]
         head = ["case", "GB read", "wall s: median (least–most)", "CPU s", "limit / wall"]
         head += ["peak memory, MB"]
-        start, *groups = groups
-        moved = [(g[0]["input_nbytes"] + g[0]["output_nbytes"]) for g in groups]
-        peaks = [_median(group, "peak_anonymous_nbytes") for group in groups]
-        fits = []
-        for key in ("wall_s", "cpu_s"):
-            whole = [_median(group, key) for group in groups]
-            beyond = [seconds - _median(start, key) for seconds in whole]
-            fits.append(f"{key[:-2]} time {_exponent(moved, beyond)} beyond start-up")
-            fits[-1] += f" ({_exponent(moved, whole)} with it)"
-        limits = [_median(group, "limit_s") for group in groups]
-        fits.append(f"the limit {_exponent(moved, limits)}")
-        memory = _exponent([g[0][of] for g in groups], peaks)
-        middle = statistics.median(peaks)
-        swing = max(max(peaks) / middle - 1, 1 - min(peaks) / middle)
+        fit = fitted(found, of)
         text.append(
             f"### Growth with the number of {what}\n\n{_table([head, *lines])}\n\n"
-            f"Exponents in bytes read and written: {', '.join(fits)}.\n"
-            f"Exponent of memory: {memory}; it stays within ± {swing:.1%} of its median.\n\n"
+            f"Exponents in bytes read and written: wall time {fit.wall:.2f} beyond start-up "
+            f"({fit.whole_wall:.2f} with it), cpu time {fit.cpu:.2f} beyond start-up "
+            f"({fit.whole_cpu:.2f} with it), the limit {fit.limit:.2f}.\n"
+            f"Exponent of memory: {fit.memory:.3f}; it stays within ± {fit.memory_swing:.1%} of "
+            "its median.\n\n"
             f"{_about(found)}"
         )
     return "\n\n".join(text)
-
-
-def _exponent(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """Fit an exponent, if everything is more than nothing."""
-    return f"{exponent(list(zip(xs, ys, strict=True))):.2f}" if min(ys) > 0 else "–"
 
 
 def _kernels(rows: Sequence[Row]) -> str:
@@ -246,8 +208,8 @@ def _startup(rows: Sequence[Row]) -> str:
     lines = []
     for case in cases:
         found = latest(rows, "startup", case)
-        peak = _median(found, "peak_anonymous_nbytes") / 1e6
-        lines.append([case, _spread(found, "wall_s"), f"{_median(found, 'cpu_s'):.2f}"])
+        peak = median(found, "peak_anonymous_nbytes") / 1e6
+        lines.append([case, _spread(found, "wall_s"), f"{median(found, 'cpu_s'):.2f}"])
         lines[-1].append(f"{peak:.0f} MB")
     head = ["command", "wall s: median (least–most)", "CPU s", "peak memory"]
     return "### Start-up\n\n" + _table([head, *lines]) if lines else ""
@@ -287,9 +249,9 @@ def draw(rows: Sequence[Row]) -> None:
         )
         for axis, case in zip(axes[0], cases, strict=True):
             medians = {
-                tool: _median(_rows(rows, case, tool), "wall_s") for tool in _tools(rows, [case])
+                tool: median(of_tool(rows, case, tool), "wall_s") for tool in _tools(rows, [case])
             }
-            medians["the machine's limit"] = _median(_rows(rows, case, "streamsoup"), "limit_s")
+            medians["the machine's limit"] = median(of_tool(rows, case, "streamsoup"), "limit_s")
             names = sorted(medians, key=lambda name: -medians[name])
             colours = [
                 {"streamsoup": "C1", "the machine's limit": "0.3"}.get(n, "C0") for n in names
@@ -308,8 +270,8 @@ def draw(rows: Sequence[Row]) -> None:
                 {
                     (
                         group[0]["input_nbytes"] / 1e9,
-                        _median(group, "wall_s"),
-                        _median(group, "peak_anonymous_nbytes") / 1e6,
+                        median(group, "wall_s"),
+                        median(group, "peak_anonymous_nbytes") / 1e6,
                     )
                     for case in dict.fromkeys(row["case"] for row in mine)
                     for group in [[row for row in mine if row["case"] == case]]
@@ -328,31 +290,7 @@ def draw(rows: Sequence[Row]) -> None:
 
 
 def _tools(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> list[str]:
-    return list(
-        dict.fromkeys(row["tool"] for case in cases for row in _compared(rows, case, cache))
-    )
-
-
-def _rows(rows: Sequence[Row], case: str, tool: str, cache: str = "warm") -> list[Row]:
-    found = _compared(rows, case, cache)
-    return [row for row in found if row["tool"] == tool and row["status"] == 0]
-
-
-def _compared(rows: Sequence[Row], case: str, cache: str) -> list[Row]:
-    """Give the last session with peers, if there is one: only side by side do times compare."""
-    beside = [
-        row["session"]
-        for row in rows
-        if (row["task"], row["case"], row.get("cache")) == ("uniform", case, cache)
-        and row["tool"] != "streamsoup"
-    ]
-    session = max(beside, default=None)
-    within = [row for row in rows if session is None or row["session"] == session]
-    return latest(within, "uniform", case, cache=cache)
-
-
-def _median(rows: Sequence[Row], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
+    return list(dict.fromkeys(row["tool"] for case in cases for row in compared(rows, case, cache)))
 
 
 def _spread(rows: Sequence[Row], key: str) -> str:
@@ -366,7 +304,7 @@ def _spread(rows: Sequence[Row], key: str) -> str:
 def _number(rows: Sequence[Row], key: str) -> str:
     """Give a number as its name asks for: bytes as their median, all else with its spread."""
     if key.endswith("nbytes"):
-        return _nbytes(_median(rows, key) / 1e6)
+        return _nbytes(median(rows, key) / 1e6)
     return _spread(rows, key)
 
 
@@ -385,14 +323,14 @@ def _peers(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> st
     found = {
         f"{name} {number}"
         for case in cases
-        for row in _compared(rows, case, cache)
+        for row in compared(rows, case, cache)
         for name, number in row.get("tool_versions", {}).items()
     }
     return f"Peers: {', '.join(sorted(found))}." if found else ""
 
 
 def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
-    return _about([row for case in cases for row in _rows(rows, case, "streamsoup", cache)])
+    return _about([row for case in cases for row in of_tool(rows, case, "streamsoup", cache)])
 
 
 def _about(rows: Sequence[Row]) -> str:

@@ -9,15 +9,27 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "Row", "Session", "read"]
+__all__ = [
+    "RESULTS",
+    "Row",
+    "Session",
+    "compared",
+    "latest",
+    "median",
+    "of_tool",
+    "read",
+    "share",
+    "undisturbed",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -134,3 +146,32 @@ def undisturbed(rows: list[Row]) -> list[Row]:
 
 DISTURBED = 0.25
 """Processors kept busy by others from which a run is not counted."""
+
+
+def compared(rows: Sequence[Row], case: str, cache: str) -> list[Row]:
+    """Give a case's last session with peers, if there is one: times compare side by side alone."""
+    beside = [
+        row["session"]
+        for row in rows
+        if (row["task"], row["case"], row.get("cache")) == ("uniform", case, cache)
+        and row["tool"] != "streamsoup"
+    ]
+    session = max(beside, default=None)
+    within = [row for row in rows if session is None or row["session"] == session]
+    return latest(within, "uniform", case, cache=cache)
+
+
+def of_tool(rows: Sequence[Row], case: str, tool: str, cache: str = "warm") -> list[Row]:
+    """Give the runs of a tool that succeeded in that session."""
+    found = compared(rows, case, cache)
+    return [row for row in found if row["tool"] == tool and row["status"] == 0]
+
+
+def median(rows: Sequence[Row], key: str) -> float:
+    """Give the median of a number."""
+    return statistics.median(row[key] for row in rows)
+
+
+def share(rows: Sequence[Row], limit: str) -> float:
+    """Give the median of a limit over the wall time of its own round."""
+    return statistics.median(row[limit] / row["wall_s"] for row in rows)

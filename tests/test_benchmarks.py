@@ -10,10 +10,10 @@ import pytest
 from benchmarks.answers import check
 from benchmarks.checkpoints import Case, make
 from benchmarks.measure import measure
-from benchmarks.report import BEGIN, END, grown, inserted, short_table, tables
+from benchmarks.report import BEGIN, END, inserted, short_table, tables
 from benchmarks.rows import Session, read
 from benchmarks.tasks import growth, uniform
-from benchmarks.tasks.growth import exponent
+from benchmarks.tasks.growth import exponent, grown
 
 ROOT = Path(__file__).parent.parent
 
