@@ -486,15 +486,11 @@ def test_the_last_bit_of_the_smallest_decides_a_tie(name: str) -> None:
     assert n_lost, "float32 alone would have done"
 
 
-@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2", "F8_E4M3"])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 12, 33, 64])
-def test_means_of_relatives(name: str, k: int) -> None:
-    """Fine-tuned models lie close together: no sum is rounded, whole tensors go the fastest way.
+def relatives(dtype: DType, k: int) -> list[Bits]:
+    """Make ingredients that lie close together, with zeros, and with stretches of small values.
 
-    Among them are zeros, subnormal numbers only, the smallest of normal ones beside them with any
-    sign, and what is not finite and cancelled by others.
+    The first has subnormal numbers only, the second the smallest normal ones as well, of any sign.
     """
-    dtype = DTYPES[name]
     rng = np.random.default_rng(k)
     n = 20 * means.STRETCH + 77
     top = dtype.largest >> 1
@@ -507,7 +503,18 @@ def test_means_of_relatives(name: str, k: int) -> None:
     some = slice(6 * means.STRETCH, 9 * means.STRETCH)
     codes[:, some] = rng.integers(0, 6 << (dtype.fraction or 0), (k, 3 * means.STRETCH))
     codes[:, some] |= rng.integers(0, 2, (k, 3 * means.STRETCH)) << (dtype.nbits - 1)
-    inputs = list(codes.astype(WORDS[dtype.nbits]))
+    return list(codes.astype(WORDS[dtype.nbits]))
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E5M2", "F8_E4M3"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 12, 33, 64])
+def test_means_of_relatives(name: str, k: int) -> None:
+    """Fine-tuned models lie close together: no sum is rounded, whole tensors go the fastest way.
+
+    Among them is what is not finite and cancelled by others.
+    """
+    dtype = DTYPES[name]
+    inputs = relatives(dtype, k)
     ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
     assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
     # After some stretches that went well: largest values, with signs in turn, and what is beyond.
@@ -519,6 +526,23 @@ def test_means_of_relatives(name: str, k: int) -> None:
             inputs[i][at] = bad
             ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
             assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
+
+
+@pytest.mark.parametrize("name", ["F16", "F8_E5M2", "F8_E4M3"])
+def test_kernels_for_other_processors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled otherwise for AMD's processors and for Intel's gives the same bits."""
+    from streamsoup.kernels import loops, sums
+
+    dtype = DTYPES[name]
+    monkeypatch.setattr(means, "SLOW_SUBNORMALS", not means.SLOW_SUBNORMALS)
+    for room in (means, sums):
+        monkeypatch.setattr(room, "FORESEEN", 8 - room.FORESEEN)
+    kernel = cpu.Mixer(objects._load(*loops.compile_mix(dtype, dtype)))
+    monkeypatch.setattr(cpu, "mixer", lambda *_: kernel)
+    for k in (1, 2, 3, 8, 9, 33, 64):
+        inputs = relatives(dtype, k)
+        ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
+        assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
 
 
 @pytest.mark.skipif(not flags.CAN_TELL, reason="not known how, on this processor")

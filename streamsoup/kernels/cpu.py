@@ -22,8 +22,8 @@ BLOCK = 256
 see it coming, and what many of them hold at the same place of a page still fits the first cache."""
 
 AT_ONCE = 8
-"""Ingredients at a time: more streams than this a processor does not foresee. Their sums wait in
-the first cache for the next ones, and what those will read is asked for a block ahead."""
+"""Ingredients at a time: more streams than this no processor foresees. Their sums wait in the first
+cache for the next ones, and what those will read is asked for a block ahead."""
 
 SCRATCH = 3 * BLOCK
 """Numbers of float64 that a kernel may use as it likes."""

@@ -19,7 +19,15 @@ import numba
 import numpy as np
 from numba import types
 
-from streamsoup.kernels.bits import FORESEEN, WORDS, bits32, narrow, pointer, prefetch, widen
+from streamsoup.kernels.bits import (
+    FORESEEN,
+    SLOW_SUBNORMALS,
+    WORDS,
+    narrow,
+    pointer,
+    prefetch,
+    widen,
+)
 from streamsoup.kernels.cpu import AT_ONCE, SCRATCH
 from streamsoup.kernels.flags import CAN_TELL, forget, rounded
 from streamsoup.kernels.vectors import (
@@ -28,6 +36,7 @@ from streamsoup.kernels.vectors import (
     below,
     concatenated,
     first_half,
+    lacks,
     larger,
     load,
     reaches,
@@ -75,6 +84,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
     always_near = most_finite == 0x7E
     # In the fields of a float32, what is not finite stays so in bfloat16 alone: sums tell.
     brain = fraction == 7
+    careful = SLOW_SUBNORMALS and not brain  # whose subnormals, below 10^-38, nobody has
 
     @numba.njit(forceinline=True)
     def narrowed(bits: Any) -> Any:
@@ -97,15 +107,15 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
         # more than 2^-24 of it away, and its quotient is not rounded to h; nor where float32 is
         # subnormal, as it then has 12 places more. Or k is a power of two, and it is exact.
         bits: Any = as_vector(sums, fields)
-        magnitude = bits & np.uint32(_MAGNITUDE)
-        # Sums at least as large as this, or zero, have no subnormal quotient.
-        normal = bits32(np.float32(k)) - np.uint32(126 << 23)
-        if brain or not reaches(splat(np.uint32(0), fields) - magnitude, np.uint32(1) - normal):
+        # If the exponent field of every sum is at least this, no quotient by k is subnormal. All
+        # are powers of two, so that one look at the bits above tells; of a zero, it is too careful.
+        exponent = 1 if k == 1 else 2 if k == 2 else 4 if k <= 8 else 8
+        if not careful or not lacks(bits, np.uint32((256 - exponent) << 23)):
             return narrowed(as_vector(quotient(sums, k), fields))
-        # Some processors (Intel's) take 150 cycles for a vector of quotients if one is subnormal.
-        # So all are taken 2^64 times as large, of whose exponent `together` keeps nothing. A one
+        # All are taken 2^64 times as large, of whose exponent `together` keeps nothing. A one
         # put before a subnormal's fraction, and subtracted, makes a number of it like any other;
         # added to a quotient that shall be subnormal, it leaves the places that one has.
+        magnitude = bits & np.uint32(_MAGNITUDE)
         one = (bits & np.uint32(_SIGN)) | np.uint32(_LIFT + _ONE)
         ones: Any = as_vector(one, singles)
         from_subnormal = as_vector(as_vector(bits | one, singles) - ones, fields)

@@ -29,6 +29,7 @@ __all__ = [
     "below",
     "concatenated",
     "first_half",
+    "lacks",
     "larger",
     "load",
     "reaches",
@@ -188,11 +189,27 @@ def reaches(typing: Any, vector: Any, limit: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         there = builder.icmp_unsigned(">=", args[0], _everywhere(builder, args[1], vector))
-        kind = ir.FunctionType(ir.IntType(1), [there.type])
-        name = f"llvm.vector.reduce.or.v{vector.n}i1"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [there])
+        return _any(builder, there)
 
     return types.boolean(vector, vector.element), generate
+
+
+@intrinsic
+def lacks(typing: Any, vector: Any, mask: Any) -> Any:
+    """Whether any of the unsigned integers has no bit of `mask`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.and_(args[0], _everywhere(builder, args[1], vector))
+        return _any(builder, builder.icmp_unsigned("==", bits, ir.Constant(vector.llvm, None)))
+
+    return types.boolean(vector, vector.element), generate
+
+
+def _any(builder: Any, there: Any) -> Any:
+    """Say whether any of some booleans is true."""
+    kind = ir.FunctionType(ir.IntType(1), [there.type])
+    name = f"llvm.vector.reduce.or.v{there.type.count}i1"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [there])
 
 
 @intrinsic
