@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Bar:
     of: Callable[[Sequence[Row]], float]
     """Raises `LookupError` or `ValueError` where there are no rows of it."""
     wanted: str = ""
-    """Such as ``>= 0.85`` or ``1.00 ± 0.05``; nothing for numbers that explain the one above."""
+    """Such as ``≥ 0.85`` or ``1.00 ± 0.05``; nothing for numbers that explain the one above."""
 
     def cell(self, rows: Sequence[Row]) -> str:
         """Give the number, in bold where it is missed."""
@@ -74,13 +75,8 @@ def _limit_of_mergekit(rows: Sequence[Row]) -> float:
 
 def _kernel(case: str) -> Callable[[Sequence[Row]], float]:
     def part(rows: Sequence[Row]) -> float:
-        return median(
-            [
-                {"share": row["gb_per_s"] / row["limit_gb_per_s"]}
-                for row in latest(rows, "kernels", case)
-            ],
-            "share",
-        )
+        found = latest(rows, "kernels", case)
+        return statistics.median(row["gb_per_s"] / row["limit_gb_per_s"] for row in found)
 
     return part
 

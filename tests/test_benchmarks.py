@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.answers import check
+from benchmarks.bars import Bar, bars
 from benchmarks.checkpoints import Case, make
 from benchmarks.measure import measure
 from benchmarks.report import BEGIN, END, inserted, short_table, tables
@@ -102,6 +103,32 @@ def test_exponents_are_those_of_powers() -> None:
     """A cubic has exponent 3."""
     xs = np.arange(1.0, 9.0)
     assert exponent(list(zip(xs, 5 * xs**3, strict=True))) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "number", "shown"),
+    [
+        ("≥ 0.65", 0.65, "0.650"),
+        ("≥ 0.65", 0.6499, "**0.650**"),
+        ("≤ 0.4", 0.0817, "0.0817"),
+        ("≤ 0.4", 0.41, "**0.410**"),
+        ("1.00 ± 0.05", 0.96, "0.960"),
+        ("1.00 ± 0.05", 1.06, "**1.06**"),
+        ("", 12.44, "12.4"),
+        ("≥ 4", float("nan"), "–"),
+    ],
+)
+def test_a_bar_that_is_missed_is_bold(wanted: str, number: float, shown: str) -> None:
+    """A number shows whether it is as wanted; what was not measured is neither."""
+    assert Bar("", lambda rows: number, wanted).cell([]) == shown
+
+
+def test_bars_without_rows_are_not_measured() -> None:
+    """A machine of which there is one row shows dashes for all the rest."""
+    row = {"task": "gram", "tool": "streamsoup", "case": "", "cpu": "one", "session": "now"}
+    head, *lines = bars([row])
+    assert head == ["bar", "wanted", "one"]
+    assert {line[2] for line in lines} == {"–"}
 
 
 def test_only_one_thing_grows_in_a_table() -> None:
