@@ -13,6 +13,9 @@ from benchmarks.tasks.growth import fitted, grown
 
 __all__ = ["bars"]
 
+N, SIZE = "ingredients", "bytes of a model"
+"""What grows, as `grown` says it."""
+
 SMALL, LARGE = "8 × 125M bf16", "4 × 1.1B bf16, 2 shards"
 
 
@@ -99,7 +102,8 @@ def _growth(what: str, field: str) -> Callable[[Sequence[Row]], float]:
 
 
 def _share_of(case: str, cache: str = "warm", limit: str = "limit_s") -> Callable[..., float]:
-    return lambda rows: share(of_tool(rows, case, "streamsoup", cache), limit)
+    """Give a share of a limit, in the last session, with peers or without."""
+    return lambda rows: share(latest(rows, "uniform", case, cache=cache, tool="streamsoup"), limit)
 
 
 def _startup(rows: Sequence[Row]) -> float:
@@ -111,7 +115,6 @@ def _greedy(rows: Sequence[Row]) -> float:
     return median(latest(rows, "greedy", case, tool="streamsoup"), "share_of_scoring")
 
 
-N, SIZE = "ingredients", "bytes of a model"
 BARS = (
     Bar(f"{SMALL}, warm: limit / wall", _share_of(SMALL), "≥ 0.65"),
     Bar(f"{LARGE}, warm: limit / wall", _share_of(LARGE), "≥ 0.85"),

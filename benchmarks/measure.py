@@ -33,7 +33,7 @@ __all__ = [
     "weights_of",
 ]
 
-LIMITS = Path(__file__).parent / "limits.py"
+_LIMITS = Path(__file__).parent / "limits.py"
 
 SAMPLE_S = 0.01
 """Time between looks at memory: about half a percent of one core."""
@@ -137,7 +137,7 @@ def measure(
 
 def limit(*arguments: object) -> float:
     """Ask `limits.py` for something the machine can do, and give the seconds that it took."""
-    result = measure([sys.executable, str(LIMITS), *map(str, arguments)])
+    result = measure([sys.executable, str(_LIMITS), *map(str, arguments)])
     assert result.status == 0, result.stderr
     return float(json.loads(result.stdout))
 

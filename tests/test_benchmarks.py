@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.checkpoints import Case, make
 from benchmarks.measure import measure
 from benchmarks.report import BEGIN, END, inserted, short_table, tables
 from benchmarks.rows import Session, read
-from benchmarks.tasks import growth, uniform
+from benchmarks.tasks import greedy, growth, uniform
 from benchmarks.tasks.growth import exponent, grown
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,25 @@ def test_tiny_soups_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(row["wall_s"] > 0 and row["limit_s"] > 0 for row in rows)
     assert "| 6 × 0.5M bf16 |" in tables(rows)
     assert "the limit" in tables(rows)
+
+
+def test_greedy_searches_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and those of peers are run, keep as many ingredients, and say what they read."""
+    monkeypatch.setenv("STREAMSOUP_BENCH", str(tmp_path))
+    monkeypatch.setattr(greedy, "settle", lambda: None)
+    monkeypatch.setattr(greedy, "install", lambda peers: {})
+    monkeypatch.setattr(greedy, "python_of", lambda peer: sys.executable)
+    session = Session(tmp_path / "rows", log=False)
+    greedy.run(session, Case("0.5M", 3), score_s=0.0, rounds=1)
+    rows = {row["tool"]: row for row in read(tmp_path / "rows")}
+    alone = rows.pop("scoring alone")
+    assert alone["wall_s"] > 0
+    assert list(rows) == ["streamsoup", "paper's way", "a file for each trial"]
+    assert {row["n_accepted"] for row in rows.values()} == {2}
+    nbytes = Case("0.5M", 1).nbytes_each
+    # Three alone and two trials; the paper's loads the best once more to begin with.
+    assert rows["paper's way"]["read_per_score_nbytes"] * 5 == 6 * nbytes
+    assert rows["streamsoup"]["read_per_score_nbytes"] * 5 >= 5 * nbytes
 
 
 def test_a_wrong_answer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +149,28 @@ def test_bars_without_rows_are_not_measured() -> None:
     head, *lines = bars([row])
     assert head == ["bar", "wanted", "one"]
     assert {line[2] for line in lines} == {"–"}
+
+
+def test_a_bar_is_of_the_last_session() -> None:
+    """A share is not that of a session with peers where a later one, without, was slower."""
+    row = {"task": "uniform", "case": "8 × 125M bf16", "cache": "warm", "cpu": "one", "status": 0}
+    answer = {"share_wrong": 0.0}
+    rows = [
+        {
+            **row,
+            "tool": tool,
+            "session": session,
+            "wall_s": wall_s,
+            "limit_s": 1.0,
+            "answer": answer,
+        }
+        for tool, session, wall_s in (
+            *(("streamsoup", "1", 1.25), ("naive torch", "1", 10.0)),
+            ("streamsoup", "2", 2.0),
+        )
+    ]
+    _, share, *_ = bars(rows)
+    assert share[2] == "**0.500**"
 
 
 def test_only_one_thing_grows_in_a_table() -> None:

@@ -78,7 +78,7 @@ def run(session: Session, case: Case, *, score_s: float = 2.0, rounds: int = 2) 
                 share_of_scoring=result.wall_s / alone.wall_s,
                 extra_s_per_score=extra / n_scores,
                 read_per_score_nbytes=nbytes / n_scores,
-                extra_written_nbytes=max(0, result.written_nbytes - case.nbytes_each),
+                extra_written_nbytes=result.written_nbytes - case.nbytes_each,
                 shown=SHOWN,
                 **result.row(),
             )

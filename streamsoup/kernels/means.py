@@ -84,7 +84,7 @@ def means_of(dtype: tuple[int, ...]) -> tuple[Any, Any]:
     always_near = most_finite == 0x7E
     # In the fields of a float32, what is not finite stays so in bfloat16 alone: sums tell.
     brain = fraction == 7
-    careful = SLOW_SUBNORMALS and not brain  # whose subnormals, below 10^-38, nobody has
+    careful = SLOW_SUBNORMALS and not brain  # whose subnormals are below 10^-38
 
     @numba.njit(forceinline=True)
     def narrowed(bits: Any) -> Any:
