@@ -281,6 +281,9 @@ class DeviceWorker:
         """Blocks to start before the first result is asked for."""
         return self._mix.chosen.shape.in_flight - 1 if self._averages else 0
 
+    def digests(self, tensor: PlannedTensor, n_units: int) -> None:
+        """Digest nothing."""
+
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
     ) -> None:

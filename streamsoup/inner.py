@@ -230,6 +230,9 @@ class _Worker:
         self._room = np.empty((-(-reduction.memory.block // GRAIN), reduction.n_values))
         self.spoiled = False
 
+    def digests(self, tensor: PlannedTensor, n_units: int) -> None:
+        """Digest nothing."""
+
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
     ) -> None:

@@ -18,6 +18,7 @@ from streamsoup.buffers import Bytes, address_of, buffer, is_same
 from streamsoup.errors import MismatchError, printable
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
+from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, LeafDigests
 from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.tensors import DType
 
@@ -122,6 +123,13 @@ class Worker(Protocol):
     def n_ahead(self) -> int:
         """Blocks to start before the first result is asked for: accelerators work on several."""
 
+    def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
+        """Give the digests of the leaf of `n_units` of `tensor` that begins now.
+
+        They are made along with its blocks, which all follow. None where somebody else has to
+        digest them.
+        """
+
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
     ) -> None:
@@ -157,6 +165,9 @@ class Nothing:
         """Give a thread this very object: it holds nothing."""
         return self
 
+    def digests(self, tensor: PlannedTensor, n_units: int) -> None:
+        """Digest nothing."""
+
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
     ) -> None:
@@ -187,13 +198,18 @@ class Mix:
 
     def _takes_numpy(self) -> bool:
         """Whether there are sums that no compiled kernel makes."""
-        cut = self.memory.group < len(self.plan.ingredients)
-        return any(
-            self.engine.mixer([source.dtype for source in tensor.sources], tensor.dtype) is None
-            or (cut and self.plan.keeps_equal(tensor))
-            for tensor in self.plan.tensors
-            if tensor.operation == "mix"
+        return not all(
+            self.is_compiled(tensor) for tensor in self.plan.tensors if tensor.operation == "mix"
         )
+
+    def is_compiled(self, tensor: PlannedTensor) -> bool:
+        """Whether compiled kernels make all of a tensor: numpy takes no part."""
+        if tensor.operation != "mix":
+            return False
+        cut = self.memory.group < len(self.plan.ingredients)
+        sources = [source.dtype for source in tensor.sources]
+        has_kernel = self.engine.mixer(sources, tensor.dtype) is not None
+        return has_kernel and not (cut and self.plan.keeps_equal(tensor))
 
     def worker(self) -> MixWorker:
         """Give a thread its own worker."""
@@ -212,8 +228,18 @@ class MixWorker:
         widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
         self._result = buffer(block * widest)
         self._sums = buffer(8 * block)
+        self._digests: LeafDigests | None = None
         self.spoiled = False
         """Whether the last result holds a NaN or an Inf."""
+
+    def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
+        """Give the digests of a leaf of which compiled kernels make all blocks."""
+        mix, self._digests = self._mix, None
+        taken, made = n_units * tensor.sources[0].dtype.itemsize, n_units * tensor.unit_nbytes
+        can = mix.memory.block % STRIDE == 0 and min(taken, made) >= LEAST_NBYTES
+        if can and mix.is_compiled(tensor):
+            self._digests = LeafDigests(len(mix.plan.ingredients), taken, made)
+        return self._digests
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
@@ -267,7 +293,11 @@ class MixWorker:
             self._done = ends and (fresh or not self._watch_sameness)
             divisor, output = (self._divisor, self._output) if self._done else (1.0, buffer(0))
             addresses = [address_of(block) for block in inputs]
-            spoiled = mixer(sums, addresses, factors, fresh, divisor, address_of(output), self._n)
+            digests = 0 if self._digests is None else self._digests.address(first)
+            spoiled = mixer(
+                *(sums, addresses, factors, fresh, divisor),
+                *(address_of(output), self._n, digests),
+            )
             if self._done:
                 self.spoiled = spoiled
                 return

@@ -22,6 +22,7 @@ from streamsoup.buffers import Bytes
 from streamsoup.digest import Digests
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.kernels.environment import standard_floats
+from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.read import Reader, Session
 from streamsoup.reduce import Reduction, Worker
@@ -203,8 +204,10 @@ class _Block(msgspec.Struct, frozen=True):
     leaf: Leaf
     start: int
     n_units: int
+    digests: LeafDigests | None
+    """Of the leaf so far, made by the worker."""
     hashes: list[xxhash.xxh3_128]
-    """Of the leaf so far: of the soup, and of each ingredient."""
+    """Or by us: of the soup, and of each ingredient."""
     last: bool
     """Whether it is the last of its leaf."""
 
@@ -275,13 +278,15 @@ class _Pass:
         plan, memory = self.plan, self.memory
         tensor = plan.tensors[leaf.tensor]
         k = len(plan.ingredients)
-        digests = writing.restore(leaf, leaf.n_units * tensor.unit_nbytes)
-        if digests is not None:
-            self.finish(leaf, digests)
+        finished = writing.restore(leaf, leaf.n_units * tensor.unit_nbytes)
+        if finished is not None:
+            self.finish(leaf, finished)
             return
         for i, layout in enumerate(plan.layout_of):
             plan.ingredients[i].shards[tensor.sources[layout].shard].check_unchanged()
-        hashes = [xxhash.xxh3_128() for _ in range(1 + k if self.digest else 0)]
+        digests = worker.digests(tensor, leaf.n_units) if self.digest else None
+        n_hashes = 1 + k if self.digest and digests is None else 0
+        hashes = [xxhash.xxh3_128() for _ in range(n_hashes)]
         end = leaf.start + leaf.n_units
         for start in range(leaf.start, end, memory.block):
             if self.stop.is_set():
@@ -295,7 +300,8 @@ class _Pass:
                 for digest, block in zip(hashes[1 + first :], inputs, strict=False):
                     digest.update(block)
                 worker.add(first, inputs)
-            under_way.append(_Block(leaf, start, n_units, hashes, start + n_units == end))
+            ends = start + n_units == end
+            under_way.append(_Block(leaf, start, n_units, digests, hashes, ends))
             self.deliver(worker.n_ahead, reading, writing, worker, under_way)
 
     def deliver(
@@ -313,11 +319,13 @@ class _Pass:
             if worker.spoiled and self.plan.recipe.non_finite == "refuse":
                 tensor = self.plan.tensors[block.leaf.tensor]
                 self.explain(tensor, block.start, block.n_units, reading)
-            if self.digest:
+            if block.hashes:
                 block.hashes[0].update(result)
             writing.write(block.leaf, block.start, result)
             if block.last:
-                self.finish(block.leaf, b"".join(digest.digest() for digest in block.hashes))
+                made = [digest.digest() for digest in block.hashes]
+                digests = block.digests.joined() if block.digests else b"".join(made)
+                self.finish(block.leaf, digests)
 
     def finish(self, leaf: Leaf, digests: bytes) -> None:
         """Take note of a leaf that is complete."""

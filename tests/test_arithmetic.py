@@ -531,11 +531,11 @@ def test_means_of_relatives(name: str, k: int) -> None:
 @pytest.mark.parametrize("name", ["F16", "F8_E5M2", "F8_E4M3"])
 def test_kernels_for_other_processors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled otherwise for AMD's processors and for Intel's gives the same bits."""
-    from streamsoup.kernels import loops, sums
+    from streamsoup.kernels import loops, sums, xxh3
 
     dtype = DTYPES[name]
     monkeypatch.setattr(means, "SLOW_SUBNORMALS", not means.SLOW_SUBNORMALS)
-    for room in (means, sums):
+    for room in (means, sums, xxh3):
         monkeypatch.setattr(room, "FORESEEN", 8 - room.FORESEEN)
     kernel = cpu.Mixer(objects._load(*loops.compile_mix(dtype, dtype)))
     monkeypatch.setattr(cpu, "mixer", lambda *_: kernel)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from streamsoup.buffers import address_of, buffer
 from streamsoup.kernels import objects, processor
+from streamsoup.kernels.leaf_digests import SECRET
 from streamsoup.kernels.linking import Kernel
 from streamsoup.tensors import DType
 
@@ -26,9 +27,12 @@ AT_ONCE = 8
 cache for the next ones, and what those will read is asked for a block ahead."""
 
 SCRATCH = 3 * BLOCK
-"""Numbers of float64 that a kernel may use as it likes."""
+"""Numbers of float64 that a kernel may use as it likes. After them is what xxh3 calls a secret."""
 
-_ROOMS = ("bits.py", "cpu.py", "flags.py", "loops.py", "means.py", "sums.py", "vectors.py")
+_ROOMS = (
+    *("bits.py", "cpu.py", "flags.py", "leaf_digests.py", "loops.py", "means.py", "sums.py"),
+    *("vectors.py", "xxh3.py"),
+)
 """What the kernels are compiled from."""
 
 
@@ -37,7 +41,7 @@ class Mixer:
 
     def __init__(self, kernel: Kernel) -> None:
         """Wrap a kernel, which lives as long as this does."""
-        parameters = [ctypes.c_int64] * 6 + [ctypes.c_double] + [ctypes.c_int64] * 2
+        parameters = [ctypes.c_int64] * 6 + [ctypes.c_double] + [ctypes.c_int64] * 3
         self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *parameters)(kernel.address)
         self._kernel = kernel
         self._own = threading.local()
@@ -51,17 +55,20 @@ class Mixer:
         divisor: float,
         output: int,
         n: int,
+        digests: int = 0,
     ) -> bool:
         """Mix blocks of `n` elements, and say whether a result is not finite.
 
         `sums` is the address of ``(n,) float64``, or 0 to keep sums within the call, which then
         has to be both fresh and finished. `addresses` ``(ingredient,)`` are of the blocks,
         `factors` ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the
-        address of the result, or 0 to leave the sums unfinished for a later call. Reads and writes
-        raw memory: the caller keeps the blocks alive, and of the size it says.
+        address of the result, or 0 to leave the sums unfinished for a later call. `digests` is the
+        address (`LeafDigests.address`) of the state of the first of these ingredients, or 0. Reads
+        and writes raw memory: the caller keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = buffer(8 * SCRATCH)
+            self._own.scratch = buffer(8 * SCRATCH + len(SECRET))
+            self._own.scratch[8 * SCRATCH :] = SECRET
         k = len(addresses)
         table = (ctypes.c_int64 * k)(*addresses)
         multipliers = (ctypes.c_double * k)(*factors)
@@ -75,6 +82,7 @@ class Mixer:
             divisor,
             output,
             n,
+            digests,
         )
         return bool(spoiled)
 

@@ -2,7 +2,8 @@
 
 Sums are made in registers, in float64 (`sums`), or for means of 16- and 8-bit floats in float32
 wherever that is exact (`means`). Those of a few hundred elements stay in a core's first cache, and
-leave it once, rounded, by loops without a branch or a call, which LLVM turns into vectors.
+leave it once, rounded, by loops without a branch or a call, which LLVM turns into vectors. Where
+all is to be digested, that is done in between (`xxh3`).
 
 Compiled per pair of input and output dtype, to an object file that `cpu` keeps and loads.
 """
@@ -28,15 +29,17 @@ from streamsoup.kernels.bits import (
     pointer,
     widen,
 )
-from streamsoup.kernels.cpu import BLOCK
+from streamsoup.kernels.cpu import BLOCK, SCRATCH
 from streamsoup.kernels.flags import is_believed
+from streamsoup.kernels.leaf_digests import STATE_NBYTES, STRIDE
 from streamsoup.kernels.means import GROUP, MOST, NO_MEANS, STRETCH, means_of
 from streamsoup.kernels.sums import WIDTH, sums_of
+from streamsoup.kernels.xxh3 import end, take
 from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
 
-_SIGNATURE = types.int64(*[types.int64] * 6, types.float64, types.int64, types.int64)
+_SIGNATURE = types.int64(*[types.int64] * 6, types.float64, *[types.int64] * 3)
 
 _PATIENCE = 16
 """Stretches that are not tried in float32 after one where it was not worth it; and how many times
@@ -77,6 +80,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         divisor: float,
         output: int,
         n: int,
+        digests_at: int,
     ) -> int:
         addresses = numba.carray(pointer(addresses_at, types.int64), (k,))
         factors = numba.carray(pointer(factors_at, types.float64), (k,))
@@ -101,8 +105,21 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
         stop = 0
+        secret_at, made_at = scratch_at + 8 * SCRATCH, digests_at + k * STATE_NBYTES
+        n_taken, n_made = 0, 0
         while stop < n:
             start = stop
+            # What is summed, and what came of it, is digested before it leaves the first cache.
+            whole = start * size // STRIDE * STRIDE
+            if digests_at != 0 and whole > n_taken:
+                for i in range(k):
+                    x_at, state_at = addresses[i], digests_at + i * STATE_NBYTES
+                    take(x_at + n_taken, x_at + whole, state_at, secret_at)
+                n_taken = whole
+            whole = start * to_size // STRIDE * STRIDE
+            if digests_at != 0 and output != 0 and whole > n_made:
+                take(output + n_made, output + whole, made_at, secret_at)
+                n_made = whole
             stretch = min(STRETCH, n - start) // GROUP * GROUP
             can = in_float32 and start >= lead and stretch > 0
             if can and start >= next_question:
@@ -163,6 +180,11 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
                 y[j] = to_word(bits)
                 reached = max(reached, magnitude)
             worst = max(worst, np.uint64(reached))
+        if digests_at != 0:
+            for i in range(k):
+                end(addresses[i], n * size, n_taken, digests_at + i * STATE_NBYTES, secret_at)
+            if output != 0:
+                end(output, n * to_size, n_made, made_at, secret_at)
         return 1 if worst > np.uint64(to_largest) else 0
 
     return mix

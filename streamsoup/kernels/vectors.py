@@ -32,6 +32,7 @@ __all__ = [
     "lacks",
     "larger",
     "load",
+    "neighbours",
     "reaches",
     "second_half",
     "shifted_signed",
@@ -46,13 +47,14 @@ _LLVM = {
     types.uint8: ir.IntType(8),
     types.uint16: ir.IntType(16),
     types.uint32: ir.IntType(32),
+    types.uint64: ir.IntType(64),
     types.float32: ir.FloatType(),
     types.float64: ir.DoubleType(),
 }
 
 
 class Vector(types.Type):
-    """`n` elements of ``uint8``, ``uint16``, ``uint32``, ``float32`` or ``float64``."""
+    """`n` elements: unsigned integers of 8 to 64 bits, ``float32`` or ``float64``."""
 
     def __init__(self, element: Any, n: int) -> None:
         """Name the type after what it holds: numba compares types by their names."""
@@ -104,10 +106,11 @@ def _teach(function: Callable[..., Any], on_integers: str | None, on_floats: str
 
 _teach(operator.add, "add", "fadd")
 _teach(operator.sub, "sub", "fsub")
-_teach(operator.mul, None, "fmul")
+_teach(operator.mul, "mul", "fmul")
 _teach(operator.truediv, None, "fdiv")
 _teach(operator.and_, "and_", None)
 _teach(operator.or_, "or_", None)
+_teach(operator.xor, "xor", None)
 _teach(operator.lshift, "shl", None)
 _teach(operator.rshift, "lshr", None)
 
@@ -236,6 +239,17 @@ def _half(which: int) -> Any:
 
 
 first_half, second_half = _half(0), _half(1)
+
+
+@intrinsic
+def neighbours(typing: Any, vector: Any) -> Any:
+    """Give the elements, each in the place of its neighbour: 1, 0, 3, 2 and so on."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = ir.VectorType(ir.IntType(32), vector.n)([i ^ 1 for i in range(vector.n)])
+        return builder.shuffle_vector(args[0], args[0], places)
+
+    return vector(vector), generate
 
 
 @intrinsic
