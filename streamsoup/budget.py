@@ -45,20 +45,20 @@ READ_GROUP = 4
 NUMPY_NBYTES = 2**20
 """What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
 
-PROCESS_NBYTES = 112 * 2**20
+PROCESS_NBYTES = 108 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler and one kernel included.
 
-Measured: 9 MB beside its blocks with kernels from the cache, 96 to 114 MB while compiling one.
+Measured: 9 MB beside its blocks with kernels from the cache, 94 to 112 MB while compiling one.
 """
 
-COMPILER_NBYTES = 68 * 2**20
+COMPILER_NBYTES = 64 * 2**20
 """What of it only compiling takes."""
 
 KERNEL_NBYTES = 12 * 2**20
 """What compiling each further kernel takes (measured: 4 to 13 MB)."""
 
-MEANS_NBYTES = 24 * 2**20
-"""What compiling a further one takes that has means in float32 (measured: 14 to 25 MB)."""
+MEANS_NBYTES = 27 * 2**20
+"""What compiling a further one takes that has means in float32 (measured: 13 to 28 MB)."""
 
 OPENING_NBYTES = 24 * 2**20
 """What the process holds while it opens ingredients, beside their headers (measured: 19 MB)."""

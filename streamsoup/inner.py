@@ -55,7 +55,7 @@ Array = NDArray[np.uint8]
 COMPILE_S = 5.0
 """Time in numpy from which compiling it pays (measured: it takes 3 s, once)."""
 
-SPARED_NBYTES = 4 * 2**20
+SPARED_NBYTES = 8 * 2**20
 """What compiling the one kernel of products takes less than `budget.PROCESS_NBYTES` counts.
 
 Measured, its blocks included: 96 MiB after compiling it with numba 0.68, 103 with 0.61; 28 with the

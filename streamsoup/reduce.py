@@ -18,7 +18,7 @@ from streamsoup.buffers import Bytes, address_of, buffer, is_same
 from streamsoup.errors import MismatchError, printable
 from streamsoup.kernels.cgroup import memory_limit
 from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
-from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, LeafDigests
+from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
 from streamsoup.plan import MixPlan, PlannedTensor
 from streamsoup.tensors import DType
 
@@ -229,16 +229,20 @@ class MixWorker:
         self._result = buffer(block * widest)
         self._sums = buffer(8 * block)
         self._digests: LeafDigests | None = None
+        self._leaf = self._left = 0
         self.spoiled = False
         """Whether the last result holds a NaN or an Inf."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
         """Give the digests of a leaf of which compiled kernels make all blocks."""
         mix, self._digests = self._mix, None
-        taken, made = n_units * tensor.sources[0].dtype.itemsize, n_units * tensor.unit_nbytes
-        can = mix.memory.block % STRIDE == 0 and min(taken, made) >= LEAST_NBYTES
+        self._leaf = self._left = n_units
+        least = min(tensor.sources[0].dtype.itemsize, tensor.unit_nbytes)
+        block = mix.memory.block
+        last = (n_units - 1) % block + 1
+        can = block % STRIDE == 0 and last * least >= STRIPE and n_units * least >= LEAST_NBYTES
         if can and mix.is_compiled(tensor):
-            self._digests = LeafDigests(len(mix.plan.ingredients), taken, made)
+            self._digests = LeafDigests(len(mix.plan.ingredients))
         return self._digests
 
     def start(
@@ -247,6 +251,7 @@ class MixWorker:
         """Begin a block of `n_units` of `tensor`, and make it in `room`, if there is one."""
         self._tensor = tensor
         self._n = n_units
+        self._left -= n_units
         self._output = self._result[: n_units * tensor.unit_nbytes] if room is None else room
         plan = self._mix.plan
         self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
@@ -294,9 +299,10 @@ class MixWorker:
             divisor, output = (self._divisor, self._output) if self._done else (1.0, buffer(0))
             addresses = [address_of(block) for block in inputs]
             digests = 0 if self._digests is None else self._digests.address(first)
+            leaf = self._leaf if self._left == 0 else 0
             spoiled = mixer(
-                *(sums, addresses, factors, fresh, divisor),
-                *(address_of(output), self._n, digests),
+                *(sums, addresses, factors, fresh, divisor, address_of(output), self._n),
+                *(digests, leaf),
             )
             if self._done:
                 self.spoiled = spoiled

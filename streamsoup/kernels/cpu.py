@@ -41,7 +41,7 @@ class Mixer:
 
     def __init__(self, kernel: Kernel) -> None:
         """Wrap a kernel, which lives as long as this does."""
-        parameters = [ctypes.c_int64] * 6 + [ctypes.c_double] + [ctypes.c_int64] * 3
+        parameters = [ctypes.c_int64] * 6 + [ctypes.c_double] + [ctypes.c_int64] * 4
         self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *parameters)(kernel.address)
         self._kernel = kernel
         self._own = threading.local()
@@ -56,6 +56,7 @@ class Mixer:
         output: int,
         n: int,
         digests: int = 0,
+        leaf: int = 0,
     ) -> bool:
         """Mix blocks of `n` elements, and say whether a result is not finite.
 
@@ -63,14 +64,15 @@ class Mixer:
         has to be both fresh and finished. `addresses` ``(ingredient,)`` are of the blocks,
         `factors` ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the
         address of the result, or 0 to leave the sums unfinished for a later call. `digests` is the
-        address (`LeafDigests.address`) of the state of the first of these ingredients, or 0. Reads
-        and writes raw memory: the caller keeps the blocks alive, and of the size it says.
+        address (`LeafDigests.address`) of the state of the first of these ingredients, or 0; `leaf`
+        the elements of the leaf that this block ends, or 0. Reads and writes raw memory: the caller
+        keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
             self._own.scratch = buffer(8 * SCRATCH + len(SECRET))
             self._own.scratch[8 * SCRATCH :] = SECRET
         k = len(addresses)
-        table = (ctypes.c_int64 * k)(*addresses)
+        table = (ctypes.c_int64 * (k + 1))(*addresses, output)
         multipliers = (ctypes.c_double * k)(*factors)
         spoiled = self._call(
             sums,
@@ -83,6 +85,7 @@ class Mixer:
             output,
             n,
             digests,
+            leaf,
         )
         return bool(spoiled)
 

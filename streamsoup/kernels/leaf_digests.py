@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from streamsoup.buffers import address_of
 
-__all__ = ["LEAST_NBYTES", "SECRET", "STATE_NBYTES", "STRIDE", "LeafDigests"]
+__all__ = ["LEAST_NBYTES", "SECRET", "STATE_NBYTES", "STRIDE", "STRIPE", "LeafDigests"]
 
 STRIDE = 1024
 """Bytes that xxh3 takes between two scrambles. All blocks but a leaf's last have whole ones."""
@@ -17,9 +17,11 @@ STRIDE = 1024
 LEAST_NBYTES = 241
 """Less is digested in other ways, which are left to the library."""
 
-STATE_NBYTES = 256
-"""Of one digest: eight sums, from 64 on the last 64 bytes before this block and room for as many
-after them, from 192 on two numbers, the bytes in all and those to come. At last, the digest."""
+STRIPE = 64
+"""Bytes that it takes at once. A leaf's last block has as many, or more."""
+
+STATE_NBYTES = 64
+"""Of one digest: eight sums, and in the end the digest."""
 
 SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
@@ -46,16 +48,9 @@ _SIZE = 16
 class LeafDigests:
     """One for each ingredient, and one for the soup."""
 
-    def __init__(self, k: int, nbytes_taken: int, nbytes_made: int) -> None:
-        """Begin those of `nbytes_taken` of each of `k` ingredients, and `nbytes_made` of the soup.
-
-        Both are `LEAST_NBYTES` at least.
-        """
-        states = []
-        for nbytes in [*[nbytes_taken] * k, nbytes_made]:
-            state = _START + bytes(128) + nbytes.to_bytes(8, "little") * 2
-            states.append(state.ljust(STATE_NBYTES, b"\0"))
-        self._states = memoryview(bytearray(b"".join(states)))
+    def __init__(self, k: int) -> None:
+        """Begin those of `k` ingredients."""
+        self._states = memoryview(bytearray(_START * (k + 1)))
 
     def address(self, i: int) -> int:
         """Give the address of the state of ingredient `i`; those of the others follow.
@@ -67,5 +62,6 @@ class LeafDigests:
     def joined(self) -> bytes:
         """Give the digests, once all bytes were taken: the soup's first, then each ingredient's."""
         begins = range(0, len(self._states), STATE_NBYTES)
-        *taken, made = (self._states[begin : begin + _SIZE] for begin in begins)
+        # A digest is written with its highest byte first.
+        *taken, made = (bytes(self._states[at : at + _SIZE])[::-1] for at in begins)
         return b"".join([made, *taken])

@@ -39,7 +39,7 @@ from streamsoup.tensors import DType
 
 __all__ = ["compile_mix"]
 
-_SIGNATURE = types.int64(*[types.int64] * 6, types.float64, *[types.int64] * 3)
+_SIGNATURE = types.int64(*[types.int64] * 6, types.float64, *[types.int64] * 4)
 
 _PATIENCE = 16
 """Stretches that are not tried in float32 after one where it was not worth it; and how many times
@@ -64,6 +64,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
     word, to_word = WORDS[nbits], WORDS[to_nbits]
     size, to_size = nbits // 8, to_nbits // 8
     reach = types.uint32 if to_nbits == 32 else types.uint64
+    batch = STRIDE // min(size, to_size)
     small = source == output and nbits <= 16
     unrounded_mean, mean = means_of(source) if small else NO_MEANS
 
@@ -81,8 +82,13 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         output: int,
         n: int,
         digests_at: int,
+        leaf: int,
     ) -> int:
         addresses = numba.carray(pointer(addresses_at, types.int64), (k,))
+        # After the ingredients' addresses comes that of the result, which is digested as they are.
+        digested = numba.carray(pointer(addresses_at, types.int64), (k + 1,))
+        n_digests = k if output == 0 else k + 1
+        secret_at = scratch_at + 8 * SCRATCH
         factors = numba.carray(pointer(factors_at, types.float64), (k,))
         first = numba.carray(pointer(scratch_at + 8 * BLOCK, types.uint64), (BLOCK,))
         equal = numba.carray(pointer(scratch_at + 16 * BLOCK, types.uint64), (BLOCK,))
@@ -105,21 +111,17 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         # are alike, all ingredients lie at the same place of a line.
         lead = (-addresses[0] & 63) // size
         stop = 0
-        secret_at, made_at = scratch_at + 8 * SCRATCH, digests_at + k * STATE_NBYTES
-        n_taken, n_made = 0, 0
+        n_digested = 0
         while stop < n:
             start = stop
             # What is summed, and what came of it, is digested before it leaves the first cache.
-            whole = start * size // STRIDE * STRIDE
-            if digests_at != 0 and whole > n_taken:
-                for i in range(k):
-                    x_at, state_at = addresses[i], digests_at + i * STATE_NBYTES
-                    take(x_at + n_taken, x_at + whole, state_at, secret_at)
-                n_taken = whole
-            whole = start * to_size // STRIDE * STRIDE
-            if digests_at != 0 and output != 0 and whole > n_made:
-                take(output + n_made, output + whole, made_at, secret_at)
-                n_made = whole
+            upto = start // batch * batch
+            if digests_at != 0 and upto > n_digested:
+                for i in range(n_digests):
+                    unit = size if i < k else to_size
+                    begin_at, end_at = digested[i] + n_digested * unit, digested[i] + upto * unit
+                    take(begin_at, end_at, digests_at + i * STATE_NBYTES, secret_at)
+                n_digested = upto
             stretch = min(STRETCH, n - start) // GROUP * GROUP
             can = in_float32 and start >= lead and stretch > 0
             if can and start >= next_question:
@@ -181,10 +183,10 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
                 reached = max(reached, magnitude)
             worst = max(worst, np.uint64(reached))
         if digests_at != 0:
-            for i in range(k):
-                end(addresses[i], n * size, n_taken, digests_at + i * STATE_NBYTES, secret_at)
-            if output != 0:
-                end(output, n * to_size, n_made, made_at, secret_at)
+            for i in range(n_digests):
+                unit, state_at = size if i < k else to_size, digests_at + i * STATE_NBYTES
+                begin_at, end_at = digested[i] + n_digested * unit, digested[i] + n * unit
+                end(begin_at, end_at, leaf * unit, state_at, secret_at)
         return 1 if worst > np.uint64(to_largest) else 0
 
     return mix
