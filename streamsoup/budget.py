@@ -36,8 +36,9 @@ SMALLEST_BLOCK = 1 << 12
 DEFAULT_NBYTES = 150_000_000
 """Memory budget of the whole process where none is given, for up to some 5,000 tensors."""
 
-WORKING_NBYTES = 30_000_000
-"""What of a budget is left for blocks at least, where none is given."""
+WORKING_NBYTES = 26_000_000
+"""What of a budget is left for blocks at least, where none is given: two threads' largest ones take
+21 MB."""
 
 READ_GROUP = 4
 """Ingredients whose blocks are held at once when files are read rather than mapped."""
@@ -54,11 +55,12 @@ Measured: 9 MB beside its blocks with kernels from the cache, 94 to 112 MB while
 COMPILER_NBYTES = 64 * 2**20
 """What of it only compiling takes."""
 
-KERNEL_NBYTES = 12 * 2**20
-"""What compiling each further kernel takes (measured: 4 to 13 MB)."""
+KERNEL_NBYTES = 9 * 2**20
+"""What compiling each further kernel takes (measured: 4 to 9 MB)."""
 
-MEANS_NBYTES = 27 * 2**20
-"""What compiling a further one takes that has means in float32 (measured: 13 to 28 MB)."""
+MEANS_NBYTES = 18 * 2**20
+"""What compiling a further one takes that has means in float32 (measured: 13 to 20 MB, and 28 after
+three that have none, which took less than `PROCESS_NBYTES` has for the first)."""
 
 OPENING_NBYTES = 24 * 2**20
 """What the process holds while it opens ingredients, beside their headers (measured: 19 MB)."""

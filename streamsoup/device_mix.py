@@ -282,7 +282,7 @@ class DeviceWorker:
         return self._mix.chosen.shape.in_flight - 1 if self._averages else 0
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Digest nothing."""
+        """Leave them to the stream."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None

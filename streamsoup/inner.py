@@ -231,7 +231,7 @@ class _Worker:
         self.spoiled = False
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Digest nothing."""
+        """Leave them to the stream."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None

@@ -73,7 +73,7 @@ def compiled(make: Callable[[], K]) -> K | None:
 class Engine:
     """The fastest kernel that is ready: compiled if it was before, or the job is worth it.
 
-    Numpy does the rest, with the same bits, so a run may change from one to the other at any block.
+    Numpy does the rest, with the same bits, so a run may change to a kernel at any block.
     """
 
     def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
@@ -124,10 +124,10 @@ class Worker(Protocol):
         """Blocks to start before the first result is asked for: accelerators work on several."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
-        """Give the digests of the leaf of `n_units` of `tensor` that begins now.
+        """Give the digests of a leaf of `n_units` of `tensor`, made along with its blocks.
 
-        They are made along with its blocks, which all follow. None where somebody else has to
-        digest them.
+        Asked before the first of them; all then come to this worker, in order. None where the
+        stream has to make the digests.
         """
 
     def start(
@@ -166,7 +166,7 @@ class Nothing:
         return self
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Digest nothing."""
+        """Leave them to the stream."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
@@ -230,11 +230,15 @@ class MixWorker:
         self._sums = buffer(8 * block)
         self._digests: LeafDigests | None = None
         self._leaf = self._left = 0
+        """Elements of the leaf that is digested, and those of them in no block yet."""
         self.spoiled = False
         """Whether the last result holds a NaN or an Inf."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
-        """Give the digests of a leaf of which compiled kernels make all blocks."""
+        """Give the digests of a leaf of which compiled kernels make all blocks.
+
+        Not if it is too small, or its last block is: see `LEAST_NBYTES` and `STRIPE`.
+        """
         mix, self._digests = self._mix, None
         self._leaf = self._left = n_units
         least = min(tensor.sources[0].dtype.itemsize, tensor.unit_nbytes)
@@ -291,6 +295,7 @@ class MixWorker:
         factors = self._factors[first:last]
         mixer = self._mix.engine.mixer(sources, tensor.dtype)
         if mixer is None:
+            assert self._digests is None, "no kernel vanishes from an engine"
             self._in_numpy.add(self._n, inputs, sources, factors, fresh=fresh)
         else:
             # Kept within the call, if this is all; a kernel knows what is the same in all then.
@@ -300,9 +305,9 @@ class MixWorker:
             addresses = [address_of(block) for block in inputs]
             digests = 0 if self._digests is None else self._digests.address(first)
             leaf = self._leaf if self._left == 0 else 0
+            result = address_of(output)
             spoiled = mixer(
-                *(sums, addresses, factors, fresh, divisor, address_of(output), self._n),
-                *(digests, leaf),
+                sums, addresses, factors, fresh, divisor, result, self._n, digests, leaf
             )
             if self._done:
                 self.spoiled = spoiled

@@ -1,7 +1,7 @@
 """The only loop: leaves of all ingredients through a reduction into a sink, by several threads.
 
-Threads take leaves in the order of the plan. Each reads a block of every ingredient, digests it,
-reduces it, and hands the result to the sink. Nothing here knows what a soup is.
+Threads take leaves in the order of the plan. Each reads a block of every ingredient, reduces and
+digests it, and hands the result to the sink. Nothing here knows what a soup is.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ class Mixer:
         `factors` ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the
         address of the result, or 0 to leave the sums unfinished for a later call. `digests` is the
         address (`LeafDigests.address`) of the state of the first of these ingredients, or 0; `leaf`
-        the elements of the leaf that this block ends, or 0. Reads and writes raw memory: the caller
-        keeps the blocks alive, and of the size it says.
+        the elements of the leaf that this block ends, or 0: then `n` is a multiple of `STRIDE`. A
+        leaf has `LEAST_NBYTES` and its last block `STRIPE` bytes or more, in the result as well.
+        Reads and writes raw memory: the caller keeps the blocks alive, and of the size it says.
         """
         if not hasattr(self._own, "scratch"):
             self._own.scratch = buffer(8 * SCRATCH + len(SECRET))

@@ -114,7 +114,7 @@ def _compile(source: tuple[int, ...], output: tuple[int, ...], add: Any) -> Any:
         n_digested = 0
         while stop < n:
             start = stop
-            # What is summed, and what came of it, is digested before it leaves the first cache.
+            # What is summed, and what came of it, is digested while it lies in a cache.
             upto = start // batch * batch
             if digests_at != 0 and upto > n_digested:
                 for i in range(n_digests):

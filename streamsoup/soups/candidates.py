@@ -26,7 +26,7 @@ from streamsoup.stream import Sink, run
 __all__ = ["Candidates", "Moved"]
 
 TIMES = 2
-"""How much larger blocks may be than in other passes: nothing is digested, so they need not be in a
+"""How much larger blocks may be than in other passes: no file is written, so they need not be in a
 cache for a second look, and Python has less to do."""
 
 THREAD_NBYTES = 8_000_000
