@@ -76,18 +76,18 @@ def take(x_at: int, end_at: int, state_at: int, secret_at: int) -> None:
 
 
 @numba.njit
-def end(x_at: Any, end_at: int, whole: int, state_at: int, secret_at: int) -> None:
-    """Take the rest of a block, and end the digest of `whole` bytes if that is not 0."""
+def end(x_at: Any, end_at: int, nbytes: int, state_at: int, secret_at: int) -> None:
+    """Take the rest of a block, and end the digest of `nbytes` in all if that is not 0."""
     n = end_at - x_at
-    n_strides = n if whole == 0 else (n - 1) // STRIDE * STRIDE
+    n_strides = n if nbytes == 0 else (n - 1) // STRIDE * STRIDE
     take(x_at, x_at + n_strides, state_at, secret_at)
-    if whole == 0:
+    if nbytes == 0:
         return
     sums: Any = load(state_at, _SUMS)
     for s in range((n - n_strides - 1) // STRIPE):
         sums = _with_stripe(sums, x_at + n_strides + STRIPE * s, secret_at + 8 * s)
     sums = _with_stripe(sums, end_at - STRIPE, secret_at + len(SECRET) - 71)
-    length = np.uint64(whole)
+    length = np.uint64(nbytes)
     low = _merged(sums, secret_at + 11, length * _PRIME64)
     high = _merged(sums, secret_at + len(SECRET) - 75, ~(length * _OTHER_PRIME64))
     store(state_at, splat(low, _WORD))
