@@ -28,6 +28,7 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import uniform
 from benchmarks.rows import Row, Session, median
+from benchmarks.tasks.uniform import WAYS
 
 __all__ = ["START", "Fit", "exponent", "fitted", "grown", "run"]
 
@@ -76,7 +77,7 @@ def _limit_s(case: Case, output: Path) -> float:
     settle()
     warm_cache(ingredients)
     reading = limit("mapped", len(os.sched_getaffinity(0)), *weights_of(ingredients))
-    return reading + min(limit(way, case.nbytes_each, output) for way in ("write", "reserved"))
+    return reading + min(limit("write", way, case.nbytes_each, output) for way in WAYS)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
