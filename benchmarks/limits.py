@@ -119,7 +119,7 @@ class Way:
     begun: bool = False
     """Whether the disk is told to begin with each piece as soon as it is written."""
     direct: bool = False
-    """Whether it goes by the page cache, to the disk alone."""
+    """Whether it goes past the page cache, to the disk alone."""
 
 
 WAYS = {
