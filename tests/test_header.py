@@ -330,6 +330,7 @@ def test_valid_oddities_are_accepted() -> None:
 
 
 @needs(torch, 2, 7)
+@needs(safetensors, 0, 8)
 def test_what_torch_writes_is_read_back(tmp_path: Path) -> None:
     """Files that safetensors writes from torch, in each dtype it knows, are read entry by entry."""
     named = (
