@@ -1,6 +1,8 @@
 """What the benchmarks say is what their rows say; and the harness runs, on something tiny."""
 
+import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import limits
 from benchmarks.answers import check
 from benchmarks.bars import Bar, bars
 from benchmarks.checkpoints import Case, make
@@ -51,6 +54,40 @@ def test_a_tiny_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["peak_anonymous_nbytes"] > 1e6 and row["cpu_s"] > 0 for row in ours)
     assert {row["answer"]["share_wrong"] for row in ours} == {0}
     assert "| streamsoup |" in tables(rows)
+
+
+@pytest.mark.parametrize("name", limits.WAYS)
+def test_each_way_to_write_writes_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it waits for the disk, all is written, in whole pages where it must be."""
+    path, nbytes = tmp_path / "limit", 9_000_001
+    found: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda _: found.append(path.read_bytes()))
+    if limits.write(limits.WAYS[name], nbytes, str(path)) == math.inf:
+        pytest.skip("this file system has no direct writes")
+    (content,) = found
+    assert nbytes <= len(content) < nbytes + os.sysconf("SC_PAGE_SIZE")
+    assert content.count(0) < nbytes / 200, "room that was reserved is all zeros"
+    assert set(uniform.WAYS) == set(limits.WAYS)
+    assert not path.exists()
+
+
+def test_ways_to_write_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no fast one; a file system without direct writes has an infinite limit."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    way = limits.WAYS["direct"]
+    code = errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        limits.write(way, 5_000_000, str(tmp_path / "limit"))
+    code = errno.EINVAL
+    assert limits.write(way, 5_000_000, str(tmp_path / "limit")) == math.inf
+    assert limits.both(1, way, 5_000_000, str(tmp_path / "limit"), []) == math.inf
+    assert not list(tmp_path.iterdir())
 
 
 def test_tiny_soups_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
