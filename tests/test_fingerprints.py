@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,3 +289,23 @@ def test_what_a_command_runs_in_other_ways(tmp_path: Path, monkeypatch: pytest.M
             (tmp_path / file).write_text(text)
             known.add(command_task(line, main=None, timeout=None).fingerprint)
         assert len(known) == 2, line
+
+
+def test_threads_parse_one_at_a_time() -> None:
+    """Python 3.11 fails where a thread parses while another's syntax tree is being collected."""
+
+    def digest() -> None:
+        for _ in range(5):
+            found.append(digest_model(model))
+
+    model, found = torch.nn.Sequential(torch.nn.Linear(2, 2)), list[str]()
+    gc.callbacks.append(let_go := lambda *_: time.sleep(0))
+    try:
+        threads = [threading.Thread(target=digest) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.callbacks.remove(let_go)
+    assert found == [digest_model(model)] * 15

@@ -19,6 +19,7 @@ import inspect
 import os
 import re
 import sysconfig
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -39,6 +40,10 @@ _MOST = 500
 
 _SMALL = 1000
 """Entries up to which a collection is a setting, and not data."""
+
+_PARSING = threading.Lock()
+"""Two threads that parse confuse Python 3.11 (a `SystemError`, python/cpython#106905), and leave
+each other's filters of warnings behind."""
 
 
 def digest_code(
@@ -236,7 +241,7 @@ def _read(path: str) -> bytes:
 def _imports(path: str, content: bytes, roots: Sequence[str]) -> Iterator[str]:
     """Give the files of a project that a source file has import statements for, wherever."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with _PARSING, warnings.catch_warnings(action="ignore"):
             tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
