@@ -111,6 +111,8 @@ def plain(n_threads: int, paths: Sequence[str]) -> float:
 class Way:
     """A way to write a file."""
 
+    how: str
+    """What the tables say of it, after *write and sync*."""
     n_threads: int = 1
     piece: int = 1 << 22
     """Bytes that a thread writes at once."""
@@ -123,10 +125,10 @@ class Way:
 
 
 WAYS = {
-    "plain": Way(reserved=False),
-    "reserved": Way(),
-    "begun": Way(2, 1 << 20, begun=True),
-    "direct": Way(2, 1 << 20, direct=True),
+    "plain": Way("", reserved=False),
+    "reserved": Way(", reserved first"),
+    "begun": Way(", reserved first, begun at once, 2 threads", 2, 1 << 20, begun=True),
+    "direct": Way(", reserved first, past the page cache, 2 threads", 2, 1 << 20, direct=True),
 }
 """More threads, four and eight, were no faster."""
 

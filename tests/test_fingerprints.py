@@ -292,7 +292,7 @@ def test_what_a_command_runs_in_other_ways(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_threads_parse_one_at_a_time() -> None:
-    """Python 3.11 fails where a thread parses while another's syntax tree is being collected."""
+    """Python 3.11 fails where two threads build syntax trees, and one lets the other go on."""
 
     def digest() -> None:
         for _ in range(5):

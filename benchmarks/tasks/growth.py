@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import Case, cache_folder, make
+from benchmarks.limits import WAYS
 from benchmarks.measure import (
     Measurement,
     drop_cache,
@@ -28,7 +29,6 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import uniform
 from benchmarks.rows import Row, Session, median
-from benchmarks.tasks.uniform import WAYS
 
 __all__ = ["START", "Fit", "exponent", "fitted", "grown", "run"]
 

@@ -2,9 +2,9 @@
 
 Every round measures the limit, then streamsoup, then each peer, so that whatever else the machine
 does falls on all alike. The limit is: read every mapped page of every input once, with all cores,
-then write and sync as many bytes as the output has, in the fastest of `WAYS`. For a cold cache, it
-is the fastest of several ways to read the files from the disk, and nothing for the output; beside
-it, the fastest while as many bytes are written to the same disk and synced.
+then write and sync as many bytes as the output has, in the fastest of the `WAYS`. For a cold cache,
+it is the fastest of several ways to read the files from the disk, and nothing for the output;
+beside it, the fastest while as many bytes are written to the same disk and synced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.answers import Answer, check
 from benchmarks.checkpoints import Case, cache_folder, make
+from benchmarks.limits import WAYS
 from benchmarks.measure import (
     drop_cache,
     limit,
@@ -30,14 +31,6 @@ from benchmarks.peers import Peer, command, install, versions, why_not
 from benchmarks.rows import Session
 
 __all__ = ["run"]
-
-WAYS = {
-    "plain": "",
-    "reserved": ", reserved first",
-    "begun": ", reserved first, begun at once, 2 threads",
-    "direct": ", reserved first, past the page cache, 2 threads",
-}
-"""What the ways to write of `limits` are called in the tables."""
 
 
 def run(
@@ -131,20 +124,20 @@ def _limits(
     reading = [add(f"read {way}, {n} threads", read, way, n, *files) for way, n in ways]
     output = room / "limit"
     writing = [
-        add(f"write and sync{how}", written, "write", way, written, output)
-        for way, how in WAYS.items()
+        add(f"write and sync{way.how}", written, "write", name, written, output)
+        for name, way in WAYS.items()
     ]
     if not cold:
         return {"limit_s": reading[0] + min(writing), "writing_s": min(writing)}
     at_once = [
         add(
-            f"read plain, {n} threads, write and sync meanwhile{how}",
+            f"read plain, {n} threads, write and sync meanwhile{way.how}",
             read + written,
-            *("both", n, way, written, output, *files),
+            *("both", n, name, written, output, *files),
         )
         for n in (n_cpus, 8)
-        for way, how in WAYS.items()
-        if way != "plain"
+        for name, way in WAYS.items()
+        if way.reserved
     ]
     return {"limit_s": min(reading), "at_once_s": min(at_once)}
 
