@@ -127,22 +127,21 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
         head = ["tool", "wall s: median (least–most)", "sync after, s", "CPU s", "limit / wall"]
         head += ["peak memory", "read GB", "written GB", "wrong elements", "ulps"]
         title = f"### Uniform soup, {case}, {cache} page cache"
-        skipped = [
-            f"{row['tool']}: {row['skipped']}." for row in rows if _skipped(row, rows, case, cache)
-        ]
         table = _table([head, *(line for _, line in sorted(lines, key=lambda pair: pair[0]))])
-        parts = [title, table, *skipped, _peers(rows, [case], cache), _where(rows, [case], cache)]
+        parts = [title, table, *_skipped(rows, case, cache)]
+        parts += [_peers(rows, [case], cache), _where(rows, [case], cache)]
         yield "\n\n".join(part for part in parts if part)
 
 
-def _skipped(row: Row, rows: Sequence[Row], case: str, cache: str) -> bool:
+def _skipped(rows: Sequence[Row], case: str, cache: str) -> list[str]:
+    """Say of each tool that was not measured why not."""
     session = compared(rows, case, cache)[0]["session"]
-    return (
-        row["task"] == "uniform"
-        and row["case"] == case
+    return [
+        f"{row['tool']}: {row['skipped']}."
+        for row in rows
+        if (row["task"], row["case"], row["session"]) == ("uniform", case, session)
         and "skipped" in row
-        and row["session"] == session
-    )
+    ]
 
 
 def _limits(rows: Sequence[Row]) -> str:
