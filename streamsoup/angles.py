@@ -286,7 +286,7 @@ def _conclude(plan: MixPlan, tensors: list[Place], digests: Digests, *, base: bo
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     contents = [digests.of_ingredient(base + i) for i in range(len(names))]
     duplicates = [(i, j) for i, j in pairs if contents[i] == contents[j]]
-    others = [pair for pair in pairs if pair not in set(duplicates)]
+    others = sorted(set(pairs) - set(duplicates))
     near = _near_duplicates(total, distances, others, base)
     norms, apart = judged.weight_norms, judged.distances
     strangers = [p for p in pairs if apart[p] >= FAR * np.sqrt(norms[p[0]] * norms[p[1]]) > 0]

@@ -27,13 +27,13 @@ __all__ = [
 
 def describe_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, Any]:
     """Say what a checkpoint holds: files, tensors, dtypes, sizes."""
-    layout = ingredient.layout
+    layout, files = ingredient.layout, ingredient.file_names
     dtypes: Counter[str] = Counter()
     for _, spec in layout.places.values():
         dtypes[spec.dtype.name] += spec.n_elements
     description: dict[str, Any] = {
         "checkpoint": printable(ingredient.name),
-        "files": [printable(name) for name in layout.file_names],
+        "files": [printable(name) for name in files],
         "tensors": len(layout.places),
         "parameters": layout.n_parameters,
         "dtypes": ", ".join(f"{name} {count}" for name, count in dtypes.most_common()),
@@ -41,8 +41,7 @@ def describe_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, A
     }
     if tensors:
         description["tensor_list"] = [
-            f"{printable(name)}  {spec.dtype.name}  {list(spec.shape)}  "
-            f"{printable(layout.file_names[number])}"
+            f"{printable(name)}  {spec.dtype.name}  {list(spec.shape)}  {printable(files[number])}"
             for name, (number, spec) in layout.places.items()
         ]
     return description
@@ -73,13 +72,13 @@ def describe_order(ordered: Order) -> dict[str, Any]:
 
 def record_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, Any]:
     """Give what `describe_ingredient` says as plain numbers and names, for machines."""
-    layout = ingredient.layout
+    layout, files = ingredient.layout, ingredient.file_names
     dtypes: Counter[str] = Counter()
     for _, spec in layout.places.values():
         dtypes[spec.dtype.name] += spec.n_elements
     record: dict[str, Any] = {
         "checkpoint": ingredient.name,
-        "files": list(layout.file_names),
+        "files": list(files),
         "n_tensors": len(layout.places),
         "n_parameters": layout.n_parameters,
         "dtypes": dict(dtypes.most_common()),
@@ -90,7 +89,7 @@ def record_ingredient(ingredient: Ingredient, *, tensors: bool) -> dict[str, Any
             name: {
                 "dtype": spec.dtype.name,
                 "shape": list(spec.shape),
-                "file": layout.file_names[number],
+                "file": files[number],
                 "nbytes": spec.nbytes,
             }
             for name, (number, spec) in layout.places.items()

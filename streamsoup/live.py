@@ -136,10 +136,9 @@ class ModelSink:
         dtype = TORCH_DTYPES[planned.dtype.name]
         with torch.inference_mode(target.tensor.is_inference()), torch.no_grad():
             if target.flat is not None:
-                size = planned.unit_nbytes if planned.operation == "mix" else 1
                 item = dtype.itemsize
                 values = torch.frombuffer(block, dtype=torch.uint8).view(dtype)
-                begin = start * size // item
+                begin = start * planned.unit_nbytes // item
                 target.flat[begin : begin + len(values)].copy_(values)
             else:
                 self._gather(target, planned, start, block)
@@ -162,7 +161,7 @@ class ModelSink:
         own = [tensor for tensor in self.live.values() if type(tensor) in _PLAIN]
         for ingredient in self.plan.ingredients:
             for shard in ingredient.shards:
-                if isinstance(shard, MemoryShard) and shard.memory.shares_with(own):
+                if isinstance(shard, MemoryShard) and shard.memory.sharing(own):
                     raise MismatchError(
                         f"{ingredient.name}: shares memory with the model that candidates are put "
                         "into, which would overwrite it; give a copy, or another model"
@@ -178,10 +177,11 @@ class ModelSink:
         own = {name: tensor for name, tensor in self.live.items() if type(tensor) in _PLAIN}
         for ingredient in self.plan.ingredients:
             for shard in ingredient.shards:
-                if not isinstance(shard, MemoryShard) or not shard.memory.shares_with(own.values()):
+                if not isinstance(shard, MemoryShard):
                     continue
-                for name, tensor in shard.memory.tensors.items():
-                    if met := self._met(own, name, tensor):
+                tensors = shard.memory.tensors
+                for name in shard.memory.sharing(own.values()):
+                    if met := self._met(own, name, tensors[name]):
                         raise MismatchError(
                             f"{ingredient.name}: {printable(name)} lies in the memory of "
                             f"{printable(met)} of the model, which would overwrite it; give a copy"
@@ -189,7 +189,7 @@ class ModelSink:
 
     def _met(self, own: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:
         """Name a tensor of the model that an ingredient's lies in, without being the same one."""
-        if not tensor.numel() or (name in own and _memory_of(name, tensor) == self._memory[name]):
+        if name in own and _memory_of(name, tensor) == self._memory[name]:
             return ""
         theirs = ""  # as no tensor of a model is called
         for pair in overlaps({**own, theirs: tensor}):

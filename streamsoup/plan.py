@@ -8,7 +8,7 @@ one message.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -18,7 +18,7 @@ from streamsoup.errors import MismatchError, RecipeError, some
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
-from streamsoup.formats.parts import codes_in, factors_in
+from streamsoup.formats.parts import ADAPTER_FILE, codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.tensors import DType, TensorSpec, float_dtype
@@ -118,12 +118,13 @@ class MixPlan(msgspec.Struct, frozen=True):
                 start = i * LEAF
                 yield Leaf(tensor.first_leaf + i, t, start, min(LEAF, tensor.n_units - start))
 
-    def only(self, names: Collection[str]) -> MixPlan:
+    def only(self, names: Iterable[str]) -> MixPlan:
         """Give the part of the plan that makes the tensors `names`."""
         tensors: list[PlannedTensor] = []
         n_leaves = 0
+        wanted = frozenset(names)
         for tensor in self.tensors:
-            if tensor.name in names:
+            if tensor.name in wanted:
                 tensors.append(replace(tensor, first_leaf=n_leaves))
                 n_leaves += tensor.n_leaves
         return replace(self, tensors=tuple(tensors), n_leaves=n_leaves)
@@ -197,7 +198,9 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
     problems, advice = disagreements(owners, convert=output is not None)
-    for owner in owners:
+    # Ingredients of one layout may differ in the names of their files, which tell adapters.
+    adapters = [each for each in ingredients if ADAPTER_FILE in each.file_names]
+    for owner in dict.fromkeys([*owners, *adapters[:1]]):
         # A lone adapter as it is stays one; a factor of its factors would count twice.
         parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
         problems += [part for part in parts if part is not None]
@@ -223,7 +226,7 @@ def plan_files(plan: MixPlan) -> FilePlan:
     layout = plan.layouts[0]
     if plan.recipe.shard_size is None:
         groups = _mirrored(layout)
-        names = list(layout.file_names)
+        names = list(plan.ingredients[0].file_names)
         index = plan.ingredients[0].index_name
         if plan.ingredients[0].folder is None:
             names = ["model.safetensors"]
@@ -272,14 +275,14 @@ def _stem(ingredient: Ingredient) -> str:
     """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
     if ingredient.folder is None:
         return "model"
-    shard = ingredient.layout.file_names[0]
+    shard = ingredient.file_names[0]
     if ingredient.index_name is None or is_numbered(shard):
         return stem(shard)
     return stem(ingredient.index_name)
 
 
 def _mirrored(layout: Layout) -> list[list[int]]:
-    groups: list[list[int]] = [[] for _ in layout.file_names]
+    groups: list[list[int]] = [[] for _ in layout.headers]
     for i, (number, _) in enumerate(layout.places.values()):
         groups[number].append(i)
     return groups

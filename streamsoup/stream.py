@@ -283,7 +283,8 @@ class _Pass:
             self.finish(leaf, finished)
             return
         for i, layout in enumerate(plan.layout_of):
-            plan.ingredients[i].shards[tensor.sources[layout].shard].check_unchanged()
+            source = tensor.sources[layout]
+            plan.ingredients[i].shards[source.shard].check_unchanged(source.offset)
         digests = worker.digests(tensor, leaf.n_units) if self.digest else None
         n_hashes = 1 + k if self.digest and digests is None else 0
         hashes = [xxhash.xxh3_128() for _ in range(n_hashes)]

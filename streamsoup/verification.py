@@ -119,13 +119,13 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
         problems.append(str(error))
         return 0
     for record in provenance.shards:
-        if record.name not in soup.layout.file_names:
+        if record.name not in soup.file_names:
             problems.append(f"{printable(record.name)} is missing")
     recorded = {record.name for record in provenance.shards}
     for name in sorted(os.listdir(folder)):
         # Those that were opened are looked at below.
         beside = name.endswith(".safetensors") and not name.startswith(".")
-        if beside and name not in recorded and name not in soup.layout.file_names:
+        if beside and name not in recorded and name not in soup.file_names:
             problems.append(f"{printable(name)} was not made here")
     nbytes = 0
     found: set[str] = set()

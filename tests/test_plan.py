@@ -44,8 +44,7 @@ def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingre
         places |= {key: (number, spec) for key, spec in header.tensors.items()}
         path = f"/nowhere/{name}/{number}.safetensors"
         made.append(Shard(path, Identity(0, number, offset, 0), header, 8 + len(text), 0, 0))
-    names = tuple(f"{number}.safetensors" for number in range(len(shards)))
-    layout = Layout(names, tuple(shard.header for shard in made), places)
+    layout = Layout(tuple(shard.header for shard in made), places)
     return Ingredient(name, f"/nowhere/{name}", tuple(made), layout, "model.safetensors.index.json")
 
 
@@ -117,7 +116,7 @@ def test_every_output_byte_has_one_place(
     assert sorted(seen) == list(range(len(plan.tensors)))
     assert len({file.name for file in files.files}) == len(files.files)
     if shard_size is None:
-        assert [file.name for file in files.files] == list(plan.layouts[0].file_names)
+        assert [file.name for file in files.files] == list(plan.ingredients[0].file_names)
     else:
         assert seen == sorted(seen)
         assert (files.index_name is None) == (len(files.files) == 1)

@@ -153,10 +153,10 @@ def test_memory_may_be_shared_from_the_middle_on() -> None:
     assert isinstance(shard, MemoryShard)
     for begin, end, shares in [(0, 8, False), (16, 24, False), (15, 24, True), (0, 9, True)]:
         others = [torch.zeros(0), torch.zeros(100), torch.from_numpy(memory[begin:end])]
-        assert shard.memory.shares_with(others) is shares
-    assert shard.memory.shares_with([torch.from_numpy(memory)])
-    assert shard.memory.shares_with([torch.from_numpy(memory[10:12])])
-    assert not shard.memory.shares_with([])
+        assert shard.memory.sharing(others) == (["w"] if shares else [])
+    assert shard.memory.sharing([torch.from_numpy(memory)])
+    assert shard.memory.sharing([torch.from_numpy(memory[10:12])])
+    assert not shard.memory.sharing([])
 
 
 def test_little_is_copied_of_what_does_not_lie_in_order() -> None:

@@ -58,23 +58,30 @@ class Memory:
         """The tensors by name."""
         return dict(zip(self._names, self._tensors, strict=True))
 
-    def is_unchanged(self) -> bool:
-        """Whether no tensor was changed in place, as far as torch knows."""
+    def is_unchanged(self, begin: int | None = None) -> bool:
+        """Whether no tensor was changed in place, or not that at `begin`, as far as torch knows."""
+        if begin is not None:
+            i = bisect.bisect_right(self._begins, begin) - 1
+            return self._versions[i] == _version(self._tensors[i])
         return self._versions == [_version(tensor) for tensor in self._tensors]
 
-    def shares_with(self, others: Iterable[Any]) -> bool:
-        """Whether a storage of these tensors and one of `others` have a byte in common."""
-        ranges = sorted(
-            (start, start + nbytes, mine)
-            for mine, tensors in ((True, self._tensors), (False, others))
-            for start, nbytes in {_storage(tensor) for tensor in tensors if tensor.numel()}
-        )
-        ends = {True: 0, False: 0}
-        for start, end, mine in ranges:
-            if start < ends[not mine]:
-                return True
-            ends[mine] = max(ends[mine], end)
-        return False
+    def sharing(self, others: Iterable[Any]) -> list[str]:
+        """Name the tensors whose storage and one of `others` have a byte in common."""
+        begins: list[int] = []
+        ends: list[int] = []
+        for begin, nbytes in sorted({_storage(tensor) for tensor in others if tensor.numel()}):
+            if ends and begin < ends[-1]:
+                ends[-1] = max(ends[-1], begin + nbytes)
+            else:
+                begins.append(begin)
+                ends.append(begin + nbytes)
+        found: list[str] = []
+        for name, tensor in zip(self._names, self._tensors, strict=True):
+            begin, nbytes = _storage(tensor)
+            i = bisect.bisect_left(begins, begin + nbytes) - 1
+            if tensor.numel() and i >= 0 and begin < ends[i]:
+                found.append(name)
+        return found
 
 
 class MemoryShard(Shard, frozen=True):
@@ -83,9 +90,9 @@ class MemoryShard(Shard, frozen=True):
     in_memory: ClassVar[bool] = True
     memory: Memory
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, begin: int | None = None) -> None:
         """Raise `ChangedIngredientError` if a tensor was changed in place since it was opened."""
-        if not self.memory.is_unchanged():
+        if not self.memory.is_unchanged(begin):
             raise ChangedIngredientError(
                 f"{self.path}: its tensors were changed while they were being read; give copies"
             )

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from streamsoup.formats.shards import Ingredient
 from streamsoup.tensors import DType, TensorSpec
 
-__all__ = ["codes_in", "factors_in"]
+__all__ = ["ADAPTER_FILE", "codes_in", "factors_in"]
 
 _FACTOR = re.compile(
     r"(^|[._])("
@@ -30,7 +30,8 @@ _FACTOR = re.compile(
     r")([._]|$)",
     re.IGNORECASE,
 )
-_ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+"""What PEFT calls the file of an adapter."""
 
 _ASIDE = frozenset(
     {"input", "output", "act", "activation", "global", "inv", "factor", "dequant", "1", "2"}
@@ -43,11 +44,11 @@ _WEIGHT = frozenset({"weight", "qweight", "w", "code", "data", "qdata", "packed"
 
 def factors_in(ingredient: Ingredient) -> str | None:
     """Say which tensors are an adapter's factors, or give None where there are none."""
-    layout = ingredient.layout
+    files = ingredient.file_names
     found = [
         name
-        for name, (number, _) in layout.places.items()
-        if _FACTOR.search(name) or layout.file_names[number] == _ADAPTER_FILE
+        for name, (number, _) in ingredient.layout.places.items()
+        if _FACTOR.search(name) or files[number] == ADAPTER_FILE
     ]
     if not found:
         return None
@@ -76,7 +77,8 @@ def codes_in(ingredient: Ingredient) -> str | None:
 
 def _codes(places: Mapping[str, tuple[int, TensorSpec]]) -> list[str]:
     """List the codes among tensors."""
-    candidates: dict[str, list[tuple[str, frozenset[str], DType]]] = {}
+    # By module, then by each of its words: a module may have a hundred thousand of them.
+    candidates: dict[str, dict[str, list[tuple[str, frozenset[str], DType]]]] = {}
     for name, (_, spec) in places.items():
         if spec.dtype.nbits > 32 or (spec.dtype.averaged and spec.dtype.nbits > 8):
             continue
@@ -85,21 +87,27 @@ def _codes(places: Mapping[str, tuple[int, TensorSpec]]) -> list[str]:
         if packed and spec.dtype.name != "BOOL" and not any(map(_is_scale, words)):
             # bitsandbytes puts ``weight.absmax`` below ``weight``; all others put it beside.
             for at in (module, name):
-                candidates.setdefault(at, []).append((name, words, spec.dtype))
+                by_word = candidates.setdefault(at, {})
+                for word in words:
+                    by_word.setdefault(word, []).append((name, words, spec.dtype))
     if not candidates:
         return []
-    found: dict[str, None] = {}
+    found: set[str] = set()
     for name, (_, scale) in places.items():
         module, words = _words(name)
         if module not in candidates or not any(map(_is_scale, words)):
             continue
         of = {word for word in words if not _is_scale(word)} - _ASIDE
-        for code, its, dtype in candidates[module]:
-            meant = of <= its if of else bool(its & _WEIGHT)
+        by_word = candidates[module]
+        if of:
+            near = min((by_word.get(word, []) for word in of), key=len)
+        else:
+            near = [code for word in _WEIGHT for code in by_word.get(word, ())]
+        for code, its, dtype in near:
             plain = dtype.averaged and scale.dtype.averaged and scale.dtype.nbits <= dtype.nbits
-            if meant and not plain:
-                found[code] = None
-    return list(found)
+            if of <= its and not plain:
+                found.add(code)
+    return [name for name in places if name in found]
 
 
 def _words(name: str) -> tuple[str, frozenset[str]]:

@@ -78,8 +78,10 @@ class Shard(msgspec.Struct, frozen=True):
     """Bytes that its header took while it was read: as it is, decoded, and its values; four for a
     character where one is no ASCII."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, begin: int | None = None) -> None:
         """Raise `ChangedIngredientError` unless the path still leads to the same, untouched file.
+
+        Where a shard is no file, the tensor at offset `begin` alone may be looked at.
 
         Costs one `stat`. A change within the file system's time stamp granularity goes unseen.
         """
@@ -113,7 +115,6 @@ class Shard(msgspec.Struct, frozen=True):
 class Layout(msgspec.Struct, frozen=True, eq=False):
     """Where each tensor of an ingredient lies; shared by the ingredients that agree on it."""
 
-    file_names: tuple[str, ...]
     headers: tuple[Header, ...]
     places: Mapping[str, tuple[int, TensorSpec]]
     """Name to shard number and spec, shard by shard, in file order."""
@@ -152,6 +153,11 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
     def opening_nbytes(self) -> int:
         """Bytes that its index or its largest header took while it was read."""
         return max(self.index_opening_nbytes, *(shard.opening_nbytes for shard in self.shards))
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The names of its files, shard by shard."""
+        return tuple(os.path.basename(shard.path) for shard in self.shards)
 
     @property
     def path(self) -> str:
@@ -195,7 +201,8 @@ class Pantry(msgspec.Struct):
     parsed: dict[tuple[bytes, int], Header] = {}
     """By the digest of a header's text, which may be megabytes of metadata, and its file's size."""
     headers: dict[tuple[TensorSpec, ...], Header] = {}
-    layouts: dict[tuple[object, ...], Layout] = {}
+    layouts: dict[tuple[int, ...], Layout] = {}
+    """By the ids of its headers."""
 
     def header(self, text: bytes, file_nbytes: int) -> Header:
         """Parse a header, unless the same bytes were parsed before.
@@ -210,20 +217,23 @@ class Pantry(msgspec.Struct):
 
     def layout(self, shards: Sequence[Shard], root: str) -> Layout:
         """Merge the headers of `shards`, unless the same were merged before."""
-        names = tuple(os.path.basename(shard.path) for shard in shards)
         headers = tuple(shard.header for shard in shards)
-        key = (names, *(id(header) for header in headers))
+        key = tuple(id(header) for header in headers)
         if key not in self.layouts:
             places: dict[str, tuple[int, TensorSpec]] = {}
             for number, header in enumerate(headers):
                 for name, spec in header.tensors.items():
                     if name in places:
+                        one, other = (
+                            printable(os.path.basename(shards[n].path))
+                            for n in (places[name][0], number)
+                        )
                         raise CorruptFileError(
                             f"{printable(root)}: tensor {printable(name)!r} is in two shards, "
-                            f"{printable(names[places[name][0]])} and {printable(names[number])}"
+                            f"{one} and {other}"
                         )
                     places[name] = (number, spec)
-            self.layouts[key] = Layout(names, headers, places)
+            self.layouts[key] = Layout(headers, places)
         return self.layouts[key]
 
     def open(self, path: str | bytes | os.PathLike[Any]) -> Ingredient:
@@ -265,7 +275,7 @@ class Pantry(msgspec.Struct):
         files = sorted(set(weight_map.values()))
         shards = tuple(self._open_shard(os.path.join(folder, file)) for file in files)
         layout = self.layout(shards, given)
-        held = {tensor: layout.file_names[number] for tensor, (number, _) in layout.places.items()}
+        held = {tensor: files[number] for tensor, (number, _) in layout.places.items()}
         check_index(os.path.join(folder, name), weight_map, held)
         check_files(os.path.join(folder, name), files, names_in(folder))
         return Ingredient(given, folder, shards, layout, name, opening)

@@ -82,6 +82,8 @@ def gather_side_files(
     With `dtype`, the configuration is made to say it. Raises `MismatchError` for a quantised
     model. Reads the side files of all ingredients that have any.
     """
+    for ingredient in ingredients:
+        _refuse_quantised(ingredient)
     first = ingredients[0].folder
     if first is None:
         beside = os.path.join(os.path.dirname(ingredients[0].path), "config.json")
@@ -92,7 +94,7 @@ def gather_side_files(
             "config.json, is not copied; copy it, or give the folder"
         ]
     names, strange, heavy = _walk(first)
-    heavy = [name for name in heavy if name not in ingredients[0].layout.file_names]
+    heavy = [name for name in heavy if name not in ingredients[0].file_names]
     warnings = []
     if heavy:
         warnings.append(
@@ -110,8 +112,6 @@ def gather_side_files(
             f"{printable(os.path.join(first, name))}: left out, too large for a side file"
         )
     files = [SideFile(name, os.path.join(first, name), None) for name in names]
-    for ingredient in ingredients:
-        _refuse_quantised(ingredient)
     if dtype is not None:
         files = [_with_dtype(file, dtype) for file in files]
     for other in ingredients[1:]:
