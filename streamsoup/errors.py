@@ -20,13 +20,14 @@
     │   └── ResumeError                   unfinished work that cannot be continued
     ├── NonFiniteError (ArithmeticError)  NaN or Inf where it was not asked for
     ├── VerificationError                 a soup is not what its provenance says
-    └── Interrupted                       stopped on request; unfinished work can be resumed
+    └── Interrupted                       a thread stopped, as another had failed
 
 Every message says what, where (``file: tensor``), what was expected and found, and what to do.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Collection, Iterable
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "check_choice",
     "is_plain",
     "printable",
+    "signal_name",
     "some",
 ]
 
@@ -129,7 +131,7 @@ class VerificationError(StreamsoupError):
 
 
 class Interrupted(StreamsoupError):
-    """The run was asked to stop, and did so with its unfinished work kept for a resume."""
+    """A thread was told to stop, as another failed; whoever waits is given that one's error."""
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -162,6 +164,18 @@ def is_plain(text: str) -> bool:
     [True, False, False]
     """
     return text.isascii() and "_" not in text
+
+
+def signal_name(number: int) -> str:
+    """Name a signal, one of the real-time signals too, which have no names of their own.
+
+    >>> signal_name(9), signal_name(40)
+    ('SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def some(items: Iterable[object], limit: int = 5) -> str:

@@ -8,7 +8,8 @@ import fcntl
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 __all__ = [
     "EXCHANGE",
@@ -17,6 +18,7 @@ __all__ = [
     "make_private",
     "remove_any",
     "rename",
+    "replacing",
     "stranger",
     "sync_folder",
     "unlock",
@@ -62,6 +64,22 @@ def remove_any(path: str) -> None:
             shutil.rmtree(path)
     except FileNotFoundError:
         pass
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Give the path of a file to write, which then takes the place of the one at `path`, whole.
+
+    It is removed if that fails.
+    """
+    temporary = f"{path}.partial"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def make_private(path: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import OutputError, RecipeError, printable
+from streamsoup.folders import replacing
 from streamsoup.inspection import short_names
 
 if TYPE_CHECKING:
@@ -156,13 +157,11 @@ def _figure_class() -> Any:
 
 def _save(figure: Any, path: str) -> None:
     """Write the picture, whole or not at all."""
-    temporary = f"{path}.partial"
     form = os.path.splitext(path)[1][1:].lower()
     try:
-        with warnings.catch_warnings():
+        with replacing(path) as temporary, warnings.catch_warnings():
             # Letters that the font has not are drawn as boxes; the names are told in text, too.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(temporary, dpi=110, bbox_inches="tight", format=form)
-        os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from streamsoup import __version__
-from streamsoup.cli.common import in_words
+from streamsoup.cli.common import NobodyReadsError, in_words
 from streamsoup.errors import StreamsoupError
 
 __all__ = ["cli", "main"]
@@ -39,10 +39,10 @@ def cli(arguments: Sequence[str] | None = None) -> int:
     except StreamsoupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         # Whoever read our output is gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0 if isinstance(error, NobodyReadsError) else 1
     except Exception as error:
         print(f"error: {in_words(error)}", file=sys.stderr)
         return 1

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.errors import OutputError, RecipeError, StreamsoupError, is_plain, printable
+from streamsoup.errors import (
+    OutputError,
+    RecipeError,
+    StreamsoupError,
+    is_plain,
+    printable,
+    signal_name,
+)
 from streamsoup.supervise import status_of, supervised
 
 if TYPE_CHECKING:
@@ -334,7 +341,7 @@ def supervise(
     status = supervised(child, explain)
     if status > 128:
         clear_bar()
-        print(f"interrupted by {signal.Signals(status - 128).name}{after}", file=sys.stderr)
+        print(f"interrupted by {signal_name(status - 128)}{after}", file=sys.stderr)
     return status
 
 
@@ -384,7 +391,7 @@ def _explain(number: int, started: float, paths: Sequence[str], after: str) -> s
             "a mapped ingredient could not be read (SIGBUS): its disk failed, or it was truncated "
             f"for a moment. It is one of {', '.join(map(printable, paths))}; --io read says which"
         )
-    name = signal.Signals(number).name
+    name = signal_name(number)
     why = "; the machine may be out of memory" if number == signal.SIGKILL else ""
     return f"the working process was killed by {name}{why}{after}"
 

@@ -3,7 +3,8 @@
 A key is made of what an answer depends on: the digests of the ingredients that went into the
 mixture, its coefficients, the task's code and the split. So one more ingredient costs only what is
 new, a changed checkpoint or task finds nothing, and a run that was killed is taken up by the same
-command. What the task reads besides its own file is not in the key.
+command. What the task reads, but for its own file and the modules
+beside it, is not in the key.
 
 ::
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +29,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamsoup.comparison.calibration import AnyFloats, Labels
-from streamsoup.folders import unlock
+from streamsoup.errors import OutputError
+from streamsoup.folders import replacing, unlock
 from streamsoup.formats.shards import Ingredient
 from streamsoup.journal import Journal, named
 from streamsoup.soups.search_folder import lock_folder
@@ -75,14 +78,18 @@ class Cache:
         traceback: TracebackType | None,
     ) -> None:
         """Let go of the folder; the answers stay."""
-        self.close()
+        with nullcontext() if error is None else suppress(OutputError):
+            self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
-        if self._lock >= 0:
-            self._journal.sync()
-        self._journal.close()
-        if self._lock >= 0:
+        """Let go of the folder. Raises `OutputError` if the last answers cannot be kept."""
+        if self._lock < 0:
+            return
+        try:
+            with named(self._journal.path):
+                self._journal.sync()
+        finally:
+            self._journal.close()
             lock, self._lock = self._lock, -1
             unlock(lock)
 
@@ -145,12 +152,10 @@ class Cache:
     def _save(self, name: str, array: NDArray[Any]) -> tuple[str, str]:
         """Write an array, whole or not at all; give its file's name and digest."""
         path = os.path.join(self.folder, name)
-        temporary = f"{path}.partial"
-        with named(path):
+        with named(path), replacing(path) as temporary:
             with open(temporary, "wb") as file:
                 np.save(file, np.ascontiguousarray(array), allow_pickle=False)
             digest = _digest(temporary)
-            os.replace(temporary, path)
         self._intact.add(name)
         return name, digest
 

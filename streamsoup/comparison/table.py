@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -37,6 +38,7 @@ from streamsoup.errors import (
     OutputExistsError,
     RecipeError,
     TaskError,
+    check_choice,
     printable,
     some,
 )
@@ -80,6 +82,10 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("orders", "curve", "pairs"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 0")
+        if isinstance(self.learned, str):
+            raise RecipeError(f"learned {self.learned!r} is one word, where a list was expected")
+        for each in self.learned:
+            check_choice("learned", each, get_args(Granularity))
 
 
 def compare(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from streamsoup.errors import OutputError, RecipeError, printable
+from streamsoup.folders import replacing
 
 __all__ = [
     "FORMATS",
@@ -123,15 +124,16 @@ def check_picture(path: str) -> None:
 
 def save(figure: Any, path: str) -> None:
     """Write the picture, whole or not at all. Raises `OutputError`."""
+    from matplotlib import rc_context
+
     _style(figure)
-    temporary = f"{path}.partial"
     form = os.path.splitext(path)[1][1:].lower()
     # The same figure gives the same bytes: no date, no random ids.
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
-        with _boxes_for_glyphs():
+        ids = rc_context({"svg.hashsalt": "streamsoup"})
+        with replacing(path) as temporary, _boxes_for_glyphs(), ids:
             figure.savefig(temporary, dpi=DPI, format=form, metadata=metadata[form])
-        os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from streamsoup.errors import OutputError, printable
+from streamsoup.folders import replacing
 
 __all__ = ["Block", "Code", "Heading", "Page", "Picture", "Table", "Text", "write_text"]
 
@@ -101,11 +102,9 @@ class Page(msgspec.Struct, frozen=True):
 
 def write_text(path: str, text: str) -> None:
     """Write a file, whole or not at all. Raises `OutputError`."""
-    temporary = f"{path}.partial"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
 

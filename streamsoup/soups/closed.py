@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from streamsoup.angles import Place, measure, plan_geometry
 from streamsoup.destination import check_output
 from streamsoup.errors import RecipeError, check_choice, printable, some
-from streamsoup.formats.shards import AnyIngredient, listed
-from streamsoup.options import Options, take
+from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.options import Options, check_options, take
 from streamsoup.recipe import Coefficients
 from streamsoup.soups.make import Soup, make, order
 
@@ -173,6 +173,7 @@ def stock(
     n = len(ingredients)
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
+    ingredients, base = _opened(ingredients, base)
     places = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     ratios: list[float] = []
@@ -219,15 +220,16 @@ def slerp(
 ) -> Soup:
     """Write the spherical mean of `ingredients`, tensor by tensor, into `output`.
 
-    `weights` are positive, one for each, and are divided by their sum. For two that is
-    sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of the
-    sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
+    `weights` has one for each, none below 0 and not all 0; they are divided by their sum. For two
+    that is sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of
+    the sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
     `base`: then task vectors turn, and the base is added. Where one of them is zero, or they cancel
     out or lie all around the sphere, the mean is a straight one, and the report counts those
     tensors. Costs as for `stock`.
     """
     ingredients = listed(ingredients)
     shares = _shares(weights, len(ingredients))
+    ingredients, base = _opened(ingredients, base)
     places = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     straight: list[str] = []
@@ -318,6 +320,16 @@ def _shares(weights: Sequence[float], n: int) -> Floats:
     return np.asarray(given / total)
 
 
+def _opened(
+    ingredients: Sequence[AnyIngredient], base: AnyIngredient | None
+) -> tuple[list[AnyIngredient], AnyIngredient | None]:
+    """Open all, once for both passes: to open a state dict reads all of it."""
+    if base is None:
+        return [*open_ingredients(ingredients)], None
+    first, *others = open_ingredients([base, *ingredients])
+    return [*others], first
+
+
 def _measure(
     ingredients: Iterable[AnyIngredient],
     base: AnyIngredient | None,
@@ -325,6 +337,7 @@ def _measure(
     options: Options,
 ) -> Sequence[Place]:
     """Take the Gram pass, after everything that could refuse the soup itself has been tried."""
+    check_options(options, Options)
     if options.non_finite == "propagate":
         raise RecipeError(
             "NaN and Inf have no angles, so stock and slerp cannot let them pass: leave out "

@@ -126,7 +126,7 @@ def mix_into(
     if coefficients is None:
         ingredients = open_ingredients(ingredients)
         coefficients = Coefficients.uniform(len(ingredients))
-    elif not isinstance(coefficients, Coefficients):
+    else:
         told = take("bool", "normalize", normalize)
         coefficients = find_coefficients(coefficients, normalize=told)
     on_host = replace(options, device="cpu")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from streamsoup.budget import plan_memory
 from streamsoup.errors import BudgetError
 from streamsoup.plan import MixPlan
+from streamsoup.sizes import nbytes_text
 from streamsoup.write import write_at
 
 __all__ = [
@@ -73,7 +74,10 @@ def plan_sums(
             return SumsPlan("memory", nbytes, budget - nbytes)
         except BudgetError:
             if place == "memory":
-                raise
+                raise BudgetError(
+                    f"a running sum of {nbytes_text(nbytes, up=True)} does not fit into a memory "
+                    f"budget of {nbytes_text(budget)}; raise --memory, or leave out --sums memory"
+                ) from None
     if place in (None, "file") and scratch is not None:
         free = shutil.disk_usage(os.path.dirname(scratch)).free
         if place == "file" or free > 2 * nbytes:

@@ -89,7 +89,7 @@ class SearchFolder:
                 os.unlink(os.path.join(self.root, name))
         with suppress(OSError):  # somebody put a file of their own there
             os.rmdir(self.root)
-        self.close()
+        self._unlock()  # and no more: by now the folder may be another run's
 
     def close(self) -> None:
         """Let go of the folder; a second time does nothing."""
@@ -97,8 +97,11 @@ class SearchFolder:
         if self._lock >= 0:
             if os.path.isdir(self.root):
                 self._clear()
-            lock, self._lock = self._lock, -1
-            unlock(lock)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        unlock(lock)
 
     def _begin(self, bound_to: dict[str, Any]) -> str:
         """Check what the journal belongs to, or note it in a new one; give the run's name."""
@@ -197,8 +200,9 @@ def _is_locked(descriptor: int, path: str) -> bool:
             return False
     except FileNotFoundError:
         return False
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with suppress(OSError):  # locked all the same; others will not learn by whom
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return True
 
 

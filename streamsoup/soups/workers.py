@@ -25,7 +25,14 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from streamsoup import errors
-from streamsoup.errors import RecipeError, StreamsoupError, TaskError, printable, some
+from streamsoup.errors import (
+    RecipeError,
+    StreamsoupError,
+    TaskError,
+    printable,
+    signal_name,
+    some,
+)
 from streamsoup.soups.connection import Connection
 from streamsoup.soups.scorebook import Members, Scorebook
 from streamsoup.soups.scoring import Outcome, Scorer
@@ -141,9 +148,9 @@ class Crew:
 
     def _replace(self, worker: _Worker) -> None:
         """Put a new worker in the place of one that failed."""
+        self._workers.remove(worker)
         worker.close()
-        place = self._workers.index(worker)
-        self._workers[place] = _Worker(worker.work, self._timeout)
+        self._workers.append(_Worker(worker.work, self._timeout))
 
     def close(self) -> None:
         """Kill all workers, with their children."""
@@ -289,7 +296,7 @@ class _Worker:
             return f"took longer than {self._timeout:g} s (--timeout)"
         if status < 0:
             why = "; out of memory?" if -status == signal.SIGKILL else ""
-            return f"the process was killed by {signal.Signals(-status).name}{why}"
+            return f"the process was killed by {signal_name(-status)}{why}"
         return f"the process ended itself with status {status}"
 
     def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import selectors
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from streamsoup.errors import TaskError, printable, some
+from streamsoup.errors import TaskError, printable, signal_name, some
 from streamsoup.sizes import nbytes_text
 from streamsoup.task.code import digest_scripts
 from streamsoup.task.family import Family, Tail
@@ -89,7 +88,7 @@ class CommandTask(msgspec.Struct, frozen=True):
         if status is None:
             raise TaskError(f"{self.name}: took longer than {self.timeout:g} s{tail.text()}")
         if status:
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else None
+            how = f"was killed by {signal_name(-status)}" if status < 0 else None
             raise TaskError(f"{self.name}: {how or f'ended with status {status}'}{tail.text()}")
         answer = _answer(output, self.name, tail, self.main)
         return read_score(answer, main=self.main, to_beat=to_beat, where=self.name)
