@@ -46,7 +46,7 @@ clean-bench:  ## remove the checkpoints and environments of the benchmarks
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist streamsoup-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find streamsoup tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find streamsoup benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last, so an interrupted set-up is taken up again.
 $(VENV)/.dev: $(VENV)/.demo

@@ -53,7 +53,7 @@ Floats = NDArray[np.float64]
 Array = NDArray[np.uint8]
 
 COMPILE_S = 5.0
-"""Time in numpy from which compiling it pays (measured: it takes 3 s, once)."""
+"""Time in numpy from which compiling it pays (measured: it takes 3 to 7 s, once)."""
 
 SPARED_NBYTES = 8 * 2**20
 """What compiling the one kernel of products takes less than `budget.PROCESS_NBYTES` counts.

@@ -81,12 +81,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     shard_size: int | str | None = None
     """Largest shard of the soup; None mirrors the shards of the first ingredient."""
     non_float: Literal["same", "first"] = "same"
-    """Integers and the like: refuse unless equal, or take those of the first ingredient."""
+    """Integers and the like: refuse unless equal, or take those of the first ingredient, as is
+    always done with BatchNorm's ``num_batches_tracked``."""
     non_finite: Literal["refuse", "propagate"] = "refuse"
     """NaN and Inf in the soup: refuse, naming where they come from, or let them pass."""
     memory: int | str | None = None
-    """Anonymous memory of the whole process, at its peak; None for 150 MB, or what the plan of tens
-    of thousands of tensors takes."""
+    """Anonymous memory of the whole process, at its peak; None for 150 MB, or what a plan of more
+    than some 5,000 tensors takes."""
     threads: int | None = None
     """Threads that read and sum; None for the CPUs this process may use, 8 at most."""
     device: str | torch.device = "auto"

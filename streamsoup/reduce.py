@@ -38,7 +38,7 @@ __all__ = [
 log = logging.getLogger("streamsoup")
 
 COMPILE_NBYTES = 1_000_000_000
-"""Bytes to read from which compiling one pays, before the work: some three seconds, once.
+"""Bytes to read from which compiling one pays, before the work: some seconds, once.
 
 Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
 

@@ -39,7 +39,7 @@ START = Case("0.5M", 2)
 def run(session: Session, cases: Sequence[Case], *, rounds: int = 7) -> None:
     """Measure cases, interleaved. They share ingredients where they differ in number alone.
 
-    Three rounds are too few: single soups differ by a fifth, which is 0.07 of an exponent.
+    Three rounds are too few: single soups differ by a fifth, which is 0.06 of an exponent.
     """
     cases = [START, *cases]
     output = cache_folder() / "soups" / "growth"

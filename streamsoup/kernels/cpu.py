@@ -111,7 +111,7 @@ def find_mixer(source: DType, output: DType) -> Mixer | None:
 
 
 def mixer(source: DType, output: DType) -> Mixer:
-    """Give the kernel for these dtypes, compiled if it must be: some three seconds, once."""
+    """Give the kernel for these dtypes, compiled if it must be: some seconds, once."""
     found = find_mixer(source, output)
     if found is not None:
         return found

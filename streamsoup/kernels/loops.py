@@ -49,7 +49,7 @@ in a row asking the processor is put off for longer and longer, as long as the a
 def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
     """Compile the kernel that mixes ingredients of dtype `source` into `output`.
 
-    Gives its symbol and its object file; `cpu.Mixer` says how it is called. Some three seconds.
+    Gives its symbol and its object file; `cpu.Mixer` says how it is called. Takes seconds.
     """
     kernel = _compile(numbers(source), numbers(output), sums_of(source))
     # What numba itself keeps in its cache; the wrapper is a plain C function.

@@ -80,7 +80,7 @@ def lbfgs(
         reach = float(np.abs(direction).max())
         limit = largest_step if pairs else first_step
         step = min(1.0, limit / reach) if pairs else limit / reach
-        found = yield from _line_search(x, loss, gradient, direction, slope, step)
+        found = yield from _line_search(x, loss, direction, slope, step)
         if found is None:
             return "no step lowers the loss any more"
         point, answer = found
@@ -94,7 +94,7 @@ def lbfgs(
 
 
 def _line_search(
-    x: Floats, loss: float, gradient: Floats, direction: Floats, slope: float, step: float
+    x: Floats, loss: float, direction: Floats, slope: float, step: float
 ) -> Generator[Floats, Answer, tuple[Floats, Answer] | None]:
     """Find a point that is lower, and where the slope has flattened; else the lowest seen."""
     low, high = 0.0, np.inf

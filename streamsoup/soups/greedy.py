@@ -90,7 +90,7 @@ def greedy_soup(
     `CommandTask`. `model` is the live model to score in; else the task builds one. It is left with
     the soup in it. Every candidate has the bits of `uniform` over the same ingredients.
 
-    Each score is on disk before it is used, in a folder ``OUT.search`` beside the output that is
+    Each score is on disk before the next is, in a folder ``OUT.search`` beside the output that is
     removed at the end: the same call, made again after a kill, goes on from there. Most trials read
     one ingredient and the running sum; where no sum is kept (`running`), and backward, all that is
     kept. Holds the model, blocks, and the running sum if it fits `options.memory`.

@@ -11,8 +11,9 @@ step reads all ingredients twice, few steps are worth more than cheap ones: `lbf
 held-out batches at each of some tens of steps; `adamw` is the paper's minibatch way (lr 0.05, 5
 epochs).
 
-Every fifth held-out batch, or a split of its own, is not learned from: it watches. The soup is the
-mixture with the lowest loss there, and the search ends when that has stopped falling.
+Every fifth held-out batch, or a split of its own, is not learned from: it watches. A mixture
+becomes the soup only if its loss is lower there, and no higher on what is learned from, than that
+of the best before it (`Look.beats`); the search ends when the watched loss has stopped falling.
 """
 
 from __future__ import annotations
