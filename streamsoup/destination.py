@@ -108,6 +108,8 @@ def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
     seen: dict[str, set[_Id]] = {}
     for ingredient in ingredients:
         for shard in ingredient.shards:
+            if shard.in_memory:
+                continue
             file = (shard.identity.device, shard.identity.inode)
             for path in (shard.path, os.path.realpath(shard.path)):
                 above = os.path.dirname(path)
@@ -129,6 +131,12 @@ def check_replaceable(target: str) -> None:
             f"{where}: is no checkpoint, so --overwrite does not replace it; "
             "choose another folder or remove it yourself"
         )
+    strange = [name for name in names if _is_no_part(target, name)]
+    if strange:
+        raise OutputExistsError(
+            f"{where}: holds what is no part of a checkpoint ({some(sorted(strange))}) and would "
+            "be lost, so --overwrite does not replace it; choose another folder or move that away"
+        )
     others = [
         os.path.relpath(at, target)
         for at, _, files in os.walk(target, onerror=_fail)
@@ -146,11 +154,23 @@ def check_replaceable(target: str) -> None:
             f"{where}: belongs to somebody else, and its folder lets nobody else replace it; "
             "choose another folder"
         )
+    if not os.access(target, os.W_OK, effective_ids=True):
+        raise OutputExistsError(
+            f"{where}: is read-only, and so cannot be replaced; choose another folder"
+        )
     if _id(target) in _ids_above(_here()) or is_mounted(target):
         raise OutputExistsError(
             f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
             "choose a new folder in it"
         )
+
+
+def _is_no_part(folder: str, name: str) -> bool:
+    """Whether an entry of a folder is a repository or the like, or weights or state in pickles."""
+    if name.endswith(PICKLES):
+        return not name.startswith("training_args")
+    hidden = name.startswith(".") and name != ".cache"  # where the Hub's client notes downloads
+    return hidden and os.path.isdir(os.path.join(folder, name))
 
 
 def _here() -> str:

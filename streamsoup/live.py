@@ -205,6 +205,8 @@ class ModelSink:
         for tensor in self.live.values():
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
+        # Autocast keeps narrow copies of parameters, and does not ask whether they still hold.
+        torch.clear_autocast_cache()
 
     def versions(self) -> list[int] | None:
         """Say how often each tensor was changed in place; None where torch does not count.
@@ -235,7 +237,7 @@ class ModelSink:
         """Collect a tensor whose elements lie out of order, and store it when it is whole."""
         with target.lock:
             if target.gathered is None:
-                target.gathered = torch.empty(planned.nbytes, dtype=torch.uint8)
+                target.gathered = torch.empty(planned.nbytes, dtype=torch.uint8, device="cpu")
                 target.n_units = 0
             begin = start * planned.unit_nbytes
             target.gathered[begin : begin + len(block)] = torch.frombuffer(block, dtype=torch.uint8)
@@ -329,7 +331,7 @@ def _misfit(problems: Iterable[str]) -> MismatchError:
     return MismatchError(
         f"the ingredients cannot be put into the model:\n{lines}\n"
         "  where a model names or stores its weights in another way than its checkpoint, "
-        "score files instead: --command"
+        "score files instead (streamsoup greedy --command)"
     )
 
 
@@ -384,7 +386,7 @@ def _target(planned: PlannedTensor, tensor: Tensor) -> Target:
     live = tensor.data  # not `detach`: what we write is counted once, by `mark_changed`
     if not live.is_contiguous():
         return Target(live, None, None)
-    flat = live.view(-1)
+    flat = live.as_strided((live.numel(),), (1,))  # a single element may have any stride
     same = live.dtype == TORCH_DTYPES[planned.dtype.name]
     if same and live.device.type == "cpu":
         raw = flat.view(torch.uint8).numpy().data

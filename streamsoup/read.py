@@ -47,7 +47,8 @@ def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "rea
     check_choice("io", io, ("auto", "mmap", "read"))
     if io != "auto":
         return io == "mmap"
-    return not on_network([shard.path for each in ingredients for shard in each.shards])
+    shards = [shard for each in ingredients for shard in each.shards if not shard.in_memory]
+    return not on_network([shard.path for shard in shards])
 
 
 def open_reader(

@@ -67,7 +67,7 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         try:
             if isinstance(values, (str, bytes, set, frozenset, Mapping)):
                 raise TypeError
-            factors = tuple(float(value) for value in values)
+            factors = tuple(float(getattr(v, "detach", lambda v=v: v)()) for v in values)
         except (TypeError, ValueError, OverflowError):
             raise RecipeError(
                 f"{printable(repr(values))}: a list of coefficients is wanted"
@@ -187,22 +187,25 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     report: Mapping[str, object]
     """What a search adds about how it found the coefficients."""
     checksum: str
-    """Of all the rest; set by `to_json`. It finds accidents, such as an edit, not forgeries."""
+    """Of all the rest; set by `sealed`. It finds accidents, such as an edit, not forgeries."""
 
     def __repr__(self) -> str:
         """Say it in a line."""
         made = f"{len(self.tensors)} tensors of {len(self.ingredients)} ingredients"
         return f"<Provenance: {made}, {self.created}>"
 
+    def sealed(self) -> Provenance:
+        """Give it with its checksum, as it is now."""
+        return msgspec.structs.replace(self, checksum=self._digest())
+
     def to_json(self) -> bytes:
-        """Write it as indented JSON, with its checksum; floats keep every bit."""
-        whole = msgspec.structs.replace(self, checksum=self._digest())
-        text = msgspec.json.encode(whole, enc_hook=_number)
+        """Write it as indented JSON; floats keep every bit."""
+        text = msgspec.json.encode(self, enc_hook=_number)
         return msgspec.json.format(text, indent=1) + b"\n"
 
     @property
     def intact(self) -> bool:
-        """Whether it still says what `to_json` wrote."""
+        """Whether it still says what it did when it was sealed."""
         return self.checksum == self._digest()
 
     def _digest(self) -> str:

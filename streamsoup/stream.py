@@ -355,7 +355,8 @@ class _Pass:
                     f"which would spoil {'what is measured' if measures else 'the soup'}; leave "
                     f"this ingredient out{lets_pass}"
                 )
-        what, advice = "the sum is", "choose a wider --dtype or smaller coefficients"
+        wider = "" if tensor.dtype.name == "F64" else "a wider --dtype or "
+        what, advice = "the sum is", f"choose {wider}smaller coefficients"
         if measures:
             what, advice = "products are", "nothing can be measured there"
         raise NonFiniteError(

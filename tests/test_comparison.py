@@ -36,6 +36,7 @@ from streamsoup.errors import (
     RecipeError,
     TaskError,
 )
+from streamsoup.journal import Journal
 from streamsoup.soups.search import random_order
 from streamsoup.task import load_task
 
@@ -722,3 +723,30 @@ def test_folders_that_are_not_ours(folders: list[str], tmp_path: Path) -> None:
     with Cache(str(tmp_path / "out" / "cache")), pytest.raises(OutputBusyError):
         compare(folders, task, output=tmp_path / "out")
     assert task.asked == []
+
+
+def test_granularities_are_checked_before_anything_is_measured() -> None:
+    """A word in the place of a list would be taken letter by letter, at the very end."""
+    for wrong in ("global", ("global", "block")):
+        with pytest.raises(RecipeError, match="learned"):
+            CompareOptions(learned=wrong)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_fills_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed first is told, and the folder is let go of."""
+
+    def full(journal: Journal) -> None:
+        raise OSError(28, "No space left on device")
+
+    def measure(error: Exception | None) -> None:
+        with Cache(str(tmp_path / "cache")):
+            if error is not None:
+                raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "sync", full)
+        with pytest.raises(KeyError):
+            measure(KeyError())
+        with pytest.raises(OutputError, match="No space left"):
+            measure(None)
+    Cache(str(tmp_path / "cache")).close()

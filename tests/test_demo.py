@@ -246,3 +246,14 @@ def test_a_folder_that_cannot_be_made_is_said_first(
     monkeypatch.setattr(kitchen, "cook", lambda *arguments: pytest.fail("began"))
     with pytest.raises(FileExistsError):
         kitchen.serve(tmp_path / "file")
+
+
+def test_the_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """Only what an earlier demo made is replaced, finished or not."""
+    kitchen._take(tmp_path / "new")
+    (tmp_path / "new" / "uniform").mkdir()
+    kitchen._take(tmp_path / "new")
+    (tmp_path / "mine" / "uniform").mkdir(parents=True)
+    with pytest.raises(OutputError, match="is there already, and of no earlier demo"):
+        kitchen._take(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["uniform"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamsoup.task import load_task
+from streamsoup.task import code, load_task
 from streamsoup.task.code import digest_model
 from streamsoup.task.command import command_task
 
@@ -309,3 +309,41 @@ def test_threads_parse_one_at_a_time() -> None:
     finally:
         gc.callbacks.remove(let_go)
     assert found == [digest_model(model)] * 15
+
+
+def test_a_fork_waits_for_a_thread_that_parses(tmp_path: Path) -> None:
+    """In the child that thread is not there to let go."""
+    path = tmp_path / "task.py"
+    path.write_text("def score(model): return 1.0\n")
+    parsing = threading.Event()
+
+    def parse() -> None:
+        with code._PARSING:
+            parsing.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=parse)
+    thread.start()
+    assert parsing.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if load_task(path).fingerprint else 1)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    thread.join()
+    assert ended == (child, 0)
+
+
+def test_a_setting_that_holds_itself() -> None:
+    """It counts once, and what is beside it counts too."""
+
+    def fingerprint(value: float) -> str:
+        settings: dict[str, Any] = {"value": value}
+        settings["itself"] = [settings]
+        return load_task(SimpleNamespace(score=len, settings=settings)).fingerprint
+
+    assert fingerprint(1.0) == fingerprint(1.0) != fingerprint(2.0)

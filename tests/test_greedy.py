@@ -41,7 +41,7 @@ from streamsoup.soups.running import plan_sums
 from streamsoup.soups.scorebook import Scorebook
 from streamsoup.soups.scoring import Outcome, contained
 from streamsoup.soups.search import search
-from streamsoup.soups.search_folder import lock_folder
+from streamsoup.soups.search_folder import SearchFolder, lock_folder
 from streamsoup.task import Score
 
 
@@ -899,6 +899,9 @@ def test_a_search_without_a_score_may_change(tmp_path: Path) -> None:
     ingredients = marks(tmp_path / "in", 2)
     with pytest.raises(TaskError, match="prnt"):
         greedy_soup(ingredients, slip, model=Marks(2), output=tmp_path / "out")
+    assert not (tmp_path / "out.search").exists()
+    killed = SearchFolder(str(tmp_path / "out"), {"ingredients": []}, restart=False)
+    killed._unlock()
     assert (tmp_path / "out.search" / "journal").exists()
     soup = greedy_soup(ingredients, lambda model: 1.0, model=Marks(2), output=tmp_path / "out")
     assert soup.members == (0, 1)
@@ -947,3 +950,23 @@ def test_scores_may_be_infinite(tmp_path: Path) -> None:
     report = json.loads(text, parse_constant=refuse)["report"]
     assert report["runs"][0]["trials"][1]["to_beat"] == "-inf"
     assert "over_orders" not in report
+
+
+def test_a_finished_search_leaves_the_next_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its folder is removed, one of that name is another run's."""
+    search = SearchFolder(str(tmp_path / "out"), {"ingredients": []}, restart=False)
+    candidate = Path(search.root) / "candidate-1-0001"
+
+    rmdir = os.rmdir
+
+    def next_run(path: str) -> None:
+        rmdir(path)
+        if path == search.root:
+            candidate.mkdir(parents=True)
+
+    monkeypatch.setattr(os, "rmdir", next_run)
+    search.finish()
+    search.close()
+    assert candidate.exists()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options, budget, reduce
+from streamsoup import Options, budget, live, reduce
 from streamsoup.buffers import address_of
-from streamsoup.errors import ChangedIngredientError, MismatchError, TaskError
+from streamsoup.errors import ChangedIngredientError, MismatchError, RecipeError, TaskError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.live import ModelSink, tensors_of
 from streamsoup.read import open_reader
@@ -452,3 +452,44 @@ def test_batches_that_were_used_up_end_a_search(tmp_path: Path) -> None:
             output=tmp_path / "soup",
             search=streamsoup.SearchOptions(recalibrate=True),
         )
+
+
+def test_tensors_shared_with_the_model_cost_a_look_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what lies in the model's storages is set against all of the model."""
+    calls = 0
+    found = live.overlaps
+
+    def counted(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+        nonlocal calls
+        calls += 1
+        return found(tensors)
+
+    monkeypatch.setattr(live, "overlaps", counted)
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state["0.weight"] = model[0].weight.detach()
+    streamsoup.mix_into(model, [state, state])
+    assert calls <= 2
+    state["1.weight"] = model[0].weight.detach()
+    with pytest.raises(MismatchError, match=r"1\.weight lies in the memory of 0\.weight"):
+        streamsoup.mix_into(model, [state, state])
+
+
+def test_autocast_around_all_sees_each_mixture() -> None:
+    """Autocast keeps narrow copies of parameters until its context ends: not over a mix."""
+    states = [{"weight": torch.full((2, 2), float(n)), "bias": torch.zeros(2)} for n in (1, 3)]
+    model = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+        for state, expected in zip(states, (2.0, 6.0), strict=True):
+            streamsoup.mix_into(model, [state])
+            assert model(x)[0, 0] == expected
+
+
+def test_only_a_list_is_normalized() -> None:
+    """Coefficients of their own are refused as by `mix`."""
+    model = nn.Linear(1, 1)
+    states = [model.state_dict()] * 2
+    with pytest.raises(RecipeError, match="only a list of factors can be normalized"):
+        streamsoup.mix_into(model, states, Coefficients((2.0, 1.0)), normalize=True)

@@ -847,3 +847,43 @@ def test_an_ingredient_that_changes(tmp_path: Path, io: str, change: object) -> 
     assert str(b / "model.safetensors") in stderr
     assert stderr.count("\n") == 1
     assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize("what", [".git/config", "optimizer.bin", "scheduler.pt"])
+def test_what_is_no_part_of_a_checkpoint_is_not_replaced(tmp_path: Path, what: str) -> None:
+    """A repository, or a run's state beside the weights, is not lost to --overwrite."""
+    a, out = small(tmp_path / "a"), small(tmp_path / "out")
+    (out / ".cache").mkdir()
+    (out / "training_args.bin").touch()
+    precious = out / what
+    precious.parent.mkdir(exist_ok=True)
+    precious.touch()
+    status, stderr = run("uniform", a, a, "-o", out, "--overwrite")
+    assert status == 1
+    assert f"holds what is no part of a checkpoint ({what.split('/')[0]}) and would be" in stderr
+    assert precious.exists()
+    shutil.rmtree(precious.parent) if precious.parent != out else precious.unlink()
+    assert run("uniform", a, a, "-o", out, "--overwrite") == (0, "")
+
+
+def test_a_read_only_output_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be moved out of the way."""
+    small(tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(OutputError, match="is read-only, and so cannot be replaced"):
+        check_replaceable(str(tmp_path / "out"))
+
+
+def test_a_lock_that_says_nobodys_name_is_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk the holder cannot be noted: a search goes on, and lets go in the end."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for _ in range(2):
+        os.close(lock_folder(str(tmp_path / "search")))

@@ -23,6 +23,7 @@ from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_
 from streamsoup.inner import plan_inner_memory
 from streamsoup.plan import LEAF, MixPlan, plan_files, plan_mix
 from streamsoup.recipe import ARITHMETIC, DIGEST, Coefficients, Provenance, Recipe
+from streamsoup.soups.running import plan_sums
 from streamsoup.tensors import DTYPES, float_dtype
 
 Shape = tuple[int, ...]
@@ -128,7 +129,7 @@ def test_every_output_byte_has_one_place(
         ("unet", "unet", "unet.safetensors.index.json"),
         ("model.fp16", "model.fp16", "model.safetensors.index.fp16.json"),
         ("model-00001-of-00001", "model", "model.safetensors.index.json"),
-        ("model-00001-of-000163.fp16", "model.fp16", "model.safetensors.index.fp16.json"),
+        ("model-00001-of-000001.fp16", "model.fp16", "model.safetensors.index.fp16.json"),
         ("-00001-of-00001", "model", "model.safetensors.index.json"),
         ("model.", "model.", "model..safetensors.index.json"),
     ],
@@ -380,7 +381,7 @@ def test_a_provenance_comes_back_as_it_was() -> None:
     recipe = Recipe(("a", "b", "c"), coefficients)
     how = ARITHMETIC, DIGEST, {"n": 1}, ""
     provenance = Provenance(recipe, (), (), (), {"a": "00"}, {}, "now", *how)
-    text = provenance.to_json()
+    text = provenance.sealed().to_json()
     back = Provenance.from_json(text)
     assert back.recipe == recipe
     assert back.intact
@@ -406,3 +407,22 @@ def test_empty_checkpoints_make_an_empty_soup(tmp_path: Path) -> None:
     plan = planned(*open_ingredients([tmp_path / "e.safetensors"] * 2))
     assert (plan.n_leaves, plan.nbytes_read) == (0, 0)
     assert len(plan_files(plan).files) == 1
+
+
+def test_lone_files_share_a_layout_whatever_they_are_called(tmp_path: Path) -> None:
+    """Of files with the same header there is one layout, which is planned and counted once."""
+    tensors = {"w": tensor(np.zeros(4, np.float32))}
+    paths = [save(tmp_path, tensors, name=f"run{n}") / f"run{n}.safetensors" for n in range(5)]
+    plan = planned(*open_ingredients(paths))
+    assert len(plan.layouts) == 1
+    assert plan.layout_of == (0,) * 5
+    adapter = save(tmp_path / "x", tensors, name="adapter_model") / "adapter_model.safetensors"
+    with pytest.raises(MismatchError, match=f"{adapter}: w belongs to an adapter"):
+        planned(*open_ingredients([*paths, adapter]))
+
+
+def test_a_running_sum_without_room_is_named() -> None:
+    """What does not fit is the sum, not the soup."""
+    plan = planned(*[opened([{"w": ("F32", (10**9,))}])] * 2)
+    with pytest.raises(BudgetError, match=r"sum of 8 GB does not fit into a .* budget of 1 GB"):
+        plan_sums(plan, mapped=True, threads=1, budget=10**9, scratch=None, place="memory")

@@ -20,9 +20,10 @@ from streamsoup.comparison.landscape import Landscape, Mark
 from streamsoup.comparison.paths import Sweep
 from streamsoup.comparison.plane import Plane
 from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
+from streamsoup.errors import OutputError
 from streamsoup.inspection import short_names
 from streamsoup.plot import plot_coefficients, plot_geometry
-from streamsoup.report import charts
+from streamsoup.report import charts, figures
 from streamsoup.report.comparison import verdict, write_report
 from streamsoup.report.page import Code, Heading, Page, Picture, Table, Text
 from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
@@ -385,3 +386,26 @@ def test_the_commands(tmp_path: Path) -> None:
     assert (plane.returncode, plane.stderr) == (0, "")
     assert picture.stat().st_size > 10_000
     assert (tmp_path / "plane.jsonl").read_text().count('"point"') >= 8
+
+
+def test_a_picture_is_whole_or_absent_and_always_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figure gives the same bytes, SVG too; one that fails leaves nothing behind."""
+    contents = []
+    for name in ("a.svg", "b.svg"):
+        figure = figures.new_figure(2, 2)
+        figure.add_subplot().plot([0, 1], [1, 0])
+        figures.save(figure, str(tmp_path / name))
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+    figure = figures.new_figure(2, 2)
+
+    def fail(path: str, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        figures.save(figure, str(tmp_path / "c.svg"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "b.svg"]

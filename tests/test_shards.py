@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -622,3 +623,41 @@ def test_wrong_ingredients_leave_no_output(tmp_path: Path) -> None:
     why = "it is not a regular file; mend that, and run again"
     assert ran.stderr == f"error: {bad / SHARDS[1]}: cannot be read: {why}\n"
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
+
+
+def test_one_shard_of_several_is_no_checkpoint(tmp_path: Path) -> None:
+    """A download that was interrupted before the index came is refused; the file alone is not."""
+    name = "model-00001-of-00003"
+    folder = save(tmp_path / "a", {"w": tensor(np.zeros(4, np.float32))}, name=name)
+    with pytest.raises(FormatError, match=r"00003\.safetensors alone, one of 3 by its name"):
+        open_ingredients([folder])
+    (opened,) = open_ingredients([folder / f"{name}.safetensors"])
+    assert list(opened.layout.places) == ["w"]
+
+
+def test_an_index_that_was_never_fetched(tmp_path: Path) -> None:
+    """A Git LFS pointer is named as such in the place of an index, too."""
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(FormatError, match="is a Git LFS pointer"):
+        open_ingredients([tmp_path])
+
+
+def test_a_folder_that_was_removed_under_us(tmp_path: Path) -> None:
+    """Relative paths lead nowhere then, which is said; state dicts and whole paths are as ever."""
+    script = """
+import os, sys, streamsoup, torch
+os.rmdir(os.getcwd())
+states = [{"w": torch.ones(2)}] * 2
+print(streamsoup.uniform(states, output=sys.argv[1]).provenance.tensors.keys())
+try:
+    streamsoup.uniform(["a", "b"], output=sys.argv[1] + "2")
+except streamsoup.errors.MissingFileError as error:
+    print(error)
+"""
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    ran = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert ran.stderr == ""
+    assert "dict_keys(['w'])" in ran.stdout
+    assert "a: cannot be found, as the folder we are in was removed" in ran.stdout

@@ -285,3 +285,11 @@ def test_a_side_file_that_vanishes_is_named(
     with pytest.raises(FormatError, match=rf"^{a}/config\.json: cannot be copied: No such file"):
         uniform([a], output=tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_a_quantised_model_beside_a_lone_file_is_refused(tmp_path: Path) -> None:
+    """Whether side files are copied or not."""
+    a, b = fill(tmp_path / "a", ()), fill(tmp_path / "b", ("config.json",))
+    (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(MismatchError, match="the model is quantised"):
+        gather_side_files(open_ingredients([a / "model.safetensors", b]), None)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import streamsoup
 from streamsoup import Options, SearchOptions
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
-from streamsoup.formats.memory import MemoryShard, _elements
+from streamsoup.formats.memory import MemoryShard, _elements, _version
 from streamsoup.formats.shards import open_ingredients
 
 
@@ -224,3 +224,61 @@ def test_greedy_over_state_dicts(tmp_path: Path) -> None:
         streamsoup.greedy_soup(
             states, networks.score, model=networks.build(), output=tmp_path / "x", search=search
         )
+
+
+def test_each_leaf_looks_at_its_own_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of many tensors does not ask all of them at each: that took time in the square."""
+    looks = 0
+
+    def counted(tensor: torch.Tensor) -> int:
+        nonlocal looks
+        looks += 1
+        return _version(tensor)
+
+    monkeypatch.setattr("streamsoup.formats.memory._version", counted)
+    states = [{f"{i:03}": torch.full((3,), float(n)) for i in range(300)} for n in range(2)]
+    streamsoup.uniform(states, output=tmp_path / "out")
+    assert looks <= 5 * 600
+
+
+def test_a_change_is_seen_at_its_tensor_and_at_the_end() -> None:
+    """Whether the tensor at an offset was changed, or any of all."""
+    state = {name: torch.zeros(2) for name in "abc"}
+    ((shard,),) = (each.shards for each in open_ingredients([state]))
+    state["b"].add_(1)
+    for begin in (0, 16):
+        shard.check_unchanged(begin)
+    for at in (8, None):
+        with pytest.raises(ChangedIngredientError):
+            shard.check_unchanged(at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_element_has_any_stride(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Torch calls a column of one row contiguous, and does not view it as bytes."""
+    column = torch.tensor([[1, 2, 3]], dtype=dtype)[:, 2]
+    assert column.stride() == (3,)
+    soup = streamsoup.uniform([{"w": column}, {"w": column + 2}], output=tmp_path / "out")
+    assert load_file(Path(soup.path) / "model.safetensors")["w"].tolist() == [4]
+    model = torch.nn.Module()
+    model.register_buffer("w", torch.zeros(1, 3, dtype=dtype)[:, 1])
+    streamsoup.mix_into(model, [{"w": column}, {"w": column + 2}])
+    assert model.get_buffer("w").tolist() == [4]
+
+
+def test_wherever_tensors_are_made_by_default() -> None:
+    """A caller's default device is for the caller's tensors."""
+    model = torch.nn.Module()
+    model.register_buffer("w", torch.zeros(3, 2).T)
+    with torch.device("meta"):
+        streamsoup.mix_into(model, [{"w": torch.ones(2, 3, device="cpu")}])
+    assert model.get_buffer("w").tolist() == [[1.0] * 3] * 2
+
+
+def test_coefficients_that_require_a_gradient(tmp_path: Path) -> None:
+    """They are taken as numbers, without a warning."""
+    factors = torch.tensor([0.25, 0.75], requires_grad=True)
+    states = [{"w": torch.zeros(1)}, {"w": torch.ones(1)}]
+    soup = streamsoup.mix(states, factors, output=tmp_path / "out")
+    assert soup.recipe.coefficients.values == (0.25, 0.75)
+    assert soup.provenance.intact

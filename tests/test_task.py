@@ -21,7 +21,7 @@ import torch
 from streamsoup import SearchOptions, greedy_soup
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
-from streamsoup.task import Score, load_task, read_score
+from streamsoup.task import Score, command, family, load_task, read_score
 from streamsoup.task.command import command_task
 
 
@@ -621,3 +621,20 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     there = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
     assert there.returncode == 1
     assert "--overwrite" in there.stderr
+
+
+def test_what_ended_while_we_were_stopped_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes back from Ctrl-Z after the deadline looks once more before judging."""
+    monkeypatch.setattr(command, "_drain", lambda *_: time.sleep(1))  # as if stopped there
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(["sleep", "0.2"], **pipes) as process:
+        deadline = time.monotonic() + 0.5
+        assert command._follow(process, deadline, family.Tail(), family.Tail()) == 0
+
+
+def test_signals_without_a_name(tmp_path: Path) -> None:
+    """A real-time signal has none, and is told by its number."""
+    task = command_task("kill -40 $$; echo {checkpoint}", main=None, timeout=9)
+    paths = networks.ingredients(tmp_path / "in", 2)
+    with pytest.raises(TaskError, match="was killed by signal 40"):
+        greedy_soup(paths, task, output=tmp_path / "out")

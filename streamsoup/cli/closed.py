@@ -141,7 +141,9 @@ def slerp(
 ) -> int:
     """Take the mean on a sphere, tensor by tensor: SLERP of two, the barycentre of more."""
     n = len(ingredients)
-    if t is not None and (n != 2 or weights is not None):
+    if t is not None and weights is not None:
+        raise click.UsageError("-t and --weights say the same; give one of them")
+    if t is not None and n != 2:
         raise click.UsageError("-t is for two checkpoints; give --weights instead")
     if t is not None:
         shares = [1.0 - t, t]

@@ -65,7 +65,9 @@ def mix(
 @click.option(
     "--alpha", type=common.Number(), default=0.5, show_default=True, help="0 is BASE, 1 is FT."
 )
-@click.option("--alphas", metavar="A:B:STEP", help="Measure a sweep, such as 0:1:0.1; with --task.")
+@click.option(
+    "--alphas", metavar="A:B:STEP", help="Measure a sweep: 0:1:0.1, or 0,0.5,1; with --task."
+)
 @click.option("--task", metavar="TASK", help="For --alphas: task.py, or module:object.")
 @click.option(
     "--recalibrate", is_flag=True, help="For --alphas: measure BatchNorm statistics anew for each."

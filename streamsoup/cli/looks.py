@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def plan(
     ingredients: tuple[str, ...], coefficients: str | None, as_json: bool, **settings: Any
 ) -> int:
-    """Show what a soup would take: layout, bytes, peak memory. Reads headers only."""
+    """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
     from streamsoup.inspection import describe_order, record_order
     from streamsoup.recipe import Coefficients
     from streamsoup.soups.fixed import find_coefficients

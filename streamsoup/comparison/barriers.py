@@ -79,5 +79,8 @@ def parse_alphas(text: str) -> list[float]:
     except (ValueError, ZeroDivisionError, OverflowError):
         alphas = [float("nan")]
     if not np.isfinite(alphas).all():
-        raise RecipeError(f"{text!r} is no range of α such as 0:1:0.1, and no list such as 0,0.5,1")
+        raise RecipeError(
+            f"{text!r} is no list of α such as 0,0.5,1, and no range such as 0:1:0.1, whose step "
+            "divides it into 10000 at most"
+        )
     return sorted(set(alphas))

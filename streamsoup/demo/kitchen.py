@@ -31,6 +31,7 @@ from streamsoup.demo.digits import Parts, Sizes
 from streamsoup.demo.network import Network
 from streamsoup.demo.table import Results, Row
 from streamsoup.demo.training import Training
+from streamsoup.errors import OutputExistsError, printable
 from streamsoup.report.page import write_text
 from streamsoup.soups.greedy import GreedySoup
 from streamsoup.soups.learned import LearnedSoup
@@ -61,7 +62,7 @@ def serve(folder: str | os.PathLike[str]) -> None:
     """Run the demo into `folder`, and print what is being done, the table, and what to try next."""
     started = time.perf_counter()
     console = Console()
-    Path(folder).mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
+    _take(Path(folder))
     results = cook(Menu(), Path(folder), console)
 
     console.print(table.render(results))
@@ -74,6 +75,18 @@ def serve(folder: str | os.PathLike[str]) -> None:
     console.print(f"The report is {page}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s.", highlight=False)
     console.print(_next_steps(Path(folder)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _take(folder: Path) -> None:
+    """Make the folder, or take that of an earlier demo. Raises `OutputExistsError` for others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / ".streamsoup-demo"
+    if any(folder.iterdir()) and not marker.exists():
+        raise OutputExistsError(
+            f"{printable(str(folder))}: is there already, and of no earlier demo, whose folders "
+            "alone are replaced; choose another with -o, or remove it yourself"
+        )
+    marker.touch()
 
 
 def cook(menu: Menu, folder: Path, console: Console) -> Results:

@@ -21,7 +21,15 @@ import msgspec
 from streamsoup.errors import CorruptFileError, FormatError, UnsupportedDtypeError, printable
 from streamsoup.tensors import DTYPES, TensorSpec
 
-__all__ = ["HEADER_LIMIT", "SURROGATE", "Header", "header_nbytes", "make_header", "parse_header"]
+__all__ = [
+    "HEADER_LIMIT",
+    "SURROGATE",
+    "Header",
+    "header_nbytes",
+    "make_header",
+    "parse_header",
+    "recognise",
+]
 
 HEADER_LIMIT = 100_000_000
 """The largest header in bytes, as in the reference reader; ours and theirs refuse more."""
@@ -45,7 +53,7 @@ def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
     if len(prefix) < 8:
         raise CorruptFileError(f"has {file_nbytes} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix[:8])
-    kind = _recognise(prefix)
+    kind = recognise(prefix)
     if kind and 8 + length > file_nbytes:
         raise FormatError(f"is {kind}, not safetensors")
     if length > HEADER_LIMIT:
@@ -105,7 +113,7 @@ def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _recognise(prefix: bytes) -> str | None:
+def recognise(prefix: bytes) -> str | None:
     """Name the format that a file's first bytes betray, for a helpful refusal."""
     if prefix.startswith(b"PK\x03\x04"):
         return "a zip archive (a PyTorch .pt or .bin pickle, to be converted first)"

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import CorruptFileError, FormatError, printable, some
+from streamsoup.formats.header import recognise
 from streamsoup.formats.regular import reading
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "index_name",
     "is_index",
     "is_numbered",
+    "n_shards",
     "read_index",
     "shard_names",
     "stem",
@@ -64,6 +66,16 @@ def is_numbered(name: str) -> bool:
     return _NUMBER.search(name) is not None
 
 
+def n_shards(name: str) -> int:
+    """Say of how many shards a file is one, by its name.
+
+    >>> n_shards("model-00001-of-00003.safetensors"), n_shards("model.safetensors")
+    (3, 1)
+    """
+    found = _NUMBER.search(name)
+    return int(found[1].removeprefix("-of-")) if found else 1
+
+
 def shard_names(stem: str, n_shards: int) -> list[str]:
     """Name the files of a checkpoint of so many shards."""
     if n_shards == 1:
@@ -99,6 +111,9 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
         raise FormatError(
             f"{where}: cannot be read: {error.strerror}; mend that, and run again"
         ) from None
+    known = recognise(text[:1000])
+    if known is not None and not text.startswith(b"{"):
+        raise FormatError(f"{where}: is {known}, not JSON")
     try:
         # No number in it is used, and as text it may have any length.
         index = json.loads(

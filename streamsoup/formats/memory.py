@@ -49,7 +49,9 @@ class Memory:
         first, last = begin - self._begins[i], end - self._begins[i]
         elements = _elements(tensor, first // size, -(-last // size))
         elements = elements.cpu().resolve_conj().resolve_neg()
-        raw: Bytes = elements.contiguous().view(torch.uint8).numpy().data
+        elements = elements.contiguous()
+        elements = elements.as_strided(elements.shape, (1,))  # a single one may have any stride
+        raw: Bytes = elements.view(torch.uint8).numpy().data
         skip = first % size
         return raw[skip : skip + last - first]
 

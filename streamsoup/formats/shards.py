@@ -366,6 +366,11 @@ def _check_path(path: str) -> None:
     """Refuse a path that no file can have, or that could not be noted in a provenance."""
     try:
         os.path.abspath(path).encode()
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{printable(path)}: cannot be found, as the folder we are in was removed; go to "
+            "another, or give the whole path"
+        ) from None
     except UnicodeEncodeError:
         raise FormatError(f"{printable(path)}: its path is not Unicode; rename it") from None
     if "\0" in path:

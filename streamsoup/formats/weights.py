@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from streamsoup.errors import FormatError, UnsafePickleError, printable, some
-from streamsoup.formats.index import is_index, read_index, stem
+from streamsoup.formats.index import is_index, n_shards, read_index, stem
 
 __all__ = ["PICKLES", "find_weights", "names_in"]
 
@@ -56,6 +56,11 @@ def find_weights(folder: str) -> str:
             )
         return indexes[0]
     if len(files) == 1:
+        if n_shards(files[0]) > 1:
+            raise FormatError(
+                f"{where}: has {printable(files[0])} alone, one of {n_shards(files[0])} by its "
+                "name, and no index; download the rest, or give the file if it is all you mean"
+            )
         return files[0]
     if files:
         raise FormatError(

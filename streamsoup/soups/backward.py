@@ -68,7 +68,7 @@ class Gradients:
         self._n_pending = 0
         self._last = True
         self._scale = 1.0
-        self._beta = torch.ones((), dtype=torch.float64, requires_grad=backward)
+        self._beta = torch.ones((), dtype=torch.float64, device="cpu", requires_grad=backward)
         model = sink.model
         self._training = [(module, module.training) for module in model.modules()]
         model.eval()

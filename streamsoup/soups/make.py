@@ -67,7 +67,7 @@ class Soup(msgspec.Struct, frozen=True):
     recipe: Recipe
     provenance: Provenance
     nbytes_read: int
-    """Bytes of weights read for it; 0 if it was finished before."""
+    """Bytes of weights read for it, by earlier runs too; 0 if it was finished before."""
     nbytes_written: int
     elapsed_s: float
     finished: bool = False
@@ -230,7 +230,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
         engine = Engine(plan, compiles=ordered.memory.compiles)
         mix = Mix(plan, ordered.memory, engine)
     run(plan, ordered.memory, reader, mix, sink, on_progress=options.on_progress)
-    provenance = _provenance(ordered, digests, side_files)
+    provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()
     sink.sync()
     write_file(os.path.join(staging.folder, PROVENANCE_NAME), [text])

@@ -81,7 +81,7 @@ class SearchFolder:
             self.journal.sync()
 
     def finish(self) -> None:
-        """Remove the folder: the output is in place."""
+        """Remove the folder: the output is in place, or there is nothing to keep."""
         self.journal.close()
         self._clear()
         for name in _OURS:
@@ -93,6 +93,8 @@ class SearchFolder:
 
     def close(self) -> None:
         """Let go of the folder; a second time does nothing."""
+        if self._lock >= 0 and self.journal.n_records <= 1:
+            self.finish()  # nothing was answered: nothing to go on from
         self.journal.close()
         if self._lock >= 0:
             if os.path.isdir(self.root):

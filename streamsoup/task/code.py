@@ -45,6 +45,13 @@ _PARSING = threading.Lock()
 """Two threads that parse confuse Python 3.11 (a `SystemError`, python/cpython#106905), and leave
 each other's filters of warnings behind."""
 
+# A child forked meanwhile would wait for a thread that it does not have.
+os.register_at_fork(
+    before=_PARSING.acquire,
+    after_in_parent=_PARSING.release,
+    after_in_child=_PARSING.release,
+)
+
 
 def digest_code(
     parts: Iterable[Any], *, version: str, settings: Mapping[str, Any] | None = None
@@ -84,6 +91,8 @@ class _Code:
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self._seen: set[Any] = set()
+        self._within: set[int] = set()
+        """Collections that are being taken in: one may hold itself."""
         self._n_files = 0
 
     def note(self, text: str) -> None:
@@ -200,11 +209,15 @@ class _Code:
 
     def _add_value(self, part: Any) -> None:
         """Take in a default or a setting: small collections, too."""
-        if isinstance(part, _COLLECTIONS) and len(part) <= _SMALL:
+        if id(part) in self._within:
+            self.note("what it is in")
+        elif isinstance(part, _COLLECTIONS) and len(part) <= _SMALL:
+            self._within.add(id(part))
             entries = part.items() if isinstance(part, dict) else part
             self.note(f"{type(part).__name__} of {len(part)}")
             for entry in sorted(entries, key=repr) if isinstance(part, (dict, set)) else entries:
                 self._add_value(entry)
+            self._within.discard(id(part))
         else:
             self.add(part)
 

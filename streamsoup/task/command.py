@@ -182,11 +182,13 @@ def _follow(
             os.set_blocking(stream.fileno(), False)
             selector.register(stream, selectors.EVENT_READ)
         while True:
+            # First, as we may have been stopped meanwhile, and the command have ended in time.
+            late = deadline is not None and time.monotonic() > deadline
             status = process.poll()
             _drain(selector, process, output, tail, 0.0 if status is not None else 0.05)
             if status is not None:
                 return status
-            if deadline is not None and time.monotonic() > deadline:
+            if late:
                 return None
 
 
