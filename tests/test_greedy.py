@@ -42,7 +42,7 @@ from streamsoup.soups.scorebook import Scorebook
 from streamsoup.soups.scoring import Outcome, contained
 from streamsoup.soups.search import search
 from streamsoup.soups.search_folder import SearchFolder, lock_folder
-from streamsoup.task import Score
+from streamsoup.task import Score, load_task
 
 
 @pytest.fixture(scope="module")
@@ -539,11 +539,12 @@ def test_a_fork_during_a_score_may_search(tmp_path: Path, paths: list[str]) -> N
         args=(paths[:2], score),
         kwargs={"output": tmp_path / "a", "model": networks.build()},
     )
+    task = load_task(score)
     thread.start()
     assert scoring.wait(20)
     child = os.fork()
     if child == 0:
-        with contained("task", "score"):
+        with contained(task, "score"):
             os._exit(0)
     forked.set()
     thread.join()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,8 @@ def test_each_task_file_has_what_lies_beside_it(tmp_path: Path) -> None:
         )
     loaded = [load_task(str(tmp_path / name / "task.py")) for name in "aba"]
     assert [task.score(None, "val").value for task in loaded] == [0, 1, 0]
-    assert [path for path in sys.path if path not in before] == [str(tmp_path / "a")]
+    assert sys.path == before
+    assert not {"helper", "inner", "inner.deep"} & sys.modules.keys()
 
 
 def test_a_script_that_changes_as_it_is_used(tmp_path: Path, paths: list[str]) -> None:
@@ -638,3 +640,51 @@ def test_signals_without_a_name(tmp_path: Path) -> None:
     paths = networks.ingredients(tmp_path / "in", 2)
     with pytest.raises(TaskError, match="was killed by signal 40"):
         greedy_soup(paths, task, output=tmp_path / "out")
+
+
+def test_what_the_caller_imports_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str]
+) -> None:
+    """A helper of a task is no module of the program that calls, before, while or after it runs."""
+    for name in ("task", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helping.py").write_text(f"WHOSE = {name!r}\n")
+    task, _ = networks.task_file(tmp_path / "task")
+    late = "\ndef score(model, split):\n    from helping import WHOSE\n    return len(WHOSE)\n"
+    task.write_text(f"import helping\n{task.read_text()}{late}")
+    greedy_soup(paths, task, output=tmp_path / "a")
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    import helping  # type: ignore[import-not-found]
+
+    assert helping.WHOSE == "mine"
+    soup = greedy_soup(paths, task, output=tmp_path / "b")
+    assert soup.score == len("task")
+    assert sys.modules["helping"] is helping
+    del sys.modules["helping"]
+
+
+def test_task_files_in_threads_import_what_lies_beside_them(tmp_path: Path) -> None:
+    """Also as they score, when another's folder was looked in last."""
+    ingredients = networks.ingredients(tmp_path / "in", 2)
+    wrong: list[object] = []
+
+    def search(number: int) -> None:
+        folder = tmp_path / f"task{number}"
+        folder.mkdir()
+        (folder / "metric_of_it.py").write_text(f"V = {number}\n")
+        task, _ = networks.task_file(folder)
+        late = "\ndef score(model, split):\n    from metric_of_it import V\n    return V\n"
+        task.write_text(task.read_text() + late)
+        try:
+            for n in range(5):
+                soup = greedy_soup(ingredients, task, output=folder / f"out{n}")
+                wrong.extend([] if soup.score == number else [(number, soup.score)])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=search, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

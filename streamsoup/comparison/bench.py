@@ -291,7 +291,7 @@ class Bench:
         finally:
             sink.mark_changed()
         if self._recalibrate and len(mixture.members) > 1:
-            with contained(self.task.name, "recalibration"):
+            with contained(self.task, "recalibration"):
                 recalibrate(sink.model, self.task.recalibration())
         self._current, self._versions = mixture, sink.versions()
 
@@ -308,7 +308,7 @@ class Bench:
 
             if self._model is None:
                 self.task.need("build")
-                with contained(self.task.name, "build"):
+                with contained(self.task, "build"):
                     self._model = self.task.build()
             sink = ModelSink(self._model, self.plan)
             sink.check_apart()
@@ -322,7 +322,7 @@ class Bench:
 
         self._put(mixture)
         model = self._live().model
-        with contained(self.task.name, "score"):
+        with contained(self.task, "score"):
             model.eval()
             return self.task.score(model, split)
 
@@ -333,7 +333,7 @@ class Bench:
         self._put(mixture)
         model = self._live().model
         logits, labels = [], []
-        with contained(self.task.name, "predictions"):
+        with contained(self.task, "predictions"):
             model.eval()
             for some, right in self.task.predictions(model, split):
                 logits.append(_to_numpy(some))

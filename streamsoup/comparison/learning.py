@@ -64,7 +64,7 @@ def _have_gradient(task: Task, model: Any) -> bool:
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with contained(task.name, "predictions"), torch.enable_grad():
+        with contained(task, "predictions"), torch.enable_grad():
             model.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(parameter.is_floating_point())

@@ -298,7 +298,7 @@ class _Kitchen:
         assert self._task is not None
         model = self._model
         if model is None:
-            with contained(self._task.name, "build"):
+            with contained(self._task, "build"):
                 model = self._task.build()
         sink = ModelSink(model, self.ordered.plan)
         self._live = LiveScorer(

@@ -151,7 +151,7 @@ class Search:
         self._started = time.monotonic()
         self._earlier: Mapping[str, Any] = (notebook.find("took") or {"took": {}})["took"]
         if model is None:
-            with contained(task.name, "build"):
+            with contained(task, "build"):
                 model = task.build()
         plan = ordered.plan
         sink: ModelSink = ModelSink(model, plan)

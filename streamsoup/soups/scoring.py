@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from streamsoup.sizes import nbytes_text
 from streamsoup.soups.candidates import Candidates, Moved
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
-from streamsoup.task.loading import put_back
+from streamsoup.task.loading import alone
 from streamsoup.write import write_at
 
 if TYPE_CHECKING:
@@ -111,14 +110,14 @@ class LiveScorer:
 
     def _score(self, to_beat: float | None) -> Score:
         model = self.sink.model
-        with contained(self._task.name, "score"):
+        with contained(self._task, "score"):
             model.eval()
             return self._task.score(model, self._split, to_beat)
 
     def _measure(self) -> None:
         from streamsoup.recalibration import recalibrate
 
-        with contained(self._task.name, "recalibration"):
+        with contained(self._task, "recalibration"):
             if not recalibrate(self.sink.model, self._task.recalibration()):
                 raise TaskError(
                     f"{self._task.name}: the model has no BatchNorm statistics to measure; "
@@ -246,36 +245,23 @@ class _CandidateSession:
         self._descriptors.close()
 
 
-_ALONE = threading.RLock()
-"""Held while the user's code runs: what it may change, and is put back, is the whole process's."""
-
-
-def _renew() -> None:
-    """Have a lock that nobody holds: in a forked child, the thread that held it is not there."""
-    global _ALONE
-    _ALONE = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew)
-
-
 @contextmanager
-def contained(name: str, what: str) -> Iterator[None]:
+def contained(task: Task, what: str, *, seed: int = 0) -> Iterator[None]:
     """Run the user's code: same randomness every time, all settings put back, errors named.
 
     One thread at a time.
     """
     try:
-        with _ALONE, put_back(), _same_randomness():
+        with alone(task.folder), _same_randomness(seed):
             yield
     except (KeyboardInterrupt, GeneratorExit, StreamsoupError):
         raise
     except BaseException as error:
-        raise TaskError(f"{name}: {what} failed: {_describe(error)}") from error
+        raise TaskError(f"{task.name}: {what} failed: {_describe(error)}") from error
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
+def _same_randomness(seed: int) -> Iterator[None]:
     """Seed all generators, and put back what they were, and torch's settings."""
     import torch
 
@@ -284,12 +270,13 @@ def _same_randomness() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            # Not `torch.manual_seed`: it takes longer than a small model's score.
-            torch.default_generator.manual_seed(0)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            # Not `torch.manual_seed`: it takes longer than a small model's score, and a lock that
+            # a forked child may wait for in vain.
+            torch.default_generator.manual_seed(seed)
             if torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(0)
+                torch.cuda.manual_seed_all(seed)
             yield
     finally:
         random.setstate(state[0])

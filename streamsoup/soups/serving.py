@@ -176,7 +176,7 @@ def _serve_live(connection: Connection, say: Callable[..., None]) -> None:
         members, to_beat, keep = pickle.loads(_next(connection))
         if scorer is None:
             say("doing", f"{task.name}: build")
-            with contained(task.name, "build"):
+            with contained(task, "build"):
                 model = task.build()
             say("mixing")
             sink = ModelSink(model, work.ordered.plan)

@@ -12,7 +12,6 @@ once for those.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -255,10 +254,7 @@ class Slopes:
         """Make the model ready for the task's code, and put all back afterwards."""
         import torch
 
-        with contained(self._task.name, "loss"):
-            torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - tasks may use it
-            random.seed(seed)
+        with contained(self._task, "loss", seed=seed):
             gradients = Gradients(self, self._sink, self._mixture, self._learned, backward)
             try:
                 with torch.set_grad_enabled(backward):

@@ -53,7 +53,7 @@ import msgspec
 
 from streamsoup.errors import TaskError, printable, some
 from streamsoup.task.code import digest_code
-from streamsoup.task.loading import guarded, imported_beside, load
+from streamsoup.task.loading import alone, folder_of, guarded, imported_beside, load
 from streamsoup.task.scores import Score, read_score
 
 __all__ = ["EXAMPLES", "AnyTask", "Score", "Task", "load_task", "read_score"]
@@ -87,6 +87,8 @@ class Task(msgspec.Struct, frozen=True):
     """The splits it can score; the first one is searched on."""
     main: str | None
     """The name of the metric that counts."""
+    folder: str = ""
+    """Where it may import from besides: the folder of a task file."""
 
     def has(self, function: str) -> bool:
         """Whether the task has an optional function."""
@@ -117,7 +119,8 @@ class Task(msgspec.Struct, frozen=True):
 
     def build(self) -> Any:
         """Build the model: a `torch.nn.Module`, with whatever weights."""
-        return self.need("build")()
+        with alone(self.folder):
+            return self.need("build")()
 
     def score(self, model: Any, split: str, to_beat: float | None = None) -> Score:
         """Score the model, as it is, on a split. Raises `TaskError` for an answer that is none."""
@@ -126,7 +129,8 @@ class Task(msgspec.Struct, frozen=True):
         known = _parameters(function)
         if known is not None:
             given = {name: value for name, value in given.items() if name in known}
-        answer = function(model, **given)
+        with alone(self.folder):
+            answer = function(model, **given)
         return read_score(answer, main=self.main, to_beat=to_beat, where=f"{self.name}: score")
 
     def losses(self, model: Any, split: str) -> Iterator[tuple[Any, float]]:
@@ -182,27 +186,30 @@ def load_task(task: AnyTask) -> Task:
     """
     if isinstance(task, Task):
         return task
+    folder = ""
     if isinstance(task, (str, os.PathLike)):
         name = printable(os.fspath(task))
+        folder = folder_of(os.fspath(task))
         source = load(os.fspath(task))
     else:
         source = task
         name = getattr(task, "__name__", None) or type(task).__name__
     if inspect.isclass(source):
-        source = guarded(name, source)
+        source = guarded(name, folder, source)
     if inspect.isfunction(source) or (callable(source) and not hasattr(source, "score")):
         source = _Lone(source)
     splits = getattr(source, "splits", None)
     if callable(splits):
-        splits = guarded(name, splits)
+        splits = guarded(name, folder, splits)
     names = ("val",) if splits is None else tuple(map(str, splits))
     if not names or isinstance(splits, str):
         raise TaskError(f"{name}: splits is empty or no list; write splits = ['val', 'test']")
     main = getattr(source, "main", None)
     main = main if isinstance(main, str) else None
     version = repr((str(getattr(source, "version", "")), main))
-    fingerprint = digest_code(_parts_of(source), version=version, settings=_settings_of(source))
-    loaded = Task(name, fingerprint, source, names, main)
+    with alone(folder):  # where classes are found by the names of their modules
+        fingerprint = digest_code(_parts_of(source), version=version, settings=_settings_of(source))
+    loaded = Task(name, fingerprint, source, names, main, folder)
     loaded.need("score")
     return loaded
 

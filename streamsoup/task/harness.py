@@ -23,7 +23,7 @@ import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -58,6 +58,8 @@ class HarnessTask(msgspec.Struct):
     checkpoint: str
     """Where configuration and tokenizer come from: the first ingredient."""
     splits: tuple[str, ...] = ("val",)
+    folder: ClassVar[str] = ""
+    """Task files of ours import from their own folder; the harness finds its own."""
     _loaded: dict[str, Any] = {}
 
     @property

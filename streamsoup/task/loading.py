@@ -1,8 +1,8 @@
-"""Finding the user's code: a task file, a module, or an object in one of them.
+"""Finding the user's code, and letting it run: a task file, a module, or an object in one of them.
 
-A task file is loaded as a script is run: what lies beside it can be imported by it, and by no other
-task file, and is imported anew when it has changed. What the calling program has imported itself
-stays as it is.
+A task file is loaded, and what is in it called, as a script is run: what lies beside it can be
+imported by it, and by nobody else, and is imported anew when it has changed. What the calling
+program has imported itself stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -21,16 +22,93 @@ import numpy as np
 
 from streamsoup.errors import TaskError, printable
 
-__all__ = ["guarded", "imported_beside", "load", "place_of", "put_back"]
+__all__ = ["alone", "folder_of", "guarded", "imported_beside", "load", "place_of"]
+
+_ALONE = threading.RLock()
+"""Held while the user's code runs: what it may change, and is put back, is the whole process's."""
+
+
+def _renew() -> None:
+    """Have a lock that nobody holds: in a forked child, the thread that held it is not there."""
+    global _ALONE
+    _ALONE = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+class _Beside(msgspec.Struct):
+    """What was imported from a task file's folder; it is among the modules while its code runs."""
+
+    modules: dict[str, ModuleType] = {}
+    stamps: dict[str, tuple[int, int] | None] = {}
+    """Of the modules that were imported as the task was loaded: when their files were written, and
+    their sizes. None for packages without a file."""
+
+
+_beside: dict[str, _Beside] = {}
+
+
+@contextmanager
+def alone(folder: str) -> Iterator[None]:
+    """Let the user's code run, one thread at a time, and put back what is ours.
+
+    That is the working folder, numpy's handling of errors, and where modules are imported from:
+    `folder`, that of a task file, is looked in first; empty for other tasks.
+    """
+    with _ALONE, _at_the_folder_we_are_in(), np.errstate(), _importing_from(folder):
+        yield
+
+
+@contextmanager
+def _at_the_folder_we_are_in() -> Iterator[None]:
+    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)  # which has no name any more if it was removed
+    try:
+        yield
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+
+
+@contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    if not folder or folder in sys.path:  # the calling program imports from there, too
+        yield
+        return
+    beside = _beside.setdefault(folder, _Beside())
+    others = {name: sys.modules[name] for name in beside.modules if name in sys.modules}
+    before = set(sys.modules).difference(others)
+    sys.modules.update(beside.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # it may have done so itself
+            sys.path.remove(folder)
+        for name in set(sys.modules).difference(before):
+            if _lies_in(folder, name, sys.modules[name]):
+                beside.modules[name] = sys.modules.pop(name)
+        sys.modules.update(others)
+
+
+def _lies_in(folder: str, name: str, module: ModuleType) -> bool:
+    """Whether a module was imported from a folder, or is a task file in it."""
+    known = getattr(module, "__dict__", {})  # some modules make up what they are asked for
+    file = known.get("__file__") or ""
+    if name.startswith(_TASK):
+        return os.path.dirname(file) == folder
+    top = os.path.join(folder, name.partition(".")[0])
+    places = [file, *(f"{path}{os.sep}" for path in known.get("__path__") or ())]
+    return any(place.startswith((f"{top}.", f"{top}{os.sep}")) for place in places)
+
+
+_TASK = "streamsoup_task_"
+"""What the names of task files begin with as modules."""
 
 
 def load(text: str) -> Any:
     """Import a task file, a module, or an object in one of them. Raises `TaskError`."""
-    path, _, attribute = text.rpartition(":")
-    if text.endswith(".py"):
-        path, attribute = text, ""
-    elif not path.endswith(".py"):
-        path, _, attribute = text.partition(":")
+    path, attribute = _parts_of(text)
     module = _load_file(path) if path.endswith(".py") else _load_module(path, text)
     found: Any = module
     for part in attribute.split(".") if attribute else ():
@@ -40,11 +118,26 @@ def load(text: str) -> Any:
     return found
 
 
+def _parts_of(text: str) -> tuple[str, str]:
+    """Split what names a task into its file or module, and what is meant in it."""
+    path, _, attribute = text.rpartition(":")
+    if text.endswith(".py"):
+        return text, ""
+    if not path.endswith(".py"):
+        path, _, attribute = text.partition(":")
+    return path, attribute
+
+
+def folder_of(text: str) -> str:
+    """Give the folder that a task file, named so, imports from; nothing for what is none."""
+    path, _ = _parts_of(text)
+    return os.path.dirname(os.path.abspath(path)) if path.endswith(".py") else ""
+
+
 def imported_beside(module: ModuleType) -> list[ModuleType]:
     """List the modules that a task file imported from its own folder, by whatever way."""
-    folder = os.path.dirname(module.__file__ or "")
-    names = sorted(_beside[folder].stamps) if folder in _beside else []
-    return [sys.modules[name] for name in names if name in sys.modules]
+    beside = _beside.get(os.path.dirname(module.__file__ or ""), _Beside())
+    return [beside.modules[name] for name in sorted(beside.stamps)]
 
 
 def place_of(name: str) -> str:
@@ -56,38 +149,14 @@ def place_of(name: str) -> str:
     return name
 
 
-def guarded(where: str, run: Callable[[], Any]) -> Any:
-    """Run the user's code, and name it where it fails."""
+def guarded(where: str, folder: str, run: Callable[[], Any]) -> Any:
+    """Run the user's code, as `alone` does, and name it where it fails."""
     try:
-        with put_back():
+        with alone(folder):
             return run()
     except (Exception, SystemExit) as error:
         kind = type(error).__name__
         raise TaskError(f"{where}: cannot be loaded: {kind}: {printable(error, 500)}") from error
-
-
-@contextmanager
-def put_back() -> Iterator[None]:
-    """Put back what the user's code may change and ours goes by: folder, and numpy's errors."""
-    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)  # which has no name any more if it was removed
-    try:
-        with np.errstate():
-            yield
-    finally:
-        os.fchdir(folder)
-        os.close(folder)
-
-
-class _Beside(msgspec.Struct):
-    """What is known of a task file's folder since it was put on the path."""
-
-    before: set[str]
-    """The modules that were there by then."""
-    stamps: dict[str, tuple[int, int] | None] = {}
-    """Of the modules that were imported from there as the task was loaded."""
-
-
-_beside: dict[str, _Beside] = {}
 
 
 def _load_file(path: str) -> ModuleType:
@@ -95,47 +164,33 @@ def _load_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
         raise TaskError(f"{where}: no such task file; check the path")
     folder, file = os.path.split(os.path.abspath(path))
-    module_name = f"streamsoup_task_{os.path.splitext(file)[0]}"
+    module_name = f"{_TASK}{os.path.splitext(file)[0]}"
     spec = importlib.util.spec_from_file_location(module_name, os.path.abspath(path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    for known in list(_beside):
-        if known != folder or _stamps(folder) != _beside[folder].stamps:
-            _forget(known)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        _beside[folder] = _Beside(set(sys.modules))
-    sys.modules[module_name] = module  # dataclasses and pickles look modules up by name
-    guarded(where, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    if folder in _beside:
-        _beside[folder].stamps = _stamps(folder)
+
+    def execute() -> None:
+        sys.modules[module_name] = module  # dataclasses and pickles look modules up by name
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+
+    with _ALONE:
+        beside = _beside.get(folder)
+        if beside is not None and _stamps(beside.modules) != beside.stamps:
+            del _beside[folder]  # they are imported anew
+        importlib.invalidate_caches()
+        guarded(where, folder, execute)
+        if folder in _beside:
+            _beside[folder].stamps = _stamps(_beside[folder].modules)
     return module
 
 
-def _forget(folder: str) -> None:
-    """Take a folder off the path, and what was imported from it: names such as utils are common."""
-    for name in _stamps(folder):
-        del sys.modules[name]
-    del _beside[folder]
-    with suppress(ValueError):
-        sys.path.remove(folder)
-
-
-def _stamps(folder: str) -> dict[str, tuple[int, int] | None]:
-    """Give the modules imported from a folder, and when their files were written, and their sizes.
-
-    None for packages without a file.
-    """
-    importlib.invalidate_caches()
+def _stamps(modules: dict[str, ModuleType]) -> dict[str, tuple[int, int] | None]:
+    """Say when the files of modules were written, and their sizes; not those of task files."""
     found: dict[str, tuple[int, int] | None] = {}
-    for name, module in list(sys.modules.items()):
-        known = getattr(module, "__dict__", {})  # some modules make up what they are asked for
-        file = known.get("__file__") or ""
-        top = os.path.join(folder, name.partition(".")[0])
-        places = [file, *(f"{path}{os.sep}" for path in known.get("__path__") or ())]
-        ours = any(place.startswith((f"{top}.", f"{top}{os.sep}")) for place in places)
-        if ours and name not in _beside[folder].before:
+    for name, module in modules.items():
+        if not name.startswith(_TASK):
+            file = getattr(module, "__file__", None) or ""
             status = os.stat(file) if os.path.isfile(file) else None
             found[name] = None if status is None else (status.st_mtime_ns, status.st_size)
     return found
@@ -147,7 +202,7 @@ def _load_module(name: str, text: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return guarded(printable(name), lambda: importlib.import_module(name))  # type: ignore[no-any-return]
+        return guarded(printable(name), "", lambda: importlib.import_module(name))  # type: ignore[no-any-return]
     except TaskError as error:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and missing.name == name.partition(".")[0]:
