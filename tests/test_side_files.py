@@ -293,3 +293,13 @@ def test_a_quantised_model_beside_a_lone_file_is_refused(tmp_path: Path) -> None
     (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     with pytest.raises(MismatchError, match="the model is quantised"):
         gather_side_files(open_ingredients([a / "model.safetensors", b]), None)
+
+
+def test_side_files_that_were_never_fetched_are_named(tmp_path: Path) -> None:
+    """A pointer in the place of a tokenizer goes along, and its content is asked for."""
+    a = fill(tmp_path / "a", ("config.json", "tokenizer.json"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (a / "tokenizer.json").write_text(pointer)
+    files, (warning,) = gather_side_files(open_ingredients([a]), None)
+    assert [file.name for file in files] == ["config.json", "tokenizer.json"]
+    assert warning.endswith("or put the content beside the soup: tokenizer.json")

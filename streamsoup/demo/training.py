@@ -97,12 +97,13 @@ def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 def reproducible(n_threads: int = 2) -> Iterator[None]:
     """Within, torch computes the same numbers on every run; its settings are restored after."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict)
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
         torch.set_num_threads(threads)
 
 

@@ -111,6 +111,12 @@ def gather_side_files(
         warnings.append(
             f"{printable(os.path.join(first, name))}: left out, too large for a side file"
         )
+    unfetched = [name for name in names if _is_pointer(os.path.join(first, name))]
+    if unfetched:
+        warnings.append(
+            f"{printable(first)}: has Git LFS pointers, whose content was never fetched; run "
+            f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
+        )
     files = [SideFile(name, os.path.join(first, name), None) for name in names]
     if dtype is not None:
         files = [_with_dtype(file, dtype) for file in files]
@@ -216,6 +222,14 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return 0
+
+
+def _is_pointer(path: str) -> bool:
+    try:
+        head = b"".join(pieces(path)) if _size(path) < 1024 else b""
+    except (OSError, ValueError):
+        return False
+    return head.startswith(b"version https://git-lfs.github.com/")
 
 
 def _equal(a: str, b: str) -> bool:
