@@ -67,7 +67,8 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         try:
             if isinstance(values, (str, bytes, set, frozenset, Mapping)):
                 raise TypeError
-            factors = tuple(float(getattr(v, "detach", lambda v=v: v)()) for v in values)
+            # Of torch without its gradient, of which it would warn.
+            factors = tuple(float(v.detach() if hasattr(v, "detach") else v) for v in values)
         except (TypeError, ValueError, OverflowError):
             raise RecipeError(
                 f"{printable(repr(values))}: a list of coefficients is wanted"

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from streamsoup import SearchOptions, greedy_soup
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
-from streamsoup.task import Score, command, family, load_task, read_score
+from streamsoup.task import Score, load_task, read_score
 from streamsoup.task.command import command_task
 
 
@@ -111,105 +110,6 @@ def test_task_files_that_cannot_be_used(tmp_path: Path, text: str, message: str)
         load_task(tmp_path / "task.py")
 
 
-def test_where_tasks_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files, modules, objects in modules, classes and functions are tasks; others are refused."""
-    text = "class Mine:\n    main = 'b'\n    def score(self, model, split):\n"
-    text += "        return {'a': 1, 'b': 2}\n"
-    (tmp_path / "my_soup_task.py").write_text(text + "mine = Mine()\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for given in ("my_soup_task:mine", "my_soup_task:Mine", f"{tmp_path}/my_soup_task.py:mine"):
-        assert load_task(given).score(None, "val").value == 2
-    assert load_task(lambda model: 0.5).score(None, "val").value == 0.5
-    with pytest.raises(TaskError, match="no such task file"):
-        load_task("nowhere.py")
-    with pytest.raises(TaskError, match="there is no module 'nowhere_at_all'"):
-        load_task("nowhere_at_all:x")
-    with pytest.raises(TaskError, match="has no 'other'"):
-        load_task("my_soup_task:other")
-
-
-def test_a_task_may_lie_in_a_folder_with_a_colon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A path is a path; a colon after it names an object all the same."""
-    monkeypatch.chdir(tmp_path)
-    Path("run:3").mkdir()
-    Path("run:3/task.py").write_text("class Mine:\n    score = min\ndef score(model): return 3\n")
-    assert load_task("run:3/task.py").score(None, "val").value == 3
-    assert load_task("run:3/task.py:Mine").has("score")
-    with pytest.raises(TaskError, match=r"run:4/task\.py: no such task file"):
-        load_task("run:4/task.py")
-
-
-def test_loading_a_task_leaves_the_world_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither the working folder nor numpy's error handling is the task's to choose."""
-    monkeypatch.chdir(tmp_path)
-    change = "os.chdir('/'); np.seterr(all='raise')"
-    head = "import os\nimport numpy as np\n"
-    Path("task.py").write_text(f"{head}{change}\ndef score(model): return 1\n")
-    Path("later.py").write_text(
-        f"{head}class Mine:\n    def __init__(self): {change}\n"
-        f"    def splits(self): {change}; return ['a']\n    def score(self, model): return 1\n"
-    )
-    before = np.geterr()
-    for task in ("task.py", "later.py:Mine"):
-        load_task(task)
-        assert Path.cwd() == tmp_path
-        assert np.geterr() == before
-
-
-def test_each_task_file_has_what_lies_beside_it(tmp_path: Path) -> None:
-    """A helper of one name beside two task files is two helpers, in whatever order they load."""
-    before = list(sys.path)
-    for number, name in enumerate("ab"):
-        (tmp_path / name / "inner").mkdir(parents=True)
-        (tmp_path / name / "inner" / "__init__.py").write_text("from inner.deep import V\n")
-        (tmp_path / name / "inner" / "deep.py").write_text(f"V = {number}\n")
-        (tmp_path / name / "helper.py").write_text("from inner import V\n")
-        (tmp_path / name / "task.py").write_text(
-            "from helper import V\ndef score(model, split): return V\n"
-        )
-    loaded = [load_task(str(tmp_path / name / "task.py")) for name in "aba"]
-    assert [task.score(None, "val").value for task in loaded] == [0, 1, 0]
-    assert sys.path == before
-    assert not {"helper", "inner", "inner.deep"} & sys.modules.keys()
-
-
-def test_a_script_that_changes_as_it_is_used(tmp_path: Path, paths: list[str]) -> None:
-    """Scores of two scripts make no soup."""
-    script, helper = tmp_path / "ev.py", tmp_path / "helper.py"
-    script.write_text(f"import helper\nprint(1)\nopen({str(helper)!r}, 'a').write('V = 1')")
-    helper.write_text("")
-    task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
-    with pytest.raises(TaskError, match=r"ev\.py, or what it imports, changed as it was used"):
-        greedy_soup(paths, task, output=tmp_path / "out")
-
-
-def test_a_command_may_tidy_up(tmp_path: Path, paths: list[str]) -> None:
-    """It may remove its candidate, or put a link in its place: what that leads to stays."""
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "work").write_text("")
-    for number, end in enumerate(("", f"; ln -s {mine} {{checkpoint}}")):
-        line = "test -e {checkpoint}/model.safetensors && echo 1; rm -r {checkpoint}" + end
-        task = command_task(line, main=None, timeout=60)
-        soup = greedy_soup(paths, task, output=tmp_path / f"out{number}")
-        assert len(soup.members) == len(paths)
-        assert [path.name for path in mine.iterdir()] == ["work"]
-        assert not (tmp_path / f"out{number}.search").exists()
-
-
-def test_the_time_of_a_search_holds_for_its_command(tmp_path: Path, paths: list[str]) -> None:
-    """A command without a limit of its own has that of the search."""
-    task = command_task("sleep 60; : {checkpoint}", main=None, timeout=None)
-    for jobs in (1, 2):
-        search = SearchOptions(timeout=0.2, jobs=jobs)
-        with pytest.raises(TaskError, match=r"took longer than 0\.2 s"):
-            greedy_soup(paths, task, output=tmp_path / "out", search=search)
-
-
 def hostile(folder: Path, body: str) -> Path:
     """Write a task whose scoring is hostile."""
     path, _ = networks.task_file(folder)
@@ -257,6 +157,8 @@ INTO_SOCKETS = """
             {does}
     {then}
 """
+
+
 SLEEPS = "time.sleep(100)"
 
 
@@ -291,180 +193,13 @@ def test_a_fork_does_not_answer_twice(tmp_path: Path, paths: list[str]) -> None:
     assert soup.singles[0].score.value == networks.mean_score(paths, [0])
 
 
-def run_command(command: str, timeout: float | None = 20.0, main: str | None = None) -> Score:
-    """Score a folder by a command."""
-    return command_task(command, main=main, timeout=timeout).run("/some where", "val", None)
-
-
-@pytest.mark.parametrize(
-    ("command", "score"),
-    [
-        ("echo 0.5 # {checkpoint}", 0.5),
-        ("echo accuracy: 93.5%; echo done {checkpoint} | tr -d /", 93.5),
-        ("echo 1; echo 2; # {checkpoint}", 2.0),
-        ("""echo '{"acc": 0.25, "model": "m"}' # {checkpoint}""", 0.25),
-        ("""printf '{\\n "acc": 0.25\\n}\\n' # {checkpoint}""", 0.25),
-        ("test {checkpoint} = '/some where' && echo -1e-3", -1e-3),
-        ("yes no | head -c 6000000; echo 7 {checkpoint}", 7.0),
-        ("sleep 60 & echo 3 # {checkpoint}", 3.0),
-    ],
-)
-def test_the_last_number_of_a_command(command: str, score: float) -> None:
-    """The last number or JSON object on standard output counts, whatever else there is."""
-    started = time.monotonic()
-    assert run_command(command).value == score
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("echo oops >&2; exit 3; {checkpoint}", r"ended with status 3.*\n  \| oops"),
-        ("kill -9 $$ # {checkpoint}", "killed by SIGKILL"),
-        ("echo nothing {checkpoint}", "printed no score"),
-        ("echo 1 2 # {checkpoint}", "has 2 of them"),
-        ("echo begun; sleep 60; {checkpoint}", r"longer than 1 s.*\n  \| begun"),
-        ("""echo '{"a": 1, "b": 2}' # {checkpoint}""", "which one counts is not clear"),
-    ],
-)
-def test_commands_that_fail(command: str, message: str) -> None:
-    """A command that fails, is late or prints no score is named, with the end of its output."""
-    with pytest.raises(TaskError, match=f"(?s){message}"):
-        run_command(command, timeout=1.0)
-
-
-def printed(folder: Path, text: str) -> Score:
-    """Score by a command that prints a text."""
-    (folder / "printed").write_text(text)
-    return run_command(f"cat {folder}/printed # {{checkpoint}}")
-
-
-_BLOCK = """***** eval metrics *****
-  epoch                   =        1.0
-  eval_accuracy           =        0.9
-  eval_loss               =        0.3
-  eval_runtime            = 0:00:01.23
-  eval_samples_per_second =      100.0
-  eval_steps_per_second   =       10.0"""
-
-
-@pytest.mark.parametrize(
-    ("printed", "metric", "score"),
-    [
-        (_BLOCK, "eval_accuracy", 0.9),
-        (_BLOCK, "eval_loss", 0.3),
-        (_BLOCK, "accuracy", None),
-        (_BLOCK, None, None),
-        ("acc: 0.5\nacc: 0.75 of all\nPeak memory: 123 MB", "acc", 0.75),
-        ("acc: 0.5\nPeak memory: 123 MB", None, None),
-        ("accuracy: 0.85\n12.3 it/s", None, None),
-        ("accuracy: 0.85\n2 passed in 0.12s", None, None),
-        ("0.85", "acc", 0.85),
-        ("acc: 0.85\n100%", "acc", 0.85),
-        ("acc=85%", "acc", 85.0),
-    ],
-)
-def test_the_number_that_counts_is_taken_by_its_name(
-    tmp_path: Path, printed: str, metric: str | None, score: float | None
-) -> None:
-    """Trainers end with how fast they were: that is no score, and the named one is found above."""
-    (tmp_path / "said").write_text(printed)
-    task = command_task(f"cat {tmp_path}/said # {{checkpoint}}", main=metric, timeout=None)
-    if score is None:
-        with pytest.raises(TaskError, match=r"no score can be read|printed no accuracy|has \d"):
-            task.run("folder", "val", None)
-    else:
-        assert task.run("folder", "val", None).value == score
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("Evaluated 200 examples\nAccuracy: 0.85.\n", 0.85),
-        ("epoch 3\nIt is 0.85!\n", 0.85),
-        ("epoch 3\nacc 85%, as before\n", 85.0),
-        ("Loaded 200\n\x1b[1;32m0.85\x1b[0m\n", 0.85),
-        ("\x1b]0;run 3\x07acc: 0.85\x1b[K\n", 0.85),
-        ("epoch 3\n\u22120.5\n", -0.5),
-        ("epoch 3\nnp.float64(0.85)\n", 0.85),
-        ("0.85 (170/200)\n", 0.85),
-        ("0.85\n\nAll done, bye :)\n", 0.85),
-        ('step 3: {"acc": 0.85}\n', 0.85),
-        ('{\n "acc": 0.85,\n "of": {\n  "n": 3\n }\n}\n', 0.85),
-        ("10% 1\r100% 2\racc 0.85\r\n", 0.85),
-        ("0.5\nscore -inf\n", float("-inf")),
-        ("0.5\nscore=inf\n", float("inf")),
-        ("0.5\nNaN\n", float("nan")),
-        ("0.5\nval loss: nan\n", float("nan")),
-        ("0.5\naccuracy nan\n", float("nan")),
-        ("0.5\ntensor(nan)\n", float("nan")),
-    ],
-)
-def test_what_scripts_print_last(tmp_path: Path, text: str, score: float) -> None:
-    """Sentences, colours, signs and words for numbers are read as they are meant."""
-    assert printed(tmp_path, text).value == pytest.approx(score, rel=0, abs=0, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{'accuracy': 0.85}",
-        '{"accuracy": 0.85,}',
-        ' "of": {"n": 3}',
-        "acc=0.85s",
-        "Done in 12s",
-        "Done in 12.5 seconds",
-        "3/4",
-        "2024-01-31 done",
-        "saved to run/3",
-        "127.0.0.1",
-        "finished without nan",
-        "no nan",
-        "nan-free",
-        "  0.5000])",
-        "n_examples=200)",
-        "]",
-    ],
-)
-def test_a_line_that_cannot_be_read_hides_no_other(tmp_path: Path, line: str) -> None:
-    """What may be the score, but is none for sure, is named; the line above it is no score."""
-    with pytest.raises(TaskError, match=r"no score can be read from .*print the score last") as no:
-        printed(tmp_path, f"Evaluating 200\n{line}\n")
-    assert repr(line.strip()) in str(no.value)
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_long_object_is_read_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None
-) -> None:
-    """Thousands of examples are no matter; where they are too many, none of them is the score."""
-    found = {"accuracy": 0.75, "examples": [1.0, 0.0] * 50_000}
-    text = json.dumps(found, indent=indent)
-    score = printed(tmp_path, text)
-    assert score.value == 0.75
-    assert score.examples is not None
-    assert score.examples.tolist() == found["examples"]
-    monkeypatch.setattr("streamsoup.task.command.OUTPUT_NBYTES", 100_000)
-    with pytest.raises(TaskError, match=r"no score.* that it printed, and no more are held"):
-        printed(tmp_path, text)
-    assert printed(tmp_path, f"{text}\n0.5").value == 0.5
-
-
-def test_what_stands_for_what_in_a_command(tmp_path: Path) -> None:
-    """A path that looks like another placeholder is a path."""
-    path = tmp_path / "a{split}{to_beat}"
-    path.write_text("3")
-    task = command_task("cat {checkpoint}; : {split} {to_beat}", main=None, timeout=20.0)
-    assert task.run(str(path), "val", 0.5).value == 3
-
-
 def test_a_late_command_is_killed_with_its_children(tmp_path: Path) -> None:
     """After a timeout no process of the command is left, not even one in a session of its own."""
     mark = tmp_path / "pids"
     command = f"(setsid sleep 61 & echo $! >> {mark}; sleep 62 & echo $! >> {mark}; sleep 63)"
     command += " # {checkpoint}"
     with pytest.raises(TaskError, match="longer than"):
-        run_command(command, timeout=1.0)
+        command_task(command, main=None, timeout=1.0).run("/some where", "val", None)
     time.sleep(0.1)
     assert not any(map(is_alive, mark.read_text().split()))
 
@@ -496,7 +231,7 @@ def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) ->
     mark = tmp_path / "command"
     (tmp_path / "daemon.py").write_text(DAEMON.format(mark=str(mark)))
     command = f"{sys.executable} {tmp_path}/daemon.py; echo 3 # {{checkpoint}}"
-    assert run_command(command).value == 3
+    assert command_task(command, main=None, timeout=20).run("/x", "val", None).value == 3
     assert not is_alive(mark.read_text())
     mark = tmp_path / "task"
     task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    os._exit(3)")
@@ -538,33 +273,6 @@ def comes_true(condition: Callable[[], bool]) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> None:
-    """Each candidate has a path of its own and the bits of the soup; ingredients are not given."""
-    script = tmp_path / "eval.py"
-    script.write_text(
-        "import sys, os\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import networks\nfrom safetensors.torch import load_file\n"
-        f"open({str(tmp_path / 'log')!r}, 'a').write(sys.argv[1] + chr(10))\n"
-        "model = networks.build()\n"
-        "model.load_state_dict(load_file(sys.argv[1] + '/model.safetensors'))\n"
-        "print('score', networks.score(model.eval()))\n"
-        "open(sys.argv[1] + '/model.safetensors', 'r+b').write(b'spoiled')\n"
-        "open(sys.argv[1] + '/stray', 'w')\n"
-    )
-    before = [Path(path, "model.safetensors").read_bytes() for path in paths]
-    task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
-    soup = greedy_soup(paths, task, output=tmp_path / "out")
-    found = [trial.score.value for trial in (*soup.singles, *soup.runs[0].trials)]
-    trials = [trial.members for trial in (*soup.singles, *soup.runs[0].trials)]
-    assert found == [networks.mean_score(paths, members) for members in trials]
-    candidates = (tmp_path / "log").read_text().splitlines()
-    assert len(set(candidates)) == len(candidates) == 3
-    assert all(str(tmp_path / "out.search") in candidate for candidate in candidates)
-    assert before == [Path(path, "model.safetensors").read_bytes() for path in paths]
-    assert not (tmp_path / "out.search").exists()
 
 
 def test_the_table_fits_the_terminal(
@@ -623,68 +331,3 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     there = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
     assert there.returncode == 1
     assert "--overwrite" in there.stderr
-
-
-def test_what_ended_while_we_were_stopped_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes back from Ctrl-Z after the deadline looks once more before judging."""
-    monkeypatch.setattr(command, "_drain", lambda *_: time.sleep(1))  # as if stopped there
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(["sleep", "0.2"], **pipes) as process:
-        deadline = time.monotonic() + 0.5
-        assert command._follow(process, deadline, family.Tail(), family.Tail()) == 0
-
-
-def test_signals_without_a_name(tmp_path: Path) -> None:
-    """A real-time signal has none, and is told by its number."""
-    task = command_task("kill -40 $$; echo {checkpoint}", main=None, timeout=9)
-    paths = networks.ingredients(tmp_path / "in", 2)
-    with pytest.raises(TaskError, match="was killed by signal 40"):
-        greedy_soup(paths, task, output=tmp_path / "out")
-
-
-def test_what_the_caller_imports_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str]
-) -> None:
-    """A helper of a task is no module of the program that calls, before, while or after it runs."""
-    for name in ("task", "mine"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "helping.py").write_text(f"WHOSE = {name!r}\n")
-    task, _ = networks.task_file(tmp_path / "task")
-    late = "\ndef score(model, split):\n    from helping import WHOSE\n    return len(WHOSE)\n"
-    task.write_text(f"import helping\n{task.read_text()}{late}")
-    greedy_soup(paths, task, output=tmp_path / "a")
-    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
-    import helping  # type: ignore[import-not-found]
-
-    assert helping.WHOSE == "mine"
-    soup = greedy_soup(paths, task, output=tmp_path / "b")
-    assert soup.score == len("task")
-    assert sys.modules["helping"] is helping
-    del sys.modules["helping"]
-
-
-def test_task_files_in_threads_import_what_lies_beside_them(tmp_path: Path) -> None:
-    """Also as they score, when another's folder was looked in last."""
-    ingredients = networks.ingredients(tmp_path / "in", 2)
-    wrong: list[object] = []
-
-    def search(number: int) -> None:
-        folder = tmp_path / f"task{number}"
-        folder.mkdir()
-        (folder / "metric_of_it.py").write_text(f"V = {number}\n")
-        task, _ = networks.task_file(folder)
-        late = "\ndef score(model, split):\n    from metric_of_it import V\n    return V\n"
-        task.write_text(task.read_text() + late)
-        try:
-            for n in range(5):
-                soup = greedy_soup(ingredients, task, output=folder / f"out{n}")
-                wrong.extend([] if soup.score == number else [(number, soup.score)])
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=search, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []

@@ -1,4 +1,4 @@
-"""The peers: what else makes a soup, each as one short script in an environment of its own.
+"""The peers: what else makes a soup, each a short script, in an environment with what it needs.
 
 Scripts are called as ``python script.py OUTPUT INGREDIENT...``, all of them folders, and are not
 imported from here.

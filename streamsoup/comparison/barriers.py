@@ -81,6 +81,6 @@ def parse_alphas(text: str) -> list[float]:
     if not np.isfinite(alphas).all():
         raise RecipeError(
             f"{text!r} is no list of α such as 0,0.5,1, and no range such as 0:1:0.1, whose step "
-            "divides it into 10000 at most"
+            "divides it into 10000 parts at most"
         )
     return sorted(set(alphas))

@@ -3,8 +3,7 @@
 A key is made of what an answer depends on: the digests of the ingredients that went into the
 mixture, its coefficients, the task's code and the split. So one more ingredient costs only what is
 new, a changed checkpoint or task finds nothing, and a run that was killed is taken up by the same
-command. What the task reads, but for its own file and the modules
-beside it, is not in the key.
+command. What the task reads, but for its own file and the modules beside it, is not in the key.
 
 ::
 

@@ -26,7 +26,8 @@ __all__ = ["main"]
 def main(folder: str | os.PathLike[str] = "streamsoup-demo") -> None:
     """Run the demo, leave its checkpoints and results in `folder`, and print the table.
 
-    Takes under a minute on two cores.  Whatever `folder` holds from an earlier demo is replaced.
+    Takes under a minute on two cores.  Whatever `folder` holds from an earlier demo is
+    replaced; `OutputExistsError` if it holds anything else.
 
     Raises `SystemExit` with a line of advice if the extra dependencies are not installed.
     """

@@ -275,8 +275,9 @@ def _same_randomness(seed: int) -> Iterator[None]:
             # Not `torch.manual_seed`: it takes longer than a small model's score, and a lock that
             # a forked child may wait for in vain.
             torch.default_generator.manual_seed(seed)
-            if torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(seed)
+            for kind in (torch.cuda, torch.xpu):
+                if kind.is_initialized():
+                    kind.manual_seed_all(seed)
             yield
     finally:
         random.setstate(state[0])

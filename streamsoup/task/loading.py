@@ -24,6 +24,9 @@ from streamsoup.errors import TaskError, printable
 
 __all__ = ["alone", "folder_of", "guarded", "imported_beside", "load", "place_of"]
 
+_TASK = "streamsoup_task_"
+"""What the names of task files begin with as modules."""
+
 _ALONE = threading.RLock()
 """Held while the user's code runs: what it may change, and is put back, is the whole process's."""
 
@@ -100,10 +103,6 @@ def _lies_in(folder: str, name: str, module: ModuleType) -> bool:
     top = os.path.join(folder, name.partition(".")[0])
     places = [file, *(f"{path}{os.sep}" for path in known.get("__path__") or ())]
     return any(place.startswith((f"{top}.", f"{top}{os.sep}")) for place in places)
-
-
-_TASK = "streamsoup_task_"
-"""What the names of task files begin with as modules."""
 
 
 def load(text: str) -> Any:
