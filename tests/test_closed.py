@@ -394,3 +394,16 @@ def test_a_file_without_coefficients_is_refused(
         streamsoup.mix(paths[:1], tmp_path / "c.json", output=tmp_path / "soup")
     with pytest.raises(RecipeError, match=r"streamsoup\.json: cannot be read: .*; give a soup"):
         streamsoup.mix(paths[:1], tmp_path, output=tmp_path / "soup")
+
+
+def test_the_way_to_the_second_on_the_command_line(paths: list[str], tmp_path: Path) -> None:
+    """-t is how far to go from the first checkpoint to the second; not together with weights."""
+    done = command("slerp", *paths[:2], "-t", "0.25", "-o", tmp_path / "soup")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "soup" / "streamsoup.json").read_text())
+    assert made["report"]["weights"] == [0.75, 0.25]
+    same = streamsoup.slerp(paths[:2], [0.75, 0.25], output=tmp_path / "same")
+    assert same.provenance.tensors == made["tensors"]
+    done = command("slerp", *paths[:2], "-t", "0.5", "-w", "1,1", "-o", tmp_path / "both")
+    assert done.returncode == 2
+    assert "-t and --weights say the same; give one of them" in done.stderr
