@@ -8,79 +8,79 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from streamsoup.version import __version__ as __version__
 
 _HOMES = {
     "Coefficients": "recipe",
-    "CompareOptions": "comparison.table",
-    "Geometry": "angles",
-    "GreedySoup": "soups.greedy",
+    "CompareOptions": "study.comparison.table",
+    "Geometry": "methods.angles",
+    "GreedySoup": "search.greedy",
     "Ingredient": "formats.shards",
-    "LearnedSoup": "soups.learned",
-    "LearningOptions": "soups.learning",
+    "LearnedSoup": "search.learned",
+    "LearningOptions": "search.learning.descending",
     "Options": "options",
     "Provenance": "recipe",
     "Recipe": "recipe",
-    "SearchOptions": "soups.greedy",
-    "Soup": "soups.make",
+    "SearchOptions": "search.greedy",
+    "Soup": "output.make",
     "StreamsoupError": "errors",
-    "arithmetic": "soups.closed",
-    "compare": "comparison.table",
-    "ema": "soups.closed",
-    "geometry": "angles",
-    "greedy_soup": "soups.greedy",
-    "interpolate": "soups.fixed",
-    "landscape": "comparison.landscape",
-    "lawa": "soups.closed",
-    "learned_soup": "soups.learned",
-    "mix": "soups.fixed",
-    "mix_into": "soups.live_mix",
+    "arithmetic": "methods.closed",
+    "compare": "study.comparison.table",
+    "ema": "methods.closed",
+    "geometry": "methods.angles",
+    "greedy_soup": "search.greedy",
+    "interpolate": "methods.fixed",
+    "landscape": "study.landscape.landscape",
+    "lawa": "methods.closed",
+    "learned_soup": "search.learned",
+    "mix": "methods.fixed",
+    "mix_into": "live.mix",
     "open_ingredients": "formats.shards",
-    "recalibrate": "recalibration",
-    "slerp": "soups.closed",
-    "stock": "soups.closed",
-    "sweep": "comparison.paths",
-    "uniform": "soups.fixed",
-    "verify": "verification",
-    "write_report": "report.comparison",
-    "wsm": "soups.closed",
+    "recalibrate": "live.recalibration",
+    "slerp": "methods.closed",
+    "stock": "methods.closed",
+    "sweep": "study.landscape.paths",
+    "uniform": "methods.fixed",
+    "verify": "output.verification",
+    "write_report": "study.report.comparison",
+    "wsm": "methods.closed",
 }
 """Public names, and the rooms they live in: each is imported on first use."""
 
 if TYPE_CHECKING:
-    from streamsoup.angles import Geometry as Geometry
-    from streamsoup.angles import geometry as geometry
-    from streamsoup.comparison.landscape import landscape as landscape
-    from streamsoup.comparison.paths import sweep as sweep
-    from streamsoup.comparison.table import CompareOptions as CompareOptions
-    from streamsoup.comparison.table import compare as compare
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.formats.shards import Ingredient as Ingredient
     from streamsoup.formats.shards import open_ingredients as open_ingredients
+    from streamsoup.live.mix import mix_into as mix_into
+    from streamsoup.live.recalibration import recalibrate as recalibrate
+    from streamsoup.methods.angles import Geometry as Geometry
+    from streamsoup.methods.angles import geometry as geometry
+    from streamsoup.methods.closed import arithmetic as arithmetic
+    from streamsoup.methods.closed import ema as ema
+    from streamsoup.methods.closed import lawa as lawa
+    from streamsoup.methods.closed import slerp as slerp
+    from streamsoup.methods.closed import stock as stock
+    from streamsoup.methods.closed import wsm as wsm
+    from streamsoup.methods.fixed import interpolate as interpolate
+    from streamsoup.methods.fixed import mix as mix
+    from streamsoup.methods.fixed import uniform as uniform
     from streamsoup.options import Options as Options
-    from streamsoup.recalibration import recalibrate as recalibrate
+    from streamsoup.output.make import Soup as Soup
+    from streamsoup.output.verification import verify as verify
     from streamsoup.recipe import Coefficients as Coefficients
     from streamsoup.recipe import Provenance as Provenance
     from streamsoup.recipe import Recipe as Recipe
-    from streamsoup.report.comparison import write_report as write_report
-    from streamsoup.soups.closed import arithmetic as arithmetic
-    from streamsoup.soups.closed import ema as ema
-    from streamsoup.soups.closed import lawa as lawa
-    from streamsoup.soups.closed import slerp as slerp
-    from streamsoup.soups.closed import stock as stock
-    from streamsoup.soups.closed import wsm as wsm
-    from streamsoup.soups.fixed import interpolate as interpolate
-    from streamsoup.soups.fixed import mix as mix
-    from streamsoup.soups.fixed import uniform as uniform
-    from streamsoup.soups.greedy import GreedySoup as GreedySoup
-    from streamsoup.soups.greedy import SearchOptions as SearchOptions
-    from streamsoup.soups.greedy import greedy_soup as greedy_soup
-    from streamsoup.soups.learned import LearnedSoup as LearnedSoup
-    from streamsoup.soups.learned import learned_soup as learned_soup
-    from streamsoup.soups.learning import LearningOptions as LearningOptions
-    from streamsoup.soups.live_mix import mix_into as mix_into
-    from streamsoup.soups.make import Soup as Soup
-    from streamsoup.verification import verify as verify
+    from streamsoup.search.greedy import GreedySoup as GreedySoup
+    from streamsoup.search.greedy import SearchOptions as SearchOptions
+    from streamsoup.search.greedy import greedy_soup as greedy_soup
+    from streamsoup.search.learned import LearnedSoup as LearnedSoup
+    from streamsoup.search.learned import learned_soup as learned_soup
+    from streamsoup.search.learning.descending import LearningOptions as LearningOptions
+    from streamsoup.study.comparison.table import CompareOptions as CompareOptions
+    from streamsoup.study.comparison.table import compare as compare
+    from streamsoup.study.landscape.landscape import landscape as landscape
+    from streamsoup.study.landscape.paths import sweep as sweep
+    from streamsoup.study.report.comparison import write_report as write_report
 
 
 __all__ = sorted(_HOMES)

@@ -12,7 +12,7 @@ def main() -> None:
     try:
         gc.disable()
         from streamsoup.cli import cli
-        from streamsoup.supervise import leave, open_standard_streams
+        from streamsoup.system.supervise import leave, open_standard_streams
 
         # What is imported stays to the end: no garbage is in it, and looking for some takes 6 ms.
         gc.freeze()

@@ -101,7 +101,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
     on_progress: Callable[[Any], None] | None = None
-    """Called with a `streamsoup.stream.Progress` twenty times a second, by the calling thread."""
+    """Called with a `streamsoup.engine.stream.Progress` twenty times a second, by the calling
+    thread."""
 
     def __post_init__(self) -> None:
         """Take numbers and devices as other libraries have them. Raises `RecipeError`."""

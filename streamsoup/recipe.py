@@ -31,7 +31,7 @@ ARITHMETIC = "float64, recipe order, product rounded then added, one division, o
 """The law every kernel keeps; written into each provenance. A change to it changes bytes."""
 
 DIGEST = "xxh3-128 of leaves of 4194304 elements"
-"""How a tensor is digested (see `streamsoup.plan.LEAF`): leaves first, then their digests."""
+"""How a tensor is digested: leaves first (`streamsoup.engine.plan.LEAF`), then their digests."""
 
 
 PROVENANCE_NAME = "streamsoup.json"

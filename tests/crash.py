@@ -153,16 +153,16 @@ class Fault:
         self.lock = threading.Lock()
         for name in (*NAMES, *LOOKS, "_exit"):
             setattr(os, name, self.wrap(name, getattr(os, name)))
-        import streamsoup.folders
-        import streamsoup.write
+        import streamsoup.output.write
+        import streamsoup.system.folders
 
         for module, name in (
-            (streamsoup.folders, "renameat2"),
-            (streamsoup.write, "fallocate"),
-            (streamsoup.write, "sync_file_range"),
+            (streamsoup.system.folders, "renameat2"),
+            (streamsoup.output.write, "fallocate"),
+            (streamsoup.output.write, "sync_file_range"),
         ):
             module._LIBC = Library(module._LIBC, name, self)  # type: ignore[attr-defined]
-        streamsoup.write.EARLY_NBYTES = 1  # our leaves are small
+        streamsoup.output.write.EARLY_NBYTES = 1  # our leaves are small
 
     def wrap(self, name: str, real: Any) -> Any:
         def call(*args: Any, **named: Any) -> Any:
@@ -263,8 +263,8 @@ class Library:
 
 def plant_fault(name: str) -> None:
     """Break streamsoup in one way that the tests must notice."""
-    import streamsoup.staging as staging
-    import streamsoup.write as write
+    import streamsoup.output.staging as staging
+    import streamsoup.output.write as write
 
     if name == "writes in place":
         begin = staging.Staging._begin
@@ -287,13 +287,13 @@ def plant_fault(name: str) -> None:
 
         write.sync_file = faulty_sync_file
     elif name == "no sync of folders":
-        import streamsoup.soups.make as make
+        import streamsoup.output.make as make
 
         staging.sync_folder = make.sync_folder = lambda path: None
     elif name == "no checkpoints":  # no fault: a run that is done before the first one
-        import streamsoup.stream
+        import streamsoup.engine.stream
 
-        streamsoup.stream.CHECKPOINT_S = 1e9
+        streamsoup.engine.stream.CHECKPOINT_S = 1e9
     elif name == "no checkpoints, no sync of shards":
         plant_fault("no checkpoints")
         write.FileSink.sync = lambda self: None  # type: ignore[method-assign]
@@ -302,7 +302,7 @@ def plant_fault(name: str) -> None:
             lambda self, leaf, nbytes: self._sink.noted(leaf)
         )
     elif name == "notes no scores":
-        import streamsoup.soups.scorebook as scorebook
+        import streamsoup.search.scoring.scorebook as scorebook
 
         def faulty_put(self: Any, members: Any, outcome: Any, to_beat: Any) -> None:
             self.scores[members] = outcome
@@ -325,25 +325,25 @@ def serve() -> None:
     import email.parser  # noqa: F401
     import importlib.metadata
 
-    import streamsoup.plan
-    import streamsoup.reduce
-    import streamsoup.soups.fixed
-    import streamsoup.stream
-    import streamsoup.terminal
-    import streamsoup.write
+    import streamsoup.cli.terminal
+    import streamsoup.engine.plan
+    import streamsoup.engine.reduce
+    import streamsoup.engine.stream
+    import streamsoup.methods.fixed
+    import streamsoup.output.write
     from streamsoup.cli import cli
 
-    streamsoup.plan.LEAF = 512
-    streamsoup.stream.CHECKPOINT_S = 0.0
-    streamsoup.stream.ALONE_NBYTES = -1  # so that there are checkpoints
-    streamsoup.stream.TICK_S = 0.001
-    cook = streamsoup.stream._Pass.cook
+    streamsoup.engine.plan.LEAF = 512
+    streamsoup.engine.stream.CHECKPOINT_S = 0.0
+    streamsoup.engine.stream.ALONE_NBYTES = -1  # so that there are checkpoints
+    streamsoup.engine.stream.TICK_S = 0.001
+    cook = streamsoup.engine.stream._Pass.cook
 
     def slow_cook(*args: Any) -> None:
         time.sleep(0.002)  # so that there is something to note when the first leaf is finished
         cook(*args)
 
-    streamsoup.stream._Pass.cook = slow_cook  # type: ignore[method-assign]
+    streamsoup.engine.stream._Pass.cook = slow_cook  # type: ignore[method-assign]
     leave = os._exit
     importlib.metadata.version("streamsoup")
     gc.freeze()

@@ -15,7 +15,8 @@ import pytest
 import torch
 from checkpoints import load, load_array, save, tensor
 
-from streamsoup import Options, mix, reduce, uniform
+from streamsoup import Options, mix, uniform
+from streamsoup.engine import reduce
 from streamsoup.errors import MismatchError, NonFiniteError
 from streamsoup.kernels import blocks, cpu, flags, means, objects, reference
 from streamsoup.recipe import Coefficients

@@ -10,10 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from streamsoup.comparison import calibration
-from streamsoup.comparison.barriers import advantage, barrier, parse_alphas
-from streamsoup.comparison.bootstrap import interval, resampled_means
-from streamsoup.comparison.calibration import (
+from streamsoup.errors import RecipeError
+from streamsoup.search.trials import best_first
+from streamsoup.study.comparison.selection import grow
+from streamsoup.study.comparison.theory import compare_with_ensemble, disagreement
+from streamsoup.study.landscape.plane import Plane
+from streamsoup.study.measures import calibration
+from streamsoup.study.measures.barriers import advantage, barrier, parse_alphas
+from streamsoup.study.measures.bootstrap import interval, resampled_means
+from streamsoup.study.measures.calibration import (
     NONE,
     answers_of,
     calibrate,
@@ -21,11 +26,6 @@ from streamsoup.comparison.calibration import (
     fit_beta,
     losses,
 )
-from streamsoup.comparison.plane import Plane
-from streamsoup.comparison.selection import grow
-from streamsoup.comparison.theory import compare_with_ensemble, disagreement
-from streamsoup.errors import RecipeError
-from streamsoup.soups.search import best_first
 
 Floats = NDArray[np.float64]
 
@@ -134,7 +134,7 @@ def test_large_logits_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = both()
     monkeypatch.setattr(calibration, "CACHED", 7000)
-    monkeypatch.setattr("streamsoup.comparison.theory.HELD", 7000)
+    monkeypatch.setattr("streamsoup.study.comparison.theory.HELD", 7000)
     tracemalloc.start()
     try:
         cut = both()
@@ -231,7 +231,7 @@ def test_rows_are_resampled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     together = resampled_means(values, n=100, seed=5)
     apart = [resampled_means(row[None], n=100, seed=5)[0] for row in values]
     np.testing.assert_allclose(together, apart, rtol=1e-12)
-    monkeypatch.setattr("streamsoup.comparison.bootstrap.HELD", 120)
+    monkeypatch.setattr("streamsoup.study.measures.bootstrap.HELD", 120)
     np.testing.assert_allclose(resampled_means(values, n=100, seed=5), together, rtol=1e-12)
     assert not np.allclose(resampled_means(values, n=100, seed=6), together)
 
@@ -344,7 +344,7 @@ def test_theory_follows_a_mild_bend() -> None:
 
 def test_a_theory_without_temperature_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: with the variance not scaled by β², a linear head has a difference."""
-    from streamsoup.comparison import theory
+    from streamsoup.study.comparison import theory
 
     plain = theory.disagreement
     monkeypatch.setattr(theory, "disagreement", lambda soup, d, beta: plain(soup, d, 1.0))

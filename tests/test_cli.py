@@ -181,7 +181,7 @@ def test_a_soup_that_only_lacked_its_name_is_said_to_be(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Killed just before the rename, or just after: the next run reads nothing, and says so."""
-    from streamsoup import staging
+    from streamsoup.output import staging
 
     rename = staging.Staging._rename
 
@@ -322,8 +322,8 @@ def test_what_shrank_is_named_though_it_was_not_given(
         os.truncate(b / "model.safetensors", 100)
         os.kill(os.getpid(), signal.SIGBUS)
 
-    monkeypatch.setattr("streamsoup.verification.verify", shrink)
-    monkeypatch.setattr("streamsoup.comparison.table.compare", shrink)
+    monkeypatch.setattr("streamsoup.output.verification.verify", shrink)
+    monkeypatch.setattr("streamsoup.study.comparison.table.compare", shrink)
     more = [a, "--base", b, "--task", "t.py", "-o", tmp_path / "out"]
     words = [tmp_path / "soup"] if verb == "verify" else more
     assert cli([verb, *map(str, words)]) == 1
@@ -335,7 +335,7 @@ def test_the_unforeseen_is_said_in_one_line(
     pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A defect of ours ends with status 1, what happened and where, and no traceback."""
-    from streamsoup.soups import fixed
+    from streamsoup.methods import fixed
 
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("oh\x1b")
@@ -352,7 +352,7 @@ def test_a_failing_system_is_no_defect_of_ours(
     pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A system call that fails unforeseen is said to be one, with the place."""
-    from streamsoup.soups import fixed
+    from streamsoup.methods import fixed
 
     def broken(*arguments: object, **options: object) -> None:
         raise OSError(5, "Input/output error")

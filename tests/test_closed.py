@@ -18,9 +18,9 @@ from checkpoints import command
 from safetensors.numpy import load_file, save_file
 
 import streamsoup
-from streamsoup.angles import Place
 from streamsoup.errors import NonFiniteError, OutputExistsError, RecipeError
-from streamsoup.soups.closed import sphere_factors, stock_ratio, wsm_factors
+from streamsoup.methods.angles import Place
+from streamsoup.methods.closed import sphere_factors, stock_ratio, wsm_factors
 
 N = 4
 
@@ -286,7 +286,7 @@ def test_the_barycentre_of_many() -> None:
 
 _ON_SPHERES = """
 import numpy as np
-from streamsoup.soups.closed import sphere_factors
+from streamsoup.methods.closed import sphere_factors
 rng = np.random.default_rng(5)
 for n in (2, 3, 8, 40):
     for _ in range(20):

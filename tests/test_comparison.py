@@ -21,14 +21,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import streamsoup
-from streamsoup.comparison import learning
-from streamsoup.comparison.cache import Cache
-from streamsoup.comparison.curves import choose_counts
-from streamsoup.comparison.landscape import landscape
-from streamsoup.comparison.pairs import choose_pairs
-from streamsoup.comparison.paths import sweep
-from streamsoup.comparison.rows import MEAN, Comparison
-from streamsoup.comparison.table import CompareOptions, compare, splits_of
 from streamsoup.errors import (
     MismatchError,
     OutputBusyError,
@@ -36,8 +28,16 @@ from streamsoup.errors import (
     RecipeError,
     TaskError,
 )
-from streamsoup.journal import Journal
-from streamsoup.soups.search import random_order
+from streamsoup.output.journal import Journal
+from streamsoup.search.trials import random_order
+from streamsoup.study.comparison import learning
+from streamsoup.study.comparison.curves import choose_counts
+from streamsoup.study.comparison.pairs import choose_pairs
+from streamsoup.study.comparison.table import CompareOptions, compare, splits_of
+from streamsoup.study.landscape.landscape import landscape
+from streamsoup.study.landscape.paths import sweep
+from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.rows import MEAN, Comparison
 from streamsoup.task import load_task
 
 SPLITS = ["val", "test", "far", "farther"]
@@ -186,7 +186,7 @@ def test_another_average_would_be_seen(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted fault: with one member left out of every soup, the table is another."""
-    from streamsoup.comparison import bench
+    from streamsoup.study.measures import bench
 
     right = by_name(compare(folders, Counting(), output=tmp_path / "a", settings=SMALL))
     uniform = bench.Mixture.uniform
@@ -441,7 +441,7 @@ def test_a_mixture_that_stays_is_put_once(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four splits of an ingredient cost one pass over its weights; four, if the task changes it."""
-    from streamsoup import stream
+    from streamsoup.engine import stream
 
     runs: list[int] = []
     run = stream.run
@@ -525,7 +525,7 @@ def test_learning_that_was_killed(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A learned search that was killed is no obstacle to one over other ingredients."""
-    from streamsoup.soups.learning import Search
+    from streamsoup.search.learning.descending import Search
 
     def killed(search: Any, **more: Any) -> None:
         raise KeyboardInterrupt
@@ -704,7 +704,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def save(file: Any, array: Any, **kwargs: Any) -> None:
         raise OSError("3000 requested and 2016 written")
 
-    monkeypatch.setattr("streamsoup.comparison.cache.np.save", save)
+    monkeypatch.setattr("streamsoup.study.measures.cache.np.save", save)
     with Cache(str(tmp_path / "cache")) as cache, pytest.raises(OutputError, match="is it full"):
         cache.put_logits("key", np.zeros((2, 3), np.float32), np.zeros(2, np.int64))
 

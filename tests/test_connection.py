@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from streamsoup.errors import TaskError
-from streamsoup.soups.connection import Connection
+from streamsoup.search.scoring.connection import Connection
 
 
 @pytest.fixture

@@ -21,19 +21,20 @@ from safetensors.torch import load_file
 from simulated import SimulatedDevice, TimedDevice
 
 import streamsoup
-from streamsoup import device_mix, read
 from streamsoup.cli import cli
-from streamsoup.device_mix import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
+from streamsoup.engine import device as device_mix
+from streamsoup.engine import read
+from streamsoup.engine.device import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels import pipeline
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
-from streamsoup.live import ModelSink
+from streamsoup.live.mix import DeviceCandidates
+from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
+from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.live_mix import DeviceCandidates
-from streamsoup.soups.make import Order, make, order
-from streamsoup.soups.serving import Work, candidates_of
+from streamsoup.search.scoring.serving import Work, candidates_of
 
 
 def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:
@@ -355,7 +356,7 @@ def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     paths = make_half_checkpoints(tmp_path, 2)
     monkeypatch.setattr(HostDevice, "name", "cuda:0")
     monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 128 * 10**6)
-    for room in ("streamsoup.kernels.device", "streamsoup.soups.live_mix"):
+    for room in ("streamsoup.kernels.device", "streamsoup.live.mix"):
         monkeypatch.setattr(f"{room}.open_device", lambda name: HostDevice())
     coefficients = Coefficients.uniform(2)
     for told in (None, "16MB"):

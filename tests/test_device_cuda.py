@@ -26,19 +26,19 @@ from simulated import KINDS
 from torch import nn
 
 import streamsoup
-from streamsoup import read
+from streamsoup.engine import read
 from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
 from streamsoup.kernels.device import Accelerator, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
-from streamsoup.live import ModelSink
+from streamsoup.live.mix import DeviceCandidates
+from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
+from streamsoup.output.make import make, order
 from streamsoup.recipe import Coefficients
+from streamsoup.search.learning.backward import _vector
+from streamsoup.search.learning.mixture import make_mixture
+from streamsoup.search.learning.slopes import Slopes
 from streamsoup.sizes import nbytes_text, parse_nbytes
-from streamsoup.soups.backward import _vector
-from streamsoup.soups.live_mix import DeviceCandidates
-from streamsoup.soups.make import make, order
-from streamsoup.soups.mixture import make_mixture
-from streamsoup.soups.slopes import Slopes
 from streamsoup.task import load_task
 from streamsoup.tensors import DTYPES, DType
 

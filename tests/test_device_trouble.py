@@ -19,15 +19,16 @@ from simulated import SimulatedDevice
 from test_device import candidates_by_the_pipeline, make_half_checkpoints, ordered_on_host
 
 import streamsoup
-from streamsoup import read, write
-from streamsoup.device_mix import OnDevice
+from streamsoup.engine import read
+from streamsoup.engine.device import OnDevice
 from streamsoup.errors import BudgetError, DeviceError
 from streamsoup.kernels import device as kernels_device
 from streamsoup.kernels.device import HostDevice
+from streamsoup.live.model import mix as live_mix
 from streamsoup.options import Options
+from streamsoup.output import write
+from streamsoup.output.make import make, order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups import live_mix
-from streamsoup.soups.make import make, order
 
 PREFERENCES = list(itertools.permutations(range(3)))
 
@@ -169,7 +170,7 @@ def test_every_call_of_a_search_may_fail(tmp_path: Path, monkeypatch: pytest.Mon
     device = FailingDevice()
     for room in (live_mix, kernels_device):
         monkeypatch.setattr(room, "open_device", lambda name: device)
-    monkeypatch.setattr("streamsoup.device_mix.LARGEST_DEVICE_BLOCK", 4096)
+    monkeypatch.setattr("streamsoup.engine.device.LARGEST_DEVICE_BLOCK", 4096)
     candidates, sink = candidates_by_the_pipeline(paths, place="memory", device_memory=None)
     grown = [[0, 1, 2], [0, 1, 2, 3], [0, 1, 3]]
     expected = []
@@ -206,7 +207,7 @@ def test_a_search_in_the_worst_orders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
 ) -> None:
     """Results that go straight into a model, from sums that stay on the device: the same bits."""
-    monkeypatch.setattr("streamsoup.device_mix.LARGEST_DEVICE_BLOCK", 4096)
+    monkeypatch.setattr("streamsoup.engine.device.LARGEST_DEVICE_BLOCK", 4096)
     monkeypatch.setattr(SimulatedDevice, "name", "cpu")  # where the model is
     paths = make_half_checkpoints(tmp_path, 4)
     grown = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 2], [3, 1]]

@@ -11,7 +11,8 @@ from checkpoints import save, tensor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
-from streamsoup import Options, budget, reduce, uniform, verify
+from streamsoup import Options, uniform, verify
+from streamsoup.engine import budget, reduce
 from streamsoup.errors import VerificationError
 from streamsoup.kernels import cpu
 from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests

@@ -1,4 +1,4 @@
-"""Imports go down the floors (DESIGN section 2); rooms on one floor do not import each other."""
+"""The rooms of the package and who may import whom (DESIGN section 2): one way, no exceptions."""
 
 from __future__ import annotations
 
@@ -12,106 +12,24 @@ import streamsoup
 
 ROOT = Path(streamsoup.__file__).parent
 
-FLOORS = {
-    "errors": 0,
-    "buffers": 0,
-    "sizes": 0,
-    "tensors": 0,
-    "recipe": 0,
-    "journal": 0,
-    "folders": 0,
-    "supervise": 0,
-    "options": 0,
-    "versions": 0,
-    "formats": 1,
-    "kernels": 1,
-    "plan": 2,
-    "budget": 2,
-    "digest": 2,
-    "read": 2,
-    "destination": 2,
-    "staging": 2,
-    "reduce": 2,
-    "write": 2,
-    "live": 2,
-    "recalibration": 2,
-    "inner": 2,
-    "device_mix": 2,
-    "stream": 3,
-    "inspection": 3,
-    "soups": 4,
-    "task": 4,
-    "angles": 4,
-    "comparison": 4,
-    "verification": 4,
-    "selftest": 5,
-    "terminal": 5,
-    "cli": 5,
-    "demo": 5,
-    "plot": 5,
-    "report": 5,
-}
-"""Each room's floor. A new room is entered here, on the floor that the README shows."""
-
-WITHIN_A_FLOOR = {
-    # The plan is what its neighbours carry out; digests and staging are what the sink is made of.
-    ("digest", "plan"),
-    ("read", "plan"),
-    ("reduce", "plan"),
-    ("inner", "plan"),
-    ("device_mix", "plan"),
-    ("live", "plan"),
-    ("write", "plan"),
-    ("write", "digest"),
-    ("write", "staging"),
-    ("budget", "plan"),
-    ("read", "budget"),
-    ("reduce", "budget"),
-    ("inner", "budget"),
-    ("device_mix", "budget"),
-    ("staging", "digest"),
-    ("staging", "destination"),
-    ("recipe", "errors"),
-    ("sizes", "errors"),
-    ("tensors", "errors"),
-    ("journal", "errors"),
-    ("options", "errors"),
-    # Faces use the terminal; searches ask tasks.
-    ("cli", "terminal"),
-    ("cli", "selftest"),
-    ("cli", "demo"),
-    ("cli", "plot"),
-    ("cli", "report"),
-    ("demo", "report"),
-    ("soups", "task"),
-    ("soups", "angles"),
-    ("soups", "verification"),
-    ("comparison", "soups"),
-    ("comparison", "task"),
-    ("comparison", "angles"),
-    ("inner", "reduce"),
-    ("device_mix", "reduce"),
-}
-"""Pairs that may import each other's names on one floor, in this direction."""
+ROOMS = [
+    # plain words and data
+    *("version", "errors", "sizes", "tensors", "recipe", "options"),
+    # what computes
+    *("system", "formats", "kernels", "engine", "output", "live"),
+    # what chooses
+    *("methods", "task", "search", "study"),
+    # what people call
+    *("selftest", "demo", "cli"),
+]
+"""From the ground up: a room imports from those before it, never from one after it."""
 
 
-def imports(path: Path, root: Path) -> list[tuple[str, str]]:
-    """List the rooms that a file imports from, with its own; only those needed to run it."""
-    room = path.relative_to(root).parts[0].removesuffix(".py")
+def imports(path: Path) -> list[str]:
+    """List the rooms that a file imports from; lazily, and for types alone, too."""
     found = []
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(each)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If)
-        and isinstance(node.test, ast.Name)
-        and node.test.id == "TYPE_CHECKING"
-        for each in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -120,51 +38,93 @@ def imports(path: Path, root: Path) -> list[tuple[str, str]]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "streamsoup" and len(parts) > 1:
-                found.append((room, parts[1]))
+                found.append(parts[1])
     return found
 
 
 def wrong_imports(root: Path) -> list[str]:
-    """List imports that go up, or sideways without leave."""
+    """List imports that go up."""
     wrong = []
     for path in sorted(root.rglob("*.py")):
         where = path.relative_to(root)
-        if where.parts[0] in ("__init__.py", "__main__.py"):
+        room = where.parts[0].removesuffix(".py")
+        if room in ("__init__", "__main__"):
             continue
-        for room, other in imports(path, root):
-            if room == other or other.startswith("__"):
-                continue
-            if room not in FLOORS or other not in FLOORS:
-                wrong.append(f"{where}: {room if room not in FLOORS else other} has no floor")
-            elif FLOORS[other] > FLOORS[room]:
-                wrong.append(f"{where}: imports {other}, from a floor above")
-            elif FLOORS[other] == FLOORS[room] and (room, other) not in WITHIN_A_FLOOR:
-                wrong.append(f"{where}: imports its neighbour {other}")
+        for other in imports(path):
+            if room not in ROOMS:
+                wrong.append(f"{where}: {room} is not listed")
+            elif other not in ROOMS:
+                wrong.append(f"{where}: imports {other}, which is not listed")
+            elif ROOMS.index(other) > ROOMS.index(room):
+                wrong.append(f"{where}: imports {other}, which stands above {room}")
     return wrong
 
 
-def test_imports_go_down_the_floors() -> None:
-    """No room imports from a floor above it, or from a neighbour not named here."""
+def test_imports_go_one_way() -> None:
+    """No room imports from one above it: not lazily, and not for types alone."""
     assert wrong_imports(ROOT) == []
-    made = {pair for path in ROOT.rglob("*.py") for pair in imports(path, ROOT)}
-    assert made >= WITHIN_A_FLOOR, "leave that nobody takes"
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("plan.py", "from streamsoup.stream import run"),
-        ("plan.py", "def f():\n    import streamsoup.cli.common"),
-        ("kernels/blocks.py", "from streamsoup.formats import files"),
+        ("engine/plan.py", "from streamsoup.output.make import make"),
+        ("engine/plan.py", "def f():\n    import streamsoup.cli.common"),
+        (
+            "kernels/blocks.py",
+            "from typing import TYPE_CHECKING\n"
+            "if TYPE_CHECKING:\n    from streamsoup.engine import read",
+        ),
         ("mystery.py", "from streamsoup.errors import some"),
+        ("cli/mystery.py", "from streamsoup import mystery"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, name: str, text: str) -> None:
-    """Planted fault: an import upwards, sideways or of an unknown room is reported."""
+    """Planted fault: an import upwards, lazy or for types, or of an unknown room is reported."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert len(wrong_imports(tmp_path)) == 1
+
+
+def modules(root: Path) -> dict[str, set[str]]:
+    """Map each module below `root` to the modules it imports, lazily and for types included."""
+    names = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    edges: dict[str, set[str]] = {}
+    for name, path in names.items():
+        edges[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    edges[name].add(whole if whole in names else node.module)
+            elif isinstance(node, ast.Import):
+                edges[name].update(alias.name for alias in node.names)
+        edges[name] &= names.keys() - {name}
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """List the groups of modules that import each other in a circle."""
+    reached: dict[str, set[str]] = {}
+    for name in edges:
+        seen: set[str] = set()
+        todo = list(edges[name])
+        while todo:
+            each = todo.pop()
+            if each not in seen:
+                seen.add(each)
+                todo.extend(edges[each])
+        reached[name] = seen
+    groups = {
+        tuple(sorted(each for each in edges if each in reached[name] and name in reached[each]))
+        for name in edges
+        if name in reached[name]
+    }
+    return [list(group) for group in sorted(groups)]
 
 
 def test_every_room_says_what_it_is() -> None:

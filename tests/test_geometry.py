@@ -14,15 +14,15 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import streamsoup
-from streamsoup import inner, plan
-from streamsoup.angles import geometry, plan_geometry
 from streamsoup.cli import main
 from streamsoup.cli.geometry import describe, write_json
+from streamsoup.engine import inner, plan
+from streamsoup.engine.read import open_reader
+from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
 from streamsoup.kernels.inner import GRAIN, in_numpy
+from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.options import Options
-from streamsoup.read import open_reader
-from streamsoup.stream import run
 from streamsoup.tensors import DTYPES
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}

@@ -24,7 +24,6 @@ from torch import nn
 
 import streamsoup
 from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
-from streamsoup.comparison.cache import Cache
 from streamsoup.errors import (
     MismatchError,
     NonFiniteError,
@@ -35,13 +34,14 @@ from streamsoup.errors import (
     ResumeError,
     TaskError,
 )
-from streamsoup.journal import Journal
-from streamsoup.soups.candidates import Candidates, Moved
-from streamsoup.soups.running import plan_sums
-from streamsoup.soups.scorebook import Scorebook
-from streamsoup.soups.scoring import Outcome, contained
-from streamsoup.soups.search import search
-from streamsoup.soups.search_folder import SearchFolder, lock_folder
+from streamsoup.live.candidates import Candidates, Moved
+from streamsoup.live.running import plan_sums
+from streamsoup.output.journal import Journal
+from streamsoup.search.folder import SearchFolder, lock_folder
+from streamsoup.search.scoring.candidate import Outcome, contained
+from streamsoup.search.scoring.scorebook import Scorebook
+from streamsoup.search.trials import search
+from streamsoup.study.measures.cache import Cache
 from streamsoup.task import Score, load_task
 
 
@@ -94,9 +94,9 @@ def test_the_same_as_in_memory(tmp_path: Path, dtype: torch.dtype, sums: Any) ->
 
 def test_every_candidate_has_the_bits_of_uniform(tmp_path: Path, paths: list[str]) -> None:
     """Wherever sums are kept, and whatever came before, a candidate's bits are uniform's."""
-    from streamsoup.live import ModelSink
+    from streamsoup.live.model import ModelSink
+    from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
-    from streamsoup.soups.make import order
 
     options = Options()
     ordered = order(paths, Coefficients.uniform(6), method="greedy", options=options)
@@ -134,9 +134,9 @@ def test_a_trial_reads_one_ingredient_once_the_sum_is_kept(
     tmp_path: Path, paths: list[str]
 ) -> None:
     """The second trial on the same accepted ingredients reads the new one only."""
-    from streamsoup.live import ModelSink
+    from streamsoup.live.model import ModelSink
+    from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
-    from streamsoup.soups.make import order
 
     ordered = order(paths, Coefficients.uniform(6), method="greedy", options=Options())
     sums = plan_sums(

@@ -236,7 +236,7 @@ def test_hostile_files_through_the_command_line(tmp_path: Path) -> None:
         (tmp_path / f"bad{i}.safetensors").write_bytes(whole)
     script = (
         "import json, sys, os\n"
-        "import streamsoup.soups.fixed, streamsoup.terminal, streamsoup.stream\n"
+        "import streamsoup.methods.fixed, streamsoup.cli.terminal, streamsoup.engine.stream\n"
         "from streamsoup.cli import cli\n"
         "for i in range(int(sys.argv[1])):\n"
         "    print(f'case {i}', file=sys.stderr, flush=True)\n"

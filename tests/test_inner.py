@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from streamsoup import Options, inner, reduce
-from streamsoup.angles import plan_geometry
+from streamsoup import Options
+from streamsoup.engine import inner, reduce
 from streamsoup.kernels import blocks, cpu, reference
 from streamsoup.kernels.inner import (
     _ROOMS,
@@ -32,6 +32,7 @@ from streamsoup.kernels.inner import (
     make_products,
 )
 from streamsoup.kernels.objects import Kernel
+from streamsoup.methods.angles import plan_geometry
 from streamsoup.tensors import DTYPES, DType
 
 Bytes = NDArray[np.uint8]

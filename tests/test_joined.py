@@ -12,15 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamsoup
-from streamsoup import Options, budget
-from streamsoup.buffers import Bytes, address_of
+from streamsoup import Options
+from streamsoup.engine import budget
+from streamsoup.engine.plan import Leaf
 from streamsoup.errors import NonFiniteError
-from streamsoup.plan import Leaf
+from streamsoup.live.candidates import Candidates
+from streamsoup.live.model import joined
+from streamsoup.live.running import plan_sums
+from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups import joined
-from streamsoup.soups.candidates import Candidates
-from streamsoup.soups.make import Order, order
-from streamsoup.soups.running import plan_sums
+from streamsoup.system.buffers import Bytes, address_of
 
 SIZES = [0, 1, 2, 3, 7, 40, 65]
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamsoup import journal as module
 from streamsoup.errors import ResumeError
-from streamsoup.journal import Journal
+from streamsoup.output import journal as module
+from streamsoup.output.journal import Journal
 
 RECORDS = [{"fingerprint": "0123"}, {"leaves": [[0, "ab"], [1, "ÿ\n\0"]]}, {"commit": "ff"}]
 

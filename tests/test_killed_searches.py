@@ -17,7 +17,7 @@ import torch
 from crash import Machine, Result, restore
 from safetensors.torch import save_file
 
-from streamsoup.journal import Journal
+from streamsoup.output.journal import Journal
 
 N = 4
 

@@ -22,18 +22,18 @@ from torch import nn
 import streamsoup
 from streamsoup.errors import RecipeError, ResumeError, TaskError
 from streamsoup.formats.shards import open_ingredients
-from streamsoup.live import ModelSink
+from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
-from streamsoup.plot import plot_coefficients
+from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.backward import _vector
-from streamsoup.soups.descent import AdamW, lbfgs
-from streamsoup.soups.learned import learned_soup
-from streamsoup.soups.learning import LearningOptions, Look
-from streamsoup.soups.make import order
-from streamsoup.soups.mixture import make_mixture
-from streamsoup.soups.notebook import Notebook
-from streamsoup.soups.slopes import Slopes, find_equal
+from streamsoup.search.learned import learned_soup
+from streamsoup.search.learning.backward import _vector
+from streamsoup.search.learning.descending import LearningOptions, Look
+from streamsoup.search.learning.descent import AdamW, lbfgs
+from streamsoup.search.learning.mixture import make_mixture
+from streamsoup.search.learning.notebook import Notebook
+from streamsoup.search.learning.slopes import Slopes, find_equal
+from streamsoup.study.plot import plot_coefficients
 from streamsoup.task import load_task
 
 K = 4
@@ -493,7 +493,7 @@ def test_a_search_that_was_stopped_goes_on(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after any number of batches, the same call ends with the same bits."""
-    monkeypatch.setattr("streamsoup.soups.learning.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.search.learning.descending.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
     batches = make_batches(10)
     whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
@@ -584,7 +584,7 @@ def test_a_batch_of_nothing_teaches_nothing(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch without examples, whose loss is a NaN, is passed over, after a kill as well."""
-    monkeypatch.setattr("streamsoup.soups.learning.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.search.learning.descending.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 4, "guard_every": 0}
     batches = make_batches(4)
     none = batches[0][0][:0], batches[0][1][:0]
@@ -941,7 +941,7 @@ def test_layers_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     """Layer 2 above layer 10, each with its own coefficients."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr("streamsoup.plot._save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("streamsoup.study.plot._save", lambda figure, path: drawn.append(figure))
     layers = ["layers.0", "layers.10", "layers.2", "norm"]
     rows = np.arange(8.0).reshape(4, 2)
     plot_coefficients(rows, layers, ["a", "b"], str(tmp_path / "x.png"))

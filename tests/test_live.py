@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup import Options, budget, live, reduce
-from streamsoup.buffers import address_of
+from streamsoup import Options
+from streamsoup.engine import budget, reduce
+from streamsoup.engine.read import open_reader
+from streamsoup.engine.reduce import Engine, Mix
+from streamsoup.engine.stream import run
 from streamsoup.errors import ChangedIngredientError, MismatchError, RecipeError, TaskError
 from streamsoup.formats.shards import open_ingredients
-from streamsoup.live import ModelSink, tensors_of
-from streamsoup.read import open_reader
-from streamsoup.recalibration import recalibrate
+from streamsoup.live.model import ModelSink, tensors_of
+from streamsoup.live.model import model as live
+from streamsoup.live.recalibration import recalibrate
+from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients
-from streamsoup.reduce import Engine, Mix
-from streamsoup.soups.make import Order, order
-from streamsoup.stream import run
+from streamsoup.system.buffers import address_of
 
 
 def ordered(paths: list[str]) -> Order:
@@ -138,7 +140,7 @@ def test_tied_weights_that_differ_in_a_checkpoint_are_refused(
     tmp_path: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of the two values would be dropped, so the checkpoint that holds them is named."""
-    monkeypatch.setattr("streamsoup.live._PIECE", 64)
+    monkeypatch.setattr("streamsoup.live.model._PIECE", 64)
     weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     states = [{"embed.weight": weights.clone(), "head.weight": weights.clone()} for _ in range(3)]
     states[1]["head.weight"][6, 4] += 1

@@ -14,19 +14,24 @@ import numpy as np
 import pytest
 from checkpoints import raw
 
-from streamsoup import Options, inner, reduce, uniform
-from streamsoup.angles import geometry, plan_geometry
-from streamsoup.budget import fixed_nbytes
-from streamsoup.kernels.cgroup import memory_limit
+from streamsoup import Options, uniform
+from streamsoup.engine import inner, reduce
+from streamsoup.engine.budget import fixed_nbytes
+from streamsoup.methods.angles import geometry, plan_geometry
+from streamsoup.methods.fixed import find_coefficients
+from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.fixed import find_coefficients
-from streamsoup.soups.make import order
+from streamsoup.system.cgroup import memory_limit
 from streamsoup.tensors import DTYPES
 
 SCRIPT = """
 import json, sys, threading, time
-from streamsoup import Options, angles, inner, recipe, reduce
-from streamsoup.soups import fixed, make
+from streamsoup import Options, recipe
+from streamsoup.methods import angles
+from streamsoup.engine import inner
+from streamsoup.engine import reduce
+from streamsoup.methods import fixed
+from streamsoup.output import make
 
 def anonymous():
     with open("/proc/self/status") as status:

@@ -16,8 +16,9 @@ import pytest
 from checkpoints import load, save, tensor
 
 import streamsoup
-from streamsoup import buffers, reduce, versions
+from streamsoup.engine import reduce
 from streamsoup.kernels import cpu, linking, objects, processor
+from streamsoup.system import buffers, versions
 from streamsoup.tensors import DTYPES
 
 x86_alone = pytest.mark.skipif(not processor.is_x86(), reason="others are left to LLVM")
@@ -104,7 +105,7 @@ def test_where_memory_may_not_be_code_numpy_does(
         "if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):\n"
         "    sys.exit(77)\n"
         "import streamsoup\n"
-        "from streamsoup import reduce\n"
+        "from streamsoup.engine import reduce\n"
         "from streamsoup.kernels import objects\n"
         "logging.basicConfig()\n"
         "reduce.COMPILE_NBYTES = 1\n"
@@ -130,8 +131,8 @@ def test_numpy_is_there_before_threads_need_it(dtype: str, early: bool, tmp_path
     script = (
         "import sys\n"
         "from streamsoup import Coefficients, Options\n"
-        "from streamsoup import reduce\n"
-        "from streamsoup.soups.make import order\n"
+        "from streamsoup.engine import reduce\n"
+        "from streamsoup.output.make import order\n"
         "reduce.find_mixer = lambda one, other, found=reduce.find_mixer: (\n"
         "    found(one, other) if one is other else None)\n"
         "options = Options(dtype=sys.argv[2])\n"

@@ -20,14 +20,15 @@ import psutil
 import pytest
 from checkpoints import content, random_model, save, tensor
 
-from streamsoup import folders, staging
-from streamsoup.destination import check_output, check_replaceable
 from streamsoup.errors import OutputError, OutputExistsError
 from streamsoup.formats.shards import open_ingredients
+from streamsoup.methods.fixed import uniform
 from streamsoup.options import Options
-from streamsoup.soups.fixed import uniform
-from streamsoup.soups.search_folder import lock_folder
-from streamsoup.staging import Staging
+from streamsoup.output import staging
+from streamsoup.output.destination import check_output, check_replaceable
+from streamsoup.output.staging import Staging
+from streamsoup.search.folder import lock_folder
+from streamsoup.system import folders
 
 COMMAND = [sys.executable, "-m", "streamsoup"]
 IS_ROOT = os.geteuid() == 0

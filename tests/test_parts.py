@@ -9,9 +9,9 @@ import pytest
 from checkpoints import command, load, save, tensor
 
 from streamsoup import Options, geometry, mix, uniform
+from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.errors import MismatchError
 from streamsoup.formats.shards import open_ingredients
-from streamsoup.plan import MixPlan, plan_mix
 from streamsoup.recipe import Coefficients, Recipe
 
 Model = dict[str, tuple[str, tuple[int, ...]]]

@@ -16,14 +16,14 @@ from checkpoints import command, header_text, raw, save, save_sharded, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamsoup.budget import fixed_nbytes, memory_budget, plan_memory
+from streamsoup.engine.budget import fixed_nbytes, memory_budget, plan_memory
+from streamsoup.engine.inner import plan_inner_memory
+from streamsoup.engine.plan import LEAF, MixPlan, plan_files, plan_mix
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
-from streamsoup.inner import plan_inner_memory
-from streamsoup.plan import LEAF, MixPlan, plan_files, plan_mix
+from streamsoup.live.running import plan_sums
 from streamsoup.recipe import ARITHMETIC, DIGEST, Coefficients, Provenance, Recipe
-from streamsoup.soups.running import plan_sums
 from streamsoup.tensors import DTYPES, float_dtype
 
 Shape = tuple[int, ...]

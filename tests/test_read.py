@@ -16,16 +16,17 @@ import pytest
 from checkpoints import command, content, save, save_sharded, tensor
 from msgspec.structs import replace
 
-from streamsoup import Options, budget, plan, read, stream, uniform, verify
+from streamsoup import Options, uniform, verify
+from streamsoup.engine import budget, plan, read, stream
+from streamsoup.engine.stream import Nowhere
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats import files
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
 from streamsoup.formats.shards import open_ingredients
+from streamsoup.live.candidates import Candidates
+from streamsoup.live.running import plan_sums
+from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.candidates import Candidates
-from streamsoup.soups.make import order
-from streamsoup.soups.running import plan_sums
-from streamsoup.stream import Nowhere
 
 MODEL = {"a": tensor(np.arange(5000.0)), "b": tensor(np.arange(5000.0))}
 

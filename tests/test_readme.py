@@ -11,8 +11,8 @@ import pytest
 from checkpoints import random_model, save
 
 from streamsoup.cli import main
+from streamsoup.output.verification import read_provenance
 from streamsoup.task import load_task
-from streamsoup.verification import read_provenance
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

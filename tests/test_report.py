@@ -16,18 +16,18 @@ from networks import ingredients
 from safetensors.numpy import save_file
 
 import streamsoup
-from streamsoup.comparison.landscape import Landscape, Mark
-from streamsoup.comparison.paths import Sweep
-from streamsoup.comparison.plane import Plane
-from streamsoup.comparison.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
 from streamsoup.errors import OutputError
-from streamsoup.inspection import short_names
-from streamsoup.plot import plot_coefficients, plot_geometry
-from streamsoup.report import charts, figures
-from streamsoup.report.comparison import verdict, write_report
-from streamsoup.report.page import Code, Heading, Page, Picture, Table, Text
-from streamsoup.report.paths import draw_landscape, draw_sweep, sweep_page
-from streamsoup.soups.search import best_first
+from streamsoup.search.trials import best_first
+from streamsoup.study.inspection import short_names
+from streamsoup.study.landscape.landscape import Landscape, Mark
+from streamsoup.study.landscape.paths import Sweep
+from streamsoup.study.landscape.plane import Plane
+from streamsoup.study.measures.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
+from streamsoup.study.plot import plot_coefficients, plot_geometry
+from streamsoup.study.report import charts, figures
+from streamsoup.study.report.comparison import verdict, write_report
+from streamsoup.study.report.page import Code, Heading, Page, Picture, Table, Text
+from streamsoup.study.report.paths import draw_landscape, draw_sweep, sweep_page
 
 CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
 
@@ -186,7 +186,7 @@ def test_without_matplotlib_there_are_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The report says how to get pictures, and has everything else."""
-    monkeypatch.setattr("streamsoup.report.comparison.have_matplotlib", lambda: False)
+    monkeypatch.setattr("streamsoup.study.report.comparison.have_matplotlib", lambda: False)
     page = Path(write_report(small(), tmp_path)).read_text()
     assert "<img" not in page
     assert "streamsoup[plot]" in page
@@ -270,7 +270,7 @@ def test_names_are_drawn_as_they_are(
 @drawn
 def test_names_cover_nothing(tmp_path: Path) -> None:
     """Names beside points cover neither names nor points; without room they are left out."""
-    from streamsoup.report.figures import new_figure, place_names
+    from streamsoup.study.report.figures import new_figure, place_names
 
     rng = np.random.default_rng(0)
     named = [(f"a-long-name-{i}", *rng.normal(size=2)) for i in range(14)]

@@ -13,11 +13,13 @@ import pytest
 import torch
 from checkpoints import as_hub_snapshot, load, random_model, save, save_sharded, tensor
 
-from streamsoup import Options, budget, mix, plan, reduce, stream, uniform, write
+from streamsoup import Options, mix, uniform
+from streamsoup.engine import budget, plan, reduce, stream
 from streamsoup.errors import Interrupted, MismatchError
 from streamsoup.kernels import cpu
+from streamsoup.output import write
+from streamsoup.output.make import Soup
 from streamsoup.recipe import DIGEST
-from streamsoup.soups.make import Soup
 from streamsoup.tensors import DTYPES
 
 FACTORS = [0.5, -0.25, 0.75]

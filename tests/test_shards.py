@@ -28,7 +28,7 @@ from checkpoints import (
 
 import streamsoup
 from streamsoup import Options, uniform, verify
-from streamsoup.budget import opening_nbytes
+from streamsoup.engine.budget import opening_nbytes
 from streamsoup.errors import (
     BudgetError,
     ChangedIngredientError,
@@ -41,9 +41,9 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.index import read_index
 from streamsoup.formats.shards import Pantry, open_ingredients
+from streamsoup.output import make
+from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
-from streamsoup.soups import make
-from streamsoup.soups.make import order
 
 A = {"a": tensor(np.zeros(3, np.float32))}
 B = {"b": tensor(np.ones((2, 2), np.float16))}

@@ -271,7 +271,7 @@ def test_a_side_file_that_vanishes_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A side file lost between plan and copy stops the run before the weights, named."""
-    from streamsoup.soups import make
+    from streamsoup.output import make
 
     a = fill(tmp_path / "a", ("config.json",))
     gather = make.gather_side_files

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from streamsoup import terminal
-from streamsoup.stream import Progress
-from streamsoup.terminal import Watcher, _bar, summary
+from streamsoup.cli import terminal
+from streamsoup.cli.terminal import Watcher, _bar, summary
+from streamsoup.engine.stream import Progress
 
 
 def drawn(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -52,7 +52,7 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED = """
 import os, signal, sys
 from streamsoup.cli.common import supervise
-from streamsoup.stream import Progress
+from streamsoup.engine.stream import Progress
 
 def work(options, watcher, as_json):
     watcher(Progress(1, 2, 1.0))

@@ -17,13 +17,13 @@ from checkpoints import save, save_sharded, tensor
 from crash import AT_EXIT, Machine, Result, restore
 
 from streamsoup import Options
-from streamsoup.destination import check_output
-from streamsoup.digest import Digests
-from streamsoup.plan import NOTES
+from streamsoup.engine.digest import Digests
+from streamsoup.engine.plan import NOTES
+from streamsoup.output.destination import check_output
+from streamsoup.output.make import make, order
+from streamsoup.output.staging import Staging
+from streamsoup.output.write import FileSink
 from streamsoup.recipe import Coefficients
-from streamsoup.soups.make import make, order
-from streamsoup.staging import Staging
-from streamsoup.write import FileSink
 
 Tree = dict[str, bytes]
 
@@ -370,8 +370,8 @@ def test_the_disk_is_told_to_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fails: bool
 ) -> None:
     """With each leaf of some size; where there is no such call it is let be, errors are errors."""
-    from streamsoup import write
     from streamsoup.errors import OutputError
+    from streamsoup.output import write
 
     told = []
 
@@ -400,7 +400,8 @@ def test_threads_that_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_started: int
 ) -> None:
     """A system that gives us fewer threads than told is one we say so of, and nothing is left."""
-    from streamsoup import stream, uniform
+    from streamsoup import uniform
+    from streamsoup.engine import stream
     from streamsoup.errors import BudgetError
 
     model = save(tmp_path / "m", {f"t{i}": tensor(np.ones(3, "f4")) for i in range(9)})
@@ -424,7 +425,8 @@ def test_threads_that_cannot_be_started(
 
 def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the first leaf is begun, the disk holds a place for every byte of every shard."""
-    from streamsoup import stream, uniform
+    from streamsoup import uniform
+    from streamsoup.engine import stream
 
     with open(tmp_path / "probe", "wb") as probe:
         try:

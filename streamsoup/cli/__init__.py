@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
-from streamsoup import __version__
 from streamsoup.cli.common import NobodyReadsError, in_words
 from streamsoup.errors import StreamsoupError
+from streamsoup.version import __version__
 
 __all__ = ["cli", "main"]
 

@@ -10,7 +10,7 @@ from streamsoup.cli import common
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
-    from streamsoup.soups.make import Soup
+    from streamsoup.output.make import Soup
 
 SOUP = common.stack(common.WRITING, common.MAKING, common.RUNNING, common.REPORTING)
 BASE = click.option(
@@ -28,7 +28,7 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
     """Take the exponential moving average of checkpoints, oldest first."""
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import ema
+        from streamsoup.methods.closed import ema
 
         return ema(ingredients, decay, output=output, options=options)
 
@@ -45,7 +45,7 @@ def lawa(ingredients: tuple[str, ...], window: int, output: str, **settings: Any
     """Average the latest K checkpoints of a run, given oldest first (LAWA)."""
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import lawa
+        from streamsoup.methods.closed import lawa
 
         return lawa(ingredients, window, output=output, options=options)
 
@@ -66,7 +66,7 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
     """Merge checkpoints of a constant learning rate, oldest first, in place of its decay (WSM)."""
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import wsm
+        from streamsoup.methods.closed import wsm
 
         return wsm(ingredients, curve, output=output, options=options)
 
@@ -87,7 +87,7 @@ def arithmetic(
     scales = common.numbers(scale)
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import arithmetic
+        from streamsoup.methods.closed import arithmetic
 
         given = scales[0] if len(scales) == 1 else scales
         return arithmetic(ingredients, given, base=base, output=output, options=options)
@@ -103,7 +103,7 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
     """Go from the base towards the mean, tensor by tensor, as far as angles say (Model Stock)."""
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import stock
+        from streamsoup.methods.closed import stock
 
         return stock(ingredients, base=base, output=output, options=options)
 
@@ -151,7 +151,7 @@ def slerp(
         shares = [1.0] * n if weights is None else common.numbers(weights)
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.closed import slerp
+        from streamsoup.methods.closed import slerp
 
         return slerp(ingredients, shares, base=base, output=output, options=options)
 

@@ -24,12 +24,12 @@ from streamsoup.errors import (
     printable,
     signal_name,
 )
-from streamsoup.supervise import status_of, supervised
+from streamsoup.system.supervise import status_of, supervised
 
 if TYPE_CHECKING:
+    from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.soups.make import Soup
-    from streamsoup.terminal import Watcher
+    from streamsoup.output.make import Soup
 
 Command = Callable[..., Any]
 
@@ -200,10 +200,10 @@ def make_soup(
     def work(options: Options, watcher: Watcher, json_wanted: bool) -> None:
         # What every soup needs stays to the end: looking for garbage in it takes 6 ms.
         gc.disable()
-        importlib.import_module("streamsoup.soups.make")
+        importlib.import_module("streamsoup.output.make")
         gc.freeze()
         gc.enable()
-        from streamsoup.terminal import summary
+        from streamsoup.cli.terminal import summary
 
         soup = make(options)
         watcher.close()
@@ -303,12 +303,12 @@ def supervise(
 
     `paths` are those of the ingredients, or give them: one is named where the child dies of it.
     """
-    from streamsoup.terminal import clear_bar
+    from streamsoup.cli.terminal import clear_bar
 
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
 
     def child() -> int:
-        from streamsoup.terminal import Watcher, show_warnings
+        from streamsoup.cli.terminal import Watcher, show_warnings
 
         if as_json:
             keep_for_the_result()

@@ -16,9 +16,9 @@ from streamsoup.cli import common
 from streamsoup.errors import OutputExistsError, printable
 
 if TYPE_CHECKING:
-    from streamsoup.comparison.rows import Comparison
+    from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.terminal import Watcher
+    from streamsoup.study.measures.rows import Comparison
 
 __all__ = ["compare", "landscape", "sweep"]
 
@@ -77,9 +77,9 @@ def compare(
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
 
-        from streamsoup.comparison.table import CompareOptions
-        from streamsoup.comparison.table import compare as run_comparison
-        from streamsoup.report.comparison import write_report
+        from streamsoup.study.comparison.table import CompareOptions
+        from streamsoup.study.comparison.table import compare as run_comparison
+        from streamsoup.study.report.comparison import write_report
 
         chosen = CompareOptions(
             orders=orders,
@@ -150,11 +150,11 @@ def landscape(
     line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from streamsoup.comparison.landscape import landscape as measure
-        from streamsoup.destination import check_outside
-        from streamsoup.report.figures import check_picture
-        from streamsoup.report.page import write_text
-        from streamsoup.report.paths import draw_landscape
+        from streamsoup.output.destination import check_outside
+        from streamsoup.study.landscape.landscape import landscape as measure
+        from streamsoup.study.report.figures import check_picture
+        from streamsoup.study.report.page import write_text
+        from streamsoup.study.report.paths import draw_landscape
 
         check_picture(plot)
         check_outside(plot, (base, first, second))
@@ -202,12 +202,12 @@ def sweep(
     line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from streamsoup.comparison.barriers import parse_alphas
-        from streamsoup.comparison.paths import sweep as measure
-        from streamsoup.comparison.table import check_folder
-        from streamsoup.report.figures import have_matplotlib
-        from streamsoup.report.page import write_text
-        from streamsoup.report.paths import draw_sweep, sweep_page
+        from streamsoup.study.comparison.table import check_folder
+        from streamsoup.study.landscape.paths import sweep as measure
+        from streamsoup.study.measures.barriers import parse_alphas
+        from streamsoup.study.report.figures import have_matplotlib
+        from streamsoup.study.report.page import write_text
+        from streamsoup.study.report.paths import draw_sweep, sweep_page
 
         at = parse_alphas(alphas)
         check_folder(output, ends)

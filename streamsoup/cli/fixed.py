@@ -11,7 +11,7 @@ from streamsoup.cli import common
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
-    from streamsoup.soups.make import Soup
+    from streamsoup.output.make import Soup
 
 
 @click.command()
@@ -24,7 +24,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Average checkpoints, all weighted alike."""
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.fixed import uniform
+        from streamsoup.methods.fixed import uniform
 
         return uniform(ingredients, output=output, options=options)
 
@@ -52,7 +52,7 @@ def mix(
     factors = common.factors(coefficients)
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.fixed import mix
+        from streamsoup.methods.fixed import mix
 
         return mix(ingredients, factors, normalize=normalize, output=output, options=options)
 
@@ -103,7 +103,7 @@ def interpolate(
         raise click.UsageError("--recalibrate is for a sweep, with --alphas and --task")
 
     def make(options: Options) -> Soup:
-        from streamsoup.soups.fixed import interpolate
+        from streamsoup.methods.fixed import interpolate
 
         return interpolate(base, fine_tuned, alpha, output=output, options=options)
 

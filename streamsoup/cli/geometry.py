@@ -15,9 +15,9 @@ from streamsoup.cli import common
 from streamsoup.errors import printable
 
 if TYPE_CHECKING:
-    from streamsoup.angles import Geometry
+    from streamsoup.cli.terminal import Watcher
+    from streamsoup.methods.angles import Geometry
     from streamsoup.options import Options
-    from streamsoup.terminal import Watcher
 
 
 @click.command()
@@ -35,12 +35,12 @@ def geometry(
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         import time
 
-        from streamsoup.angles import geometry
-        from streamsoup.terminal import summary
+        from streamsoup.cli.terminal import summary
+        from streamsoup.methods.angles import geometry
 
         if plot is not None:
-            from streamsoup.destination import check_outside
-            from streamsoup.plot import check_plot
+            from streamsoup.output.destination import check_outside
+            from streamsoup.study.plot import check_plot
 
             check_plot(plot)
             check_outside(plot, paths)
@@ -49,7 +49,7 @@ def geometry(
         elapsed_s = time.monotonic() - started
         watcher.close()
         if plot is not None:
-            from streamsoup.plot import plot_geometry
+            from streamsoup.study.plot import plot_geometry
 
             plot_geometry(found, plot)
         notes = [] if settings_quiet else [f"note: {note}" for note in found.notes]
@@ -83,7 +83,7 @@ def write_json(found: Geometry, file: TextIO) -> None:
 
 def describe(found: Geometry, width: int) -> list[str]:
     """Say how each ingredient lies to the base and to the others; a matrix too, if it fits."""
-    from streamsoup.inspection import short_names
+    from streamsoup.study.inspection import short_names
 
     labels = short_names(found.names, max(12, min(32, width - 64)))
     total = found.total

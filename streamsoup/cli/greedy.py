@@ -15,9 +15,9 @@ from streamsoup.cli import common
 from streamsoup.errors import RecipeError, printable
 
 if TYPE_CHECKING:
+    from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.soups.greedy import GreedySoup, SearchOptions, Trial
-    from streamsoup.terminal import Watcher
+    from streamsoup.search.greedy import GreedySoup, SearchOptions, Trial
 
 TASK = common.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
@@ -113,7 +113,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from streamsoup.soups.greedy import greedy_soup
+        from streamsoup.search.greedy import greedy_soup
 
         task = _make_task(told, rules["timeout"], ingredients[0])
         search = _search_options(told["split"], rules, as_json or quiet)
@@ -149,7 +149,7 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
 
 
 def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -> SearchOptions:
-    from streamsoup.soups.greedy import SearchOptions
+    from streamsoup.search.greedy import SearchOptions
 
     rules = dict(rules)
     rules["direction"] = "backward" if rules.pop("backward") else "forward"

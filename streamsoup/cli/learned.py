@@ -11,9 +11,9 @@ from streamsoup.cli import common
 from streamsoup.errors import printable
 
 if TYPE_CHECKING:
+    from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.soups.learned import LearnedSoup
-    from streamsoup.terminal import Watcher
+    from streamsoup.search.learned import LearnedSoup
 
 
 @click.command()
@@ -97,12 +97,12 @@ def learned(
             common.say(line)
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
-        from streamsoup.soups.learned import learned_soup
-        from streamsoup.soups.learning import LearningOptions
+        from streamsoup.search.learned import learned_soup
+        from streamsoup.search.learning.descending import LearningOptions
 
         if plot is not None:
-            from streamsoup.destination import check_outside
-            from streamsoup.plot import check_plot
+            from streamsoup.output.destination import check_outside
+            from streamsoup.study.plot import check_plot
 
             check_plot(plot)
             check_outside(plot, ingredients)
@@ -126,8 +126,8 @@ def learned(
         if plot is not None:
             import numpy as np
 
-            from streamsoup.inspection import short_names
-            from streamsoup.plot import plot_coefficients
+            from streamsoup.study.inspection import short_names
+            from streamsoup.study.plot import plot_coefficients
 
             names = short_names(soup.recipe.ingredients, 24)
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
@@ -142,8 +142,8 @@ def learned(
 
 def describe(soup: LearnedSoup) -> list[str]:
     """Say what was learned, and what it took."""
-    from streamsoup.inspection import short_names
     from streamsoup.sizes import nbytes_text
+    from streamsoup.study.inspection import short_names
 
     first, best = soup.looks[0], soup.looks[soup.best]
     report = soup.report

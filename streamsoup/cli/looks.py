@@ -12,8 +12,8 @@ from streamsoup.cli import common
 from streamsoup.errors import StreamsoupError, printable
 
 if TYPE_CHECKING:
+    from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.terminal import Watcher
 
 
 @click.command()
@@ -26,10 +26,10 @@ def plan(
     ingredients: tuple[str, ...], coefficients: str | None, as_json: bool, **settings: Any
 ) -> int:
     """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
-    from streamsoup.inspection import describe_order, record_order
+    from streamsoup.output.coefficients import find_coefficients
+    from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
-    from streamsoup.soups.fixed import find_coefficients
-    from streamsoup.soups.make import order
+    from streamsoup.study.inspection import describe_order, record_order
 
     given = Coefficients.uniform(len(ingredients))
     if coefficients is not None:
@@ -50,7 +50,7 @@ def plan(
 def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
     """Show what a checkpoint holds, from its headers alone."""
     from streamsoup.formats.shards import open_ingredients
-    from streamsoup.inspection import describe_ingredient, record_ingredient
+    from streamsoup.study.inspection import describe_ingredient, record_ingredient
 
     (ingredient,) = open_ingredients([checkpoint])
     if as_json:
@@ -79,8 +79,8 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         import time
 
-        from streamsoup.terminal import summary
-        from streamsoup.verification import verify
+        from streamsoup.cli.terminal import summary
+        from streamsoup.output.verification import verify
 
         started = time.monotonic()
         result = verify(soup, quick=quick, ingredients=ingredients or None, options=options)
@@ -95,7 +95,7 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
         common.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
 
     def paths() -> list[str]:
-        from streamsoup.verification import read_provenance
+        from streamsoup.output.verification import read_provenance
 
         with suppress(StreamsoupError):
             found = ingredients or [each.path for each in read_provenance(soup).ingredients]

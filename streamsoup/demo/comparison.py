@@ -12,11 +12,11 @@ from shlex import quote
 
 from msgspec.structs import replace
 
-from streamsoup.comparison.table import CompareOptions, compare
 from streamsoup.demo import training
 from streamsoup.demo.table import Results
 from streamsoup.recipe import Provenance
-from streamsoup.report.comparison import write_report
+from streamsoup.study.comparison.table import CompareOptions, compare
+from streamsoup.study.report.comparison import write_report
 
 __all__ = ["write"]
 

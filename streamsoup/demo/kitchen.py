@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.nn import functional
 
 import streamsoup
-from streamsoup.angles import Geometry
 from streamsoup.demo import comparison, digits, network, table, training
 from streamsoup.demo.digits import Parts, Sizes
 from streamsoup.demo.network import Network
 from streamsoup.demo.table import Results, Row
 from streamsoup.demo.training import Training
 from streamsoup.errors import OutputExistsError, printable
-from streamsoup.report.page import write_text
-from streamsoup.soups.greedy import GreedySoup
-from streamsoup.soups.learned import LearnedSoup
+from streamsoup.methods.angles import Geometry
+from streamsoup.search.greedy import GreedySoup
+from streamsoup.search.learned import LearnedSoup
+from streamsoup.study.report.page import write_text
 
 BATCH = 60
 """Validation images in a batch of the learned soup: ten batches, of which two watch."""

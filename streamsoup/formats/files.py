@@ -14,10 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from streamsoup.buffers import Bytes
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
-from streamsoup.formats.regular import close_read
 from streamsoup.formats.shards import Identity, Shard
+from streamsoup.system.buffers import Bytes
+from streamsoup.system.regular import close_read
 
 __all__ = ["Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
 

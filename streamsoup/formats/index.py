@@ -19,7 +19,7 @@ from typing import Any
 
 from streamsoup.errors import CorruptFileError, FormatError, printable, some
 from streamsoup.formats.header import recognise
-from streamsoup.formats.regular import reading
+from streamsoup.system.regular import reading
 
 __all__ = [
     "check_files",

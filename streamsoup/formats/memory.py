@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from streamsoup.buffers import Bytes, buffer
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
 from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
+from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import TORCH_NAMES
 
 __all__ = ["MemoryShard", "open_state", "plain_name", "unwrapped"]

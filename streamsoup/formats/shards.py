@@ -30,9 +30,9 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.header import Header, header_nbytes, parse_header
 from streamsoup.formats.index import check_files, check_index, is_index, read_index
-from streamsoup.formats.regular import reading
 from streamsoup.formats.weights import PICKLES, find_weights, names_in
 from streamsoup.sizes import nbytes_text
+from streamsoup.system.regular import reading
 from streamsoup.tensors import TensorSpec
 
 __all__ = [

@@ -18,9 +18,9 @@ from typing import NoReturn
 import msgspec
 
 from streamsoup.errors import FormatError, MismatchError, printable, some
-from streamsoup.formats.regular import reading
 from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.weights import PICKLES
+from streamsoup.system.regular import reading
 from streamsoup.tensors import TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "pieces"]

@@ -10,10 +10,10 @@ import os
 import threading
 from collections.abc import Sequence
 
-from streamsoup.buffers import address_of, buffer
 from streamsoup.kernels import objects, processor
 from streamsoup.kernels.leaf_digests import SECRET
 from streamsoup.kernels.linking import Kernel
+from streamsoup.system.buffers import address_of, buffer
 from streamsoup.tensors import DType
 
 __all__ = ["AT_ONCE", "BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]

@@ -7,7 +7,7 @@ from memory a second time: that took a quarter to a third of a soup on Intel.
 
 from __future__ import annotations
 
-from streamsoup.buffers import address_of
+from streamsoup.system.buffers import address_of
 
 __all__ = ["LEAST_NBYTES", "SECRET", "STATE_NBYTES", "STRIDE", "STRIPE", "LeafDigests"]
 

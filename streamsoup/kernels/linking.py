@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from streamsoup.buffers import address_of, buffer
+from streamsoup.system.buffers import address_of, buffer
 
 __all__ = ["Kernel", "address_of_symbol", "link", "needed"]
 

@@ -23,7 +23,7 @@ import xxhash
 
 from streamsoup.kernels import processor
 from streamsoup.kernels.linking import Kernel, address_of_symbol, link, needed
-from streamsoup.versions import llvmlite_version, numba_version
+from streamsoup.system.versions import llvmlite_version, numba_version
 
 __all__ = ["find", "make"]
 

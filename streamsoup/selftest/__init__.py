@@ -18,7 +18,7 @@ import msgspec
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
-from streamsoup.versions import versions
+from streamsoup.system.versions import versions
 
 __all__ = ["Check", "Report", "selftest"]
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup import read
+from streamsoup.engine import read
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.formats.header import make_header
 from streamsoup.kernels import blocks, reference
 from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape
 from streamsoup.options import Options
+from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients
 from streamsoup.sizes import nbytes_text
-from streamsoup.soups.make import Order, make, order
 from streamsoup.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def order_on(
     """Plan a uniform soup that is made by the pipeline on `device`; with the CPU's, on the CPU."""
     from msgspec.structs import replace
 
-    from streamsoup.device_mix import FREE_SHARE, OnDevice, plan_device
+    from streamsoup.engine.device import FREE_SHARE, OnDevice, plan_device
 
     coefficients = Coefficients.uniform(len(paths))
     on_cpu = replace(options, device="cpu")
@@ -257,7 +257,7 @@ def _order(device: Accelerator, which: int) -> Outcome:
 
 def _soups(device: Accelerator | HostDevice, paths: Sequence[str], room: str) -> Outcome:
     """Whole soups by the pipeline and by the CPU's kernels: the same files."""
-    from streamsoup.verification import verify
+    from streamsoup.output.verification import verify
 
     wrong: list[str] = []
     kinds = list(itertools.product(("same", "f32", "bf16"), ("mmap", "read")))
@@ -393,7 +393,7 @@ def _in_place(device: Accelerator, paths: Sequence[str], room: str) -> Outcome:
     import torch
     from safetensors.torch import load_file
 
-    from streamsoup.soups.live_mix import mix_into
+    from streamsoup.live.mix import mix_into
 
     model = torch.nn.Module()
     for name, tensor in load_file(paths[0]).items():

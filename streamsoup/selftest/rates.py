@@ -17,15 +17,15 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from streamsoup.device_mix import OnDevice
+from streamsoup.engine.device import OnDevice
+from streamsoup.engine.read import open_reader
+from streamsoup.engine.reduce import Engine, Mix
+from streamsoup.engine.stream import Nowhere, run
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
-from streamsoup.read import open_reader
+from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients
-from streamsoup.reduce import Engine, Mix
 from streamsoup.selftest.checks import make_checkpoints, order_on
-from streamsoup.soups.make import Order, make, order
-from streamsoup.stream import Nowhere, run
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,171 @@
+"""How much memory a planned pass may take: the size of its blocks, and what it holds at its peak.
+
+The budget is that of the whole process: libraries, headers and the plan itself are counted, by what
+they were measured to take, and blocks share what is left.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from streamsoup.engine.plan import NOTES, MixPlan
+from streamsoup.errors import BudgetError
+from streamsoup.sizes import nbytes_text, parse_nbytes
+from streamsoup.tensors import DType
+
+__all__ = [
+    "COMPILER_NBYTES",
+    "LARGEST_BLOCK",
+    "READ_GROUP",
+    "SMALLEST_BLOCK",
+    "MemoryPlan",
+    "check_opening",
+    "fixed_nbytes",
+    "memory_budget",
+    "opening_nbytes",
+    "plan_memory",
+]
+
+LARGEST_BLOCK = 1 << 19
+"""Elements worked on at once. A block costs its thread 65 µs in Python, and two threads another 100
+of waiting for each other's turn there: 2^18 takes a tenth longer, 2^20 no less time."""
+
+SMALLEST_BLOCK = 1 << 12
+"""Below this, more time goes into calls than into sums."""
+
+DEFAULT_NBYTES = 150_000_000
+"""Memory budget of the whole process where none is given, for up to some 5,000 tensors."""
+
+WORKING_NBYTES = 26_000_000
+"""What of a budget is left for blocks at least, where none is given: two threads' largest ones take
+21 MB."""
+
+READ_GROUP = 4
+"""Ingredients whose blocks are held at once when files are read rather than mapped."""
+
+NUMPY_NBYTES = 2**20
+"""What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
+
+PROCESS_NBYTES = 108 * 2**20
+"""Upper bound of what Python and the libraries hold, the compiler and one kernel included.
+
+Measured: 9 MB beside its blocks with kernels from the cache; while compiling one, 94 to 112 MB with
+numba 0.68, 79 to 87 with 0.61.
+"""
+
+COMPILER_NBYTES = 64 * 2**20
+"""What of it only compiling takes."""
+
+KERNEL_NBYTES = 9 * 2**20
+"""What compiling each further kernel takes (measured: 4 to 9 MB)."""
+
+MEANS_NBYTES = 18 * 2**20
+"""What compiling a further one takes that has means in float32 (measured: 13 to 20 MB, and 28 after
+three that have none, which took less than `PROCESS_NBYTES` has for the first)."""
+
+OPENING_NBYTES = 24 * 2**20
+"""What the process holds while it opens ingredients, beside their headers (measured: 19 MB)."""
+
+
+class MemoryPlan(msgspec.Struct, frozen=True):
+    """How large the working blocks are, and what that comes to."""
+
+    threads: int
+    block: int
+    """Elements worked on at once by a thread."""
+    group: int
+    """Ingredients whose blocks a thread is given at once: all when mapped, few when read."""
+    peak_nbytes: int
+    """Upper bound of the anonymous memory of the whole process."""
+    compiles: bool = True
+    """Whether there is room to compile a kernel; where not, only those in the cache are used."""
+
+
+def plan_memory(
+    plan: MixPlan, *, mapped: bool, threads: int, budget: int, times: int = 1
+) -> MemoryPlan:
+    """Choose the largest blocks, up to `times` `LARGEST_BLOCK`, whose peak is within `budget`.
+
+    There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
+    the smallest blocks do not fit; says how much would.
+    """
+    k = len(plan.ingredients)
+    widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+    widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    group = k if mapped else min(k, READ_GROUP)
+    # Each element of a block: its sum, its result, and what looking for the cause of a NaN makes of
+    # it, or comparing float64 with the first; when files are read rather than mapped, the group's
+    # inputs too. Numpy makes more, of a part of a block at a time.
+    per_element = 8 + widest + (16 if widest_in == 8 else 8) + (0 if mapped else group * widest_in)
+    pairs = {(s.dtype, t.dtype) for t in plan.tensors if t.operation == "mix" for s in t.sources}
+    kernels = sorted(_kernel_nbytes(source, output) for source, output in pairs)
+    compiler = COMPILER_NBYTES + sum(kernels[:-1])
+    fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
+    # So many tensors that little is left for the rest: better slower than not at all.
+    compiles = fixed + NUMPY_NBYTES + SMALLEST_BLOCK * per_element <= budget
+    fixed -= 0 if compiles else compiler
+    block = times * LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
+    while block > SMALLEST_BLOCK and fixed + threads * _held(block, per_element) > budget:
+        block //= 2
+    threads = max(1, min(threads, (budget - fixed) // _held(block, per_element)))
+    peak = fixed + threads * _held(block, per_element)
+    if peak > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: "
+            f"this soup takes {nbytes_text(peak, up=True)} at least; raise --memory above that"
+        )
+    peak = max(peak, check_opening(plan, budget))
+    return MemoryPlan(threads, block, group, peak, compiles)
+
+
+def memory_budget(plan: MixPlan, told: int | str | None) -> int:
+    """Give the budget of a run in bytes: as told, or `DEFAULT_NBYTES`, or what many tensors take.
+
+    The plan of 50,000 tensors takes 100 MB itself: who set no limit wants no refusal.
+    """
+    if told is not None:
+        return parse_nbytes(told)
+    return max(DEFAULT_NBYTES, fixed_nbytes(plan) + WORKING_NBYTES, opening_nbytes(plan))
+
+
+def _held(block: int, per_element: int) -> int:
+    """Bytes that a thread holds."""
+    return NUMPY_NBYTES + block * per_element
+
+
+def _kernel_nbytes(source: DType, output: DType) -> int:
+    """Bytes that compiling a kernel takes after the first."""
+    return MEANS_NBYTES if source == output and source.nbits <= 16 else KERNEL_NBYTES
+
+
+def fixed_nbytes(plan: MixPlan) -> int:
+    """Bound what the process holds beside its blocks: libraries, headers, plan, digests."""
+    rows = 1 + len(plan.ingredients)
+    n_shards = sum(len(ingredient.shards) for ingredient in plan.ingredients)
+    # Measured with 50,000 and 100,000 tensors: 1160 to 1350 bytes each, and 6 for each character
+    # of a name, which is held as a key, in headers, and in the texts of index and provenance.
+    specs = sum(1400 + 7 * len(name) for layout in plan.layouts for name in layout.places)
+    # A row of digests and a number for each leaf; the text of a record, four times over.
+    leaves = (17 * rows + 64) * plan.n_leaves + 128 * rows * NOTES
+    # Coefficients of each tensor: numbers, and the texts that they come from and go to. Measured:
+    # 123 and 143 bytes each, of 320,000 and of 1,280,000.
+    own = 160 * sum(map(len, plan.recipe.coefficients.per_tensor.values()))
+    return PROCESS_NBYTES + 1200 * n_shards + specs + leaves + own
+
+
+def opening_nbytes(plan: MixPlan) -> int:
+    """Bound what the process held while it opened the ingredients: metadata may take megabytes."""
+    return OPENING_NBYTES + max(ingredient.opening_nbytes for ingredient in plan.ingredients)
+
+
+def check_opening(plan: MixPlan, budget: int) -> int:
+    """Give `opening_nbytes`. Raises `BudgetError` if that was more than `budget`."""
+    took = opening_nbytes(plan)
+    if took > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: opening these ingredients "
+            f"takes up to {nbytes_text(took, up=True)}, as one has a large header or index; raise "
+            "--memory above that"
+        )
+    return took

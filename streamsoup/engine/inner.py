@@ -1,0 +1,337 @@
+"""Inner products in one pass: the Gram matrix of all ingredients, and their dots with a vector.
+
+Differences come first: θᵢ−θ₀ is taken element by element in float64, and then multiplied, as the
+Gram matrix of the weights themselves would cancel (‖θ‖² is some 10⁴ times ‖θᵢ−θ₀‖²).
+Sums follow one order, whatever the threads, blocks, budget or way of reading: grains of 4096
+elements (`kernels.inner`), added up in order within a leaf; leaves in order within a tensor.
+
+`Gram` and `Dot` are reductions for `stream.run`, and `Sums` is the sink they share: a block's
+result is a row of numbers for each of its grains. Which kernel multiplies is `fastest_products`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.engine.budget import (
+    COMPILER_NBYTES,
+    LARGEST_BLOCK,
+    SMALLEST_BLOCK,
+    MemoryPlan,
+    check_opening,
+    fixed_nbytes,
+)
+from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
+from streamsoup.engine.reduce import compiled
+from streamsoup.errors import BudgetError
+from streamsoup.kernels import blocks
+from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
+from streamsoup.sizes import nbytes_text
+from streamsoup.system.buffers import Bytes
+from streamsoup.tensors import DType
+
+__all__ = [
+    "Dot",
+    "Gram",
+    "Products",
+    "Sums",
+    "Vector",
+    "fastest_products",
+    "floats_of",
+    "plan_inner_memory",
+    "symmetric",
+]
+
+Floats = NDArray[np.float64]
+Array = NDArray[np.uint8]
+
+COMPILE_S = 5.0
+"""Time in numpy from which compiling it pays (measured: it takes 3 to 7 s, once)."""
+
+SPARED_NBYTES = 8 * 2**20
+"""What compiling the one kernel of products takes less than `budget.PROCESS_NBYTES` counts.
+
+Measured, its blocks included: 96 MiB after compiling it with numba 0.68, 103 with 0.61; 28 with the
+kernel from the cache."""
+
+
+def floats_of(plan: MixPlan) -> MixPlan:
+    """Give the part of a plan that is made of floats: the rest has no inner products."""
+    return plan.only({tensor.name for tensor in plan.tensors if tensor.operation == "mix"})
+
+
+def plan_inner_memory(
+    plan: MixPlan, n_values: int, *, mapped: bool, threads: int, budget: int
+) -> MemoryPlan:
+    """Choose blocks for a pass that gives `n_values` numbers a grain, within `budget` bytes.
+
+    Blocks shrink with the number of ingredients, as all of them are needed at once. Nothing is
+    compiled where that leaves no room for them. Raises `BudgetError` when the smallest do not fit
+    even so; says how much would.
+    """
+    k = len(plan.ingredients)
+    widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    # A thread's rows of one grain, and as many numbers while numpy multiplies them (compiled, it is
+    # less: `kernels.inner.Products.held_nbytes`); its leaf's sums. Beside them the sums of every
+    # tensor, and those of leaves that wait for an earlier one.
+    held = fixed_nbytes(plan) + 8 * n_values * (len(plan.tensors) + 1)
+    each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
+    per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
+    smallest = each + int(SMALLEST_BLOCK * per_element)
+    compiles = held - SPARED_NBYTES + smallest <= budget
+    fixed = held - (SPARED_NBYTES if compiles else COMPILER_NBYTES)
+
+    def peak(block: int, workers: int) -> int:
+        return fixed + workers * (each + int(block * per_element))
+
+    block = LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
+    while block > SMALLEST_BLOCK and peak(block, threads) > budget:
+        block //= 2
+    threads = max(1, min(threads, (budget - fixed) // (peak(block, 1) - fixed)))
+    if peak(block, threads) > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
+            f"ingredients take {nbytes_text(peak(block, threads), up=True)} at least; raise "
+            "--memory"
+        )
+    most = max(peak(block, threads), check_opening(plan, budget))
+    return MemoryPlan(threads, block, k, most, compiles)
+
+
+class Products(Protocol):
+    """What multiplies: `kernels.inner.Products` says how."""
+
+    def __call__(
+        self,
+        inputs: Sequence[Array],
+        dtypes: Sequence[DType],
+        n: int,
+        out: Floats,
+        *,
+        reference: int,
+        to_mean: bool,
+    ) -> None:
+        """Fill ``out (grain, value)`` with the products of the grains of `n` elements."""
+
+
+def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
+    """Give the compiled kernel if it is in the cache, or the job is worth compiling it; else numpy.
+
+    The job: `n_products` of each element of the plan. Without `compiles`, or where numba cannot,
+    nothing is compiled. The bits are the same. Takes milliseconds, or, the first time on a machine,
+    seconds.
+    """
+    n_elements = sum(tensor.n_units for tensor in plan.tensors)
+    # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
+    in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
+    found = find_products()
+    if found is None and compiles and in_numpy_s >= COMPILE_S:
+        found = compiled(make_products)
+    return found or in_numpy
+
+
+class Gram:
+    """⟨rᵢ, rⱼ⟩ of the rows r₀ = the reference and rᵢ = θᵢ − the reference, for every tensor.
+
+    The reference is the first ingredient of the plan if it is the `base`, else the mean of all.
+    A grain gives the products of all rows with ``j >= i``, row by row; then, for each ingredient
+    but the base, how many elements differ from those of the first ingredient.
+    """
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, *, base: bool) -> None:
+        """Hold what the workers share, all of it read-only."""
+        self.plan, self.memory, self.base = plan, memory, base
+        self.n_rows = len(plan.ingredients) + (0 if base else 1)
+        self.n_values = self.n_products(self.n_rows) + self.n_rows - 1
+        n_products = self.n_products(self.n_rows)
+        self.products = fastest_products(plan, n_products, compiles=memory.compiles)
+
+    @staticmethod
+    def n_products(n_rows: int) -> int:
+        """Count the products of rows with ``j >= i``."""
+        return n_rows * (n_rows + 1) // 2
+
+    def worker(self) -> _Worker:
+        """Give a thread its own worker."""
+        return _Worker(self)
+
+    def multiply(
+        self,
+        tensor: PlannedTensor,
+        start: int,
+        n: int,
+        inputs: Sequence[Array],
+        dtypes: Sequence[DType],
+        out: Floats,
+    ) -> None:
+        """Fill ``out (grain, value)`` for `n` elements of a tensor."""
+        if not self.base:  # the first row is what all are measured from, and is no ingredient
+            inputs, dtypes = [inputs[0], *inputs], [dtypes[0], *dtypes]
+        self.products(inputs, dtypes, n, out, reference=0, to_mean=not self.base)
+
+
+class Vector(msgspec.Struct, frozen=True):
+    """A tensor in memory to multiply ingredients with: raw little-endian elements."""
+
+    data: Array
+    dtype: DType
+
+
+class Dot:
+    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
+
+    def __init__(
+        self,
+        plan: MixPlan,
+        memory: MemoryPlan,
+        vectors: Mapping[str, Vector],
+        products: Products,
+    ) -> None:
+        """Hold what the workers share; `vectors` has one for each tensor of the plan."""
+        self.plan, self.memory, self.vectors, self.products = plan, memory, vectors, products
+        self.n_values = len(plan.ingredients)
+
+    def worker(self) -> _Worker:
+        """Give a thread its own worker."""
+        return _Worker(self)
+
+    def multiply(
+        self,
+        tensor: PlannedTensor,
+        start: int,
+        n: int,
+        inputs: Sequence[Array],
+        dtypes: Sequence[DType],
+        out: Floats,
+    ) -> None:
+        """Fill ``out (grain, value)`` for `n` elements of a tensor, from `start` on."""
+        vector = self.vectors[tensor.name]
+        size = vector.dtype.itemsize
+        u = vector.data[start * size : (start + n) * size]
+        inputs, dtypes = [u, *inputs], [vector.dtype, *dtypes]
+        self.products(inputs, dtypes, n, out, reference=1, to_mean=False)
+
+
+class _Worker:
+    """One thread's part of a pass: its results, a row of numbers for each grain of a block."""
+
+    n_ahead = 0
+
+    def __init__(self, reduction: Gram | Dot) -> None:
+        self._reduction, self._plan = reduction, reduction.plan
+        self._room = np.empty((-(-reduction.memory.block // GRAIN), reduction.n_values))
+        self.spoiled = False
+
+    def digests(self, tensor: PlannedTensor, n_units: int) -> None:
+        """Leave them to the stream."""
+
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block."""
+        self._tensor, self._start, self._n = tensor, start, n_units
+        self._results = self._room[: -(-n_units // GRAIN)]
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Take the blocks of all ingredients at once."""
+        assert (first, len(inputs)) == (0, len(self._plan.ingredients))
+        sources = self._tensor.sources
+        dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
+        arrays = [blocks.array_of(block) for block in inputs]
+        self._reduction.multiply(self._tensor, self._start, self._n, arrays, dtypes, self._results)
+        self.spoiled = not bool(np.isfinite(self._results).all())
+
+    def result(self) -> Bytes:
+        """Give the numbers of each grain of the block."""
+        return self._results.reshape(-1).view(np.uint8).data
+
+    def close(self) -> None:
+        """Let go of the numbers."""
+        del self._room
+
+
+def symmetric(products: Floats) -> Floats:
+    """Give the matrix ``(row, row)`` of the products that a Gram pass gives: those of ``j >= i``.
+
+    >>> symmetric(np.array([1.0, 2.0, 3.0])).tolist()
+    [[1.0, 2.0], [2.0, 3.0]]
+    """
+    n_rows = (math.isqrt(8 * len(products) + 1) - 1) // 2
+    upper = np.triu_indices(n_rows)
+    matrix = np.zeros((n_rows, n_rows))
+    matrix[upper] = products
+    matrix.T[upper] = products
+    return matrix
+
+
+class Sums:
+    """The sink of numbers: adds up what grains gave, in order, for each tensor."""
+
+    def __init__(self, plan: MixPlan, n_values: int) -> None:
+        """Begin every tensor at zero."""
+        self._plan = plan
+        self.of_tensors = np.zeros((len(plan.tensors), n_values))
+        """``(tensor, value) float64``: in the order of the plan."""
+        self._next = [tensor.first_leaf for tensor in plan.tensors]
+        self._waiting: dict[int, Floats] = {}
+        self._lock = threading.Lock()
+
+    def session(self) -> _SumsSession:
+        """Give a thread its own."""
+        return _SumsSession(self, np.zeros(self.of_tensors.shape[1]))
+
+    def take(self, leaf: Leaf, values: Floats) -> None:
+        """Take the sums of a leaf; they are added once all leaves before it are."""
+        with self._lock:
+            self._waiting[leaf.number] = values
+            while (ready := self._waiting.pop(self._next[leaf.tensor], None)) is not None:
+                self.of_tensors[leaf.tensor] += ready
+                self._next[leaf.tensor] += 1
+                if self._next[leaf.tensor] == self._end(leaf.tensor):
+                    break
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Do nothing: the session handed the leaf's sums in."""
+
+    def checkpoint(self) -> None:
+        """Do nothing: there is nothing on disk."""
+
+    def _end(self, tensor: int) -> int:
+        planned = self._plan.tensors[tensor]
+        return planned.first_leaf + planned.n_leaves
+
+
+class _SumsSession(msgspec.Struct):
+    """One thread's leaf in the making."""
+
+    sums: Sums
+    values: Floats
+
+    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
+        """Know of nothing that was finished earlier."""
+        return None
+
+    def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
+        """Have none: what is written is added up."""
+        return None
+
+    def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
+        """Add a row of numbers for each grain of the leaf, in order."""
+        if start == leaf.start:
+            self.values = np.zeros_like(self.values)
+        rows = blocks.floats_of(block).reshape(-1, len(self.values))
+        for row in rows:
+            self.values += row
+        if start + len(rows) * GRAIN >= leaf.start + leaf.n_units:
+            self.sums.take(leaf, self.values)
+
+    def close(self) -> None:
+        """Hold nothing."""

@@ -1,0 +1,333 @@
+"""Reductions: what becomes of the same block of all ingredients.
+
+A reduction makes a *worker* for each thread. The stream starts a block, adds ingredients in order,
+a group at a time, and takes the result. `Mix` is the one that makes soups.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from streamsoup.engine.budget import MemoryPlan
+from streamsoup.engine.plan import MixPlan, PlannedTensor
+from streamsoup.errors import MismatchError, printable
+from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
+from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
+from streamsoup.system.buffers import Bytes, address_of, buffer, is_same
+from streamsoup.system.cgroup import memory_limit
+from streamsoup.tensors import DType
+
+if TYPE_CHECKING:
+    from streamsoup.kernels.blocks import BlockSums
+
+__all__ = [
+    "Engine",
+    "Mix",
+    "MixWorker",
+    "Nothing",
+    "Reduction",
+    "Worker",
+    "compiled",
+]
+
+log = logging.getLogger("streamsoup")
+
+COMPILE_NBYTES = 1_000_000_000
+"""Bytes to read from which compiling one pays, before the work: some seconds, once.
+
+Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
+
+COMPILE_ROOM = 219_000_000
+"""Bytes a memory cgroup must allow for compiling: LLVM's library takes 170 MB of them as it is
+mapped. Measured, with cold libraries: 22 s for a soup of 2 GB in 220 MB; in 150 MB over 400 s, in
+which 127 GB were read again and again, and 31 s with numpy instead."""
+
+
+K = TypeVar("K")
+
+
+def compiled(make: Callable[[], K]) -> K | None:
+    """Make a kernel, if numba may: nobody has switched it off, and there is room for it.
+
+    Where what it takes is broken, a warning says so, and there is none.
+    """
+    is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
+    if is_off or memory_limit() < COMPILE_ROOM:
+        return None
+    try:
+        return make()
+    except (ImportError, OSError) as error:
+        log.warning(
+            "kernels cannot be compiled: %s; numpy makes the same sums, more slowly. "
+            "Install numba anew, or grant more memory",
+            printable(error),
+        )
+        return None
+
+
+class Engine:
+    """The fastest kernel that is ready: compiled if it was before, or the job is worth it.
+
+    Numpy does the rest, with the same bits, so a run may change to a kernel at any block.
+    """
+
+    def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
+        """Load compiled kernels; for a large job, compile missing ones.
+
+        Without `compiles`, in a memory cgroup too small for it, or where numba is switched off
+        (``NUMBA_DISABLE_JIT``), numpy does what is not in the cache.
+        """
+        self._mixers: dict[tuple[str, str], Mixer] = {}
+        self._pairs = {
+            (tensor.sources[0].dtype, tensor.dtype)
+            for tensor in plan.tensors
+            if tensor.operation == "mix" and len({s.dtype for s in tensor.sources}) == 1
+        }
+        self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
+        for source, output in self._pairs:
+            if (found := find_mixer(source, output)) is not None:
+                self._mixers[source.name, output.name] = found
+        missing = len(self._mixers) < len(self._pairs)
+        worth = missing and plan.nbytes_read >= COMPILE_NBYTES
+        if compiles and worth:
+            self.load()
+
+    def load(self) -> None:
+        """Compile what is missing now, where it can be: seconds, the first time on a machine."""
+        for source, output in self._pairs:
+            if (source.name, output.name) not in self._mixers:
+                made = compiled(partial(mixer, source, output))
+                if made is None:
+                    return
+                self._mixers[source.name, output.name] = made
+
+    def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:
+        """Give the compiled kernel for these dtypes, or None while numpy has to do."""
+        if any(source is not sources[0] for source in sources):
+            return None
+        return self._mixers.get((sources[0].name, output.name))
+
+
+class Worker(Protocol):
+    """What one thread reduces with."""
+
+    spoiled: bool
+    """Whether the last result holds a NaN or an Inf."""
+
+    @property
+    def n_ahead(self) -> int:
+        """Blocks to start before the first result is asked for: accelerators work on several."""
+
+    def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
+        """Give the digests of a leaf of `n_units` of `tensor`, made along with its blocks.
+
+        Asked before the first of them; all then come to this worker, in order. None where the
+        stream has to make the digests.
+        """
+
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block: `n_units` of `tensor` from unit `start` on.
+
+        The result may be made in `room`, which is no part of any ingredient.
+        """
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Take the blocks of ingredients `first` and following, in order."""
+
+    def result(self) -> Bytes:
+        """Give what became of the oldest block, valid until the next one is started."""
+
+    def close(self) -> None:
+        """Give back what the worker holds."""
+
+
+class Reduction(Protocol):
+    """What becomes of each block: the same for all threads, orders and sizes of blocks."""
+
+    def worker(self) -> Worker:
+        """Give a thread its own worker."""
+
+
+class Nothing:
+    """No result at all: the reduction, and the worker, of a pass that only digests."""
+
+    spoiled = False
+    n_ahead = 0
+
+    def worker(self) -> Nothing:
+        """Give a thread this very object: it holds nothing."""
+        return self
+
+    def digests(self, tensor: PlannedTensor, n_units: int) -> None:
+        """Leave them to the stream."""
+
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block."""
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Let the blocks go."""
+
+    def result(self) -> Bytes:
+        """Give no bytes."""
+        return buffer(0)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+class Mix:
+    """Σᵢ cᵢ·θᵢ, and copies of what is not averaged."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, engine: Engine) -> None:
+        """Hold what the workers share, all of it read-only."""
+        self.plan = plan
+        self.memory = memory
+        self.engine = engine
+        if self._takes_numpy():
+            # Not by the threads at work: where memory is short, that may end the process.
+            importlib.import_module("streamsoup.kernels.blocks")
+
+    def _takes_numpy(self) -> bool:
+        """Whether there are sums that no compiled kernel makes."""
+        return not all(
+            self.is_compiled(tensor) for tensor in self.plan.tensors if tensor.operation == "mix"
+        )
+
+    def is_compiled(self, tensor: PlannedTensor) -> bool:
+        """Whether compiled kernels make all of a tensor: numpy takes no part."""
+        if tensor.operation != "mix":
+            return False
+        cut = self.memory.group < len(self.plan.ingredients)
+        sources = [source.dtype for source in tensor.sources]
+        has_kernel = self.engine.mixer(sources, tensor.dtype) is not None
+        return has_kernel and not (cut and self.plan.keeps_equal(tensor))
+
+    def worker(self) -> MixWorker:
+        """Give a thread its own worker."""
+        return MixWorker(self)
+
+
+class MixWorker:
+    """One thread's sums, and the room for its results."""
+
+    n_ahead = 0
+
+    def __init__(self, mix: Mix) -> None:
+        """Make room for sums ``(block,) float64`` and a result of the same length."""
+        self._mix = mix
+        plan, block = mix.plan, mix.memory.block
+        widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+        self._result = buffer(block * widest)
+        self._sums = buffer(8 * block)
+        self._digests: LeafDigests | None = None
+        self._leaf = self._left = 0
+        """Elements of the leaf that is digested, and those of them in no block yet."""
+        self.spoiled = False
+        """Whether the last result holds a NaN or an Inf."""
+
+    def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
+        """Give the digests of a leaf of which compiled kernels make all blocks.
+
+        Not if it is too small, or its last block is: see `LEAST_NBYTES` and `STRIPE`.
+        """
+        mix, self._digests = self._mix, None
+        self._leaf = self._left = n_units
+        least = min(tensor.sources[0].dtype.itemsize, tensor.unit_nbytes)
+        block = mix.memory.block
+        last = (n_units - 1) % block + 1
+        can = block % STRIDE == 0 and last * least >= STRIPE and n_units * least >= LEAST_NBYTES
+        if can and mix.is_compiled(tensor):
+            self._digests = LeafDigests(len(mix.plan.ingredients))
+        return self._digests
+
+    def start(
+        self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
+    ) -> None:
+        """Begin a block of `n_units` of `tensor`, and make it in `room`, if there is one."""
+        self._tensor = tensor
+        self._n = n_units
+        self._left -= n_units
+        self._output = self._result[: n_units * tensor.unit_nbytes] if room is None else room
+        plan = self._mix.plan
+        self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
+        self._watch_sameness = plan.keeps_equal(tensor)
+        self._done = False
+        self.spoiled = False
+
+    def add(self, first: int, inputs: Sequence[Bytes]) -> None:
+        """Add the blocks of ingredients `first` and following, in order."""
+        if self._tensor.operation != "mix":
+            self._copy(first, inputs)
+            return
+        ends = first + len(inputs) == len(self._factors)
+        self._accumulate(first, inputs, fresh=first == 0, ends=ends)
+
+    def result(self) -> Bytes:
+        """Give the raw bytes of the finished block, valid until the next one is started."""
+        tensor = self._tensor
+        if tensor.operation == "mix" and not self._done:
+            self.spoiled = self._in_numpy.finish(
+                self._n, self._divisor, tensor.dtype, self._output, watched=self._watch_sameness
+            )
+        return self._output
+
+    @cached_property
+    def _in_numpy(self) -> BlockSums:
+        """The sums of blocks that no compiled kernel makes in one call."""
+        from streamsoup.kernels.blocks import BlockSums
+
+        return BlockSums(self._sums)
+
+    def _accumulate(self, first: int, inputs: Sequence[Bytes], *, fresh: bool, ends: bool) -> None:
+        """Add to the sums, or with `fresh` begin them; finish what `ends`, if a kernel can."""
+        tensor, plan = self._tensor, self._mix.plan
+        last = first + len(inputs)
+        sources = [tensor.sources[plan.layout_of[i]].dtype for i in range(first, last)]
+        factors = self._factors[first:last]
+        mixer = self._mix.engine.mixer(sources, tensor.dtype)
+        if mixer is None:
+            assert self._digests is None, "no kernel vanishes from an engine"
+            self._in_numpy.add(self._n, inputs, sources, factors, fresh=fresh)
+        else:
+            # Kept within the call, if this is all; a kernel knows what is the same in all then.
+            sums = 0 if fresh and ends else address_of(self._sums)
+            self._done = ends and (fresh or not self._watch_sameness)
+            divisor, output = (self._divisor, self._output) if self._done else (1.0, buffer(0))
+            addresses = [address_of(block) for block in inputs]
+            digests = 0 if self._digests is None else self._digests.address(first)
+            leaf = self._leaf if self._left == 0 else 0
+            result = address_of(output)
+            spoiled = mixer(
+                sums, addresses, factors, fresh, divisor, result, self._n, digests, leaf
+            )
+            if self._done:
+                self.spoiled = spoiled
+                return
+        if self._watch_sameness:
+            self._in_numpy.watch(inputs, fresh=fresh)
+
+    def close(self) -> None:
+        """Do nothing: buffers go with the worker."""
+
+    def _copy(self, first: int, inputs: Sequence[Bytes]) -> None:
+        if first == 0:
+            self._output[:] = inputs[0]
+        if self._tensor.operation == "first":
+            return
+        for i, block in enumerate(inputs, first):
+            if not is_same(block, self._output):
+                ingredients = self._mix.plan.ingredients
+                raise MismatchError(
+                    f"{ingredients[i].where(self._tensor.name)}: this {self._tensor.dtype.name} "
+                    f"tensor differs from that of {printable(ingredients[0].name)}, and is not "
+                    "averaged; --non-float first takes it from the first ingredient"
+                )

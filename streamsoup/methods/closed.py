@@ -1,0 +1,373 @@
+"""Soups whose coefficients follow from a formula: of the order of checkpoints, or of their angles.
+
+* EMA of saved checkpoints: m₁ = θ₁, mᵢ = d·mᵢ₋₁ + (1−d)·θᵢ, so θᵢ has (1−d)·dⁿ⁻ⁱ, θ₁ has dⁿ⁻¹.
+* LAWA: the mean of the latest k checkpoints. Kaddour 2022, https://arxiv.org/abs/2209.14981.
+* WSM: merging checkpoints of a constant learning rate stands in for its decay. A curve of
+  gradient weights w₁ ≥ … ≥ wₖ gives c₀ = 1−w₁, cⱼ = wⱼ−wⱼ₊₁, cₖ = wₖ. Tian et al. 2025,
+  https://arxiv.org/abs/2507.17634.
+* Task arithmetic: θ₀ + Σᵢ λᵢ·(θᵢ−θ₀). Ilharco et al. 2022, https://arxiv.org/abs/2212.04089.
+* Model Stock, for each tensor: t·mean + (1−t)·θ₀ with t = N·cos φ / (1 + (N−1)·cos φ).
+  Jang et al. 2024, https://arxiv.org/abs/2403.19522.
+* SLERP, for each tensor: the way along the great circle, and for more than two the weighted
+  barycentre on the sphere. Shoemake 1985, https://doi.org/10.1145/325334.325242; on task vectors,
+  Ramé et al. 2024 (WARP), https://arxiv.org/abs/2406.16768.
+
+The last two take a Gram pass first (`geometry`); all end in the same pass that writes any soup.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from streamsoup.errors import RecipeError, check_choice, printable, some
+from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.methods.angles import Place, measure, plan_geometry
+from streamsoup.options import Options, check_options, take
+from streamsoup.output.destination import check_output
+from streamsoup.output.make import Soup, make, order
+from streamsoup.recipe import Coefficients
+
+__all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]
+
+Floats = NDArray[np.float64]
+Curve = Literal["linear", "cosine", "sqrt"]
+
+NEARLY_OPPOSITE = -1 + 1e-9
+"""Cosine, about 0.003 degrees from opposite, from which there is no telling the way."""
+
+LARGEST_FACTORS = 100.0
+"""Sum of the absolute coefficients, beyond which they stand for what cancels out, and for nothing
+where vectors differ in length. The SLERP of two has fewer unless they are 178.8 degrees apart."""
+
+
+def ema(
+    checkpoints: Iterable[AnyIngredient],
+    decay: float = 0.9,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the exponential moving average of `checkpoints`, oldest first, into `output`.
+
+    `decay` ``(0 ≤ d < 1)`` is what a step leaves of the average so far; the first checkpoint
+    starts it. Costs and errors as for `uniform`.
+    """
+    decay = take("float", "decay", decay)
+    if not 0 <= decay < 1:
+        raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
+    checkpoints = listed(checkpoints)
+    n = len(checkpoints)
+    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
+    factors[:1] = [decay ** (n - 1)] if n else []
+    return _make(checkpoints, factors, "ema", {"decay": decay}, output, options)
+
+
+def lawa(
+    checkpoints: Iterable[AnyIngredient],
+    window: int,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the mean of the latest `window` of `checkpoints`, oldest first, into `output`.
+
+    Costs and errors as for `uniform`, of the latest ones only.
+    """
+    checkpoints, window = listed(checkpoints), take("int", "window", window)
+    if not 1 <= window <= len(checkpoints):
+        raise RecipeError(
+            f"a window of {window} does not fit {len(checkpoints)} checkpoints; "
+            f"give 1 to {len(checkpoints)}"
+        )
+    latest = checkpoints[len(checkpoints) - window :]
+    report = {"window": window, "n_given": len(checkpoints)}
+    return _make(latest, Coefficients.uniform(window), "lawa", report, output, options)
+
+
+def wsm(
+    checkpoints: Iterable[AnyIngredient],
+    curve: Curve = "linear",
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the merge of `checkpoints`, oldest first, that stands in for a learning rate decay.
+
+    The k+1 checkpoints were saved at even steps of a constant learning rate; the decay it stands
+    in for begins at the first of them. With x = j/(k+1), `curve` is ``linear`` (w = 1−x: the
+    plain mean), ``cosine`` (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x). Costs and errors as for
+    `uniform`.
+    """
+    checkpoints = listed(checkpoints)
+    factors = wsm_factors(len(checkpoints), curve)
+    return _make(checkpoints, factors, "wsm", {"curve": curve}, output, options)
+
+
+def wsm_factors(n: int, curve: Curve) -> list[float]:
+    """Give the coefficients of `n` checkpoints for a decay curve.
+
+    >>> wsm_factors(4, "linear")
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    curves: dict[str, Callable[[float], float]] = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+        "sqrt": lambda x: 1 - math.sqrt(x),
+    }
+    check_choice("curve", curve, curves)
+    weights = [curves[curve](j / n) for j in range(n)] + [0.0]
+    return [weights[j] - weights[j + 1] for j in range(n)]
+
+
+def arithmetic(
+    ingredients: Iterable[AnyIngredient],
+    scale: float | Sequence[float],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write base + Σᵢ λᵢ·(θᵢ − base) into `output`: task arithmetic.
+
+    `scale` is λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
+    unlearns. Costs and errors as for `uniform`; the base is read too.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    if n < 1:
+        raise RecipeError("task arithmetic needs at least one ingredient besides the base")
+    many: Sequence[Any] = scale if np.ndim(scale) else [scale] * n  # type: ignore[assignment]
+    scales = [take("float", "scale", each) for each in many]
+    if len(scales) != n:
+        raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
+    if not math.isfinite(sum(scales)):
+        raise RecipeError(f"scales that sum to {sum(scales)} leave no factor for the base")
+    factors = [1.0 - math.fsum(scales), *scales]
+    report = {"scale": scales}
+    return _make(ingredients, factors, "arithmetic", report, output, options, base=base)
+
+
+def stock(
+    ingredients: Iterable[AnyIngredient],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the Model Stock of `ingredients`, fine-tuned from `base`, into `output`.
+
+    For each tensor, t = N·cos φ / (1 + (N−1)·cos φ) says how far to go from the base to the mean;
+    cos φ is the mean cosine of all pairs of task vectors (the paper has one angle; mergekit takes
+    the mean of pairs too). Where the task vectors point apart on average, t would be negative: it
+    is 0 there, the base, and the report names those tensors. Reads each checkpoint twice: once
+    for the angles, once for the soup. Errors as for `geometry` and `uniform`.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    if n < 2:
+        raise RecipeError("Model Stock needs the angle between two ingredients at least")
+    ingredients, base = _opened(ingredients, base)
+    places = _measure(ingredients, base, output, options)
+    rows: dict[str, tuple[float, ...]] = {}
+    ratios: list[float] = []
+    negative: list[str] = []
+    for place in places:
+        if not place.gram.any():
+            rows[place.name] = (1.0, *[0.0] * n)  # nobody moved it: it stays bit for bit
+            continue
+        ratio = stock_ratio(place)
+        if ratio < 0:
+            negative.append(place.name)
+            ratio = 0.0
+        ratios.append(ratio)
+        rows[place.name] = (1 - ratio, *[ratio / n] * n)
+    report = {
+        "ratio_min": min(ratios, default=0.0),
+        "ratio_mean": math.fsum(ratios) / max(len(ratios), 1),
+        "ratio_max": max(ratios, default=0.0),
+        "n_negative": len(negative),
+        "negative": some(negative, 20),
+    }
+    del places  # before the soup is made: a Gram matrix of each tensor
+    coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
+    return _make(ingredients, coefficients, "stock", report, output, options, base=base)
+
+
+def stock_ratio(place: Place) -> float:
+    """Give the ratio t of one tensor, unclipped; pairs without an angle count as orthogonal."""
+    n = len(place.gram)
+    cosines = np.nan_to_num(place.cosines[np.triu_indices(n, 1)], nan=0.0)
+    cosine = math.fsum(cosines) / len(cosines)
+    # The mean cosine of n vectors is -1/(n-1) at least, and there t falls without bound.
+    below = 1 + (n - 1) * cosine
+    return n * cosine / below if below > 0 else -math.inf
+
+
+def slerp(
+    ingredients: Iterable[AnyIngredient],
+    weights: Sequence[float],
+    *,
+    base: AnyIngredient | None = None,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the spherical mean of `ingredients`, tensor by tensor, into `output`.
+
+    `weights` has one for each, none below 0 and not all 0; they are divided by their sum. For two
+    that is sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of
+    the sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
+    `base`: then task vectors turn, and the base is added. Where one of them is zero, or they cancel
+    out or lie all around the sphere, the mean is a straight one, and the report counts those
+    tensors. Costs as for `stock`.
+    """
+    ingredients = listed(ingredients)
+    shares = _shares(weights, len(ingredients))
+    ingredients, base = _opened(ingredients, base)
+    places = _measure(ingredients, base, output, options)
+    rows: dict[str, tuple[float, ...]] = {}
+    straight: list[str] = []
+    for place in places:
+        factors = sphere_factors(place.gram if base is not None else _about_zero(place), shares)
+        if factors is None:
+            straight.append(place.name)
+            factors = shares
+        first = () if base is None else (1.0 - math.fsum(factors),)
+        rows[place.name] = (*first, *map(float, factors))
+    report = {
+        "weights": [float(share) for share in shares],
+        "n_straight": len(straight),
+        "straight": some(straight, 20),
+    }
+    del places
+    first = () if base is None else (0.0,)
+    coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
+    return _make(ingredients, coefficients, "slerp", report, output, options, base=base)
+
+
+def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
+    """Give the coefficients of the weighted barycentre on the sphere, from products of vectors.
+
+    `gram` is ``(vector, vector)``, `shares` ``(vector,)`` sum to 1. None where a vector is zero,
+    or where there is no such point to be found: they cancel out, lie opposite to it, or too far
+    around the sphere for one point to be the mean. Starts from the straight mean, and goes the way
+    of the mean of the logarithms until that vanishes
+    (Buss and Fillmore 2001, https://doi.org/10.1145/502122.502124).
+    """
+    norms = np.sqrt(np.diag(gram))
+    if not (norms > 0).all():
+        return None
+    units = gram / np.outer(norms, norms)
+    point = shares.copy()
+    left = math.inf
+    for _ in range(200):
+        length = _length(units, point)
+        # Coefficients that outgrow their vector say that it lies in what cancels out.
+        if length < 1e-9 or not np.abs(point).sum() < LARGEST_FACTORS * length:
+            return None
+        point = point / length
+        cosines = np.clip(_times(units, point), -1.0, 1.0)
+        if (cosines < NEARLY_OPPOSITE).any():
+            return None  # every way leads there
+        # One by one: what numpy makes of many at once depends on the processor.
+        angles = np.array([math.acos(cosine) for cosine in cosines])
+        sines = np.array([math.sin(angle) for angle in angles])
+        stretch = np.where(sines > 1e-9, angles / np.where(sines > 1e-9, sines, 1.0), 1.0)
+        pull = shares * stretch
+        way = pull - _dot(pull, cosines) * point
+        left = _length(units, way)
+        if left < 1e-15:
+            break
+        point = math.cos(left) * point + math.sin(left) / left * way
+    return point if left < 1e-9 and abs(_length(units, point) - 1) < 1e-9 else None
+
+
+def _length(units: Floats, factors: Floats) -> float:
+    return math.sqrt(max(_dot(factors, _times(units, factors)), 0.0))
+
+
+def _times(symmetric: Floats, vector: Floats) -> Floats:
+    """Give their product, added up row by row: the order of BLAS depends on the processor."""
+    return np.asarray((symmetric * vector[:, None]).sum(axis=0))
+
+
+def _dot(left: Floats, right: Floats) -> float:
+    return math.fsum(left * right)
+
+
+def _about_zero(place: Place) -> Floats:
+    """Give ⟨θᵢ, θⱼ⟩ ``(ingredient, ingredient)``, from the reference and the differences."""
+    rows = place.rows
+    return np.asarray(rows[0, 0] + rows[0, 1:][:, None] + rows[0, 1:][None, :] + rows[1:, 1:])
+
+
+def _shares(weights: Sequence[float], n: int) -> Floats:
+    if isinstance(weights, (str, bytes)):
+        raise RecipeError(f"{printable(repr(weights))}: a list of weights is wanted")
+    given = np.array([take("float", "weights", weight) for weight in weights])
+    if len(given) != n:
+        raise RecipeError(f"{len(given)} weights for {n} ingredients; give one for each")
+    with np.errstate(over="ignore"):
+        total = float(given.sum())
+    if not ((given >= 0).all() and 0 < total < math.inf):
+        raise RecipeError("weights on a sphere are finite, none negative, and not all zero")
+    return np.asarray(given / total)
+
+
+def _opened(
+    ingredients: Sequence[AnyIngredient], base: AnyIngredient | None
+) -> tuple[list[AnyIngredient], AnyIngredient | None]:
+    """Open all, once for both passes: to open a state dict reads all of it."""
+    if base is None:
+        return [*open_ingredients(ingredients)], None
+    first, *others = open_ingredients([base, *ingredients])
+    return [*others], first
+
+
+def _measure(
+    ingredients: Iterable[AnyIngredient],
+    base: AnyIngredient | None,
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Sequence[Place]:
+    """Take the Gram pass, after everything that could refuse the soup itself has been tried."""
+    check_options(options, Options)
+    if options.non_finite == "propagate":
+        raise RecipeError(
+            "NaN and Inf have no angles, so stock and slerp cannot let them pass: leave out "
+            "--non-finite propagate"
+        )
+    everything = [*([] if base is None else [base]), *ingredients]
+    equal = Coefficients.uniform(len(everything))
+    ordered = order(everything, equal, method="mix", options=options)
+    check_output(
+        os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
+    )
+    plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
+    found = measure(plan, memory, mapped=mapped, base=base is not None, options=options)
+    return found.tensors
+
+
+def _make(
+    ingredients: Iterable[AnyIngredient],
+    coefficients: Coefficients | Sequence[float],
+    method: str,
+    report: Mapping[str, object],
+    output: str | os.PathLike[str],
+    options: Options,
+    base: AnyIngredient | None = None,
+) -> Soup:
+    """Make the soup. A `base` comes before the ingredients, and the report names it."""
+    if not isinstance(coefficients, Coefficients):
+        coefficients = Coefficients.given(coefficients)
+    everything = [*([] if base is None else [base]), *ingredients]
+    ordered = order(everything, coefficients, method=method, options=options)
+    if base is not None:
+        report = {"base": ordered.plan.ingredients[0].name} | dict(report)
+    return make(replace(ordered, report=report), output=output, options=options)

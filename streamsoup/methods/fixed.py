@@ -1,0 +1,80 @@
+"""Soups whose coefficients are known beforehand.
+
+* Uniform: the mean of all. Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 2;
+  and of checkpoints of one run, Izmailov et al. 2018 (SWA), https://arxiv.org/abs/1803.05407.
+* Weighted: any given factors, or those that another soup was made with.
+* Interpolation: (1-α)·θ₀ + α·θ₁. Wortsman et al. 2022 (WiSE-FT), https://arxiv.org/abs/2109.01903.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+from streamsoup.errors import RecipeError
+from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.options import Options, take
+from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
+from streamsoup.output.make import Soup, make, order
+from streamsoup.recipe import Coefficients
+
+__all__ = ["interpolate", "mix", "uniform"]
+
+
+def uniform(
+    ingredients: Iterable[AnyIngredient],
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Average `ingredients`, each with the same weight, into the folder `output`.
+
+    An ingredient is a safetensors file, a folder that holds a checkpoint, or one already open.
+    The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
+    the sum. Reads each ingredient once, holds blocks of it only. Raises the errors of `order` and
+    `make`.
+    """
+    opened = open_ingredients(ingredients)
+    ordered = order(opened, Coefficients.uniform(len(opened)), method="uniform", options=options)
+    return make(ordered, output=output, options=options)
+
+
+def mix(
+    ingredients: Iterable[AnyIngredient],
+    coefficients: AnyCoefficients,
+    *,
+    output: str | os.PathLike[str],
+    normalize: bool = False,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write Σᵢ cᵢ·θᵢ into the folder `output`.
+
+    `coefficients` holds one finite factor for each ingredient; they are used as they are, or
+    divided by their sum with `normalize`. The path of a soup stands for those it was made with,
+    such as learned ones, tensor by tensor. Costs and errors as for `uniform`.
+    """
+    found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
+    ordered = order(ingredients, found, method="mix", options=options)
+    return make(ordered, output=output, options=options)
+
+
+def interpolate(
+    base: AnyIngredient,
+    fine_tuned: AnyIngredient,
+    alpha: float = 0.5,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write (1-α)·base + α·fine_tuned into the folder `output`.
+
+    `alpha` is any finite number: 0 is the base, 1 the fine-tuned model, beyond is extrapolation.
+    Costs and errors as for `uniform`.
+    """
+    alpha = take("float", "alpha", alpha)  # it may be narrow, and 1 - alpha with it
+    if not math.isfinite(alpha):
+        raise RecipeError(f"alpha {alpha} is not finite")
+    coefficients = Coefficients.given((1.0 - alpha, alpha))
+    ordered = order([base, fine_tuned], coefficients, method="interpolate", options=options)
+    return make(ordered, output=output, options=options)

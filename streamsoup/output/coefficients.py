@@ -1,0 +1,50 @@
+"""Coefficients as users give them: a list of numbers, or those that another soup was made with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from streamsoup.errors import RecipeError, printable
+from streamsoup.formats.side_files import pieces
+from streamsoup.recipe import PROVENANCE_NAME, Coefficients
+
+__all__ = ["AnyCoefficients", "find_coefficients"]
+
+AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
+"""A factor for each ingredient, or a file or soup that holds them, for each tensor too."""
+
+
+def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
+    """Take factors as they are, or read them.
+
+    A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
+    under ``recipe.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``. Raises
+    `RecipeError` for a file without them, and if `normalize` is to divide anything but a list.
+    """
+    if not isinstance(given, (str, os.PathLike, Coefficients)):
+        return Coefficients.given(given, normalize=normalize)
+    if normalize:
+        raise RecipeError("only a list of factors can be normalized, one for each ingredient")
+    return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
+
+
+_ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
+
+
+def _read_coefficients(path: str) -> Coefficients:
+    where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
+    try:
+        whole = msgspec.json.decode(b"".join(pieces(where)))
+        inner = whole["recipe"]["coefficients"] if "recipe" in whole else whole
+        return msgspec.convert(inner, Coefficients)
+    except OSError as error:
+        raise RecipeError(
+            f"{printable(where)}: cannot be read: {error.strerror}; {_ADVICE}"
+        ) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, RecursionError) as error:
+        raise RecipeError(
+            f"{printable(where)}: holds no coefficients ({printable(error)}); {_ADVICE}"
+        ) from None

@@ -1,0 +1,371 @@
+"""From a recipe to a finished checkpoint: the one way in which every soup is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import xxhash
+
+from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
+from streamsoup.engine.digest import Digests, digest_bytes
+from streamsoup.engine.plan import FilePlan, MixPlan, plan_files, plan_mix
+from streamsoup.engine.read import open_reader, will_map
+from streamsoup.engine.reduce import Engine, Mix, Reduction
+from streamsoup.engine.stream import run
+from streamsoup.errors import (
+    FormatError,
+    OutputError,
+    OutputExistsError,
+    StreamsoupError,
+    printable,
+    some,
+)
+from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
+from streamsoup.options import Options, check_options
+from streamsoup.output.destination import check_output
+from streamsoup.output.staging import Staging
+from streamsoup.output.verification import read_provenance
+from streamsoup.output.write import FileSink, write_file
+from streamsoup.recipe import (
+    ARITHMETIC,
+    DIGEST,
+    PROVENANCE_NAME,
+    Coefficients,
+    FileRecord,
+    IngredientRecord,
+    Provenance,
+    Recipe,
+)
+from streamsoup.sizes import parse_nbytes
+from streamsoup.system.folders import sync_folder
+from streamsoup.system.versions import versions
+from streamsoup.tensors import float_dtype
+
+if TYPE_CHECKING:
+    from streamsoup.engine.device import OnDevice
+
+__all__ = ["Order", "Soup", "make", "order", "plan_order", "write_beside"]
+
+log = logging.getLogger("streamsoup")
+
+
+class Soup(msgspec.Struct, frozen=True):
+    """A checkpoint that was made, and how."""
+
+    path: str
+    """The folder that holds it."""
+    recipe: Recipe
+    provenance: Provenance
+    nbytes_read: int
+    """Bytes of weights read for it, by earlier runs too; 0 if it was finished before."""
+    nbytes_written: int
+    elapsed_s: float
+    finished: bool = False
+    """Whether an earlier run had finished it, and nothing but the last step was left to do."""
+    summed_on: str = ""
+    """On which device its sums were made, and why there; empty if an earlier run had made them."""
+
+    def __repr__(self) -> str:
+        """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
+        n = len(self.recipe.ingredients)
+        return f"<{type(self).__name__}: {self.recipe.method} of {n} in {self.path!r}>"
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A soup planned to the last byte: all that can be known before a weight is read."""
+
+    plan: MixPlan
+    files: FilePlan
+    memory: MemoryPlan
+    mapped: bool
+    """Whether ingredients are mapped, rather than read."""
+    side_files: list[SideFile]
+    warnings: list[str]
+    report: Mapping[str, object] = {}
+    """What a search has to say about how it found the coefficients; goes into the provenance."""
+    on_device: OnDevice | None = None
+    """The accelerator that makes the sums, and what it will hold; None for the CPU."""
+    summed_on: str = "cpu"
+    """On which device the sums are made, and why there."""
+
+
+def order(
+    ingredients: Iterable[AnyIngredient],
+    coefficients: Coefficients,
+    *,
+    method: str,
+    options: Options,
+) -> Order:
+    """Open the ingredients by their headers, and plan the soup. Reads no weight, writes nothing.
+
+    Raises whatever can be refused by then: `FormatError`, `MismatchError`, `RecipeError`,
+    `BudgetError`.
+    """
+    check_options(options, Options)
+    opened = open_ingredients(ingredients)
+    size = options.shard_size
+    recipe = Recipe(
+        ingredients=tuple(ingredient.name for ingredient in opened),
+        coefficients=coefficients,
+        method=method,
+        dtype="same" if options.dtype == "same" else float_dtype(options.dtype).name,
+        non_float=options.non_float,
+        non_finite=options.non_finite,
+        shard_size=None if size is None else parse_nbytes(size),
+    )
+    return plan_order(opened, recipe, options)
+
+
+def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -> Order:
+    """Plan a given recipe for open ingredients. See `order`."""
+    plan = plan_mix(opened, recipe)
+    mapped = will_map(opened, options.io)
+    on_device = None
+    why = "no device was asked for" if options.device == "auto" else "told"
+    summed_on = f"cpu, as {why}"
+    if options.device not in ("auto", "cpu"):
+        from streamsoup.engine.device import find_device
+
+        on_device = find_device(plan, options, mapped=mapped)
+        memory = on_device.plan.memory
+        summed_on = f"{on_device.device.name}, as told"
+    else:
+        memory = plan_memory(
+            plan,
+            mapped=mapped,
+            threads=options.n_threads,
+            budget=memory_budget(plan, options.memory),
+        )
+    dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
+    side_files, warnings = gather_side_files(opened, dtype)
+    mixed = [tensor for tensor in plan.tensors if tensor.operation == "mix"]
+    narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
+    if 0 < len(narrowed) < len(mixed):
+        warnings.append(
+            f"--dtype makes {some([t.name for t in narrowed])} narrower, and not the others: where "
+            "a model has them wider on purpose, leave --dtype out"
+        )
+    return Order(
+        plan,
+        plan_files(plan),
+        memory,
+        mapped,
+        side_files,
+        warnings,
+        on_device=on_device,
+        summed_on=summed_on,
+    )
+
+
+def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) -> Soup:
+    """Make a planned soup in the folder `output`.
+
+    The output is the former one, or absent, until the last step, a rename; then it is complete
+    and on disk. What an earlier run of the same order left unfinished is resumed. Reads each byte
+    of each ingredient once. Raises `OutputError` and its kin, `NonFiniteError`, `MismatchError`,
+    `ChangedIngredientError`.
+    """
+    started = time.monotonic()
+    given = os.fsdecode(output)
+    plan = ordered.plan
+    try:
+        target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
+        for warning in ordered.warnings:
+            log.warning("%s", warning)
+        with Staging(target, _fingerprint(ordered), overwrite=options.overwrite) as staging:
+            if staging.finished:
+                staging.discard()
+                return _finished(target, plan, started)
+            if staging.complete:
+                staging.commit(staging.complete)
+                return _finished(target, plan, started)
+            provenance = _fill(ordered, staging, options)
+    except OutputExistsError as error:
+        # A run that is killed when nothing is left to do, or was never told of as done, is none
+        # that can be resumed: it is over.
+        if not _made_before(given, plan):
+            raise
+        raise OutputExistsError(
+            f"{error}. This very recipe made it; `streamsoup verify` tells whether it is unchanged"
+        ) from None
+    except OSError as error:
+        # What has no number is not of the system, but of the caller: a callback's, a handler's.
+        if isinstance(error, StreamsoupError) or error.errno is None:
+            raise
+        raise _not_written(given, error) from error
+    elapsed_s = time.monotonic() - started
+    return Soup(
+        target,
+        plan.recipe,
+        provenance,
+        plan.nbytes_read,
+        plan.nbytes_written,
+        elapsed_s,
+        summed_on=ordered.summed_on,
+    )
+
+
+def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
+    """Make everything in the staging folder, then put it in place."""
+    plan, files = ordered.plan, ordered.files
+    digests = Digests(plan)
+    sink = FileSink(plan, files, staging, digests)
+    # First, as they can still fail; weights may take hours.
+    side_files = write_beside(ordered, staging.folder)
+    reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
+    mix: Reduction
+    if ordered.on_device is not None:
+        mix = ordered.on_device.mix(plan)
+    else:
+        engine = Engine(plan, compiles=ordered.memory.compiles)
+        mix = Mix(plan, ordered.memory, engine)
+    run(plan, ordered.memory, reader, mix, sink, on_progress=options.on_progress)
+    provenance = _provenance(ordered, digests, side_files).sealed()
+    text = provenance.to_json()
+    sink.sync()
+    write_file(os.path.join(staging.folder, PROVENANCE_NAME), [text])
+    for folder, _, _ in os.walk(staging.folder):
+        sync_folder(folder)
+    staging.commit(digest_bytes(text))
+    return provenance
+
+
+def _made_before(output: str, plan: MixPlan) -> bool:
+    """Whether the soup that is there says that it was made by this recipe, of the same paths."""
+    try:
+        found = read_provenance(os.path.realpath(output))
+    except StreamsoupError:
+        return False
+    paths = tuple(ingredient.path for ingredient in plan.ingredients)
+    there = tuple(record.path for record in found.ingredients)
+    recipe = msgspec.structs.replace(found.recipe, ingredients=plan.recipe.ingredients)
+    return found.intact and there == paths and recipe == plan.recipe
+
+
+def _not_written(output: str, error: OSError) -> OutputError:
+    """Say that the output could not be written, why, and what becomes of the work so far."""
+    after = "nothing is left behind; mend that, or choose another folder"
+    if os.path.lexists(os.path.realpath(output) + ".partial"):
+        after = "what is finished is kept beside it; mend that, and the same command goes on"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        after = "raise the limit of open files (ulimit -n), and run again"
+    wrapped = OutputError(
+        f"{printable(output)}: cannot be written: {error.strerror or error}; {after}"
+    )
+    wrapped.errno = error.errno
+    return wrapped
+
+
+def _finished(target: str, plan: MixPlan, started: float) -> Soup:
+    """Describe a soup that an earlier run had made, all but for the last step."""
+    elapsed_s = time.monotonic() - started
+    return Soup(target, plan.recipe, read_provenance(target), 0, 0, elapsed_s, finished=True)
+
+
+def _fingerprint(ordered: Order) -> str:
+    """Tell this order from every other: recipe, files that go in, bytes that come out."""
+    identities = [ingredient.fingerprint for ingredient in ordered.plan.ingredients]
+    headers = [[file.name, digest_bytes(file.header)] for file in ordered.files.files]
+    recipe = msgspec.json.encode(ordered.plan.recipe).decode()
+    text = json.dumps([ARITHMETIC, DIGEST, recipe, identities, headers])
+    return digest_bytes(text.encode())
+
+
+def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
+    """Write into `folder` what lies beside the weights: side files, and the index if there is one.
+
+    Gives their records. Raises `FormatError` for a side file that cannot be read any more.
+    """
+    records = [_copy(file, folder) for file in ordered.side_files]
+    return records + _write_index(ordered.plan, ordered.files, folder)
+
+
+def digest_beside(ordered: Order) -> str:
+    """Digest the names and the contents of the side files. Raises `FormatError`."""
+    digest = xxhash.xxh3_128()
+    for file in ordered.side_files:
+        content = xxhash.xxh3_128()
+        for piece in _content(file):
+            content.update(piece)
+        digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+def _content(file: SideFile) -> Iterator[bytes]:
+    """Give what a side file is to hold, a piece at a time."""
+    try:
+        yield from pieces(file.path) if file.content is None else [file.content]
+    except OSError as error:
+        raise FormatError(
+            f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run again"
+        ) from None
+
+
+def _copy(file: SideFile, folder: str) -> FileRecord:
+    """Copy one side file, with its digest. Links are followed, modes are ours."""
+    digest = xxhash.xxh3_128()
+    nbytes = 0
+
+    def digested() -> Iterator[bytes]:
+        nonlocal nbytes
+        for piece in _content(file):
+            digest.update(piece)
+            nbytes += len(piece)
+            yield piece
+
+    path = os.path.join(folder, file.name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_file(path, digested())
+    return FileRecord(file.name, nbytes, digest.hexdigest())
+
+
+def _write_index(plan: MixPlan, files: FilePlan, folder: str) -> list[FileRecord]:
+    """Write the index, if the soup has one, and give its record."""
+    if files.index_name is None:
+        return []
+    text = _index(plan, files)
+    write_file(os.path.join(folder, files.index_name), [text])
+    return [FileRecord(files.index_name, len(text), digest_bytes(text))]
+
+
+def _index(plan: MixPlan, files: FilePlan) -> bytes:
+    """Write the index as transformers does: total size and parameters, name to file."""
+    weight_map = {plan.tensors[t].name: file.name for file in files.files for t in file.tensors}
+    metadata = {
+        "total_parameters": plan.layouts[0].n_parameters,
+        "total_size": plan.nbytes_written,
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) -> Provenance:
+    plan, files = ordered.plan, ordered.files
+    records = tuple(
+        IngredientRecord(ingredient.path, ingredient.nbytes, digests.of_ingredient(i))
+        for i, ingredient in enumerate(plan.ingredients)
+    )
+    shards = tuple(
+        FileRecord(file.name, file.nbytes, digest_bytes(file.header)) for file in files.files
+    )
+    return Provenance(
+        recipe=plan.recipe,
+        ingredients=records,
+        shards=shards,
+        side_files=tuple(side_files),
+        tensors=digests.of_soup(),
+        versions=versions(),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        arithmetic=ARITHMETIC,
+        digest=DIGEST,
+        report=ordered.report,
+        checksum="",
+    )

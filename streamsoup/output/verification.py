@@ -1,0 +1,256 @@
+"""Is a soup what its provenance says? Compare its digests, and derive it again.
+
+A quick look digests the soup's own bytes and compares them with the recorded ones. The full check
+also opens the ingredients, compares theirs, and makes the soup once more without writing it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import xxhash
+
+from streamsoup.engine.budget import memory_budget, plan_memory
+from streamsoup.engine.digest import digest_bytes, digest_file
+from streamsoup.engine.plan import LEAF, plan_mix
+from streamsoup.engine.read import open_reader, will_map
+from streamsoup.errors import (
+    FormatError,
+    MissingFileError,
+    RecipeError,
+    VerificationError,
+    printable,
+)
+from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
+from streamsoup.formats.side_files import pieces
+from streamsoup.options import Options, check_options, take
+from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
+from streamsoup.sizes import nbytes_text
+from streamsoup.tensors import TensorSpec
+
+__all__ = ["Verification", "read_provenance", "verify"]
+
+PROVENANCE_LIMIT = 500_000_000
+"""Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
+
+
+class Verification(msgspec.Struct, frozen=True):
+    """What was compared, all of it equal."""
+
+    path: str
+    n_tensors: int
+    n_files: int
+    rederived: bool
+    """Whether the soup was made again from its ingredients, not only digested."""
+    nbytes_read: int
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    ingredients: Iterable[AnyIngredient] | None = None,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Verification:
+    """Check the soup in the folder `path` against its provenance.
+
+    With `quick`, only its own bytes are read. Otherwise its ingredients too, from where they were
+    or from `ingredients` in the same order, and the soup is derived again. Raises
+    `VerificationError` with all that differs, `RecipeError` where there is no provenance, and
+    what opening ingredients raises. Holds blocks only; writes nothing.
+    """
+    check_options(options, Options)
+    folder = os.fsdecode(path)
+    provenance = read_provenance(folder)
+    problems: list[str] = []
+    nbytes = _check_soup(folder, provenance, problems)
+    if not take("bool", "quick", quick) and not problems:
+        places = _where_they_were(folder, provenance) if ingredients is None else ingredients
+        given = listed(places)
+        nbytes += _rederive(provenance, given, options, problems)
+    if problems:
+        raise VerificationError(_bounded(folder, problems))
+    n_files = len(provenance.shards) + len(provenance.side_files)
+    return Verification(folder, len(provenance.tensors), n_files, not quick, nbytes)
+
+
+def read_provenance(folder: str) -> Provenance:
+    """Read the provenance of a soup. Raises `RecipeError` if the folder holds none."""
+    where = os.path.join(folder, PROVENANCE_NAME)
+    text = bytearray()
+    try:
+        for piece in pieces(where):
+            text += piece
+            if len(text) > PROVENANCE_LIMIT:
+                raise RecipeError("is too large for a provenance")
+        return Provenance.from_json(bytes(text))
+    except OSError as error:
+        raise RecipeError(
+            f"{printable(where)}: cannot be read ({error.strerror}); "
+            "only a folder made by streamsoup can be verified"
+        ) from None
+    except RecipeError as error:
+        raise RecipeError(
+            f"{printable(where)}: {error}; restore it, or make the soup again"
+        ) from None
+
+
+def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int:
+    """Compare the soup's own bytes with their digests; give how many were read."""
+    if provenance.digest != DIGEST:
+        digest = printable(provenance.digest)
+        problems.append(f"{PROVENANCE_NAME} has digests that are made in another way: {digest}")
+        return 0
+    if not provenance.intact:
+        problems.append(f"{PROVENANCE_NAME} has changed")
+    for record in provenance.side_files:
+        try:
+            digest = digest_file(os.path.join(folder, record.name))
+        except (OSError, ValueError) as error:
+            problems.append(f"{printable(record.name)} cannot be read ({_reason(error)})")
+            continue
+        if digest != record.digest:
+            problems.append(f"{printable(record.name)} has changed")
+    try:
+        (soup,) = open_ingredients([folder])
+    except (FormatError, MissingFileError) as error:
+        problems.append(str(error))
+        return 0
+    for record in provenance.shards:
+        if record.name not in soup.file_names:
+            problems.append(f"{printable(record.name)} is missing")
+    recorded = {record.name for record in provenance.shards}
+    for name in sorted(os.listdir(folder)):
+        # Those that were opened are looked at below.
+        beside = name.endswith(".safetensors") and not name.startswith(".")
+        if beside and name not in recorded and name not in soup.file_names:
+            problems.append(f"{printable(name)} was not made here")
+    nbytes = 0
+    found: set[str] = set()
+    for shard in soup.shards:
+        try:
+            nbytes += _check_shard(shard, provenance, found, problems)
+        except OSError as error:
+            problems.append(f"{_base(shard)} cannot be read ({_reason(error)})")
+    for name in provenance.tensors:
+        if name not in found:
+            problems.append(f"tensor {printable(name)} is missing")
+    return nbytes
+
+
+def _check_shard(shard: Shard, provenance: Provenance, found: set[str], problems: list[str]) -> int:
+    """Compare a shard's header and tensors with their digests; give how many bytes were read."""
+    recorded = {record.name: record.digest for record in provenance.shards}
+    with open(shard.path, "rb", buffering=0) as opened:
+        header = os.pread(opened.fileno(), shard.data_begin, 0)
+        if recorded.get(os.path.basename(shard.path)) != digest_bytes(header):
+            problems.append(f"the header of {_base(shard)} has changed")
+        for spec in shard.header.tensors.values():
+            found.add(spec.name)
+            if spec.name not in provenance.tensors:
+                problems.append(f"{printable(spec.name)} in {_base(shard)} was not made here")
+            elif provenance.tensors[spec.name] != _digest_tensor(
+                opened.fileno(), shard.data_begin, spec
+            ):
+                problems.append(f"{printable(spec.name)} in {_base(shard)} has changed")
+    return shard.identity.size
+
+
+def _base(shard: Shard) -> str:
+    return printable(os.path.basename(shard.path))
+
+
+def _digest_tensor(descriptor: int, data_begin: int, spec: TensorSpec) -> str:
+    """Digest a tensor where it lies, leaf by leaf, a piece at a time."""
+    whole = xxhash.xxh3_128()
+    unit = spec.dtype.itemsize if spec.dtype.averaged else 1
+    for begin in range(0, spec.nbytes, LEAF * unit):
+        leaf = xxhash.xxh3_128()
+        end = min(begin + LEAF * unit, spec.nbytes)
+        while begin < end:
+            part = os.pread(descriptor, min(1 << 20, end - begin), data_begin + spec.begin + begin)
+            if not part:
+                raise VerificationError(f"{printable(spec.name)} ended while it was being read")
+            leaf.update(part)
+            begin += len(part)
+        whole.update(leaf.digest())
+    return whole.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or printable(error))
+
+
+def _where_they_were(folder: str, provenance: Provenance) -> list[str]:
+    """Give the paths of the ingredients. Raises `RecipeError` where they were tensors in memory."""
+    paths = [record.path for record in provenance.ingredients]
+    for path in paths:
+        if not os.path.isabs(path):
+            raise RecipeError(
+                f"{printable(folder)}: was made of tensors in memory ({printable(path)}); give "
+                "all ingredients again, or compare digests alone (quick)"
+            )
+    return paths
+
+
+def _rederive(
+    provenance: Provenance,
+    given: Sequence[AnyIngredient],
+    options: Options,
+    problems: list[str],
+) -> int:
+    """Make the soup again without writing it, and compare; give how many bytes were read."""
+    from streamsoup.engine.reduce import Engine, Mix
+    from streamsoup.engine.stream import OnlyDigests, run
+
+    if provenance.arithmetic != ARITHMETIC:
+        problems.append(f"its arithmetic is another: {printable(provenance.arithmetic)}")
+        return 0
+    if len(given) != len(provenance.ingredients):
+        raise RecipeError(
+            f"{len(given)} ingredients given for a soup of {len(provenance.ingredients)}; give "
+            "all, in the same order"
+        )
+    opened = open_ingredients(given)
+    plan = plan_mix(opened, provenance.recipe)
+    mapped = will_map(opened, options.io)
+    memory = plan_memory(
+        plan,
+        mapped=mapped,
+        threads=options.n_threads,
+        budget=memory_budget(plan, options.memory),
+    )
+    sink = OnlyDigests(plan)
+    mix = Mix(plan, memory, Engine(plan, compiles=memory.compiles))
+    reader = open_reader(plan, memory, mapped=mapped)
+    run(plan, memory, reader, mix, sink, on_progress=options.on_progress)
+    for i, record in enumerate(provenance.ingredients):
+        if sink.digests.of_ingredient(i) != record.digest:
+            problems.append(_changed(opened[i], record.nbytes))
+    made = sink.digests.of_soup()
+    for name, digest in provenance.tensors.items():
+        if name not in made:
+            problems.append(f"{printable(name)} is in none of these ingredients")
+        elif made[name] != digest:
+            problems.append(f"{printable(name)} derives differently from these ingredients")
+    return plan.nbytes_read
+
+
+def _changed(ingredient: Ingredient, nbytes: int) -> str:
+    size = "" if ingredient.nbytes == nbytes else f", and has {nbytes_text(ingredient.nbytes)} now"
+    return f"the ingredient {printable(ingredient.name)} is not the one that was used{size}"
+
+
+_ADVICE = "restore what has changed, or make the soup again"
+
+
+def _bounded(folder: str, problems: list[str], limit: int = 12) -> str:
+    shown = problems[:limit]
+    if len(problems) > limit:
+        shown.append(f"… and {len(problems) - limit} more")
+    if len(shown) == 1:
+        return f"{printable(folder)}: is not what its provenance says: {shown[0]}; {_ADVICE}"
+    lines = "\n".join([*(f"  {line}" for line in shown), _ADVICE])
+    return f"{printable(folder)}: is not what its provenance says:\n{lines}"

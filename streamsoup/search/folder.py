@@ -1,0 +1,245 @@
+"""Folders of answers, each held by one run: of a search, beside its output, or of a comparison.
+
+::
+
+    OUT.search/lock          held by the one run that searches here; says who
+    OUT.search/journal       first what is searched for, then a record for each answer
+    OUT.search/candidate-…   the one candidate in the making, for a command
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
+from streamsoup.formats.shards import Ingredient
+from streamsoup.output.journal import Journal, named
+from streamsoup.system.folders import make_private, remove_any, stranger, sync_folder, unlock
+
+__all__ = ["SearchFolder", "bound_ingredients", "lock_folder"]
+
+_OURS = ("journal", "lock")
+"""In the order in which they are removed: what has no lock is not ours."""
+
+
+class SearchFolder:
+    """The folder of one search, with its journal. Scores and looks are kept in it."""
+
+    def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
+        """Take the folder beside the output at the real path `target`, and read its journal.
+
+        `bound_to` says what the answers depend on; it is plain JSON. `restart` forgets those of an
+        earlier run. Raises `OutputBusyError` if another run searches here, `ResumeError` for a
+        damaged journal or one of another search, `OutputError` if the folder is not ours.
+        """
+        self.root = target + ".search"
+        self._lock = lock_folder(self.root, private=True)
+        try:
+            path = os.path.join(self.root, "journal")
+            if restart and os.path.lexists(path):
+                os.unlink(path)
+            self._clear()
+            self._lost = not os.path.lexists(path)
+            self.journal = Journal(path)
+        except BaseException:
+            unlock(self._lock)
+            raise
+        try:
+            self.run = self._begin(dict(bound_to))
+            """Tells this search, goings-on included, from every other of the same things."""
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All answers of earlier runs, one after the other."""
+        return itertools.islice(self.journal, 1, None)
+
+    def is_of(self, run: object) -> bool:
+        """Whether a run, as a soup's report names it, is this search.
+
+        A kill while tidying up leaves no name, and then every run may be.
+        """
+        return self._lost or run == self.run
+
+    def note(self, record: dict[str, Any], *, wait: bool = True) -> None:
+        """Add an answer to the journal. See `Journal.append`. Raises `OutputError`."""
+        with named(self.journal.path):
+            self.journal.append(record, wait=wait)
+
+    def sync(self) -> None:
+        """Wait until all answers are on disk. Raises `OutputError`."""
+        with named(self.journal.path):
+            self.journal.sync()
+
+    def finish(self) -> None:
+        """Remove the folder: the output is in place, or there is nothing to keep."""
+        self.journal.close()
+        self._clear()
+        for name in _OURS:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, name))
+        with suppress(OSError):  # somebody put a file of their own there
+            os.rmdir(self.root)
+        self._unlock()  # and no more: by now the folder may be another run's
+
+    def close(self) -> None:
+        """Let go of the folder; a second time does nothing."""
+        if self._lock >= 0 and self.journal.n_records <= 1:
+            self.finish()  # nothing was answered: nothing to go on from
+        self.journal.close()
+        if self._lock >= 0:
+            if os.path.isdir(self.root):
+                self._clear()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        unlock(lock)
+
+    def _begin(self, bound_to: dict[str, Any]) -> str:
+        """Check what the journal belongs to, or note it in a new one; give the run's name."""
+        if self.journal.n_records == 1 and self.journal.first.get("search") != bound_to:
+            # Nothing was answered: whoever mends a slip in a task need not say --restart.
+            self.journal.close()
+            os.unlink(self.journal.path)
+            self.journal = Journal(self.journal.path)
+        if not self.journal.n_records:
+            self.note({"search": bound_to, "run": secrets.token_hex(8)})
+            sync_folder(self.root)
+            sync_folder(os.path.dirname(self.root))
+        _check_same(self.root, self.journal.first.get("search"), bound_to)
+        return str(self.journal.first.get("run"))
+
+    def _clear(self) -> None:
+        """Remove candidates that a killed run left."""
+        for name in os.listdir(self.root):
+            if name.startswith("candidate-"):
+                with suppress(OSError):
+                    remove_any(os.path.join(self.root, name))
+            elif name.startswith("sum-"):
+                os.unlink(os.path.join(self.root, name))
+
+
+def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
+    """Say which ingredients answers are about: real paths, and what tells their files."""
+    return [
+        [
+            each.name if each.shards[0].in_memory else os.path.realpath(each.path),
+            each.fingerprint,
+        ]
+        for each in ingredients
+    ]
+
+
+def lock_folder(root: str, *, private: bool = False) -> int:
+    """Make a folder, and those above it, and lock it against every other run.
+
+    One that is `private` is believed only if nobody else may have written there. Gives the
+    descriptor of the lock. Raises `OutputBusyError` if another run holds it, and `OutputError` if
+    the folder is not ours or cannot be made.
+    """
+    where = printable(root)
+    try:
+        while True:
+            if not os.path.lexists(root):
+                os.makedirs(os.path.dirname(root), exist_ok=True)
+                with suppress(FileExistsError):
+                    (make_private if private else os.mkdir)(root)
+            # Not through a link: candidates of earlier runs are removed from what is ours.
+            is_folder = os.path.isdir(root) and not os.path.islink(root)
+            who = stranger(root) if private and is_folder else ""
+            if who:
+                raise OutputError(
+                    f"{where}: {who}, so its scores are not believed; a search may be at work "
+                    "there: wait for it, choose another output, or remove that folder"
+                )
+            names = os.listdir(root) if is_folder else ["?"]
+            if names and "lock" not in names:
+                raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+            path = os.path.join(root, "lock")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                descriptor = os.open(path, flags, 0o666)
+            except FileNotFoundError:
+                continue  # another run has just finished, and removed the folder
+            if _is_locked(descriptor, path):
+                return descriptor
+            os.close(descriptor)
+    except BlockingIOError as error:
+        raise OutputBusyError(
+            f"{where}: is being used by {printable(error.strerror)}; wait for it, or stop it"
+        ) from None
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{where}: cannot be made: {error.strerror}; choose another folder, or mend that"
+        ) from None
+
+
+def _is_locked(descriptor: int, path: str) -> bool:
+    """Lock a file, and say who holds it; False if it was removed meanwhile.
+
+    Raises `BlockingIOError`, with who that is, if another run has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
+        os.close(descriptor)
+        raise BlockingIOError(error.errno, who or "another run") from None
+    try:
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            return False
+    except FileNotFoundError:
+        return False
+    with suppress(OSError):  # locked all the same; others will not learn by whom
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return True
+
+
+def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
+    """Refuse answers that were given for something else, and say what changed."""
+    if found == wanted:
+        return
+    advice = "its scores are not trusted; --restart forgets them, or choose another output"
+    if not isinstance(found, dict):
+        raise ResumeError(f"{printable(root)}: is of another kind of search; {advice}")
+    changed: list[str] = []
+    before, now = found.get("ingredients"), wanted["ingredients"]
+    if before != now:
+        changed.append(_what_changed(before, now))
+    for key in wanted:
+        if key != "ingredients" and found.get(key) != wanted[key]:
+            names = {
+                "task": "the task",
+                "code": "the code of the task",
+                "model": "the model",
+                "granularity": "--per",
+                "side_files": "what lies beside the weights of the first ingredient",
+            }
+            changed.append(names.get(key, f"--{key.replace('_', '-')}"))
+    if "the task" in changed and "the code of the task" in changed:
+        changed.remove("the code of the task")
+    raise ResumeError(
+        f"{printable(root)}: holds an unfinished search, and since then {some(changed)} changed; "
+        f"{advice}"
+    )
+
+
+def _what_changed(before: Any, now: Sequence[Any]) -> str:
+    """Name the ingredients that are not the ones of before."""
+    if not isinstance(before, list) or [each[0] for each in before] != [each[0] for each in now]:
+        return "the list of ingredients"
+    names = [new[0] for old, new in zip(before, now, strict=True) if old != new]
+    return f"the ingredient{'s' if len(names) > 1 else ''} {some(names)}"

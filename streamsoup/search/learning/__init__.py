@@ -1,0 +1,1 @@
+"""Learned soups inside: coefficients, their gradients streamed from disk, and the descent."""

@@ -1,0 +1,337 @@
+"""The search itself: which candidates are tried, in which order, and what is kept.
+
+It asks for scores, and knows nothing of models, files or processes. Each search is a fixed function
+of the scores it asks for, so it is resumed by running it again with the scores that are known.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+import numpy as np
+
+from streamsoup.errors import RecipeError, TaskError, check_choice, printable
+from streamsoup.live.candidates import Moved
+from streamsoup.live.running import SumsPlace
+from streamsoup.options import settle, take
+from streamsoup.search.scoring.candidate import Outcome
+from streamsoup.search.scoring.scorebook import Members
+from streamsoup.task import Score
+
+__all__ = [
+    "Ask",
+    "Found",
+    "Run",
+    "SearchOptions",
+    "Trial",
+    "backward",
+    "best_first",
+    "best_run",
+    "forward",
+    "random_order",
+    "search",
+]
+
+
+JOBS = 1000
+"""Most workers of a search."""
+
+
+class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a search goes about it."""
+
+    ties: Literal["accept", "reject"] = "accept"
+    """Keep an ingredient at equal score (the paper), or only for a better one (its code)."""
+    min_gain: float = 0.0
+    """How much better the score has to get."""
+    z: float = 0.0
+    """Keep only if the mean paired difference of the examples is this many standard errors above
+    `min_gain`; needs a task that gives ``examples``. 0 asks for nothing."""
+    order: Literal["scores", "given", "random"] = "scores"
+    """Best first, as given, or at random."""
+    n_orders: int = 1
+    """Random orders to try; the soup with the best score is made."""
+    seed: int = 0
+    """Of the random orders."""
+    direction: Literal["forward", "backward"] = "forward"
+    """Add to nothing, or drop from all."""
+    passes: int = 1
+    """Times to go through those left out (or those kept, backward), as long as it helps."""
+    scores: Sequence[float] | Mapping[str, Any] | None = None
+    """Scores of the single ingredients, where they are known; else they are measured. A number
+    for each, believed as they are; or the report of an earlier search, believed only if its task
+    and ingredients are still the same. Not with `z`, which needs the examples of each."""
+    split: str | None = None
+    """The split to search on; None for the first of the task."""
+    recalibrate: bool = False
+    """Measure BatchNorm statistics of each candidate on the task's batches, and go by that."""
+    jobs: int = 1
+    """Candidates scored at the same time, each in a process with a model of its own, with
+    `Options.memory` for the blocks and the running sum of each."""
+    timeout: float | None = None
+    """Seconds that building the model, or one score, may take; needs a process to kill."""
+    isolate: bool = False
+    """Score in another process even for one job: no task can harm this one."""
+    sums: SumsPlace | None = None
+    """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is that
+    of the device, where candidates are made on one."""
+    restart: bool = False
+    """Forget the scores of an unfinished search of the same output."""
+    on_trial: Callable[[Trial], None] | None = None
+    """Called with each `Trial` once it is decided."""
+
+    def __post_init__(self) -> None:
+        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        settle(self)
+        if self.scores is not None and not isinstance(self.scores, Mapping):
+            if isinstance(self.scores, (str, bytes)) or not isinstance(self.scores, Iterable):
+                raise RecipeError(f"scores: {printable(repr(self.scores))} are no list of numbers")
+            scores = tuple(take("float", "scores", score) for score in self.scores)
+            msgspec.structs.force_setattr(self, "scores", scores)
+
+    def check(self, n_ingredients: int) -> None:
+        """Raise `RecipeError` for options that make no sense."""
+        given = self.scores if not isinstance(self.scores, Mapping) else None
+        if given is not None and len(given) != n_ingredients:
+            raise RecipeError(
+                f"{len(given)} scores for {n_ingredients} ingredients; give one for each"
+            )
+        if given is not None and all(map(math.isnan, given)):
+            raise RecipeError("every score given is NaN, so no ingredient can be the first")
+        if not 0 <= self.min_gain < math.inf or not 0 <= self.z < math.inf:
+            raise RecipeError(
+                f"min_gain {self.min_gain} and z {self.z} are to be 0 or more, and finite"
+            )
+        if self.scores is not None and self.z > 0:
+            raise RecipeError(
+                "z compares the examples of each ingredient, and scores alone have none: leave out "
+                "the scores, and all are measured; or z"
+            )
+        for name in ("jobs", "passes", "n_orders"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} {getattr(self, name)} is below 1")
+        if self.jobs > JOBS:
+            raise RecipeError(f"{self.jobs} jobs are more processes than any machine has room for")
+        check_choice("ties", self.ties, ("accept", "reject"))
+        check_choice("order", self.order, ("scores", "given", "random"))
+        check_choice("direction", self.direction, ("forward", "backward"))
+        if self.sums is not None:
+            check_choice("sums", self.sums, get_args(SumsPlace))
+        if self.n_orders > 1 and self.order != "random":
+            raise RecipeError("several orders are random ones: order='random'")
+        if self.timeout is not None and not self.timeout > 0:
+            raise RecipeError(f"a timeout of {self.timeout} s leaves no time to score")
+        if self.timeout == math.inf:
+            raise RecipeError("a timeout of inf s never comes; leave it out")
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """One candidate, its score, and what became of it."""
+
+    ingredient: str
+    """The one that was added, or dropped; or the single one that was scored."""
+    kind: Literal["single", "add", "drop", "all"]
+    members: Members
+    """The candidate: numbers of ingredients in the order given."""
+    score: Score
+    averaged: Score | None
+    to_beat: float | None
+    decision: str
+    """``scored``, ``kept``, ``left out`` or ``dropped``."""
+    known: bool
+    """Whether the score was known: given, or paid for before, in this run or an earlier one."""
+    moved: Moved
+    scoring_s: float
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One search in one order."""
+
+    order: Members
+    members: Members
+    """What it kept, in the order of the sum."""
+    score: Score
+    trials: tuple[Trial, ...]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """All that a search found out."""
+
+    singles: tuple[Trial, ...]
+    runs: tuple[Run, ...]
+    names: tuple[str, ...]
+    elapsed_s: float
+
+
+Ask = Callable[[Sequence[Members], float | None], tuple[Outcome, bool]]
+"""Gives the outcome of the first candidate of a list, given the score to beat, and whether it was
+known; the others may be wanted next."""
+
+Noter = Callable[[int, Any, Members, Outcome, float | None, str, bool], Trial]
+"""Makes a `Trial`, and tells whoever listens."""
+
+
+def search(names: Sequence[str], ask: Ask, options: SearchOptions) -> Found:
+    """Score the single ingredients if their scores decide the order; then search in each order."""
+    started = time.monotonic()
+    n = len(names)
+
+    def note(
+        i: int,
+        kind: Any,
+        members: Members,
+        outcome: Outcome,
+        to_beat: float | None,
+        decision: str,
+        known: bool,
+    ) -> Trial:
+        trial = Trial(
+            names[i],
+            kind,
+            members,
+            outcome.score,
+            outcome.averaged,
+            to_beat,
+            decision,
+            known,
+            outcome.moved,
+            outcome.scoring_s,
+        )
+        if options.on_trial is not None:
+            options.on_trial(trial)
+        return trial
+
+    singles: list[Trial] = []
+    orders = [list(range(n))]
+    if options.order == "scores":
+        for i in range(n):
+            outcome, known = ask([(j,) for j in range(i, n)], None)
+            singles.append(note(i, "single", (i,), outcome, None, "scored", known))
+        orders = [best_first([single.score.value for single in singles])]
+    elif options.order == "random":
+        orders = _random_orders(n, options)
+    go = forward if options.direction == "forward" else backward
+    runs = tuple(go(order, ask, note, options) for order in orders)
+    return Found(tuple(singles), runs, tuple(names), time.monotonic() - started)
+
+
+def forward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions) -> Run:
+    """Search as Recipe 1 does, with further passes over those left out. Pure but for `ask`."""
+    kept: Members = ()
+    best: Score | None = None
+    trials: list[Trial] = []
+    left_out_at: dict[int, int] = {}
+    for _ in range(options.passes):
+        before = len(kept)
+        queue = [i for i in order if i not in kept]
+        for place, i in enumerate(queue):
+            if left_out_at.get(i) == len(kept):
+                continue  # the same candidate as before
+            to_beat = None if best is None else best.value + options.min_gain
+            outcome, known = ask([(*kept, j) for j in queue[place:]], to_beat)
+            accepted = _accepts(outcome.score, best, options)
+            decision = "kept" if accepted else "left out"
+            trials.append(note(i, "add", (*kept, i), outcome, to_beat, decision, known))
+            if accepted:
+                kept, best = (*kept, i), outcome.score
+            else:
+                left_out_at[i] = len(kept)
+        if len(kept) == before:
+            break
+    if best is None:
+        raise TaskError("every score is NaN, so there is nothing to keep; look at the task")
+    return Run(tuple(order), kept, best, tuple(trials))
+
+
+def backward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions) -> Run:
+    """Start from all, and drop one after the other, the worst first. Pure but for `ask`."""
+    kept: Members = tuple(order)
+    outcome, known = ask([kept], None)
+    best = outcome.score
+    trials = [note(kept[-1], "all", kept, outcome, None, "kept", known)]
+    kept_at: dict[int, int] = {}
+    for _ in range(options.passes):
+        before = len(kept)
+        queue = list(reversed(kept))
+        for place, i in enumerate(queue):
+            if len(kept) == 1 or kept_at.get(i) == len(kept):
+                continue
+            to_beat = None if math.isnan(best.value) else best.value + options.min_gain
+            wanted = [tuple(m for m in kept if m != j) for j in queue[place:]]
+            outcome, known = ask(wanted, to_beat)
+            reference = None if math.isnan(best.value) else best
+            accepted = _accepts(outcome.score, reference, options)
+            decision = "dropped" if accepted else "kept"
+            trials.append(note(i, "drop", wanted[0], outcome, to_beat, decision, known))
+            if accepted:
+                kept, best = wanted[0], outcome.score
+            else:
+                kept_at[i] = len(kept)
+        if len(kept) == before:
+            break
+    if math.isnan(best.value):
+        raise TaskError("every score is NaN, so there is nothing to keep; look at the task")
+    return Run(tuple(order), kept, best, tuple(trials))
+
+
+def best_run(runs: Sequence[Run]) -> Run:
+    """Choose the run with the best score; the first of equals."""
+    return max(runs, key=lambda run: run.score.value)
+
+
+def _accepts(score: Score, best: Score | None, options: SearchOptions) -> bool:
+    """Decide about a candidate. NaN never wins."""
+    if math.isnan(score.value) or score.stopped:
+        return False
+    if best is None:
+        return True
+    to_beat = best.value + options.min_gain
+    if not (score.value >= to_beat if options.ties == "accept" else score.value > to_beat):
+        return False
+    return options.z == 0 or _is_significant(score, best, options)
+
+
+def _is_significant(score: Score, best: Score, options: SearchOptions) -> bool:
+    """Compare example by example: d̄ - min_gain ≥ z · s/√n, with s² the variance of d."""
+    ours, theirs = score.examples, best.examples
+    if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
+        raise TaskError(
+            "a paired comparison (z) needs a result for each held-out example, the same ones each "
+            "time; return, for example:\n    {'accuracy': right.mean(), 'examples': right}"
+        )
+    difference = ours - theirs
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return bool(float(np.mean(difference)) - options.min_gain >= options.z * error)
+
+
+def best_first(scores: Sequence[float]) -> list[int]:
+    """Give the numbers of `scores` from the largest down; equals in the order given, NaN last.
+
+    >>> best_first([0.5, float("nan"), 0.7, 0.7])
+    [2, 3, 0, 1]
+    """
+    return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i]))
+
+
+def _random_orders(n: int, options: SearchOptions) -> list[list[int]]:
+    return [random_order(n, options.seed + number) for number in range(options.n_orders)]
+
+
+def random_order(n: int, seed: int) -> list[int]:
+    """Draw an order of `n`, all alike likely, in which one more only finds its place.
+
+    So what was scored on the way to its place is known, if the fewer were searched before.
+
+    >>> random_order(5, seed=0), random_order(6, seed=0)
+    ([2, 0, 3, 1, 4], [2, 0, 3, 5, 1, 4])
+    """
+    draw = random.Random(seed)
+    order: list[int] = []
+    for i in range(n):
+        order.insert(draw.randint(0, i), i)
+    return order

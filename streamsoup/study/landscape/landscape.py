@@ -1,0 +1,150 @@
+"""Error and loss on the plane through three checkpoints, on a grid mixed in place.
+
+Each grid point is a mixture of the three with coefficients from their Gram matrix (`plane`), put
+into one live model and measured there; no axis, and no model beside it, is ever made. The paper's
+figure: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsoup.errors import RecipeError
+from streamsoup.formats.shards import AnyIngredient
+from streamsoup.options import Options, take
+from streamsoup.study.inspection import short_names
+from streamsoup.study.landscape.plane import Plane
+from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.rows import to_line
+from streamsoup.task import AnyTask, load_task
+
+__all__ = ["Landscape", "Mark", "landscape"]
+
+Floats = NDArray[np.float64]
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A named place on the plane."""
+
+    name: str
+    x: float
+    y: float
+    is_soup: bool
+
+
+class Landscape(msgspec.Struct, frozen=True, eq=False):
+    """What a plane looks like."""
+
+    plane: Plane
+    xs: Floats
+    ys: Floats
+    values: Mapping[str, Floats]
+    """Score or accuracy ``(y, x)``, for each split; larger is better."""
+    losses: Mapping[str, Floats]
+    """Negative log-likelihood in nats ``(y, x)``, for each split, where the task predicts."""
+    marks: tuple[Mark, ...]
+    n_measured: int = 0
+
+    def to_lines(self) -> Iterator[str]:
+        """Give a JSON line for each mark and each grid point."""
+        for mark in self.marks:
+            yield to_line({"kind": "mark", "name": mark.name, "x": mark.x, "y": mark.y})
+        for split, values in self.values.items():
+            for row, y in enumerate(self.ys):
+                for column, x in enumerate(self.xs):
+                    line = {"kind": "point", "split": split, "x": float(x), "y": float(y)}
+                    line["coefficients"] = self.plane.coefficients(float(x), float(y))
+                    line["value"] = float(values[row, column])
+                    if split in self.losses:
+                        line["nll"] = float(self.losses[split][row, column])
+                    yield to_line(line)
+
+
+def landscape(
+    base: AnyIngredient,
+    first: AnyIngredient,
+    second: AnyIngredient,
+    task: AnyTask,
+    *,
+    cache: str | os.PathLike[str],
+    resolution: int = 21,
+    margin: float = 0.25,
+    splits: Sequence[str] = (),
+    model: object = None,
+    recalibrate: bool = False,
+    options: Options = Options(),  # noqa: B008 - frozen
+    watch: Callable[[str], None] = lambda line: None,
+) -> Landscape:
+    """Measure a grid on the plane through three checkpoints.
+
+    `resolution` points along the longer side, with equal steps on both; `margin` of that side lies
+    beyond the checkpoints. `splits` defaults to the first of the task. `recalibrate` measures
+    BatchNorm statistics anew at every point. Answers are kept in the folder `cache`, so a killed
+    run goes on. Costs one Gram pass, and for each grid point a pass over the three checkpoints and
+    one of the task over each split.
+
+    Raises `RecipeError` for checkpoints on one line, `TaskError`, `MismatchError`.
+    """
+    resolution, margin = take("int", "resolution", resolution), take("float", "margin", margin)
+    splits = list(splits)
+    if resolution < 2 or not 0 <= margin <= 10:
+        raise RecipeError("a landscape needs 2 points a side or more, and a margin of 0 to 10")
+    loaded = load_task(task)
+    wanted = [loaded.check_split(split) for split in (splits or loaded.splits[:1])]
+    with Cache(os.fspath(cache)) as answers:
+        bench = Bench(
+            [base, first, second],
+            loaded,
+            answers,
+            recalibrate=recalibrate,
+            model=model,
+            options=options,
+            watch=watch,
+        )
+        try:
+            plane = Plane.from_gram(_gram(bench))
+            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
+            xs, ys = plane.grid(resolution, margin)
+            values = {split: np.empty((len(ys), len(xs))) for split in wanted}
+            losses = {split: np.full((len(ys), len(xs)), np.nan) for split in wanted}
+            for row, y in enumerate(ys):
+                for column, x in enumerate(xs):
+                    coefficients = plane.coefficients(float(x), float(y))
+                    mixture = Mixture.of((0, 1, 2), coefficients)
+                    for split in wanted:
+                        found = bench.summary(mixture, split)
+                        values[split][row, column] = found[bench.metric]
+                        losses[split][row, column] = found.get("nll", np.nan)
+        finally:
+            bench.close()
+        known = losses if bench.predicts else {}
+        marks = _marks(plane, bench.plan.recipe.ingredients)
+        return Landscape(plane, xs, ys, values, known, marks, bench.n_measured)
+
+
+def _marks(plane: Plane, paths: Sequence[str]) -> tuple[Mark, ...]:
+    """Name the three checkpoints, and the soups of the two and of all three."""
+    names = short_names(paths, 20)
+    corners = [Mark(name, x, y, False) for name, (x, y) in zip(names, plane.corners, strict=True)]
+    soups = [("soup of two", (0.0, 0.5, 0.5)), ("soup of three", (1 / 3, 1 / 3, 1 / 3))]
+    return (*corners, *(Mark(name, *plane.place(c), True) for name, c in soups))
+
+
+def _gram(bench: Bench) -> Floats:
+    """Give ⟨dᵢ, dⱼ⟩ ``(2, 2)`` of the differences to the first; one pass, which is kept."""
+    from streamsoup.methods.angles import geometry
+
+    key = "gram:" + ",".join(bench.digest(i) for i in range(3))
+    known = bench.cache.value(key)
+    if known is None:
+        base, first, second = bench.plan.ingredients
+        found = geometry([first, second], base=base, options=bench.options)
+        known = found.total.gram.tolist()
+        bench.cache.put_value(key, known)
+    return np.array(known)

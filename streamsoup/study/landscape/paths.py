@@ -1,0 +1,157 @@
+"""The straight line between two checkpoints: what is on it, where it is best, what is in the way.
+
+From a base to a fine-tuned model it is the sweep of WiSE-FT: Wortsman et al. 2022,
+https://arxiv.org/abs/2109.01903. α is chosen on validation, and judged on the other splits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import msgspec
+
+from streamsoup.errors import RecipeError
+from streamsoup.formats.shards import AnyIngredient
+from streamsoup.options import Options, take
+from streamsoup.search.trials import best_first
+from streamsoup.study.comparison.table import splits_of
+from streamsoup.study.measures.barriers import Barrier, advantage, barrier
+from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.rows import Splits, to_line
+from streamsoup.task import AnyTask, load_task
+
+__all__ = ["Sweep", "sweep"]
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    """One path, measured."""
+
+    ends: tuple[str, str]
+    """Paths of the checkpoints at α = 0 and α = 1."""
+    splits: Splits
+    metric: str
+    alphas: tuple[float, ...]
+    values: Mapping[str, tuple[float, ...]]
+    """The number that counts, for each split; larger is better."""
+    losses: Mapping[str, tuple[float, ...]]
+    """Negative log-likelihood in nats, for each split, where the task predicts."""
+    n_measured: int = 0
+
+    @property
+    def best(self) -> float:
+        """The α that is best on validation; the smallest of equals."""
+        return self.alphas[best_first(self.values[self.splits.val])[0]]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values lie between 0 and 1, so that an error is 1 less the value."""
+        return all(0 <= v <= 1 for values in self.values.values() for v in values)
+
+    def barrier(self, split: str, *, of_loss: bool = False) -> Barrier | None:
+        """Measure the barrier of the error (or loss) on a split; None without both ends.
+
+        Where the value is no share, its negative stands for the error.
+        """
+        errors = self.losses[split] if of_loss else [-value for value in self.values[split]]
+        if 0.0 not in self.alphas or 1.0 not in self.alphas:
+            return None
+        return barrier(self.alphas, errors)
+
+    def advantage(self, split: str) -> float:
+        """Give the interpolation advantage; NaN without α = 0, ½ and 1."""
+        at = dict(zip(self.alphas, self.values[split], strict=True))
+        if not {0.0, 0.5, 1.0} <= set(at):
+            return math.nan
+        return advantage(at[0.0], at[0.5], at[1.0])
+
+    def to_lines(self) -> Iterator[str]:
+        """Give a JSON line for each α and split, after one that sums up."""
+        head = {
+            "kind": "sweep",
+            "ends": self.ends,
+            "metric": self.metric,
+            "best_alpha": self.best,
+            "chosen_on": self.splits.val,
+        }
+        yield to_line(head)
+        for split in self.splits.all:
+            found = self.barrier(split)
+            if found is not None:
+                gain = self.advantage(split)
+                yield to_line(
+                    {
+                        "kind": "barrier",
+                        "split": split,
+                        "over_mean_of_ends": found.over_mean,
+                        "over_chord": found.over_chord,
+                        "at_alpha": found.alpha,
+                        "advantage": gain,
+                    }
+                )
+            for n, alpha in enumerate(self.alphas):
+                line = {"kind": "point", "split": split, "alpha": alpha}
+                line["value"] = self.values[split][n]
+                if split in self.losses:
+                    line["nll"] = self.losses[split][n]
+                yield to_line(line)
+
+
+def sweep(
+    first: AnyIngredient,
+    second: AnyIngredient,
+    task: AnyTask,
+    alphas: Iterable[float],
+    *,
+    cache: str | os.PathLike[str],
+    model: object = None,
+    recalibrate: bool = False,
+    options: Options = Options(),  # noqa: B008 - frozen
+    watch: Callable[[str], None] = lambda line: None,
+) -> Sweep:
+    """Measure (1−α)·first + α·second on every split of `task`, for every α.
+
+    Answers are kept in the folder `cache`: a killed sweep goes on, and α that are added later cost
+    what is new. Costs a pass over both checkpoints for each α, and the task's passes over the
+    splits. Raises `RecipeError`, `TaskError`, `MismatchError`.
+    """
+    at = tuple(sorted({take("float", "alphas", alpha) for alpha in alphas}))
+    if not at or not all(map(math.isfinite, at)):
+        raise RecipeError("a sweep needs some finite α")
+    loaded = load_task(task)
+    splits = splits_of(loaded)
+    values: dict[str, list[float]] = {split: [] for split in splits.all}
+    losses: dict[str, list[float]] = {split: [] for split in splits.all}
+    with Cache(os.fspath(cache)) as answers:
+        bench = Bench(
+            [first, second],
+            loaded,
+            answers,
+            recalibrate=recalibrate,
+            model=model,
+            options=options,
+            watch=watch,
+        )
+        try:
+            bench.settle_metric([Mixture.uniform([0]), Mixture.uniform([1])], splits.val)
+            for alpha in at:
+                mixture = Mixture.of((0, 1), (1.0 - alpha, alpha))
+                for split in splits.all:
+                    found = bench.summary(mixture, split)
+                    values[split].append(found[bench.metric])
+                    if "nll" in found:
+                        losses[split].append(found["nll"])
+        finally:
+            bench.close()
+        ends = bench.plan.recipe.ingredients
+        return Sweep(
+            (ends[0], ends[1]),
+            splits,
+            bench.metric,
+            at,
+            {split: tuple(each) for split, each in values.items()},
+            {split: tuple(each) for split, each in losses.items() if each},
+            bench.n_measured,
+        )

@@ -1,0 +1,411 @@
+"""Any mixture of the ingredients, measured on any split, in one live model: each at most once.
+
+A mixture goes straight into the model's parameters (`live.ModelSink`); nothing is written to disk
+but the answers (`cache`). Where the task gives predictions, one pass over a split gives everything:
+right answers, likelihood, calibration, and logits to make ensembles of. Where it does not, its
+`score` is asked.
+
+Scoring may change weights, by adapting to a split or in training mode: the mixture is put anew
+before whatever is measured next. What torch does not count goes unseen, and spoils that: changes
+through `.data` or a view of numpy's, and running statistics without a count of batches beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+from streamsoup.engine.budget import memory_budget, plan_memory
+from streamsoup.engine.plan import MixPlan, plan_mix
+from streamsoup.engine.read import open_reader
+from streamsoup.errors import TaskError
+from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.options import Options
+from streamsoup.output.make import order
+from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
+from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of, calibrate
+from streamsoup.task import Score, Task
+from streamsoup.task.code import digest_model
+
+if TYPE_CHECKING:
+    from streamsoup.live.mix import LiveMix
+    from streamsoup.live.model import ModelSink
+
+__all__ = ["EQUAL", "Bench", "Mixture"]
+
+Watch = Callable[[str], None]
+
+_NO_CLASSES = "a task without classes has a score, and no predictions"
+
+EQUAL = 1e-6
+"""Difference up to which the task's score and the accuracy of its predictions are one thing."""
+
+
+class Mixture(msgspec.Struct, frozen=True):
+    """Some of the ingredients, and their coefficients."""
+
+    members: tuple[int, ...]
+    """Numbers of ingredients, in the order of the sum."""
+    coefficients: Coefficients
+    """One factor for each member."""
+
+    @classmethod
+    def uniform(cls, members: Sequence[int]) -> Mixture:
+        """Weigh all members alike; one member is the ingredient itself."""
+        return cls(tuple(members), Coefficients.uniform(len(members)))
+
+    @classmethod
+    def of(cls, members: Sequence[int], values: Sequence[float]) -> Mixture:
+        """Take factors as they are; members whose factor is zero are left out."""
+        used = [(i, c) for i, c in zip(members, values, strict=True) if c != 0]
+        if [c for _, c in used] == [1.0]:
+            return cls.uniform([used[0][0]])
+        return cls(tuple(i for i, _ in used), Coefficients.given([c for _, c in used]))
+
+
+class Bench:
+    """Measures mixtures of a fixed list of ingredients, and remembers what it measured."""
+
+    def __init__(
+        self,
+        ingredients: Iterable[AnyIngredient],
+        task: Task,
+        cache: Cache,
+        *,
+        recalibrate: bool = False,
+        model: Any = None,
+        options: Options = Options(),  # noqa: B008 - frozen
+        watch: Watch = lambda line: None,
+    ) -> None:
+        """Open the ingredients by their headers; build no model, and score nothing yet.
+
+        `recalibrate` measures BatchNorm statistics anew for every mixture of several. `watch` is
+        told, in a line, whenever something is measured. Raises what `soups.make.order` raises,
+        and `TaskError` for a task without what `recalibrate` needs.
+        """
+        opened = open_ingredients(ingredients)
+        equal = Coefficients.uniform(len(opened))
+        ordered = order(opened, equal, method="compare", options=options)
+        self.plan = ordered.plan
+        self.task = task
+        self.cache = cache
+        self.predicts = task.has("predictions")
+        """Whether the task gives predictions."""
+        self.asks_score = not self.predicts
+        """Whether `measure` asks the task's `score` besides predictions."""
+        self.n_measured = 0
+        """Splits that a mixture was measured on by this run, rather than found in the cache."""
+        self._mapped = ordered.mapped
+        self.options = options
+        self._recalibrate = recalibrate
+        if recalibrate:
+            task.need("recalibration")
+        if not self.predicts:
+            task.need("score")
+        self._watch = watch
+        self._model = model
+        self.given = "" if model is None else digest_model(model)
+        """What tells the model that was given from every other; nothing if the task builds one."""
+        self._sink: ModelSink | None = None
+        self._mix: LiveMix | None = None
+        self._training: list[tuple[Any, bool]] = []
+        self._current: Mixture | None = None
+        self._versions: list[int] | None = None
+        """How often each tensor had been changed when the current mixture was put there."""
+        self._labels: dict[str, Labels] = {}
+        self._digests: list[str | None] = [None] * len(opened)
+
+    def settle_metric(self, mixtures: Sequence[Mixture], split: str) -> None:
+        """Find out whether the task's score is the accuracy of its predictions.
+
+        If it is so for all `mixtures` on `split`, predictions are enough from here on; else both
+        are asked, and the score is the number that counts. Costs both for those mixtures.
+        """
+        if not self.predicts:
+            return
+        self.asks_score = False
+        for mixture in mixtures:
+            logits, labels = self.logits(mixture, split)
+            accuracy = float((answers_of(logits) == labels).mean())
+            value = self.score(mixture, split).value
+            if not min(abs(value - accuracy), abs(value / 100 - accuracy)) <= EQUAL:
+                self.asks_score = True
+                return
+
+    @property
+    def metric(self) -> str:
+        """What the number that counts is."""
+        return "score" if self.asks_score else "accuracy"
+
+    def measure(self, mixture: Mixture, splits: Iterable[str]) -> None:
+        """Measure a mixture on those of `splits` whose answers are not known yet.
+
+        Costs a pass over the weights of the members, if anything is missing, and a pass of the
+        task over each missing split; a pass over the weights for each, if the task changes them.
+        """
+        missing: dict[str, tuple[bool, bool]] = {}
+        for split in splits:
+            key = self.key(mixture, split)
+            score = self.asks_score and self.cache.score(key) is None
+            logits = self.predicts and not self.cache.has_logits(key)
+            if score or logits:
+                missing[split] = (score, logits)
+        for split, (score, logits) in missing.items():
+            key = self.key(mixture, split)
+            if logits:
+                self._keep(key, split, *self._predict(mixture, split))
+            if score:
+                self.cache.put_score(key, self._score(mixture, split))
+            self._note(mixture, split)
+
+    def score(self, mixture: Mixture, split: str) -> Score:
+        """Give the task's own score of a mixture, which is asked if it is not known."""
+        self._score_only(mixture, split)
+        found = self.cache.score(self.key(mixture, split))
+        assert found is not None
+        return found
+
+    def summary(self, mixture: Mixture, split: str) -> Mapping[str, float]:
+        """Give ``accuracy``, ``nll`` and, if it is asked, ``score``; keeps no logits.
+
+        For mixtures of which only a number is wanted: trials, points of a path or of a plane.
+        Without predictions there is a ``score`` alone.
+        """
+        found: dict[str, float] = {}
+        if self.asks_score:
+            found["score"] = self._score_only(mixture, split)
+        if self.predicts:
+            key = f"{self.key(mixture, split)}:summary"
+            known = self.cache.value(key)
+            if known is None:
+                known = self._summarise(key, *self.answers(mixture, split))
+            found |= known
+        return found
+
+    def value(self, mixture: Mixture, split: str) -> float:
+        """Give the number that counts: the task's score, or the accuracy that it is equal to."""
+        return self.summary(mixture, split)[self.metric]
+
+    def answers(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
+        """Give logits and labels without keeping them, or those that are kept."""
+        if self.cache.has_logits(self.key(mixture, split)):
+            return self.logits(mixture, split)
+        logits, labels = self._predict(mixture, split)
+        self._check_labels(split, labels)
+        self._summarise(f"{self.key(mixture, split)}:summary", logits, labels)
+        self._note(mixture, split)
+        return logits, labels
+
+    def logits(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
+        """Give logits ``(example, class)``, mapped, and labels of a mixture on a split."""
+        self.measure(mixture, [split])
+        logits, labels = self.cache.logits(self.key(mixture, split))
+        self._check_labels(split, labels)
+        return logits, labels
+
+    def key(self, mixture: Mixture, split: str) -> str:
+        """Say what the answers for a mixture depend on, in 32 hexadecimal digits."""
+        parts = [
+            ARITHMETIC,
+            self.task.fingerprint,
+            split,
+            self._recalibrate and len(mixture.members) > 1,
+            self.plan.recipe.dtype,
+            [self.digest(i) for i in mixture.members],
+            msgspec.json.encode(mixture.coefficients).decode(),
+            *([self.given] if self.given else []),
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+    def digest(self, i: int) -> str:
+        """Give the digest of ingredient `i`: the one in the provenance of soups made of it.
+
+        Costs a pass over the ingredient, unless it was digested before and is unchanged since.
+        """
+        known = self._digests[i]
+        if known is None:
+            ingredient = self.plan.ingredients[i]
+            known = self.cache.digest_of(ingredient)
+            if known is None:
+                known = _digest(ingredient, self.options, mapped=self._mapped)
+                self.cache.put_digest(ingredient, known)
+            self._digests[i] = known
+        return known
+
+    def borrow(self) -> Any:
+        """Give the live model to somebody who will change its weights."""
+        self._current = None
+        return self._live().model
+
+    def close(self) -> None:
+        """Put modules back into the modes they were in. The weights stay those of a mixture."""
+        for module, training in self._training:
+            module.training = training
+
+    def _score_only(self, mixture: Mixture, split: str) -> float:
+        key = self.key(mixture, split)
+        known = self.cache.score(key)
+        if known is None:
+            known = self._score(mixture, split)
+            self.cache.put_score(key, known)
+            self._note(mixture, split)
+        return known.value
+
+    def _summarise(self, key: str, logits: AnyFloats, labels: Labels) -> dict[str, float]:
+        at = calibrate(logits, labels)
+        known = {"accuracy": at.accuracy, "nll": at.nll}
+        if self.cache.value(key) != known:
+            self.cache.put_value(key, known)
+        return known
+
+    def _note(self, mixture: Mixture, split: str) -> None:
+        self.n_measured += 1
+        self._watch(f"measured {self.n_measured}: a mixture of {len(mixture.members)} on {split}")
+
+    def _put(self, mixture: Mixture) -> None:
+        """Put a mixture into the model, unless it is the one that is there, unchanged."""
+        sink = self._live()
+        sink.check()
+        versions = sink.versions()
+        if mixture == self._current and versions is not None and versions == self._versions:
+            return
+        self._current = None
+        from streamsoup.engine.stream import run
+        from streamsoup.live.mix import LiveMix
+        from streamsoup.live.recalibration import recalibrate
+        from streamsoup.search.scoring.candidate import contained
+
+        part = self._part(mixture)
+        if self._mix is None:
+            self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
+        mix, memory = self._mix.reduction(part)
+        reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
+        try:
+            run(part, memory, reader, mix, sink, digest=False)
+        finally:
+            sink.mark_changed()
+        if self._recalibrate and len(mixture.members) > 1:
+            with contained(self.task, "recalibration"):
+                recalibrate(sink.model, self.task.recalibration())
+        self._current, self._versions = mixture, sink.versions()
+
+    def _part(self, mixture: Mixture) -> MixPlan:
+        """Cut the plan for the members out of the plan over all ingredients."""
+        plan = self.plan.among(mixture.members, mixture.coefficients)
+        plan.recipe.check()
+        return plan
+
+    def _live(self) -> ModelSink:
+        if self._sink is None:
+            from streamsoup.live.model import ModelSink
+            from streamsoup.search.scoring.candidate import contained
+
+            if self._model is None:
+                self.task.need("build")
+                with contained(self.task, "build"):
+                    self._model = self.task.build()
+            sink = ModelSink(self._model, self.plan)
+            sink.check_apart()
+            self._sink = sink
+            self._training = [(module, module.training) for module in self._model.modules()]
+        return self._sink
+
+    def _score(self, mixture: Mixture, split: str) -> Score:
+        """Ask the task for its score of a mixture."""
+        from streamsoup.search.scoring.candidate import contained
+
+        self._put(mixture)
+        model = self._live().model
+        with contained(self.task, "score"):
+            model.eval()
+            return self.task.score(model, split)
+
+    def _predict(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
+        """Ask the task for a mixture's logits, and labels, of a whole split."""
+        from streamsoup.search.scoring.candidate import contained
+
+        self._put(mixture)
+        model = self._live().model
+        logits, labels = [], []
+        with contained(self.task, "predictions"):
+            model.eval()
+            for some, right in self.task.predictions(model, split):
+                logits.append(_to_numpy(some))
+                labels.append(_to_numpy(right))
+        where = f"{self.task.name}: predictions on {split!r}"
+        if not logits:
+            raise TaskError(f"{where}: there are none; yield a batch at least")
+        for z, y in zip(logits, labels, strict=True):
+            if z.ndim != 2 or y.shape != z.shape[:1] or z.shape[1] != logits[0].shape[1]:
+                what = f"{where}: logits and labels of a batch are to have the shapes"
+                found = f"{list(z.shape)} and {list(y.shape)}"
+                advice = _NO_CLASSES
+                if z.ndim == logits[0].ndim == 2:
+                    advice = f"the first batch had {logits[0].shape[1]} classes"
+                raise TaskError(f"{what} (example, class) and (example,), not {found}; {advice}")
+        answers, truth = np.concatenate(logits), np.concatenate(labels)
+        if not len(truth):
+            raise TaskError(f"{where}: they have no examples; yield some")
+        if not np.issubdtype(truth.dtype, np.integer):
+            raise TaskError(
+                f"{where}: labels are {truth.dtype}, not numbers of classes; {_NO_CLASSES}"
+            )
+        if len(truth) and not 0 <= truth.min() <= truth.max() < answers.shape[1]:
+            raise TaskError(
+                f"{where}: labels go from {truth.min()} to {truth.max()}, "
+                f"where there are {answers.shape[1]} classes"
+            )
+        return answers, truth.astype(np.int64)
+
+    def _keep(self, key: str, split: str, logits: AnyFloats, labels: Labels) -> None:
+        self._check_labels(split, labels)
+        self.cache.put_logits(key, logits, labels)
+
+    def _check_labels(self, split: str, labels: Labels) -> None:
+        """Ensembles and intervals compare example by example: their order must not change."""
+        known = self._labels.setdefault(split, labels)
+        if not np.array_equal(known, labels):
+            raise TaskError(
+                f"{self.task.name}: predictions on {split!r} came with other labels than before; "
+                "examples must come in the same order every time"
+            )
+
+
+def _to_numpy(tensor: Any) -> Any:
+    """Copy a tensor as it is; what numpy has no dtype for, and half precision, as float32."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point() and tensor.element_size() < 4:
+            tensor = tensor.float()
+        return tensor.numpy().copy()
+    return np.asarray(tensor)
+
+
+def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
+    """Read an ingredient once, and digest it as the pass that makes a soup does."""
+    from streamsoup.engine.reduce import Nothing
+    from streamsoup.engine.stream import OnlyDigests, run
+
+    recipe = Recipe(
+        ingredients=(ingredient.name,),
+        coefficients=Coefficients.uniform(1),
+        non_float="first",
+        non_finite="propagate",
+    )
+    plan = plan_mix([ingredient], recipe)
+    memory = plan_memory(
+        plan,
+        mapped=mapped,
+        threads=options.n_threads,
+        budget=memory_budget(plan, options.memory),
+    )
+    sink = OnlyDigests(plan)
+    reader = open_reader(plan, memory, mapped=mapped)
+    run(plan, memory, reader, Nothing(), sink)
+    return sink.digests.of_ingredient(0)

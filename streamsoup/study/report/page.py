@@ -1,0 +1,176 @@
+"""A page of headings, tables and pictures, as Markdown and as one HTML file.
+
+The HTML holds its pictures and style, loads nothing, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from streamsoup.errors import OutputError, printable
+from streamsoup.system.folders import replacing
+
+__all__ = ["Block", "Code", "Heading", "Page", "Picture", "Table", "Text", "write_text"]
+
+
+class Heading(msgspec.Struct, frozen=True):
+    """A heading within the page."""
+
+    text: str
+
+
+class Text(msgspec.Struct, frozen=True):
+    """A paragraph, as plain text."""
+
+    text: str
+
+
+class Code(msgspec.Struct, frozen=True):
+    """Commands, a line each."""
+
+    lines: Sequence[str]
+
+
+class Table(msgspec.Struct, frozen=True):
+    """A table: the first column is text, the others are numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: frozenset[int] = frozenset()
+    """Rows that stand out."""
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A picture that lies beside the page."""
+
+    file: str
+    """Relative to the page's folder."""
+    words: str
+    """What it shows."""
+
+
+Block = Heading | Text | Code | Table | Picture
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A title and what is below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    def to_markdown(self) -> str:
+        """Give the page as Markdown; pictures are linked."""
+        parts = [f"# {self.title}"]
+        for block in self.blocks:
+            if isinstance(block, Heading):
+                parts.append(f"## {block.text}")
+            elif isinstance(block, Text):
+                parts.append(_escaped(block.text))
+            elif isinstance(block, Code):
+                fence = "`" * max(3, 1 + _longest_run("`", block.lines))
+                parts.append("\n".join([fence, *block.lines, fence]))
+            elif isinstance(block, Table):
+                parts.append(_markdown_table(block))
+            else:
+                words = _escaped(block.words)
+                parts.append(f"![{words}]({block.file})\n\n{words}")
+        return "\n\n".join(parts) + "\n"
+
+    def to_html(self, folder: str) -> str:
+        """Give the page as one HTML file; pictures are read from `folder` and put into it."""
+        parts = []
+        for block in self.blocks:
+            if isinstance(block, Heading):
+                parts.append(f"<h2>{html.escape(block.text)}</h2>")
+            elif isinstance(block, Text):
+                parts.append(f"<p>{html.escape(block.text)}</p>")
+            elif isinstance(block, Code):
+                parts.append(f"<pre>{html.escape(chr(10).join(block.lines))}</pre>")
+            elif isinstance(block, Table):
+                parts.append(_html_table(block))
+            else:
+                parts.append(_html_picture(block, folder))
+        title = html.escape(self.title)
+        return _HTML.format(title=title, style=_STYLE, body="\n".join(parts))
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file, whole or not at all. Raises `OutputError`."""
+    try:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
+
+
+def _markdown_table(table: Table) -> str:
+    head = [_escaped(cell) for cell in table.head]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for number, row in enumerate(table.rows):
+        cells = [_escaped(cell) for cell in row]
+        lines.append([f"**{c}**" if c else c for c in cells] if number in table.bold else cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    for character in "\\|*_`<[&~$":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _longest_run(character: str, lines: Sequence[str]) -> int:
+    runs = re.findall(f"{re.escape(character)}+", "\n".join(lines))
+    return max(map(len, runs), default=0)
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    lines = [f"<tr>{head}</tr>"]
+    for number, row in enumerate(table.rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr{' class=bold' if number in table.bold else ''}>{cells}</tr>")
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _html_picture(picture: Picture, folder: str) -> str:
+    with open(os.path.join(folder, picture.file), "rb") as file:
+        content = base64.b64encode(file.read()).decode()
+    words = html.escape(picture.words)
+    return (
+        f'<figure><img alt="{words}" src="data:image/png;base64,{content}">'
+        f"<figcaption>{words}</figcaption></figure>"
+    )
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 84rem; margin: 2rem auto;
+  padding: 0 1rem; }
+p, figure, pre { max-width: 64rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr.bold { font-weight: 600; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+img { max-width: 100%; }
+figure { margin: 1rem 0; }
+figcaption { color: #555; font-size: 13px; }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
+"""
+
+_HTML = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{style}</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
