@@ -8,13 +8,16 @@ A `Provenance` is a recipe with the digests of what went in and of what came out
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import xxhash
 
 from streamsoup.errors import RecipeError, check_choice, printable
+from streamsoup.rule import Reduction, Rule, RuleMemory
+from streamsoup.tensors import TensorSpec
+from streamsoup.version import __version__
 
 __all__ = [
     "ARITHMETIC",
@@ -25,6 +28,8 @@ __all__ = [
     "IngredientRecord",
     "Provenance",
     "Recipe",
+    "UnknownRule",
+    "is_tagged",
 ]
 
 ARITHMETIC = "float64, recipe order, product rounded then added, one division, one rounding"
@@ -124,9 +129,10 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
     ingredients: tuple[str, ...]
     """Paths, in the order of the sum."""
-    coefficients: Coefficients
+    rule: Rule
+    """What becomes of the averaged tensors, with all its parameters."""
     method: str = "mix"
-    """How the coefficients were found: ``uniform``, ``mix``, ``interpolate``, ``greedy``, …"""
+    """How the rule was chosen: ``uniform``, ``mix``, ``interpolate``, ``greedy``, …; a label."""
     dtype: str = "same"
     """Dtype of the averaged tensors in the soup, or ``same`` as in the ingredients."""
     non_float: str = "same"
@@ -136,16 +142,18 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     shard_size: int | None = None
     """Largest shard in bytes; None mirrors the shards of the first ingredient."""
 
-    @property
-    def only_measures(self) -> bool:
-        """Whether it makes no checkpoint, and so has no rule for NaN and Inf."""
-        return self.method in ("geometry", "compare")
-
-    def check(self) -> None:
-        """Raise `RecipeError` for a recipe that cannot be cooked whatever the files hold."""
+    def check(self, names: Collection[str]) -> None:
+        """Raise `RecipeError` for a recipe that fits no ingredients with tensors of these names."""
         if not self.ingredients:
             raise RecipeError("a soup needs at least one ingredient; give some")
-        self.coefficients.check(len(self.ingredients))
+        given: object = self.rule
+        known = isinstance(given, Rule) and is_tagged(type(given))
+        if not known and not isinstance(given, UnknownRule):
+            raise RecipeError(
+                f"{printable(repr(self.rule))}: is not a rule; see streamsoup.Rule, and derive it "
+                "from msgspec.Struct with frozen=True and a tag"
+            )
+        self.rule.check(len(self.ingredients), names)
         check_choice("non_float", self.non_float, ("same", "first"))
         check_choice("non_finite", self.non_finite, ("refuse", "propagate"))
         if self.shard_size is not None and self.shard_size < 1:
@@ -200,8 +208,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, checksum=self._digest())
 
     def to_json(self) -> bytes:
-        """Write it as indented JSON; floats keep every bit."""
-        text = msgspec.json.encode(self, enc_hook=_number)
+        """Return it as indented JSON; floats keep every bit."""
+        text = msgspec.json.encode(self, enc_hook=_plain)
         return msgspec.json.format(text, indent=1) + b"\n"
 
     @property
@@ -210,22 +218,106 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.checksum == self._digest()
 
     def _digest(self) -> str:
-        text = msgspec.json.encode(msgspec.structs.replace(self, checksum=""), enc_hook=_number)
+        text = msgspec.json.encode(msgspec.structs.replace(self, checksum=""), enc_hook=_plain)
         # There and back, as what was made with an int where a float belongs reads back as 1.0.
-        back = msgspec.json.decode(text, type=type(self))
-        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(back))
+        back = _decode(text, (type(self.recipe.rule),))
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(back, enc_hook=_plain))
 
     @classmethod
-    def from_json(cls, text: bytes) -> Provenance:
-        """Read it back. Raises `RecipeError` when it is not what `to_json` wrote."""
+    def from_json(cls, text: bytes, rules: Sequence[type[Rule]]) -> Provenance:
+        """Read what `to_json` wrote, or a version before it.
+
+        Args:
+            text: The JSON.
+            rules: Types of rules that may stand in the recipe; any other becomes an `UnknownRule`.
+                No code that the text names is ever looked for.
+
+        Raises:
+            RecipeError: The text is not a provenance.
+        """
         try:
-            return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            plain = msgspec.json.decode(text)
+            recipe = plain["recipe"]
+            if "rule" in recipe:
+                return _decode(text, rules)
+            # Version 0.1 before its release: the linear rule, with its coefficients in the recipe.
+            was_intact = _digest_plain(plain) == plain["checksum"]
+            recipe["rule"] = {"type": "linear", "coefficients": recipe.pop("coefficients")}
+            found = _decode(msgspec.json.encode(plain), rules)
+            return found.sealed() if was_intact else found
+        except (
+            msgspec.MsgspecError,
+            UnicodeDecodeError,
+            RecursionError,
+            TypeError,
+            KeyError,
+        ) as error:
             raise RecipeError(f"is not a streamsoup provenance: {printable(error)}") from None
 
 
-def _number(value: Any) -> Any:
-    """Write down a number of numpy or torch as what it is."""
+class UnknownRule:
+    """A rule of a type that is not at hand: it is named and written down, and makes nothing."""
+
+    n_passes = 1
+    spans_model = False
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        """Keep what the JSON says of it."""
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        """Name it."""
+        return f"<UnknownRule {self.parameters.get('type')!r}>"
+
+    def check(self, n_ingredients: int, names: Collection[str]) -> None:
+        """Raise `RecipeError`."""
+        name = printable(str(self.parameters.get("type")))
+        raise RecipeError(
+            f"made by the rule {name!r}, which does not come with streamsoup "
+            f"{__version__}; give its class, as in verify(soup, rules=[...])"
+        )
+
+    def memory(self, n_ingredients: int) -> RuleMemory:
+        """Return that it holds nothing."""
+        return RuleMemory()
+
+    def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
+        """Raise `RecipeError`."""
+        raise RecipeError(f"{self!r} makes nothing")
+
+
+def is_tagged(kind: type) -> bool:
+    """Return True for a frozen struct whose JSON tells it from other rules."""
+    config = getattr(kind, "__struct_config__", None)
+    return config is not None and config.frozen and config.tag is not None
+
+
+def _decode(text: bytes, rules: Sequence[type[Any]]) -> Provenance:
+    """Decode a provenance, with its rule as one of `rules`."""
+
+    def find_rule(kind: type, plain: Any) -> Any:
+        if kind is not Rule:
+            return plain  # a report holds any plain data
+        if not isinstance(plain, dict):
+            raise TypeError("a rule is an object")
+        for each in rules:
+            config = getattr(each, "__struct_config__", None)
+            if config is not None and plain.get(config.tag_field) == config.tag:
+                return msgspec.convert(plain, each)
+        return UnknownRule(plain)
+
+    return msgspec.json.decode(text, type=Provenance, dec_hook=find_rule)
+
+
+def _digest_plain(plain: Mapping[str, Any]) -> str:
+    """Return the checksum of a provenance as plain data."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode({**plain, "checksum": ""}))
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy or torch, or an unknown rule, as what JSON has for it."""
+    if isinstance(value, UnknownRule):
+        return value.parameters
     if getattr(value, "shape", None) == ():
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be noted in a provenance")

@@ -296,10 +296,10 @@ def plant_fault(name: str) -> None:
         streamsoup.engine.stream.CHECKPOINT_S = 1e9
     elif name == "no checkpoints, no sync of shards":
         plant_fault("no checkpoints")
-        write.FileSink.sync = lambda self: None  # type: ignore[method-assign]
+        write.FileSink.sync = lambda self, numbers=None: None  # type: ignore[method-assign]
     elif name == "believes its notes":
-        write.FileSession.restore = (  # type: ignore[method-assign]
-            lambda self, leaf, nbytes: self._sink.noted(leaf)
+        write.FileLedger.restore = (  # type: ignore[method-assign]
+            lambda self, leaf: self._digests.get(leaf.number) if self.noted(leaf) else None
         )
     elif name == "notes no scores":
         import streamsoup.search.scoring.scorebook as scorebook
@@ -337,13 +337,13 @@ def serve() -> None:
     streamsoup.engine.stream.CHECKPOINT_S = 0.0
     streamsoup.engine.stream.ALONE_NBYTES = -1  # so that there are checkpoints
     streamsoup.engine.stream.TICK_S = 0.001
-    cook = streamsoup.engine.stream._Pass.cook
+    make_leaf = streamsoup.engine.stream._Pass.make_leaf
 
-    def slow_cook(*args: Any) -> None:
+    def slow_leaf(*args: Any) -> None:
         time.sleep(0.002)  # so that there is something to note when the first leaf is finished
-        cook(*args)
+        make_leaf(*args)
 
-    streamsoup.engine.stream._Pass.cook = slow_cook  # type: ignore[method-assign]
+    streamsoup.engine.stream._Pass.make_leaf = slow_leaf  # type: ignore[method-assign]
     leave = os._exit
     importlib.metadata.version("streamsoup")
     gc.freeze()

@@ -116,7 +116,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(paths: list[str], tmp_path: Path
         for name, array in made[0][0].items():
             np.testing.assert_array_equal(other[name], array)
     narrow = streamsoup.interpolate(paths[0], paths[0], np.float16(0.1), output=tmp_path / "i")  # type: ignore[arg-type]
-    assert math.fsum(narrow.recipe.coefficients.values) == 1
+    assert math.fsum(narrow.recipe.rule.coefficients.values) == 1
 
 
 def test_what_a_callback_raises_is_the_callers(paths: list[str], tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_ema_is_the_recurrence(states: Any, paths: list[str], tmp_path: Path) ->
         mean = {name: 0.8 * mean[name] + 0.2 * state[name] for name in state}
     soup = streamsoup.ema(paths, 0.8, output=tmp_path / "soup")
     same(soup, mean)
-    assert math.fsum(soup.recipe.coefficients.values) == pytest.approx(1, abs=1e-15)
+    assert math.fsum(soup.recipe.rule.coefficients.values) == pytest.approx(1, abs=1e-15)
     assert soup.recipe.method == "ema"
     with pytest.raises(RecipeError):
         streamsoup.ema(paths, 1.0, output=tmp_path / "other")
@@ -364,7 +364,7 @@ def test_a_soups_coefficients_make_another(states: Any, paths: list[str], tmp_pa
     bare = tmp_path / "bare.json"
     bare.write_text(json.dumps(whole["recipe"]["coefficients"]))
     for number, given in enumerate(
-        (tmp_path / "stock", record, str(bare), stock.recipe.coefficients)
+        (tmp_path / "stock", record, str(bare), stock.recipe.rule.coefficients)
     ):
         soup = streamsoup.mix(paths, given, output=tmp_path / f"{number}")
         assert soup.provenance.tensors == stock.provenance.tensors
@@ -379,7 +379,10 @@ def test_a_soups_coefficients_make_another(states: Any, paths: list[str], tmp_pa
     assert "only a list of factors can be normalized" in done.stderr
     assert "no such file" in command("mix", *paths, "-c", "stok", "-o", tmp_path / "few").stderr
     given = np.array([0.5, 0.5])
-    assert streamsoup.mix(paths[:2], given, output=tmp_path / "np").recipe.coefficients.divisor == 1
+    assert (
+        streamsoup.mix(paths[:2], given, output=tmp_path / "np").recipe.rule.coefficients.divisor
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

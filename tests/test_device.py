@@ -25,6 +25,7 @@ from streamsoup.cli import cli
 from streamsoup.engine import device as device_mix
 from streamsoup.engine import read
 from streamsoup.engine.device import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
 from streamsoup.kernels import pipeline
 from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
@@ -87,7 +88,7 @@ def test_soups_by_the_pipeline_are_those_of_the_kernels(
     if method == "weighted":
         coefficients = Coefficients.given((0.5, 0.2, -0.1, 0.3, 0.1))
     options = Options(io=io)
-    ordered = order(paths, coefficients, method=method, options=options)
+    ordered = order(paths, Linear(coefficients), method=method, options=options)
     one = make(ordered, output=tmp_path / "one", options=options)
     other = make(ordered_on_host(ordered, block=block), output=tmp_path / "two", options=options)
     files = [(Path(soup.path) / "model.safetensors").read_bytes() for soup in (one, other)]
@@ -102,7 +103,7 @@ def test_a_failure_in_mid_stream_comes_out_as_one_line(
     """A device that fails ends the run with one line; nothing is left; the next run works."""
     ordered = order(
         make_checkpoints(tmp_path, 3, 3000),
-        Coefficients.uniform(3),
+        Linear(Coefficients.uniform(3)),
         method="uniform",
         options=Options(),
     )
@@ -144,7 +145,9 @@ def test_memory_depends_neither_on_ingredients_nor_on_sizes(tmp_path: Path) -> N
         for i in range(k):
             folder = tmp_path / f"{k}-{n}-{i}"
             paths.append(save(folder, {"a": tensor(np.zeros(n, np.float16))}))
-        plan = order(paths, Coefficients.uniform(k), method="uniform", options=Options()).plan
+        plan = order(
+            paths, Linear(Coefficients.uniform(k)), method="uniform", options=Options()
+        ).plan
         chosen = plan_device(
             plan, device="cuda:0", budget=10**8, mapped=True, threads=2, memory=10**9
         )
@@ -159,7 +162,7 @@ def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int)
     paths = [
         save(tmp_path / str(i), {"a": tensor(np.zeros(3_000_000, np.float16))}) for i in (0, 1)
     ]
-    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    plan = order(paths, Linear(Coefficients.uniform(2)), method="uniform", options=Options()).plan
     chosen = plan_device(
         plan, device="cuda:0", budget=budget, mapped=True, threads=threads, memory=10**9
     )
@@ -178,7 +181,7 @@ def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int)
 def test_plain_reads_hold_a_block_of_each_ingredient(tmp_path: Path) -> None:
     """Beside what is pinned, each thread has buffers to read into; mapped files need none."""
     paths = [save(tmp_path / str(i), {"a": tensor(np.zeros(9999, np.float16))}) for i in (0, 1)]
-    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    plan = order(paths, Linear(Coefficients.uniform(2)), method="uniform", options=Options()).plan
     peaks = {}
     for mapped in (True, False):
         chosen = plan_device(
@@ -235,7 +238,9 @@ def candidates_by_the_pipeline(
 ) -> tuple[DeviceCandidates, ModelSink]:
     """Give candidates as they are made on a device, on plain memory, and a model for them."""
     options = Options(device="cpu", device_memory=device_memory, threads=1)
-    ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=options)
+    ordered = order(
+        paths, Linear(Coefficients.uniform(len(paths))), method="greedy", options=options
+    )
     sink = ModelSink(half_model(), ordered.plan)
     candidates = DeviceCandidates(
         ordered.plan, sink, mapped=ordered.mapped, place=place, options=options
@@ -271,7 +276,9 @@ def test_the_running_sum_is_kept_where_it_is_told_or_fits(
 
 def by_simulation(paths: list[Path], device: Any, block: int) -> Order:
     """Plan a uniform soup by way of a simulated device, in one thread."""
-    ordered = order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
+    ordered = order(
+        paths, Linear(Coefficients.uniform(len(paths))), method="uniform", options=Options()
+    )
     ordered = ordered_on_host(ordered, block=block, threads=1)
     assert ordered.on_device is not None
     return replace(ordered, on_device=OnDevice(device, ordered.on_device.plan))
@@ -360,7 +367,7 @@ def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(f"{room}.open_device", lambda name: HostDevice())
     coefficients = Coefficients.uniform(2)
     for told in (None, "16MB"):
-        ordered = order(paths, coefficients, method="greedy", options=Options())
+        ordered = order(paths, Linear(coefficients), method="greedy", options=Options())
         sink = ModelSink(half_model(), ordered.plan)
         options = Options(device="cuda", device_memory=told, threads=1)
         work = Work(None, None, False, ordered, options, None, 10**8, "", 1)
@@ -547,7 +554,7 @@ def test_the_default_budget_is_a_small_share(
 ) -> None:
     """Without ``--device-memory``, an eighth of what is free on the device."""
     paths = make_checkpoints(tmp_path, 2, 3_000_000)
-    plan = order(paths, Coefficients.uniform(2), method="uniform", options=Options()).plan
+    plan = order(paths, Linear(Coefficients.uniform(2)), method="uniform", options=Options()).plan
     monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
     monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 8 * 2 * 10**7)
     options = Options(device="cuda", memory="1GB")

@@ -27,6 +27,7 @@ from torch import nn
 
 import streamsoup
 from streamsoup.engine import read
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
 from streamsoup.kernels.device import Accelerator, open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
@@ -224,7 +225,7 @@ def test_candidates_with_a_running_sum(checkpoints: list[Path], tmp_path: Path) 
         tensors = {name: t for name, t in load_file(path).items() if t.dtype != torch.float64}
         paths.append(tmp_path / path.name)
         save_file(tensors, paths[-1])
-    ordered = order(paths, Coefficients.uniform(5), method="greedy", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(5)), method="greedy", options=Options())
     model = Model(paths[0]).cuda()
     sink = ModelSink(model, ordered.plan)
     candidates = DeviceCandidates(
@@ -446,7 +447,7 @@ def test_peaks_are_within_the_plan(tmp_path: Path, budget: str, threads: int) ->
         held = [simcuda.bytes_in_use(kind) for kind in ("device", "pinned")]
         simcuda.reset_peaks()
         options = Options(device="cuda", device_memory=budget, memory="2GB", threads=threads)
-        ordered = order(paths, Coefficients.uniform(k), method="uniform", options=options)
+        ordered = order(paths, Linear(Coefficients.uniform(k)), method="uniform", options=options)
         assert ordered.on_device is not None
         plan = ordered.on_device.plan
         make(ordered, output=tmp_path / f"soup{k}", options=options)
@@ -470,7 +471,7 @@ def test_peaks_of_a_search_are_within_its_budget(tmp_path: Path, budget: str, ke
     for path in paths:
         save_file({"w": torch.randn(n).bfloat16()}, path)
     options = Options(device_memory=budget, memory="2GB")
-    ordered = order(paths, Coefficients.uniform(4), method="greedy", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(4)), method="greedy", options=Options())
     sink = ModelSink(Model(paths[0]).cuda(), ordered.plan)
     torch.cuda.empty_cache()
     held = simcuda.bytes_in_use("device")
@@ -543,7 +544,7 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
         values = {"a": torch.randn(9000, generator=g), "b": torch.randn(70, 3, generator=g).half()}
         paths.append(tmp_path / f"{i}.safetensors")
         save_file(values, paths[-1])
-    ordered = order(paths, Coefficients.uniform(3), method="learned", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(3)), method="learned", options=Options())
 
     class Toy:
         """A loss of products alone: no matrix multiplication is needed."""

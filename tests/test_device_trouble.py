@@ -21,6 +21,7 @@ from test_device import candidates_by_the_pipeline, make_half_checkpoints, order
 import streamsoup
 from streamsoup.engine import read
 from streamsoup.engine.device import OnDevice
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError
 from streamsoup.kernels import device as kernels_device
 from streamsoup.kernels.device import HostDevice
@@ -102,7 +103,9 @@ class FailingDevice(HostDevice):
 def attempt(paths: list[Path], device: HostDevice, output: Path, threads: int, **told: Any) -> None:
     """Make a uniform soup by way of `device`, in blocks of 2048."""
     options = Options(**told)
-    ordered = order(paths, Coefficients.uniform(len(paths)), method="uniform", options=options)
+    ordered = order(
+        paths, Linear(Coefficients.uniform(len(paths))), method="uniform", options=options
+    )
     ordered = ordered_on_host(ordered, block=2048, threads=threads)
     assert ordered.on_device is not None
     on_device = OnDevice(device, ordered.on_device.plan)

@@ -99,7 +99,7 @@ def test_tensors_of_many_leaves_and_blocks(
     dot = inner.Dot(planned, memory, {"w": vector}, in_numpy)
     sums = inner.Sums(planned, dot.n_values)
     reader = open_reader(planned, memory, mapped=mapped)
-    run(planned, memory, reader, dot, sums, digest=False)
+    run(planned, memory, reader, dot, sums)
     assert sums.of_tensors[0].tolist() == [float(u @ rows[0]), *(steps @ u).tolist()]
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 import streamsoup
 from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import (
     MismatchError,
     NonFiniteError,
@@ -99,7 +100,7 @@ def test_every_candidate_has_the_bits_of_uniform(tmp_path: Path, paths: list[str
     from streamsoup.recipe import Coefficients
 
     options = Options()
-    ordered = order(paths, Coefficients.uniform(6), method="greedy", options=options)
+    ordered = order(paths, Linear(Coefficients.uniform(6)), method="greedy", options=options)
     walk = [(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 2), (0, 1, 3, 2, 5), (0, 1, 3, 4)]
     walk += [(4, 1, 2, 0), (4, 1, 2, 3), (5, 4), (0, 1, 2, 3, 4, 5)]
     expected = {}
@@ -138,7 +139,7 @@ def test_a_trial_reads_one_ingredient_once_the_sum_is_kept(
     from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
 
-    ordered = order(paths, Coefficients.uniform(6), method="greedy", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(6)), method="greedy", options=Options())
     sums = plan_sums(
         ordered.plan, mapped=True, threads=1, budget=150_000_000, scratch=None, place=None
     )

@@ -15,6 +15,7 @@ import streamsoup
 from streamsoup import Options
 from streamsoup.engine import budget
 from streamsoup.engine.plan import Leaf
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import NonFiniteError
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.model import joined
@@ -41,9 +42,6 @@ class Shelf:
     def session(self) -> Shelf:
         return self
 
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
-
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         begin = start * self.sizes[leaf.tensor]
         found = self.found[self.names[leaf.tensor]].data
@@ -59,19 +57,15 @@ class Shelf:
         self.n_puts[name][begin : begin + len(block)] += 1
         self.n_blocks += 1
 
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 
 
 def candidates(paths: list[str], place: Any = None) -> tuple[Order, Candidates]:
     """Plan candidates of `paths`."""
-    ordered = order(paths, Coefficients.uniform(len(paths)), method="greedy", options=Options())
+    ordered = order(
+        paths, Linear(Coefficients.uniform(len(paths))), method="greedy", options=Options()
+    )
     scratch = str(Path(paths[0]).parent / "sum")
     sums = plan_sums(
         ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=scratch, place=place
@@ -125,7 +119,9 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
             str(save_sharded(folder, shards) if len(shards) > 1 else save(folder, shards[0]))
         )
     uniform = streamsoup.uniform(paths, output=tmp_path / "uniform")
-    expected = order([uniform.path], Coefficients.uniform(1), method="greedy", options=Options())
+    expected = order(
+        [uniform.path], Linear(Coefficients.uniform(1)), method="greedy", options=Options()
+    )
     before = joined.LARGEST_BLOCK
     most = largest.draw(st.sampled_from([1, 8, 50, before]))
     # Also blocks smaller than what was joined, as where memory is short.
@@ -192,7 +188,7 @@ def test_what_only_seems_to_follow_is_not_joined(tmp_path: Path) -> None:
     layout = [("a", "F32", 3), ("b", "BF16", 3)]
     paths = [str(save(tmp_path / f"m{seed}", tensors_of(layout, seed))) for seed in (1, 2)]
     options = Options(dtype="float32")
-    plan = order(paths, Coefficients.uniform(2), method="greedy", options=options).plan
+    plan = order(paths, Linear(Coefficients.uniform(2)), method="greedy", options=options).plan
     assert len({t.dtype for t in plan.tensors}) == 1
     assert len(joined.join(plan).tensors) == 2
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, ResumeError, TaskError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.live.model import ModelSink
@@ -132,7 +133,10 @@ def make_slopes(
     """Plan the passes of a search."""
     opts = Options(non_float="first", **options)
     plan = order(
-        open_ingredients(paths), Coefficients.uniform(len(paths)), method="learned", options=opts
+        open_ingredients(paths),
+        Linear(Coefficients.uniform(len(paths))),
+        method="learned",
+        options=opts,
     ).plan
     loaded = load_task(task)
     sink = ModelSink(loaded.build(), plan)
@@ -339,7 +343,7 @@ def test_equal_tensors_are_found(tmp_path: Path) -> None:
         tensors = {"own": own, "some": np.array(value), "all": np.ones(3), "none": np.ones((0, 2))}
         save_numpy(tensors, tmp_path / f"{i}.safetensors")
     opened = open_ingredients([str(tmp_path / f"{i}.safetensors") for i in range(5)])
-    plan = order(opened, Coefficients.uniform(5), method="learned", options=Options()).plan
+    plan = order(opened, Linear(Coefficients.uniform(5)), method="learned", options=Options()).plan
     equal, nbytes = find_equal(plan, mapped=True, options=Options())
     assert equal == {"some": (0, 1, 0, 3, 3), "all": (0,) * 5, "none": (0,) * 5}
     assert nbytes == 5 * 7 * 8

@@ -17,6 +17,7 @@ from streamsoup import Options
 from streamsoup.engine import budget, reduce
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.reduce import Engine, Mix
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import ChangedIngredientError, MismatchError, RecipeError, TaskError
 from streamsoup.formats.shards import open_ingredients
@@ -30,7 +31,9 @@ from streamsoup.system.buffers import address_of
 
 def ordered(paths: list[str]) -> Order:
     """Plan the mean of checkpoints."""
-    return order(paths, Coefficients.uniform(len(paths)), method="uniform", options=Options())
+    return order(
+        paths, Linear(Coefficients.uniform(len(paths))), method="uniform", options=Options()
+    )
 
 
 def mix_into(model: nn.Module, paths: list[str], *, apart: bool = False) -> ModelSink:
@@ -41,7 +44,7 @@ def mix_into(model: nn.Module, paths: list[str], *, apart: bool = False) -> Mode
         sink.check_apart()
     reader = open_reader(planned.plan, planned.memory, mapped=True)
     mix = Mix(planned.plan, planned.memory, Engine(planned.plan))
-    run(planned.plan, planned.memory, reader, mix, sink, digest=False)
+    run(planned.plan, planned.memory, reader, mix, sink)
     return sink
 
 

@@ -17,6 +17,7 @@ from checkpoints import raw
 from streamsoup import Options, uniform
 from streamsoup.engine import inner, reduce
 from streamsoup.engine.budget import fixed_nbytes
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.methods.fixed import find_coefficients
 from streamsoup.output.make import order
@@ -30,7 +31,8 @@ from streamsoup import Options, recipe
 from streamsoup.methods import angles
 from streamsoup.engine import inner
 from streamsoup.engine import reduce
-from streamsoup.methods import fixed
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.output import coefficients as given_coefficients
 from streamsoup.output import make
 
 def anonymous():
@@ -59,8 +61,8 @@ if sys.argv[2] == "geometry":
     angles.geometry(paths, options=options)
 else:
     uniform = recipe.Coefficients.uniform(len(paths))
-    coefficients = uniform if given is None else fixed.find_coefficients(given)
-    order = make.order(paths, coefficients, method="mix", options=options)
+    coefficients = uniform if given is None else given_coefficients.find_coefficients(given)
+    order = make.order(paths, Linear(coefficients), method="mix", options=options)
     planned = order.memory.peak_nbytes
     make.make(order, output=sys.argv[2], options=options)
 print(max(peak, anonymous()), planned)
@@ -216,7 +218,7 @@ def test_coefficients_of_each_tensor_are_in_the_plan(tmp_path: Path) -> None:
     plain, _ = measure(tmp_path, model, 64, **few)
     paths = links(tmp_path, model, 64)
     counted = [
-        fixed_nbytes(order(paths, given, method="mix", options=Options()).plan)
+        fixed_nbytes(order(paths, Linear(given), method="mix", options=Options()).plan)
         for given in (find_coefficients(tmp_path / "c.json"), Coefficients.uniform(64))
     ]
     assert 20_000_000 < peak - plain <= counted[0] - counted[1]
@@ -331,7 +333,9 @@ def test_where_the_compiler_would_crawl_numpy_does(
     monkeypatch.setattr(reduce, "memory_limit", lambda: allowed)
     monkeypatch.setattr(reduce, "mixer", lambda *dtypes: made.append(dtypes))
     model = sparse(tmp_path / "m", {"t": ("F32", (10**6,), 4_000_000)})
-    plan = order([model] * 260, Coefficients.uniform(260), method="uniform", options=Options()).plan
+    plan = order(
+        [model] * 260, Linear(Coefficients.uniform(260)), method="uniform", options=Options()
+    ).plan
     reduce.Engine(plan)
     assert len(made) == compiled
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")

@@ -10,6 +10,7 @@ from checkpoints import command, load, save, tensor
 
 from streamsoup import Options, geometry, mix, uniform
 from streamsoup.engine.plan import MixPlan, plan_mix
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import MismatchError
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.recipe import Coefficients, Recipe
@@ -120,7 +121,9 @@ def store(folder: Path, model: Model) -> Path:
 def planned(paths: list[Path]) -> MixPlan:
     """Plan a uniform soup."""
     names = tuple(map(str, paths))
-    return plan_mix(open_ingredients(paths), Recipe(names, Coefficients.uniform(len(names))))
+    return plan_mix(
+        open_ingredients(paths), Recipe(names, Linear(Coefficients.uniform(len(names))))
+    )
 
 
 @pytest.mark.parametrize("library", CODES)

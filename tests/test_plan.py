@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from streamsoup.engine.budget import fixed_nbytes, memory_budget, plan_memory
 from streamsoup.engine.inner import plan_inner_memory
 from streamsoup.engine.plan import LEAF, MixPlan, plan_files, plan_mix
+from streamsoup.engine.rules.built_in import BUILT_IN
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
@@ -52,7 +54,7 @@ def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingre
 def planned(*ingredients: Ingredient, **more: object) -> MixPlan:
     """Plan a uniform soup."""
     names = tuple(each.name for each in ingredients)
-    given = {"coefficients": Coefficients.uniform(len(names))} | more
+    given = {"rule": Linear(Coefficients.uniform(len(names)))} | more
     return plan_mix(ingredients, Recipe(names, **given))  # type: ignore[arg-type]
 
 
@@ -325,9 +327,9 @@ def test_coefficients_must_fit() -> None:
         (Coefficients((1.0, 1.0), math.nan), "divides nothing"),
     ):
         with pytest.raises(RecipeError, match=phrase):
-            planned(m, m, coefficients=coefficients)
+            planned(m, m, rule=Linear(coefficients))
     with pytest.raises(RecipeError, match="at least one ingredient"):
-        plan_mix([], Recipe((), Coefficients(())))
+        plan_mix([], Recipe((), Linear(Coefficients(()))))
     with pytest.raises(RecipeError, match="cannot be normalized"):
         Coefficients.given([1.0, -1.0], normalize=True)
     with pytest.raises(RecipeError, match="nan is not finite"):
@@ -378,18 +380,18 @@ def test_dtypes_have_many_names() -> None:
 def test_a_provenance_comes_back_as_it_was() -> None:
     """JSON keeps every bit of a recipe's floats, and a changed file is noticed."""
     coefficients = Coefficients((0.1, 1 / 3, 5e-324), 0.7, {"\x1bß": (1e300, -0.0, 2)})
-    recipe = Recipe(("a", "b", "c"), coefficients)
+    recipe = Recipe(("a", "b", "c"), Linear(coefficients))
     how = ARITHMETIC, DIGEST, {"n": 1}, ""
     provenance = Provenance(recipe, (), (), (), {"a": "00"}, {}, "now", *how)
     text = provenance.sealed().to_json()
-    back = Provenance.from_json(text)
+    back = Provenance.from_json(text, BUILT_IN)
     assert back.recipe == recipe
     assert back.intact
-    assert Provenance.from_json(back.to_json()) == back
-    assert not Provenance.from_json(text.replace(b"0.7", b"0.8")).intact
+    assert Provenance.from_json(back.to_json(), BUILT_IN) == back
+    assert not Provenance.from_json(text.replace(b"0.7", b"0.8"), BUILT_IN).intact
     for bad in (b"", b"[]", b"{}", text[:-5], b"\xff", text.replace(b"0.7", b'"\x1b"')):
         with pytest.raises(RecipeError, match="is not a streamsoup provenance") as refused:
-            Provenance.from_json(bad)
+            Provenance.from_json(bad, BUILT_IN)
         assert str(refused.value).isprintable()
 
 

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from streamsoup import Options, uniform, verify
 from streamsoup.engine import budget, plan, read, stream
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import Nowhere
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats import files
@@ -91,7 +92,7 @@ def test_a_change_during_the_pass_is_named(
     paths = [save(tmp_path / f"m{i}", MODEL) for i in range(3)]
     victim = paths[1] / "model.safetensors"
     monkeypatch.setattr(plan, "LEAF", 1000)
-    cook = stream._Pass.cook
+    cook = stream._Pass.make_leaf
     n_leaves, changes_after = 0, 1 if when == "first" else 10
 
     def cooking(self: Any, *arguments: Any) -> None:
@@ -101,7 +102,7 @@ def test_a_change_during_the_pass_is_named(
         if n_leaves == changes_after:
             change(victim)
 
-    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    monkeypatch.setattr(stream._Pass, "make_leaf", cooking)
     with pytest.raises(ChangedIngredientError) as refused:
         uniform(paths, output=tmp_path / "out", options=Options(io=io, threads=1))
     assert str(refused.value).startswith(f"{victim}: ")
@@ -125,7 +126,7 @@ def test_a_failed_thread_does_not_hurry_the_others(
             raise ZeroDivisionError
         time.sleep(4 * stream.TICK_S)
 
-    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    monkeypatch.setattr(stream._Pass, "make_leaf", cooking)
     reports: list[Any] = []
     options = Options(threads=2, on_progress=reports.append)
     with pytest.raises(ZeroDivisionError):
@@ -374,7 +375,9 @@ def test_windows_share_what_may_be_mapped(tmp_path: Path) -> None:
     options = Options(threads=2)
     found = {}
     for k in (2, 8, 12, 64):
-        planned = order([model] * k, Coefficients.uniform(k), method="uniform", options=options)
+        planned = order(
+            [model] * k, Linear(Coefficients.uniform(k)), method="uniform", options=options
+        )
         memory = replace(planned.memory, threads=2)
         found[k] = read.MappedReader(planned.plan, memory)._window
     assert found == {2: 1 << 25, 8: 1 << 24, 12: (1 << 28) // 24, 64: 1 << 23}
@@ -447,7 +450,7 @@ def test_what_cannot_be_mapped_whole_is_not_kept(
 def test_candidates_map_a_shard_once(tmp_path: Path) -> None:
     """From one candidate to the next they stay; a shard that changes meanwhile is named."""
     paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(2)]
-    ordered = order(paths, Coefficients.uniform(2), method="greedy", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(2)), method="greedy", options=Options())
     sums = plan_sums(ordered.plan, mapped=True, threads=2, budget=150_000_000, scratch=None)
     made = Candidates(ordered.plan, sums, mapped=True, threads=2, scratch=None)
     made.mix((0, 1), Nowhere(), keep=False)

@@ -29,6 +29,7 @@ from checkpoints import (
 import streamsoup
 from streamsoup import Options, uniform, verify
 from streamsoup.engine.budget import opening_nbytes
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import (
     BudgetError,
     ChangedIngredientError,
@@ -503,14 +504,14 @@ def test_metadata_makes_no_difference(tmp_path: Path) -> None:
     assert (load_array(tmp_path / "soup", "a") == np.arange(5.0)).all()
     assert verify(soup.path).rederived
     # The plan knows what was held while they were opened.
-    ordered = order(paths, Coefficients.uniform(4), method="mix", options=Options())
+    ordered = order(paths, Linear(Coefficients.uniform(4)), method="mix", options=Options())
     assert opening_nbytes(ordered.plan) > 9_000_000
     large = save(tmp_path / "large", tensors, {"tags": "x" * 40_000_000})
-    ordered = order([large], Coefficients.uniform(1), method="mix", options=Options())
+    ordered = order([large], Linear(Coefficients.uniform(1)), method="mix", options=Options())
     assert ordered.memory.peak_nbytes > 140_000_000
     few = Options(memory="130MB")
     with pytest.raises(BudgetError, match="opening these ingredients takes up to 146"):
-        order([large], Coefficients.uniform(1), method="mix", options=few)
+        order([large], Linear(Coefficients.uniform(1)), method="mix", options=few)
     with pytest.raises(BudgetError, match="opening these ingredients"):
         streamsoup.geometry([large, large], options=few)
 
@@ -523,7 +524,9 @@ def test_work_is_not_resumed_with_a_file_written_in_place(tmp_path: Path) -> Non
 
     def fingerprint() -> str:
         coefficients = Coefficients.uniform(2)
-        return make._fingerprint(order(paths, coefficients, method="mix", options=Options()))
+        return make._fingerprint(
+            order(paths, Linear(coefficients), method="mix", options=Options())
+        )
 
     before = fingerprint()
     assert fingerprint() == before

@@ -280,5 +280,5 @@ def test_coefficients_that_require_a_gradient(tmp_path: Path) -> None:
     factors = torch.tensor([0.25, 0.75], requires_grad=True)
     states = [{"w": torch.zeros(1)}, {"w": torch.ones(1)}]
     soup = streamsoup.mix(states, factors, output=tmp_path / "out")
-    assert soup.recipe.coefficients.values == (0.25, 0.75)
+    assert soup.recipe.rule.coefficients.values == (0.25, 0.75)
     assert soup.provenance.intact

@@ -12,6 +12,7 @@ import pytest
 from checkpoints import command, random_model, save, save_sharded, tensor
 
 from streamsoup import Options, uniform, verify
+from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.errors import RecipeError, StreamsoupError, VerificationError
 from streamsoup.recipe import Provenance
 
@@ -92,12 +93,12 @@ def test_every_byte_of_a_provenance_counts(kitchen: Path) -> None:
     """One flipped bit in any word of a provenance, names of fields included, is found."""
     path = kitchen / "out" / "streamsoup.json"
     kept = path.read_bytes()
-    assert Provenance.from_json(kept).intact
+    assert Provenance.from_json(kept, BUILT_IN).intact
     for at, byte in enumerate(kept):
         if not bytes([byte]).isspace():
             flipped = kept[:at] + bytes([byte ^ 1]) + kept[at + 1 :]
             try:
-                assert not Provenance.from_json(flipped).intact, at
+                assert not Provenance.from_json(flipped, BUILT_IN).intact, at
             except RecipeError:
                 pass
 

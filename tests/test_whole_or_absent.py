@@ -19,10 +19,11 @@ from crash import AT_EXIT, Machine, Result, restore
 from streamsoup import Options
 from streamsoup.engine.digest import Digests
 from streamsoup.engine.plan import NOTES
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.output.destination import check_output
 from streamsoup.output.make import make, order
 from streamsoup.output.staging import Staging
-from streamsoup.output.write import FileSink
+from streamsoup.output.write import FileLedger, FileSink
 from streamsoup.recipe import Coefficients
 
 Tree = dict[str, bytes]
@@ -304,15 +305,21 @@ def test_notes_of_many_leaves(tmp_path: Path) -> None:
     """Many leaves finished at once are noted in records of bounded size, and all believed."""
     n = 2 * NOTES + 88
     model = save(tmp_path / "m", {f"t{i}": tensor(np.ones(3, np.float32)) for i in range(n)})
-    ordered = order([str(model)], Coefficients.uniform(1), method="uniform", options=Options())
+    ordered = order(
+        [str(model)], Linear(Coefficients.uniform(1)), method="uniform", options=Options()
+    )
     target = check_output(str(tmp_path / "soup"), (), overwrite=False, resumes=True)
 
-    def sink(staging: Staging) -> FileSink:
-        return FileSink(ordered.plan, ordered.files, staging, Digests(ordered.plan))
+    def ledger(staging: Staging) -> FileLedger:
+        sink = FileSink(ordered.plan, ordered.files, staging.folder)
+        made = FileLedger(ordered.plan, sink, staging.journal, digests)
+        sink.prepare(resumes=made.resumes)
+        return made
 
     leaves = list(ordered.plan.leaves())
+    digests = Digests(ordered.plan)
     with Staging(target, "order", overwrite=False) as staging:
-        writing = sink(staging)
+        writing = ledger(staging)
         for leaf in leaves:
             writing.finish_leaf(leaf, leaf.number.to_bytes(32))
         writing.checkpoint()
@@ -320,8 +327,9 @@ def test_notes_of_many_leaves(tmp_path: Path) -> None:
         sizes = [len(record["leaves"]) for record in staging.journal if "leaves" in record]
     assert sizes == [NOTES, NOTES, 88]
     with Staging(target, "order", overwrite=False) as staging:
-        resumed = sink(staging)
-        assert [resumed.noted(leaf) for leaf in leaves] == [i.to_bytes(32) for i in range(n)]
+        digests = Digests(ordered.plan)
+        assert all(map(ledger(staging).noted, leaves))
+        assert [digests.get(leaf.number) for leaf in leaves] == [i.to_bytes(32) for i in range(n)]
 
 
 def test_damaged_work_is_made_again(kitchen: Kitchen) -> None:
@@ -386,7 +394,9 @@ def test_the_disk_is_told_to_begin(
     monkeypatch.setattr(write, "_LIBC", Disk())
     small, large = np.ones(9, "f4"), np.ones(write.EARLY_NBYTES // 4, "f4")
     model = save(tmp_path / "m", {"a": tensor(small), "b": tensor(large), "c": tensor(small)})
-    ordered = order([str(model)], Coefficients.uniform(1), method="uniform", options=Options())
+    ordered = order(
+        [str(model)], Linear(Coefficients.uniform(1)), method="uniform", options=Options()
+    )
     if fails:
         with pytest.raises(OutputError, match="Input/output error"):
             make(ordered, output=tmp_path / "out", options=Options())

@@ -26,6 +26,7 @@ def plan(
     ingredients: tuple[str, ...], coefficients: str | None, as_json: bool, **settings: Any
 ) -> int:
     """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
+    from streamsoup.engine.rules.linear import Linear
     from streamsoup.output.coefficients import find_coefficients
     from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
@@ -35,7 +36,9 @@ def plan(
     if coefficients is not None:
         given = find_coefficients(common.factors(coefficients))
     method = "uniform" if coefficients is None else "mix"
-    ordered = order(ingredients, given, method=method, options=common.make_options(settings))
+    ordered = order(
+        ingredients, Linear(given), method=method, options=common.make_options(settings)
+    )
     if as_json:
         common.tell([json.dumps(record_order(ordered))])
     else:

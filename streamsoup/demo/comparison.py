@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from streamsoup.demo import training
 from streamsoup.demo.table import Results
-from streamsoup.recipe import Provenance
+from streamsoup.output.coefficients import coefficients_of
+from streamsoup.output.verification import read_provenance
 from streamsoup.study.comparison.table import CompareOptions, compare
 from streamsoup.study.report.comparison import write_report
 
@@ -30,8 +31,8 @@ def write(folder: Path, results: Results, command: str) -> str:
     coefficients = {}
     learned = folder / "learned" / "streamsoup.json"
     if learned.is_file():
-        made = Provenance.from_json(learned.read_bytes())
-        coefficients["learned soup, by layer"] = made.recipe.coefficients
+        made = read_provenance(str(learned.parent))
+        coefficients["learned soup, by layer"] = coefficients_of(made.recipe)
     with training.reproducible(n_threads=1):
         found = compare(
             ingredients,

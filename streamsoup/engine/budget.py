@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from streamsoup.engine.plan import NOTES, MixPlan
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import DType
@@ -89,15 +90,17 @@ def plan_memory(
     There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
     the smallest blocks do not fit; says how much would.
     """
+    if not isinstance(plan.recipe.rule, Linear):
+        return _plan_blocks(plan, mapped=mapped, threads=threads, budget=budget)
     k = len(plan.ingredients)
-    widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+    widest = max((t.dtype.itemsize for t in plan.reduced), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     group = k if mapped else min(k, READ_GROUP)
     # Each element of a block: its sum, its result, and what looking for the cause of a NaN makes of
     # it, or comparing float64 with the first; when files are read rather than mapped, the group's
     # inputs too. Numpy makes more, of a part of a block at a time.
     per_element = 8 + widest + (16 if widest_in == 8 else 8) + (0 if mapped else group * widest_in)
-    pairs = {(s.dtype, t.dtype) for t in plan.tensors if t.operation == "mix" for s in t.sources}
+    pairs = {(s.dtype, t.dtype) for t in plan.reduced for s in t.sources}
     kernels = sorted(_kernel_nbytes(source, output) for source, output in pairs)
     compiler = COMPILER_NBYTES + sum(kernels[:-1])
     fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
@@ -117,6 +120,37 @@ def plan_memory(
         )
     peak = max(peak, check_opening(plan, budget))
     return MemoryPlan(threads, block, group, peak, compiles)
+
+
+def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
+    """Choose blocks for a rule that is given blocks of all ingredients at once."""
+    k, rule = len(plan.ingredients), plan.recipe.rule
+    held = rule.memory(k)
+    widest = max((tensor.dtype.itemsize for tensor in plan.reduced), default=1)
+    widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    # Each element of a block: its result in float64 and rounded, what looking for the cause of a
+    # NaN makes of it, what the rule holds, and the inputs where they are read rather than mapped.
+    per_element = 8 + widest + 16 + held.per_element + (0 if mapped else k * widest_in)
+    # Two states: a leaf that waits to be merged, and the one after it. Groups overlap.
+    each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group
+    fixed = fixed_nbytes(plan) + held.per_group
+
+    def peak(block: int, threads: int) -> int:
+        return fixed + threads * (each + block * per_element)
+
+    block = LARGEST_BLOCK
+    threads = min(threads, max(1, plan.n_leaves))
+    while block > SMALLEST_BLOCK and peak(block, threads) > budget:
+        block //= 2
+    while threads > 1 and peak(block, threads) > budget:
+        threads -= 1
+    if peak(block, threads) > budget:
+        raise BudgetError(
+            f"a memory budget of {nbytes_text(budget)} is too small: this soup takes "
+            f"{nbytes_text(peak(block, threads), up=True)} at least; raise --memory above that"
+        )
+    most = max(peak(block, threads), check_opening(plan, budget))
+    return MemoryPlan(threads, block, k, most)
 
 
 def memory_budget(plan: MixPlan, told: int | str | None) -> int:
@@ -148,9 +182,7 @@ def fixed_nbytes(plan: MixPlan) -> int:
     specs = sum(1400 + 7 * len(name) for layout in plan.layouts for name in layout.places)
     # A row of digests and a number for each leaf; the text of a record, four times over.
     leaves = (17 * rows + 64) * plan.n_leaves + 128 * rows * NOTES
-    # Coefficients of each tensor: numbers, and the texts that they come from and go to. Measured:
-    # 123 and 143 bytes each, of 320,000 and of 1,280,000.
-    own = 160 * sum(map(len, plan.recipe.coefficients.per_tensor.values()))
+    own = plan.recipe.rule.memory(len(plan.ingredients)).fixed
     return PROCESS_NBYTES + 1200 * n_shards + specs + leaves + own
 
 

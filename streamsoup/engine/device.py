@@ -27,7 +27,7 @@ from streamsoup.engine.budget import (
     opening_nbytes,
 )
 from streamsoup.engine.plan import MixPlan, PlannedTensor
-from streamsoup.engine.reduce import Engine, Mix, MixWorker
+from streamsoup.engine.reduce import Engine, Mix, MixWorker, OnePass
 from streamsoup.errors import BudgetError, StreamsoupError, printable
 from streamsoup.kernels import blocks
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
@@ -96,7 +96,7 @@ def plan_device(
     all are small. Without `lands`, results stay on the device. `beside` is what a running sum takes
     of the budget. Raises `BudgetError`, with how much would do.
     """
-    mixed = [tensor for tensor in plan.tensors if tensor.operation == "mix"]
+    mixed = plan.reduced
     sources = [source.dtype for tensor in mixed for source in tensor.sources]
     largest = max((tensor.n_units for tensor in plan.tensors), default=1)
     block = min(LARGEST_DEVICE_BLOCK, 1 << max(largest - 1, SMALLEST_BLOCK - 1).bit_length())
@@ -209,7 +209,7 @@ class RunningSum(msgspec.Struct, frozen=True):
     """After how many of this mix's ingredients they are to be set to its sums; 0 for not at all."""
 
 
-class DeviceMix:
+class DeviceMix(OnePass):
     """Σᵢ cᵢ·θᵢ on a device: the bytes are those of `reduce.Mix`."""
 
     def __init__(
@@ -239,7 +239,7 @@ class DeviceMix:
             f"{nbytes_text(chosen.pinned_nbytes)} of pinned memory"
         )
         """For errors."""
-        self._copies = Mix(plan, chosen.memory, Engine(plan.only(set())))
+        self.copies = Mix(plan, chosen.memory, Engine(plan.only(set())))
         self._lock = threading.Lock()
 
     def worker(self) -> DeviceWorker:
@@ -253,7 +253,7 @@ class DeviceMix:
                 lane = self.lanes.pop()
             else:
                 lane = Lane(self.device, self.chosen.shape)
-            return DeviceWorker(self, lane, self._copies.worker())
+            return DeviceWorker(self, lane, self.copies.worker())
 
     def leave(self, lane: Lane[Any, Any]) -> None:
         """Take a lane back that is idle and between two blocks."""
@@ -292,11 +292,11 @@ class DeviceWorker:
 
         mix = self._mix
         self._tensor, self._start, self._n = tensor, start, n_units
-        self._averages = tensor.operation == "mix"
+        self._averages = tensor.is_reduced
         if not self._averages:
             self._copies.start(tensor, start, n_units)
             return
-        self._factors, divisor = mix.plan.recipe.coefficients.of(tensor.name)
+        self._factors, divisor = mix.copies.rule.coefficients.of(tensor.name)
         running = mix.running
         target = mix.target(tensor)
         self._whole = False
@@ -305,7 +305,7 @@ class DeviceWorker:
                 n_units,
                 tensor.dtype,
                 divisor,
-                compares=mix.plan.keeps_equal(tensor),
+                compares=mix.copies.keeps_equal(tensor),
                 canonical=mix.plan.recipe.non_finite == "propagate",
                 target=None if target is None else target[start : start + n_units],
                 initial=self._sums() if running is not None and running.starts else None,

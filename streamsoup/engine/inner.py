@@ -29,7 +29,7 @@ from streamsoup.engine.budget import (
     fixed_nbytes,
 )
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
-from streamsoup.engine.reduce import compiled
+from streamsoup.engine.reduce import OnePass, compiled
 from streamsoup.errors import BudgetError
 from streamsoup.kernels import blocks
 from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
@@ -64,7 +64,7 @@ kernel from the cache."""
 
 def floats_of(plan: MixPlan) -> MixPlan:
     """Give the part of a plan that is made of floats: the rest has no inner products."""
-    return plan.only({tensor.name for tensor in plan.tensors if tensor.operation == "mix"})
+    return plan.only({tensor.name for tensor in plan.reduced})
 
 
 def plan_inner_memory(
@@ -138,7 +138,7 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
     return found or in_numpy
 
 
-class Gram:
+class Gram(OnePass):
     """⟨rᵢ, rⱼ⟩ of the rows r₀ = the reference and rᵢ = θᵢ − the reference, for every tensor.
 
     The reference is the first ingredient of the plan if it is the `base`, else the mean of all.
@@ -185,7 +185,7 @@ class Vector(msgspec.Struct, frozen=True):
     dtype: DType
 
 
-class Dot:
+class Dot(OnePass):
     """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
 
     def __init__(
@@ -298,12 +298,6 @@ class Sums:
                 if self._next[leaf.tensor] == self._end(leaf.tensor):
                     break
 
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Do nothing: the session handed the leaf's sums in."""
-
-    def checkpoint(self) -> None:
-        """Do nothing: there is nothing on disk."""
-
     def _end(self, tensor: int) -> int:
         planned = self._plan.tensors[tensor]
         return planned.first_leaf + planned.n_leaves
@@ -314,10 +308,6 @@ class _SumsSession(msgspec.Struct):
 
     sums: Sums
     values: Floats
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        """Know of nothing that was finished earlier."""
-        return None
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         """Have none: what is written is added up."""

@@ -14,13 +14,15 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from streamsoup.errors import MismatchError, RecipeError, some
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.errors import MismatchError
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.parts import ADAPTER_FILE, codes_in, factors_in
 from streamsoup.formats.shards import Ingredient, Layout
-from streamsoup.recipe import Coefficients, Recipe
+from streamsoup.recipe import Recipe
+from streamsoup.rule import Rule
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
 __all__ = [
@@ -69,9 +71,19 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     first_leaf: int
 
     @property
+    def is_reduced(self) -> bool:
+        """Whether the recipe's rule makes it; else it is copied."""
+        return self.operation == "mix"
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor as it will be in the soup, for rules."""
+        return TensorSpec(self.name, self.dtype, self.shape, 0)
+
+    @property
     def unit_nbytes(self) -> int:
         """Bytes of a unit in the soup."""
-        return self.dtype.itemsize if self.operation == "mix" else 1
+        return self.dtype.itemsize if self.is_reduced else 1
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +92,11 @@ class PlannedTensor(msgspec.Struct, frozen=True):
 
     def nbytes_in(self, layout: int) -> int:
         """Bytes of the tensor in ingredients of a layout."""
-        size = self.sources[layout].dtype.itemsize if self.operation == "mix" else 1
-        return self.n_units * size
+        return self.n_units * self.unit_nbytes_in(layout)
+
+    def unit_nbytes_in(self, layout: int) -> int:
+        """Bytes of a unit in ingredients of a layout."""
+        return self.sources[layout].dtype.itemsize if self.is_reduced else 1
 
     @property
     def n_leaves(self) -> int:
@@ -108,10 +123,12 @@ class MixPlan(msgspec.Struct, frozen=True):
     """Layout number of each ingredient."""
     tensors: tuple[PlannedTensor, ...]
     n_leaves: int
+    measures: bool = False
+    """Whether no checkpoint is made of it, so that nothing is said of how to make one."""
 
     def leaves(self) -> Iterator[Leaf]:
         """Give the leaves in the order of work: copies first, as those can still be refused."""
-        order = sorted(range(len(self.tensors)), key=lambda t: self.tensors[t].operation == "mix")
+        order = sorted(range(len(self.tensors)), key=lambda t: self.tensors[t].is_reduced)
         for t in order:
             tensor = self.tensors[t]
             for i in range(tensor.n_leaves):
@@ -129,25 +146,26 @@ class MixPlan(msgspec.Struct, frozen=True):
                 n_leaves += tensor.n_leaves
         return replace(self, tensors=tuple(tensors), n_leaves=n_leaves)
 
-    def among(self, members: Sequence[int], coefficients: Coefficients) -> MixPlan:
-        """Give the plan over some of the ingredients, with coefficients of their own."""
+    def among(self, members: Sequence[int], rule: Rule) -> MixPlan:
+        """Return the plan over some of the ingredients, with a rule of their own."""
         ingredients = tuple(self.ingredients[i] for i in members)
         recipe = replace(
             self.recipe,
             ingredients=tuple(ingredient.name for ingredient in ingredients),
-            coefficients=coefficients,
+            rule=rule,
         )
         layout_of = tuple(self.layout_of[i] for i in members)
         return replace(self, recipe=recipe, ingredients=ingredients, layout_of=layout_of)
 
-    def keeps_equal(self, tensor: PlannedTensor) -> bool:
-        """Whether elements that are the same in all ingredients are kept, not summed and divided.
+    @property
+    def reduced(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that the recipe's rule makes."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_reduced)
 
-        For means of float64 alone: the sum of equal values may be inexact; `kernels.reference`.
-        """
-        factors, divisor = self.recipe.coefficients.of(tensor.name)
-        mean = divisor == len(factors) > 1 and set(factors) == {1.0}
-        return mean and all(source.dtype.name == "F64" for source in tensor.sources)
+    @property
+    def copied(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that are copied."""
+        return tuple(tensor for tensor in self.tensors if not tensor.is_reduced)
 
     @property
     def nbytes_read(self) -> int:
@@ -163,7 +181,7 @@ class MixPlan(msgspec.Struct, frozen=True):
     @property
     def nbytes_summed(self) -> int:
         """Bytes of a running sum, which a search may keep: 8 for each averaged element."""
-        return 8 * sum(tensor.n_units for tensor in self.tensors if tensor.operation == "mix")
+        return 8 * sum(tensor.n_units for tensor in self.reduced)
 
 
 class PlannedFile(msgspec.Struct, frozen=True):
@@ -189,29 +207,25 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     """Match the tensors of all ingredients, in the order of the first.
 
     Raises `MismatchError` with every disagreement between names, shapes and dtypes, and where
-    tensors are only parts of weights (`formats.parts`); `RecipeError` for coefficients that do not
+    tensors are only parts of weights (`formats.parts`); `RecipeError` for a rule that does not
     fit. Costs a look at each tensor of each distinct layout; reads nothing.
     """
-    recipe.check()
+    names = ingredients[0].layout.places if ingredients else ()
+    recipe.check(names)
     output = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     layouts = list(dict.fromkeys(ingredient.layout for ingredient in ingredients))
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
     problems, advice = disagreements(owners, convert=output is not None)
+    is_copy = isinstance(recipe.rule, Linear) and recipe.rule.is_copy
     # Ingredients of one layout may differ in the names of their files, which tell adapters.
     adapters = [each for each in ingredients if ADAPTER_FILE in each.file_names]
     for owner in dict.fromkeys([*owners, *adapters[:1]]):
         # A lone adapter as it is stays one; a factor of its factors would count twice.
-        parts = (codes_in(owner), None if recipe.coefficients.is_copy else factors_in(owner))
+        parts = (codes_in(owner), None if is_copy else factors_in(owner))
         problems += [part for part in parts if part is not None]
     if problems:
         raise MismatchError(in_words(problems, advice))
-    strangers = [name for name in recipe.coefficients.per_tensor if name not in layouts[0].places]
-    if strangers:
-        raise RecipeError(
-            f"coefficients for tensors that no ingredient has: {some(strangers)}; leave those out, "
-            "or take them from a soup of the same architecture"
-        )
     tensors: list[PlannedTensor] = []
     n_leaves = 0
     for name, (_, spec) in layouts[0].places.items():

@@ -1,7 +1,8 @@
-"""Reductions: what becomes of the same block of all ingredients.
+"""Reducers: what becomes of the same block of all ingredients, thread by thread.
 
-A reduction makes a *worker* for each thread. The stream starts a block, adds ingredients in order,
-a group at a time, and takes the result. `Mix` is the one that makes soups.
+A reducer makes a *worker* for each thread. The stream starts a block, adds ingredients in order, a
+group at a time, and takes the result. `Mix` is the fast form of the linear rule, with one sum for
+any number of ingredients; `engine.apply.Apply` serves any other rule.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from streamsoup.engine.budget import MemoryPlan
-from streamsoup.engine.plan import MixPlan, PlannedTensor
+from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.schedule import Schedule
 from streamsoup.errors import MismatchError, printable
 from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
 from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
@@ -27,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "MeasuringWorker",
     "Mix",
     "MixWorker",
     "Nothing",
-    "Reduction",
+    "OnePass",
+    "Reducer",
     "Worker",
     "compiled",
+    "copy",
 ]
 
 log = logging.getLogger("streamsoup")
@@ -49,6 +55,9 @@ which 127 GB were read again and again, and 31 s with numpy instead."""
 
 
 K = TypeVar("K")
+
+Noted = Callable[[Leaf], bool]
+"""Returns True for a leaf that an earlier run has noted as finished."""
 
 
 def compiled(make: Callable[[], K]) -> K | None:
@@ -86,7 +95,7 @@ class Engine:
         self._pairs = {
             (tensor.sources[0].dtype, tensor.dtype)
             for tensor in plan.tensors
-            if tensor.operation == "mix" and len({s.dtype for s in tensor.sources}) == 1
+            if tensor.is_reduced and len({s.dtype for s in tensor.sources}) == 1
         }
         self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
         for source, output in self._pairs:
@@ -148,21 +157,49 @@ class Worker(Protocol):
         """Give back what the worker holds."""
 
 
-class Reduction(Protocol):
+@runtime_checkable
+class MeasuringWorker(Worker, Protocol):
+    """A worker that can look at leaves before it makes any."""
+
+    def begin(self, leaf: Leaf) -> None:
+        """Begin a leaf, to be measured or to be made."""
+
+    def measure(self, tensor: PlannedTensor, start: int, n: int, inputs: Sequence[Bytes]) -> None:
+        """Look at a block of all ingredients."""
+
+    def measured(self) -> Any:
+        """Return what the leaf showed, for `Schedule.merge`."""
+
+
+class Reducer(Protocol):
     """What becomes of each block: the same for all threads, orders and sizes of blocks."""
 
     def worker(self) -> Worker:
-        """Give a thread its own worker."""
+        """Return a thread's own worker."""
+
+    def schedule(self, leaves: Iterable[Leaf], noted: Noted) -> Schedule:
+        """Return what is to be done for these leaves, in an order that threads share.
+
+        `noted` tells which of them an earlier run has made.
+        """
 
 
-class Nothing:
+class OnePass:
+    """What reducers share that make every leaf in one pass."""
+
+    def schedule(self, leaves: Iterable[Leaf], noted: Noted) -> Schedule:
+        """Return the leaves as they are."""
+        return Schedule(leaves)
+
+
+class Nothing(OnePass):
     """No result at all: the reduction, and the worker, of a pass that only digests."""
 
     spoiled = False
     n_ahead = 0
 
     def worker(self) -> Nothing:
-        """Give a thread this very object: it holds nothing."""
+        """Return this very object: it holds nothing."""
         return self
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
@@ -184,12 +221,13 @@ class Nothing:
         """Hold nothing."""
 
 
-class Mix:
+class Mix(OnePass):
     """Σᵢ cᵢ·θᵢ, and copies of what is not averaged."""
 
     def __init__(self, plan: MixPlan, memory: MemoryPlan, engine: Engine) -> None:
         """Hold what the workers share, all of it read-only."""
-        self.plan = plan
+        assert isinstance(plan.recipe.rule, Linear)
+        self.plan, self.rule = plan, plan.recipe.rule
         self.memory = memory
         self.engine = engine
         if self._takes_numpy():
@@ -198,22 +236,24 @@ class Mix:
 
     def _takes_numpy(self) -> bool:
         """Whether there are sums that no compiled kernel makes."""
-        return not all(
-            self.is_compiled(tensor) for tensor in self.plan.tensors if tensor.operation == "mix"
-        )
+        return not all(self.is_compiled(tensor) for tensor in self.plan.reduced)
 
     def is_compiled(self, tensor: PlannedTensor) -> bool:
         """Whether compiled kernels make all of a tensor: numpy takes no part."""
-        if tensor.operation != "mix":
+        if not tensor.is_reduced:
             return False
         cut = self.memory.group < len(self.plan.ingredients)
         sources = [source.dtype for source in tensor.sources]
         has_kernel = self.engine.mixer(sources, tensor.dtype) is not None
-        return has_kernel and not (cut and self.plan.keeps_equal(tensor))
+        return has_kernel and not (cut and self.keeps_equal(tensor))
 
     def worker(self) -> MixWorker:
-        """Give a thread its own worker."""
+        """Return a thread's own worker."""
         return MixWorker(self)
+
+    def keeps_equal(self, tensor: PlannedTensor) -> bool:
+        """Return True if elements of `tensor` that are the same in all ingredients are kept."""
+        return self.rule.keeps_equal(tensor.name, {source.dtype.name for source in tensor.sources})
 
 
 class MixWorker:
@@ -225,7 +265,7 @@ class MixWorker:
         """Make room for sums ``(block,) float64`` and a result of the same length."""
         self._mix = mix
         plan, block = mix.plan, mix.memory.block
-        widest = max((t.dtype.itemsize for t in plan.tensors if t.operation == "mix"), default=1)
+        widest = max((t.dtype.itemsize for t in plan.reduced), default=1)
         self._result = buffer(block * widest)
         self._sums = buffer(8 * block)
         self._digests: LeafDigests | None = None
@@ -257,16 +297,15 @@ class MixWorker:
         self._n = n_units
         self._left -= n_units
         self._output = self._result[: n_units * tensor.unit_nbytes] if room is None else room
-        plan = self._mix.plan
-        self._factors, self._divisor = plan.recipe.coefficients.of(tensor.name)
-        self._watch_sameness = plan.keeps_equal(tensor)
+        self._factors, self._divisor = self._mix.rule.coefficients.of(tensor.name)
+        self._watch_sameness = self._mix.keeps_equal(tensor)
         self._done = False
         self.spoiled = False
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Add the blocks of ingredients `first` and following, in order."""
-        if self._tensor.operation != "mix":
-            self._copy(first, inputs)
+        if not self._tensor.is_reduced:
+            copy(self._mix.plan, self._tensor, first, inputs, self._output)
             return
         ends = first + len(inputs) == len(self._factors)
         self._accumulate(first, inputs, fresh=first == 0, ends=ends)
@@ -274,7 +313,7 @@ class MixWorker:
     def result(self) -> Bytes:
         """Give the raw bytes of the finished block, valid until the next one is started."""
         tensor = self._tensor
-        if tensor.operation == "mix" and not self._done:
+        if tensor.is_reduced and not self._done:
             self.spoiled = self._in_numpy.finish(
                 self._n, self._divisor, tensor.dtype, self._output, watched=self._watch_sameness
             )
@@ -318,16 +357,24 @@ class MixWorker:
     def close(self) -> None:
         """Do nothing: buffers go with the worker."""
 
-    def _copy(self, first: int, inputs: Sequence[Bytes]) -> None:
-        if first == 0:
-            self._output[:] = inputs[0]
-        if self._tensor.operation == "first":
-            return
-        for i, block in enumerate(inputs, first):
-            if not is_same(block, self._output):
-                ingredients = self._mix.plan.ingredients
-                raise MismatchError(
-                    f"{ingredients[i].where(self._tensor.name)}: this {self._tensor.dtype.name} "
-                    f"tensor differs from that of {printable(ingredients[0].name)}, and is not "
-                    "averaged; --non-float first takes it from the first ingredient"
-                )
+
+def copy(
+    plan: MixPlan, tensor: PlannedTensor, first: int, inputs: Sequence[Bytes], output: Bytes
+) -> None:
+    """Copy a block of a tensor that no rule makes from the first ingredient into `output`.
+
+    `inputs` are the blocks of ingredients `first` and following. Raises `MismatchError` where one
+    of them differs from the first ingredient's, unless that is the one to take whatever the others
+    hold.
+    """
+    if first == 0:
+        output[:] = inputs[0]
+    if tensor.operation == "first":
+        return
+    for i, block in enumerate(inputs, first):
+        if not is_same(block, output):
+            raise MismatchError(
+                f"{plan.ingredients[i].where(tensor.name)}: this {tensor.dtype.name} tensor "
+                f"differs from that of {printable(plan.ingredients[0].name)}, and is not averaged; "
+                "--non-float first takes it from the first ingredient"
+            )

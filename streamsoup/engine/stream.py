@@ -1,7 +1,8 @@
-"""The only loop: leaves of all ingredients through a reduction into a sink, by several threads.
+"""The only loop: leaves of all ingredients through a reducer into a sink, by several threads.
 
 Threads take leaves in the order of the plan. Each reads a block of every ingredient, reduces and
-digests it, and hands the result to the sink. Nothing here knows what a soup is.
+digests it, and hands the result to the sink; a ledger notes which leaves are finished. Nothing here
+knows what a soup is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import Protocol, Self
 
@@ -21,13 +22,14 @@ from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.digest import Digests
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.read import Reader, Session
-from streamsoup.engine.reduce import Reduction, Worker
+from streamsoup.engine.reduce import MeasuringWorker, Reducer, Worker
+from streamsoup.engine.schedule import Task
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.system.buffers import Bytes
 
-__all__ = ["Nowhere", "OnlyDigests", "Progress", "Sink", "SinkSession", "run"]
+__all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Sink", "SinkSession", "run"]
 
 CHECKPOINT_S = 0.5
 """Time between notes of what is finished: what a kill can cost. From 0.1 to 1 s no difference was
@@ -51,13 +53,10 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class SinkSession(Protocol):
-    """What one thread hands its results to."""
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        """Give the digests of a leaf that need not be made again, or None."""
+    """Where one thread puts its results."""
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Give the memory in which the result from unit `start` on is to end, or None.
+        """Return the memory in which the result from unit `start` on is to end, or None.
 
         It may then be made there; `write` is told of it all the same.
         """
@@ -66,81 +65,101 @@ class SinkSession(Protocol):
         """Take the result from unit `start` of the leaf's tensor on; valid during the call."""
 
     def close(self) -> None:
-        """Give back what the session holds."""
+        """Release what the session holds."""
 
 
 class Sink(Protocol):
-    """Where results go."""
+    """Where results go: the first half of an output. Several runs may share one."""
 
     def session(self) -> SinkSession:
-        """Give a thread its own session."""
+        """Return a thread's own session."""
+
+
+class Ledger(Protocol):
+    """What is known to be finished: the second half of an output.
+
+    Digests of a leaf are 16 bytes of the soup's, then of each ingredient's. Methods are called by
+    several threads at once, `checkpoint` by one.
+    """
+
+    def noted(self, leaf: Leaf) -> bool:
+        """Return True if an earlier run has noted a leaf. Costs nothing."""
+
+    def restore(self, leaf: Leaf) -> bytes | None:
+        """Return the digests of a noted leaf whose bytes are still good, or None."""
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Take note that a leaf is complete, with its digests: the soup's, each ingredient's."""
+        """Note that every block of a leaf was written."""
 
     def checkpoint(self) -> None:
-        """Make durable what is complete. Called by the main thread, now and then."""
+        """Make durable what is noted. Called now and then; may wait for the disk."""
 
 
 class Nowhere:
-    """A sink, and its own session, that keeps nothing of a run. Others keep some of it."""
+    """A sink, and its own session, that lets results go."""
 
     def session(self) -> Self:
-        """Give itself."""
+        """Return itself."""
         return self
 
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        """Know of nothing that was finished earlier."""
-        return None
-
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Have no place of its own."""
+        """Return None: there is no place."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Let the result go."""
 
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Do nothing."""
-
-    def checkpoint(self) -> None:
-        """Do nothing."""
-
     def close(self) -> None:
-        """Do nothing."""
+        """Hold nothing."""
 
 
-class OnlyDigests(Nowhere):
-    """A sink that keeps the digests of a run, and no result."""
+class DigestLedger:
+    """A ledger that keeps the digests of a run, and nothing of earlier ones."""
 
     def __init__(self, plan: MixPlan) -> None:
-        """Make room for them."""
+        """Make room for the digests of every leaf."""
         self.digests = Digests(plan)
+
+    def noted(self, leaf: Leaf) -> bool:
+        """Return False: no earlier run noted anything."""
+        return False
+
+    def restore(self, leaf: Leaf) -> bytes | None:
+        """Return None: nothing was finished earlier."""
+        return None
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
         """Keep the digests of a leaf."""
         self.digests.put(leaf.number, digests)
+
+    def checkpoint(self) -> None:
+        """Keep nothing beyond the run."""
 
 
 def run(
     plan: MixPlan,
     memory: MemoryPlan,
     reader: Reader,
-    reduction: Reduction,
+    reducer: Reducer,
     sink: Sink,
     *,
-    digest: bool = True,
+    ledger: Ledger | None = None,
+    leaves: Iterable[Leaf] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Pass all leaves of `plan` through `reduction` into `sink`, each byte read once.
+    """Pass all leaves of `plan` through `reducer` into `sink`, each byte read once for each pass.
 
-    Without `digest`, what is read and made is not digested, and the sink gets no digests.
+    With a `ledger`, what is read and made is digested, and what an earlier run has finished is not
+    made again. `leaves` are those to be made, of tensors whose leaves are all among them where the
+    rule takes statistics; None for all.
 
     Raises the first error of any thread, after all have stopped; the sink then holds part of the
     result. An exception in the calling thread, such as KeyboardInterrupt, stops the threads within
     a block. Holds `memory.peak_nbytes` at most.
     """
-    pass_ = _Pass(plan, memory, reader, reduction, sink, digest)
+    pass_ = _Pass(
+        plan, memory, reader, reducer, sink, ledger, plan.leaves() if leaves is None else leaves
+    )
     started = time.monotonic()
     if memory.threads == 1 and plan.nbytes_read <= ALONE_NBYTES:
         pass_.work()
@@ -179,14 +198,20 @@ def _work_in_threads(
             if on_progress is not None:
                 progress = Progress(pass_.nbytes_done, pass_.plan.nbytes_read, now - started)
                 on_progress(progress)
-            if now - noted >= CHECKPOINT_S and not pass_.stop.is_set():
-                pass_.sink.checkpoint()
+            due = now - noted >= CHECKPOINT_S and not pass_.stop.is_set()
+            if due and pass_.ledger is not None:
+                pass_.ledger.checkpoint()
                 noted = time.monotonic()
     finally:
-        pass_.stop.set()
+        pass_.halt()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
+
+
+def _never(leaf: Leaf) -> bool:
+    """Return False: without a ledger nothing was noted."""
+    return False
 
 
 def _place(number: int, shape: Sequence[int]) -> list[int]:
@@ -220,13 +245,15 @@ class _Pass:
         plan: MixPlan,
         memory: MemoryPlan,
         reader: Reader,
-        reduction: Reduction,
+        reducer: Reducer,
         sink: Sink,
-        digest: bool,
+        ledger: Ledger | None,
+        leaves: Iterable[Leaf],
     ) -> None:
         self.plan, self.memory, self.reader = plan, memory, reader
-        self.reduction, self.sink, self.digest = reduction, sink, digest
-        self.leaves = plan.leaves()
+        self.reducer, self.sink, self.ledger = reducer, sink, ledger
+        noted = ledger.noted if ledger is not None else _never
+        self.schedule = reducer.schedule(leaves, noted)
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.ended = threading.Event()
@@ -242,51 +269,81 @@ class _Pass:
                 standard_floats(),
                 closing(self.reader.session()) as reading,
                 closing(self.sink.session()) as writing,
-                closing(self.reduction.worker()) as worker,
+                closing(self.reducer.worker()) as worker,
             ):
-                for leaf in self.take():
-                    self.cook(leaf, reading, writing, worker, under_way)
+                for task in self.schedule.tasks():
+                    if task.place is not None:
+                        self.measure_leaf(task, reading, worker)
+                    else:
+                        self.make_leaf(task, reading, writing, worker, under_way)
+                    self.schedule.finish(task)
                 self.deliver(0, reading, writing, worker, under_way)
         except BaseException as error:
             with self.lock:
                 self.errors.append(error)
-            self.stop.set()
+            self.halt()
         finally:
             with self.lock:
                 self.n_working -= 1
                 if self.n_working == 0:
                     self.ended.set()
 
-    def take(self) -> Iterator[Leaf]:
-        """Give the next leaves to this thread."""
-        while not self.stop.is_set():
-            with self.lock:
-                leaf = next(self.leaves, None)
-            if leaf is None:
-                return
-            yield leaf
+    def halt(self) -> None:
+        """Let every thread stop within a block."""
+        self.stop.set()
+        self.schedule.stop()
 
-    def cook(
+    def check_unchanged(self, leaf: Leaf) -> None:
+        """Raise `ChangedIngredientError` if a file that holds a part of the leaf has changed."""
+        tensor = self.plan.tensors[leaf.tensor]
+        for i, layout in enumerate(self.plan.layout_of):
+            source = tensor.sources[layout]
+            self.plan.ingredients[i].shards[source.shard].check_unchanged(source.offset)
+
+    def measure_leaf(self, task: Task, reading: Session, worker: Worker) -> None:
+        """Show one leaf to a rule that has to see all of them before it makes any."""
+        assert isinstance(worker, MeasuringWorker)
+        leaf, k = task.leaf, len(self.plan.ingredients)
+        tensor = self.plan.tensors[leaf.tensor]
+        self.check_unchanged(leaf)
+        worker.begin(leaf)
+        end = leaf.start + leaf.n_units
+        for start in range(leaf.start, end, self.memory.block):
+            if self.stop.is_set():
+                raise Interrupted("stopped")
+            n_units = min(self.memory.block, end - start)
+            worker.measure(tensor, start, n_units, reading.block(tensor, 0, k, start, n_units))
+            if worker.spoiled and self.plan.recipe.non_finite == "refuse":
+                self.explain(tensor, start, n_units, reading)
+        self.schedule.merge(task, worker.measured())
+
+    def make_leaf(
         self,
-        leaf: Leaf,
+        task: Task,
         reading: Session,
         writing: SinkSession,
         worker: Worker,
         under_way: deque[_Block],
     ) -> None:
         """Make one leaf of the soup, but for the last blocks if the worker keeps some under way."""
+        leaf = task.leaf
         plan, memory = self.plan, self.memory
         tensor = plan.tensors[leaf.tensor]
         k = len(plan.ingredients)
-        finished = writing.restore(leaf, leaf.n_units * tensor.unit_nbytes)
+        finished = None if self.ledger is None else self.ledger.restore(leaf)
         if finished is not None:
             self.finish(leaf, finished)
             return
-        for i, layout in enumerate(plan.layout_of):
-            source = tensor.sources[layout]
-            plan.ingredients[i].shards[source.shard].check_unchanged(source.offset)
-        digests = worker.digests(tensor, leaf.n_units) if self.digest else None
-        n_hashes = 1 + k if self.digest and digests is None else 0
+        if task.restores:
+            self.schedule.put_off(task)
+            return
+        self.check_unchanged(leaf)
+        if task.group is not None:
+            assert isinstance(worker, MeasuringWorker)
+            worker.begin(leaf)
+        digested = self.ledger is not None
+        digests = worker.digests(tensor, leaf.n_units) if digested else None
+        n_hashes = 1 + k if digested and digests is None else 0
         hashes = [xxhash.xxh3_128() for _ in range(n_hashes)]
         end = leaf.start + leaf.n_units
         for start in range(leaf.start, end, memory.block):
@@ -330,19 +387,19 @@ class _Pass:
 
     def finish(self, leaf: Leaf, digests: bytes) -> None:
         """Take note of a leaf that is complete."""
-        self.sink.finish_leaf(leaf, digests)
+        if self.ledger is not None:
+            self.ledger.finish_leaf(leaf, digests)
         tensor = self.plan.tensors[leaf.tensor]
         with self.lock:
             self.nbytes_done += sum(
-                leaf.n_units * (s.dtype.itemsize if tensor.operation == "mix" else 1)
-                for s in (tensor.sources[layout] for layout in self.plan.layout_of)
+                leaf.n_units * tensor.unit_nbytes_in(layout) for layout in self.plan.layout_of
             )
 
     def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
         from streamsoup.kernels.blocks import first_non_finite
 
-        measures = self.plan.recipe.only_measures
+        measures = self.plan.measures
         lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)

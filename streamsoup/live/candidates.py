@@ -15,7 +15,8 @@ import msgspec
 from streamsoup.engine.budget import MemoryPlan, plan_memory
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.read import Kept, open_reader
-from streamsoup.engine.reduce import Engine, Mix, MixWorker, Reduction
+from streamsoup.engine.reduce import Engine, Mix, MixWorker, Reducer
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import Sink, run
 from streamsoup.errors import NonFiniteError
 from streamsoup.live.joined import Apart, Pieces, join, pieces_of
@@ -82,8 +83,8 @@ class Candidates:
         self._engine = Engine(plan)
         self._kept = Kept()
         passes = join(plan) if self.joins else plan
-        mixed = frozenset(t.name for t in passes.tensors if t.operation == "mix")
-        copied = frozenset(t.name for t in passes.tensors if t.operation != "mix")
+        mixed = frozenset(t.name for t in passes.reduced)
+        copied = frozenset(t.name for t in passes.copied)
         self._all = _Part.of(plan, passes)
         self._mixed = _Part.of(plan, passes.only(mixed))
         self._copied = _Part.of(plan, passes.only(copied))
@@ -155,9 +156,9 @@ class Candidates:
         threads = min(self.threads, 1 + part.nbytes_read // THREAD_NBYTES)
         return plan_memory(part, mapped=self.mapped, threads=threads, budget=budget, times=TIMES)
 
-    def reduction(
+    def reducer(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
-    ) -> Reduction:
+    ) -> Reducer:
         """Give the mix of a part; it may start from the running sum, and carry it on.
 
         The sum is set to that after `n_tail` of the part's ingredients, unless that is 0.
@@ -178,11 +179,12 @@ class Candidates:
         n_tail: int = 0,
     ) -> None:
         """Pass some ingredients through a part of the plan."""
-        plan = part.plan.among(members, Coefficients((1.0,) * len(members), divisor))
+        rule = Linear(Coefficients((1.0,) * len(members), divisor))
+        plan = part.plan.among(members, rule)
         memory = self.memory_of(plan)
-        reduction = self.reduction(plan, memory, starts=starts, n_tail=n_tail)
+        reducer = self.reducer(plan, memory, starts=starts, n_tail=n_tail)
         reader = open_reader(plan, memory, mapped=self.mapped, kept=self._kept)
-        run(plan, memory, reader, reduction, Apart(sink, part.pieces), digest=False)
+        run(plan, memory, reader, reducer, Apart(sink, part.pieces))
 
     def open_sums(self) -> Sums:
         """Make room for the running sum."""

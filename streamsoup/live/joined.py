@@ -48,7 +48,8 @@ def join(plan: MixPlan) -> MixPlan:
 def _follows(before: PlannedTensor, tensor: PlannedTensor) -> bool:
     """Whether `tensor` begins where `before` ends, in every layout, and is of the same dtypes."""
     return (
-        before.operation == tensor.operation == "mix"
+        before.is_reduced
+        and tensor.is_reduced
         and before.dtype is tensor.dtype
         and before.n_units + tensor.n_units <= LARGEST_BLOCK
         and all(
@@ -94,12 +95,6 @@ class Apart:
     def session(self) -> SinkSession:
         """Give a thread its own session."""
         return _ApartSession(self._sink.session(), self._pieces)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Do nothing: the whole plan has other leaves."""
-
-    def checkpoint(self) -> None:
-        """Do nothing: what is made of parts is not resumed."""
 
 
 class _ApartSession(Nowhere):

@@ -16,7 +16,8 @@ from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.engine.device import OnDevice, RunningSum, find_device
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.read import Kept, open_reader
-from streamsoup.engine.reduce import Engine, Mix, Reduction
+from streamsoup.engine.reduce import Engine, Mix, Reducer
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, RecipeError
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
@@ -91,7 +92,7 @@ class LiveMix:
             self._found = _find(plan, sink, options, mapped)
             self._target = _targets(sink, self._found)
 
-    def reduction(self, part: MixPlan) -> tuple[Reduction, MemoryPlan]:
+    def reducer(self, part: MixPlan) -> tuple[Reducer, MemoryPlan]:
         """Give what `stream.run` needs to mix a part of the plan. Raises `BudgetError`."""
         if self._found is not None:
             mix = self._found.mix(part, target=self._target, lanes=self._lanes)
@@ -130,15 +131,15 @@ def mix_into(
         told = take("bool", "normalize", normalize)
         coefficients = find_coefficients(coefficients, normalize=told)
     on_host = replace(options, device="cpu")
-    ordered = order(ingredients, coefficients, method="mix", options=on_host)
+    ordered = order(ingredients, Linear(coefficients), method="mix", options=on_host)
     plan = ordered.plan
     sink = ModelSink(model, plan)
     sink.check_in_place()
     mix = LiveMix(plan, sink, mapped=ordered.mapped, options=options)
-    reduction, memory = mix.reduction(plan)
+    reducer, memory = mix.reducer(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
     try:
-        run(plan, memory, reader, reduction, sink, digest=False, on_progress=options.on_progress)
+        run(plan, memory, reader, reducer, sink, on_progress=options.on_progress)
     finally:
         sink.mark_changed()
     return plan.recipe
@@ -178,9 +179,9 @@ class DeviceCandidates(Candidates):
         """Give the blocks of a lane: they do not depend on the part."""
         return self._on_device.plan.memory
 
-    def reduction(
+    def reducer(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
-    ) -> Reduction:
+    ) -> Reducer:
         """Give the reduction of a part, which may start from the running sum, and carry it on."""
         running = None
         if starts or n_tail:
@@ -207,7 +208,7 @@ class _DeviceSums:
         self._places: dict[str, slice] = {}
         n = 0
         for tensor in plan.tensors:
-            if tensor.operation == "mix":
+            if tensor.is_reduced:
                 self._places[tensor.name] = slice(n, n + tensor.n_units)
                 n += tensor.n_units
         asked = f"a running sum of {nbytes_text(8 * n)} (--sums reread does without)"
@@ -251,7 +252,7 @@ def _find(
     targets: Mapping[str, Any] = sink.targets
     name = open_device(device_of(sink, options)).name
     on_it = all(
-        tensor.operation != "mix"
+        not tensor.is_reduced
         or (tensor.name in targets and _fits(targets[tensor.name], tensor, name))
         for tensor in plan.tensors
         if tensor.name not in sink.tied

@@ -108,10 +108,6 @@ class ModelSink:
         """Give itself: blocks of different places may come from several threads."""
         return self
 
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        """Say that nothing is finished: a model in memory keeps nothing from an earlier run."""
-        return None
-
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         """Give the memory of a parameter, unless an ingredient may share it."""
         planned = self.plan.tensors[leaf.tensor]
@@ -142,12 +138,6 @@ class ModelSink:
                 target.flat[begin : begin + len(values)].copy_(values)
             else:
                 self._gather(target, planned, start, block)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Do nothing: blocks are in place when they are written."""
-
-    def checkpoint(self) -> None:
-        """Do nothing: nothing here outlives the process."""
 
     def close(self) -> None:
         """Do nothing: the sink holds nothing but the model."""
@@ -352,7 +342,7 @@ def _problem(planned: PlannedTensor, tensor: Tensor) -> str | None:
     if not is_apart(tensor):
         return "folded: its elements share memory"
     ours = TORCH_DTYPES.get(planned.dtype.name)
-    if planned.operation == "mix":
+    if planned.is_reduced:
         return None if tensor.is_floating_point() else f"of dtype {tensor.dtype}, which is no float"
     if tensor.dtype != ours:
         return f"of dtype {tensor.dtype} where the ingredients have {planned.dtype.name}"

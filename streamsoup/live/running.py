@@ -105,7 +105,7 @@ def open_sums(plan: MixPlan, place: SumsPlace, scratch: str | None) -> Sums:
     places: dict[str, int] = {}
     n = 0
     for tensor in plan.tensors:
-        if tensor.operation == "mix":
+        if tensor.is_reduced:
             places[tensor.name] = n
             n += tensor.n_units
     if place == "memory":

@@ -16,13 +16,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.engine.budget import MemoryPlan, memory_budget
 from streamsoup.engine.digest import Digests
 from streamsoup.engine.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
-from streamsoup.engine.plan import Leaf, MixPlan, plan_mix
+from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader, will_map
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.options import Options, check_options
@@ -220,12 +222,12 @@ def plan_geometry(
     opened = open_ingredients([*([] if base is None else [base]), *ingredients])
     recipe = Recipe(
         ingredients=tuple(ingredient.name for ingredient in opened),
-        coefficients=Coefficients.uniform(len(opened)),
+        rule=Linear(Coefficients.uniform(len(opened))),
         method="geometry",
         dtype="F64",
         non_float="first",
     )
-    plan = floats_of(plan_mix(opened, recipe))
+    plan = replace(floats_of(plan_mix(opened, recipe)), measures=True)
     mapped = will_map(opened, options.io)
     n_rows = len(opened) + (base is None)
     memory = plan_inner_memory(
@@ -242,30 +244,20 @@ def measure(
     plan: MixPlan, memory: MemoryPlan, *, mapped: bool, base: bool, options: Options
 ) -> Geometry:
     """Run a planned pass, and say what it shows. See `geometry`."""
-    from streamsoup.engine.stream import run
+    from streamsoup.engine.stream import DigestLedger, run
 
     gram = Gram(plan, memory, base=base)
-    sums = _Sums(plan, gram.n_values)
+    sums = Sums(plan, gram.n_values)
+    # Rounded sums do not tell whether two ingredients are equal; digests do.
+    ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, gram, sums, on_progress=options.on_progress)
+    run(plan, memory, reader, gram, sums, ledger=ledger, on_progress=options.on_progress)
     n = gram.n_products(gram.n_rows)
     tensors = [
         Place(planned.name, planned.n_units, values[:n], values[n:].astype(np.int64))
         for planned, values in zip(plan.tensors, sums.of_tensors, strict=True)
     ]
-    return _conclude(plan, tensors, sums.digests, base=base)
-
-
-class _Sums(Sums):
-    """The sums of all tensors, and digests, as rounded sums do not tell whether two are equal."""
-
-    def __init__(self, plan: MixPlan, n_values: int) -> None:
-        super().__init__(plan, n_values)
-        self.digests = Digests(plan)
-
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Keep the digests of a leaf."""
-        self.digests.put(leaf.number, digests)
+    return _conclude(plan, tensors, ledger.digests, base=base)
 
 
 def _conclude(plan: MixPlan, tensors: list[Place], digests: Digests, *, base: bool) -> Geometry:

@@ -26,6 +26,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, printable, some
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
@@ -345,7 +346,7 @@ def _measure(
         )
     everything = [*([] if base is None else [base]), *ingredients]
     equal = Coefficients.uniform(len(everything))
-    ordered = order(everything, equal, method="mix", options=options)
+    ordered = order(everything, Linear(equal), method="mix", options=options)
     check_output(
         os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
     )
@@ -367,7 +368,7 @@ def _make(
     if not isinstance(coefficients, Coefficients):
         coefficients = Coefficients.given(coefficients)
     everything = [*([] if base is None else [base]), *ingredients]
-    ordered = order(everything, coefficients, method=method, options=options)
+    ordered = order(everything, Linear(coefficients), method=method, options=options)
     if base is not None:
         report = {"base": ordered.plan.ingredients[0].name} | dict(report)
     return make(replace(ordered, report=report), output=output, options=options)

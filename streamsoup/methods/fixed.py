@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options, take
@@ -36,7 +37,9 @@ def uniform(
     `make`.
     """
     opened = open_ingredients(ingredients)
-    ordered = order(opened, Coefficients.uniform(len(opened)), method="uniform", options=options)
+    ordered = order(
+        opened, Linear(Coefficients.uniform(len(opened))), method="uniform", options=options
+    )
     return make(ordered, output=output, options=options)
 
 
@@ -55,7 +58,7 @@ def mix(
     such as learned ones, tensor by tensor. Costs and errors as for `uniform`.
     """
     found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
-    ordered = order(ingredients, found, method="mix", options=options)
+    ordered = order(ingredients, Linear(found), method="mix", options=options)
     return make(ordered, output=output, options=options)
 
 
@@ -76,5 +79,5 @@ def interpolate(
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha {alpha} is not finite")
     coefficients = Coefficients.given((1.0 - alpha, alpha))
-    ordered = order([base, fine_tuned], coefficients, method="interpolate", options=options)
+    ordered = order([base, fine_tuned], Linear(coefficients), method="interpolate", options=options)
     return make(ordered, output=output, options=options)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.side_files import pieces
-from streamsoup.recipe import PROVENANCE_NAME, Coefficients
+from streamsoup.recipe import PROVENANCE_NAME, Coefficients, Recipe
 
-__all__ = ["AnyCoefficients", "find_coefficients"]
+__all__ = ["AnyCoefficients", "coefficients_of", "find_coefficients"]
 
 AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
 """A factor for each ingredient, or a file or soup that holds them, for each tensor too."""
@@ -21,8 +23,8 @@ def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coe
     """Take factors as they are, or read them.
 
     A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
-    under ``recipe.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``. Raises
-    `RecipeError` for a file without them, and if `normalize` is to divide anything but a list.
+    under ``recipe.rule.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``.
+    Raises `RecipeError` for a file without them, and if `normalize` is to divide anything but a list.
     """
     if not isinstance(given, (str, os.PathLike, Coefficients)):
         return Coefficients.given(given, normalize=normalize)
@@ -38,8 +40,7 @@ def _read_coefficients(path: str) -> Coefficients:
     where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
     try:
         whole = msgspec.json.decode(b"".join(pieces(where)))
-        inner = whole["recipe"]["coefficients"] if "recipe" in whole else whole
-        return msgspec.convert(inner, Coefficients)
+        return msgspec.convert(_inner(whole), Coefficients)
     except OSError as error:
         raise RecipeError(
             f"{printable(where)}: cannot be read: {error.strerror}; {_ADVICE}"
@@ -48,3 +49,18 @@ def _read_coefficients(path: str) -> Coefficients:
         raise RecipeError(
             f"{printable(where)}: holds no coefficients ({printable(error)}); {_ADVICE}"
         ) from None
+
+
+def _inner(whole: Any) -> Any:
+    """Return the part of some JSON that holds coefficients: of a provenance, or all of it."""
+    if "recipe" not in whole:
+        return whole
+    recipe = whole["recipe"]
+    return recipe["rule"]["coefficients"] if "rule" in recipe else recipe["coefficients"]
+
+
+def coefficients_of(recipe: Recipe) -> Coefficients:
+    """Return the coefficients of a recipe. Raises `RecipeError` where its rule is not linear."""
+    if not isinstance(recipe.rule, Linear):
+        raise RecipeError(f"{recipe.method}: this rule is not linear, and has no coefficients")
+    return recipe.rule.coefficients

@@ -17,7 +17,7 @@ from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.engine.digest import Digests, digest_bytes
 from streamsoup.engine.plan import FilePlan, MixPlan, plan_files, plan_mix
 from streamsoup.engine.read import open_reader, will_map
-from streamsoup.engine.reduce import Engine, Mix, Reduction
+from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.stream import run
 from streamsoup.errors import (
     FormatError,
@@ -33,17 +33,17 @@ from streamsoup.options import Options, check_options
 from streamsoup.output.destination import check_output
 from streamsoup.output.staging import Staging
 from streamsoup.output.verification import read_provenance
-from streamsoup.output.write import FileSink, write_file
+from streamsoup.output.write import FileLedger, FileSink, write_file
 from streamsoup.recipe import (
     ARITHMETIC,
     DIGEST,
     PROVENANCE_NAME,
-    Coefficients,
     FileRecord,
     IngredientRecord,
     Provenance,
     Recipe,
 )
+from streamsoup.rule import Rule
 from streamsoup.sizes import parse_nbytes
 from streamsoup.system.folders import sync_folder
 from streamsoup.system.versions import versions
@@ -99,7 +99,7 @@ class Order(msgspec.Struct, frozen=True):
 
 def order(
     ingredients: Iterable[AnyIngredient],
-    coefficients: Coefficients,
+    rule: Rule,
     *,
     method: str,
     options: Options,
@@ -114,7 +114,7 @@ def order(
     size = options.shard_size
     recipe = Recipe(
         ingredients=tuple(ingredient.name for ingredient in opened),
-        coefficients=coefficients,
+        rule=rule,
         method=method,
         dtype="same" if options.dtype == "same" else float_dtype(options.dtype).name,
         non_float=options.non_float,
@@ -146,7 +146,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
     side_files, warnings = gather_side_files(opened, dtype)
-    mixed = [tensor for tensor in plan.tensors if tensor.operation == "mix"]
+    mixed = plan.reduced
     narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
     if 0 < len(narrowed) < len(mixed):
         warnings.append(
@@ -217,17 +217,23 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
     """Make everything in the staging folder, then put it in place."""
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
-    sink = FileSink(plan, files, staging, digests)
+    sink = FileSink(plan, files, staging.folder)
+    ledger = FileLedger(plan, sink, staging.journal, digests)
+    sink.prepare(resumes=ledger.resumes)
     # First, as they can still fail; weights may take hours.
     side_files = write_beside(ordered, staging.folder)
     reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
-    mix: Reduction
-    if ordered.on_device is not None:
-        mix = ordered.on_device.mix(plan)
-    else:
-        engine = Engine(plan, compiles=ordered.memory.compiles)
-        mix = Mix(plan, ordered.memory, engine)
-    run(plan, ordered.memory, reader, mix, sink, on_progress=options.on_progress)
+    on_device = ordered.on_device
+    reducer = reducer_of(plan, ordered.memory) if on_device is None else on_device.mix(plan)
+    run(
+        plan,
+        ordered.memory,
+        reader,
+        reducer,
+        sink,
+        ledger=ledger,
+        on_progress=options.on_progress,
+    )
     provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()
     sink.sync()

@@ -16,6 +16,7 @@ from streamsoup.engine.budget import memory_budget, plan_memory
 from streamsoup.engine.digest import digest_bytes, digest_file
 from streamsoup.engine.plan import LEAF, plan_mix
 from streamsoup.engine.read import open_reader, will_map
+from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.errors import (
     FormatError,
     MissingFileError,
@@ -27,6 +28,7 @@ from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, 
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options, check_options, take
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
+from streamsoup.rule import Rule
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import TensorSpec
 
@@ -52,18 +54,20 @@ def verify(
     *,
     quick: bool = False,
     ingredients: Iterable[AnyIngredient] | None = None,
+    rules: Sequence[type[Rule]] = (),
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Verification:
     """Check the soup in the folder `path` against its provenance.
 
     With `quick`, only its own bytes are read. Otherwise its ingredients too, from where they were
-    or from `ingredients` in the same order, and the soup is derived again. Raises
-    `VerificationError` with all that differs, `RecipeError` where there is no provenance, and
-    what opening ingredients raises. Holds blocks only; writes nothing.
+    or from `ingredients` in the same order, and the soup is derived again; `rules` are types of
+    rules that do not come with the package, as no code that a provenance names is looked for.
+    Raises `VerificationError` with all that differs, `RecipeError` where there is no provenance,
+    and what opening ingredients raises. Holds blocks only; writes nothing.
     """
     check_options(options, Options)
     folder = os.fsdecode(path)
-    provenance = read_provenance(folder)
+    provenance = read_provenance(folder, rules)
     problems: list[str] = []
     nbytes = _check_soup(folder, provenance, problems)
     if not take("bool", "quick", quick) and not problems:
@@ -76,7 +80,7 @@ def verify(
     return Verification(folder, len(provenance.tensors), n_files, not quick, nbytes)
 
 
-def read_provenance(folder: str) -> Provenance:
+def read_provenance(folder: str, rules: Sequence[type[Rule]] = ()) -> Provenance:
     """Read the provenance of a soup. Raises `RecipeError` if the folder holds none."""
     where = os.path.join(folder, PROVENANCE_NAME)
     text = bytearray()
@@ -85,7 +89,7 @@ def read_provenance(folder: str) -> Provenance:
             text += piece
             if len(text) > PROVENANCE_LIMIT:
                 raise RecipeError("is too large for a provenance")
-        return Provenance.from_json(bytes(text))
+        return Provenance.from_json(bytes(text), [*BUILT_IN, *rules])
     except OSError as error:
         raise RecipeError(
             f"{printable(where)}: cannot be read ({error.strerror}); "
@@ -202,8 +206,8 @@ def _rederive(
     problems: list[str],
 ) -> int:
     """Make the soup again without writing it, and compare; give how many bytes were read."""
-    from streamsoup.engine.reduce import Engine, Mix
-    from streamsoup.engine.stream import OnlyDigests, run
+    from streamsoup.engine.reducers import reducer_of
+    from streamsoup.engine.stream import DigestLedger, Nowhere, run
 
     if provenance.arithmetic != ARITHMETIC:
         problems.append(f"its arithmetic is another: {printable(provenance.arithmetic)}")
@@ -222,14 +226,21 @@ def _rederive(
         threads=options.n_threads,
         budget=memory_budget(plan, options.memory),
     )
-    sink = OnlyDigests(plan)
-    mix = Mix(plan, memory, Engine(plan, compiles=memory.compiles))
+    ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, mix, sink, on_progress=options.on_progress)
+    run(
+        plan,
+        memory,
+        reader,
+        reducer_of(plan, memory),
+        Nowhere(),
+        ledger=ledger,
+        on_progress=options.on_progress,
+    )
     for i, record in enumerate(provenance.ingredients):
-        if sink.digests.of_ingredient(i) != record.digest:
+        if ledger.digests.of_ingredient(i) != record.digest:
             problems.append(_changed(opened[i], record.nbytes))
-    made = sink.digests.of_soup()
+    made = ledger.digests.of_soup()
     for name, digest in provenance.tensors.items():
         if name not in made:
             problems.append(f"{printable(name)} is in none of these ingredients")

@@ -1,9 +1,8 @@
-"""The file sink: each finished block is written once, at the place the plan gave it.
+"""The files of a soup: each finished block is written once, at the place the plan gave it.
 
-Files are made at their full size before the work begins, so that a full disk is known at once.
-Results are plain writes, and the disk begins with each leaf as soon as it is finished. Now and then
-what is finished is synced, and then noted in the journal with its digests; a resumed run believes a
-note only if the bytes match it.
+`FileSink` makes files at their full size before the work begins, so that a full disk is known at
+once, and writes blocks; the disk begins with each leaf as soon as it is finished. `FileLedger`
+syncs now and then what is finished, and then notes it in the journal with its digests.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import xxhash
 from streamsoup.engine.digest import SIZE, Digests
 from streamsoup.engine.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.formats.files import Descriptors
-from streamsoup.output.staging import Staging
+from streamsoup.output.journal import Journal
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.folders import remove_any
 
-__all__ = ["FileSink", "write_file"]
+__all__ = ["FileLedger", "FileSession", "FileSink", "write_file"]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -38,90 +37,49 @@ EARLY_NBYTES = 1 << 20
 
 
 class FileSink:
-    """The shards of a soup in the making."""
+    """The shards of a soup in the making: where each block goes."""
 
-    def __init__(self, plan: MixPlan, files: FilePlan, staging: Staging, digests: Digests) -> None:
-        """Make the files, at full size and with their headers, and read what is finished."""
+    def __init__(self, plan: MixPlan, files: FilePlan, folder: str) -> None:
+        """Take the folder that holds them; nothing is opened yet."""
         self._plan = plan
         self._files = files
-        self._staging = staging
-        self._digests = digests
-        self._paths = [os.path.join(staging.folder, file.name) for file in files.files]
-        self._lock = threading.Lock()
-        self._finished: list[int] = []
-        self._touched: set[int] = set()
-        """Files with leaves that are finished and not noted yet."""
-        self._noted = self._read_notes()
-        self._prepare()
+        self._folder = folder
+        self._paths = [os.path.join(folder, file.name) for file in files.files]
 
     def session(self) -> FileSession:
-        """Give a thread its own means to write."""
+        """Return a thread's own means to write."""
         return FileSession(self)
 
     def path(self, number: int) -> str:
-        """Give the path of a shard in the making."""
+        """Return the path of a shard in the making."""
         return self._paths[number]
 
+    def file_of(self, leaf: Leaf) -> int:
+        """Return the number of the shard that holds a leaf."""
+        return self._files.places[leaf.tensor][0]
+
     def place(self, leaf: Leaf, start: int) -> tuple[str, int]:
-        """Give the file and the offset at which unit `start` of the leaf's tensor belongs."""
+        """Return the file and the offset at which unit `start` of the leaf's tensor belongs."""
         number, offset = self._files.places[leaf.tensor]
-        return self.path(number), offset + start * self._plan.tensors[leaf.tensor].unit_nbytes
+        return self.path(number), offset + start * self.unit_nbytes(leaf)
 
-    def noted(self, leaf: Leaf) -> bytes | None:
-        """Give the digests that an earlier run noted for a leaf, if it finished it."""
-        return self._digests.get(leaf.number) if self._noted[leaf.number] else None
+    def unit_nbytes(self, leaf: Leaf) -> int:
+        """Return the bytes of a unit of the leaf's tensor."""
+        return self._plan.tensors[leaf.tensor].unit_nbytes
 
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        """Take note of a leaf that is written, and have the disk begin with it."""
-        path, offset = self.place(leaf, leaf.start)
-        nbytes = leaf.n_units * self._plan.tensors[leaf.tensor].unit_nbytes
-        if nbytes >= EARLY_NBYTES and not self._noted[leaf.number]:
-            begin_writing(path, offset, nbytes)
-        with self._lock:
-            self._digests.put(leaf.number, digests)
-            if not self._noted[leaf.number]:
-                self._finished.append(leaf.number)
-                self._touched.add(self._files.places[leaf.tensor][0])
+    def prepare(self, *, resumes: bool) -> None:
+        """Reserve the space of all shards, and write their headers.
 
-    def checkpoint(self) -> None:
-        """Sync what is written, then note it in the journal. Waits for the disk."""
-        with self._lock:
-            finished, self._finished = self._finished, []
-            touched, self._touched = self._touched, set()
-        for number in sorted(touched):
-            sync_file(self.path(number))
-        for at in range(0, len(finished), NOTES):
-            notes = [[leaf, self._digests.get(leaf).hex()] for leaf in finished[at : at + NOTES]]
-            self._staging.journal.append({"leaves": notes})
-
-    def sync(self) -> None:
-        """Wait until every shard is on disk."""
-        for number in range(len(self._files.files)):
-            sync_file(self.path(number))
-
-    def _read_notes(self) -> bytearray:
-        """Put what an earlier run noted into the table; give a 1 for each of its leaves."""
-        noted = bytearray(self._plan.n_leaves)
-        row = SIZE * (1 + len(self._plan.ingredients))
-        for record in self._staging.journal:
-            for number, text in record.get("leaves", ()):
-                digests = bytes.fromhex(text)
-                if len(digests) == row and 0 <= number < self._plan.n_leaves:
-                    self._digests.put(number, digests)
-                    noted[number] = 1
-        return noted
-
-    def _prepare(self) -> None:
-        """Reserve the space of all shards, and write their headers."""
-        folder = self._staging.folder
+        Where a run `resumes` work, what the disk holds is read from the disk, not from the cache.
+        """
         expected = {file.name for file in self._files.files}
-        for entry in list(os.scandir(folder)):
+        for entry in list(os.scandir(self._folder)):
             status = entry.stat(follow_symlinks=False)
             lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
             if entry.name not in expected or not lone:
                 remove_any(entry.path)
-        missing = sum(file.nbytes for file in self._files.files) - _held_nbytes(folder)
-        free = shutil.disk_usage(folder).free
+        missing = sum(file.nbytes for file in self._files.files) - _held_nbytes(self._folder)
+        free = shutil.disk_usage(self._folder).free
         if missing > free:
             raise _full(missing, free)
         for number, file in enumerate(self._files.files):
@@ -130,14 +88,100 @@ class FileSink:
             try:
                 if os.fstat(descriptor).st_size != file.nbytes:
                     os.ftruncate(descriptor, 0)
-                    _reserve(descriptor, file.nbytes, folder)
-                elif any(self._noted):
-                    # Work is believed if the disk gives it back, not the cache: after a failed
-                    # write the two may differ.
+                    _reserve(descriptor, file.nbytes, self._folder)
+                elif resumes:
+                    # After a failed write the disk and the cache may differ.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
+
+    def sync(self, numbers: Iterable[int] | None = None) -> None:
+        """Wait until some shards, or all, are on disk."""
+        for number in range(len(self._files.files)) if numbers is None else numbers:
+            sync_file(self.path(number))
+
+
+class FileLedger:
+    """What is finished of a `FileSink`, in a journal beside it.
+
+    A leaf is noted after its bytes were synced, so what the journal says survives a power cut; it
+    is believed only if the bytes match its digest.
+    """
+
+    def __init__(self, plan: MixPlan, sink: FileSink, journal: Journal, digests: Digests) -> None:
+        """Read what earlier runs noted into `digests`."""
+        self._plan, self._sink, self._journal, self._digests = plan, sink, journal, digests
+        self._lock = threading.Lock()
+        self._finished: list[int] = []
+        self._touched: set[int] = set()
+        """Files with leaves that are finished and not noted yet."""
+        self._noted = self._read_notes()
+
+    def noted(self, leaf: Leaf) -> bool:
+        """Return True if an earlier run noted a leaf."""
+        return bool(self._noted[leaf.number])
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier run noted any leaf."""
+        return any(self._noted)
+
+    def restore(self, leaf: Leaf) -> bytes | None:
+        """Return the digests of a leaf that was noted, if its bytes still match them."""
+        if not self._noted[leaf.number]:
+            return None
+        digests = self._digests.get(leaf.number)
+        path, offset = self._sink.place(leaf, leaf.start)
+        nbytes = leaf.n_units * self._sink.unit_nbytes(leaf)
+        return digests if _digest(path, offset, nbytes) == digests[:SIZE] else None
+
+    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
+        """Keep the digests of a leaf for the next note."""
+        with self._lock:
+            self._digests.put(leaf.number, digests)
+            if not self._noted[leaf.number]:
+                self._finished.append(leaf.number)
+                self._touched.add(self._sink.file_of(leaf))
+
+    def checkpoint(self) -> None:
+        """Sync what is written, then note it in the journal. Waits for the disk."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+            touched, self._touched = self._touched, set()
+        self._sink.sync(sorted(touched))
+        for at in range(0, len(finished), NOTES):
+            notes = [[leaf, self._digests.get(leaf).hex()] for leaf in finished[at : at + NOTES]]
+            self._journal.append({"leaves": notes})
+
+    def _read_notes(self) -> bytearray:
+        """Put what an earlier run noted into the table; return a 1 for each of its leaves."""
+        noted = bytearray(self._plan.n_leaves)
+        row = SIZE * (1 + len(self._plan.ingredients))
+        for record in self._journal:
+            for number, text in record.get("leaves", ()):
+                digests = bytes.fromhex(text)
+                if len(digests) == row and 0 <= number < self._plan.n_leaves:
+                    self._digests.put(number, digests)
+                    noted[number] = 1
+        return noted
+
+
+def _digest(path: str, offset: int, nbytes: int) -> bytes | None:
+    """Return the digest of a part of a file, read piece by piece; None if it ends before."""
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while nbytes > 0:
+            part = os.pread(descriptor, min(nbytes, 1 << 20), offset)
+            if not part:
+                return None
+            digest.update(part)
+            nbytes -= len(part)
+            offset += len(part)
+    finally:
+        os.close(descriptor)
+    return digest.digest()
 
 
 class FileSession:
@@ -148,31 +192,18 @@ class FileSession:
         self._sink = sink
         self._files = Descriptors(2)
 
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        """Give the digests of a leaf that an earlier run finished, if its bytes are still good."""
-        digests = self._sink.noted(leaf)
-        if digests is None:
-            return None
-        path, offset = self._sink.place(leaf, leaf.start)
-        descriptor = self._files.writing(path)
-        digest = xxhash.xxh3_128()
-        while nbytes > 0:
-            part = os.pread(descriptor, min(nbytes, 1 << 20), offset)
-            if not part:
-                return None
-            digest.update(part)
-            nbytes -= len(part)
-            offset += len(part)
-        return digests if digest.digest() == digests[:SIZE] else None
-
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Have none: files are written, never mapped."""
+        """Return None: files are written, never mapped."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        """Write a finished block of the leaf's tensor, from unit `start` on."""
+        """Write a finished block from unit `start` on; the last of a leaf starts the disk on it."""
         path, offset = self._sink.place(leaf, start)
         write_at(self._files.writing(path), block, offset)
+        unit = self._sink.unit_nbytes(leaf)
+        nbytes = leaf.n_units * unit
+        if nbytes >= EARLY_NBYTES and start + len(block) // unit == leaf.start + leaf.n_units:
+            begin_writing(path, self._sink.place(leaf, leaf.start)[1], nbytes)
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -32,6 +32,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.budget import memory_budget
 from streamsoup.engine.digest import digest_bytes
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
@@ -103,7 +104,9 @@ def greedy_soup(
     check_options(search, SearchOptions)
     opened = open_ingredients(ingredients)
     search.check(len(opened))
-    ordered = order(opened, Coefficients.uniform(len(opened)), method="greedy", options=options)
+    ordered = order(
+        opened, Linear(Coefficients.uniform(len(opened))), method="greedy", options=options
+    )
     target = os.path.realpath(os.fsdecode(output))
     resumed = os.path.lexists(target + ".search") and not search.restart
     if not resumed:
@@ -134,7 +137,7 @@ def greedy_soup(
             kitchen.close()
             chosen = [opened[i] for i in best.members]
             coefficients = Coefficients.uniform(len(chosen))
-            final = order(chosen, coefficients, method="greedy", options=options)
+            final = order(chosen, Linear(coefficients), method="greedy", options=options)
             try:
                 soup = make(replace(final, report=report), output=output, options=options)
             except OutputExistsError:

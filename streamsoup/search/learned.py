@@ -29,6 +29,7 @@ import msgspec
 from msgspec.structs import replace
 
 from streamsoup.engine.digest import digest_bytes
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import OutputExistsError, RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.live.mix import put_into
@@ -101,7 +102,7 @@ def learned_soup(
     if len(opened) < 2:
         raise RecipeError("there is nothing to learn with less than two ingredients")
     equal = Coefficients.uniform(len(opened))
-    ordered = order(opened, equal, method="learned", options=options)
+    ordered = order(opened, Linear(equal), method="learned", options=options)
     loaded = load_task(task)
     loaded.need("loss")
     split = loaded.check_split(learning.split)
@@ -125,7 +126,7 @@ def learned_soup(
         search.run()
         report = search.report(identity)
         coefficients = search.mixture.coefficients(search.chosen)
-        final = order(opened, coefficients, method="learned", options=options)
+        final = order(opened, Linear(coefficients), method="learned", options=options)
         try:
             soup = make(replace(final, report=report), output=output, options=options)
         except OutputExistsError:

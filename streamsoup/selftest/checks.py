@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.engine import read
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.formats.header import make_header
 from streamsoup.kernels import blocks, reference
@@ -105,7 +106,7 @@ def order_on(
 
     coefficients = Coefficients.uniform(len(paths))
     on_cpu = replace(options, device="cpu")
-    ordered = order(list(paths), coefficients, method="uniform", options=on_cpu)
+    ordered = order(list(paths), Linear(coefficients), method="uniform", options=on_cpu)
     plan = plan_device(
         ordered.plan,
         device=device.name,
@@ -264,7 +265,7 @@ def _soups(device: Accelerator | HostDevice, paths: Sequence[str], room: str) ->
     for n, (dtype, io) in enumerate(kinds):
         options = Options(dtype=dtype, io="mmap" if io == "mmap" else "read")
         by_cpu = order(
-            list(paths), Coefficients.uniform(len(paths)), method="uniform", options=options
+            list(paths), Linear(Coefficients.uniform(len(paths))), method="uniform", options=options
         )
         by_cpu.warnings.clear()  # of a dtype that narrows some tensors: on purpose
         one = make(by_cpu, output=os.path.join(room, f"cpu{n}"), options=options)
@@ -327,7 +328,7 @@ def _memory_of_cpu(groups: Sequence[Sequence[str]], room: str) -> Outcome:
     for n, paths in enumerate(groups):
         options = Options(device="cpu")
         coefficients = Coefficients.uniform(len(paths))
-        ordered = order(list(paths), coefficients, method="uniform", options=options)
+        ordered = order(list(paths), Linear(coefficients), method="uniform", options=options)
         planned.append(ordered.memory.peak_nbytes)
         output = os.path.join(room, f"peak{n}")
         command = [sys.executable, "-m", "streamsoup", "uniform", *paths, "-o", output, "--json"]
@@ -401,7 +402,7 @@ def _in_place(device: Accelerator, paths: Sequence[str], room: str) -> Outcome:
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     mix_into(model, paths)
     options = Options(device="cpu")
-    ordered = order(list(paths), Coefficients.uniform(5), method="uniform", options=options)
+    ordered = order(list(paths), Linear(Coefficients.uniform(5)), method="uniform", options=options)
     soup = make(ordered, output=os.path.join(room, "live"), options=options)
     expected = load_file(os.path.join(soup.path, "model.safetensors"))
     wrong = [

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from streamsoup.engine.device import OnDevice
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.reduce import Engine, Mix
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import Nowhere, run
 from streamsoup.kernels.device import Accelerator, HostDevice
 from streamsoup.options import Options
@@ -140,7 +141,7 @@ def _order(device: Accelerator | None, paths: Sequence[str], n_slots: int) -> Or
     if device is not None:
         return order_on(device, paths, options, n_slots)
     equal = Coefficients.uniform(len(paths))
-    return order(list(paths), equal, method="uniform", options=options)
+    return order(list(paths), Linear(equal), method="uniform", options=options)
 
 
 class _Timed(Accelerator):
@@ -176,4 +177,4 @@ def _sum(ordered: Order) -> None:
     plan, memory, on_device = ordered.plan, ordered.memory, ordered.on_device
     mix = Mix(plan, memory, Engine(plan)) if on_device is None else on_device.mix(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
-    run(plan, memory, reader, mix, Nowhere(), digest=False)
+    run(plan, memory, reader, mix, Nowhere())

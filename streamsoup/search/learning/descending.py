@@ -165,7 +165,7 @@ class Search:
             n = int(found["nbytes_compared"])
         self._nbytes_compared = n
         self.mixture = make_mixture(
-            [tensor.name for tensor in plan.tensors if tensor.operation == "mix"],
+            [tensor.name for tensor in plan.reduced],
             sink.tied,
             len(plan.ingredients),
             granularity=learning.granularity,

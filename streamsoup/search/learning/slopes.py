@@ -33,7 +33,8 @@ from streamsoup.engine.inner import (
 from streamsoup.engine.plan import MixPlan
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.reduce import Engine, Nothing
-from streamsoup.engine.stream import OnlyDigests, run
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.stream import DigestLedger, Nowhere, run
 from streamsoup.errors import TaskError
 from streamsoup.live.joined import Apart, pieces_of
 from streamsoup.options import Options
@@ -83,14 +84,22 @@ def find_equal(
     """
     floats = floats_of(plan)
     memory = _inner_memory(floats, mapped=mapped, options=options)
-    sink = OnlyDigests(floats)
+    ledger = DigestLedger(floats)
     reader = open_reader(floats, memory, mapped=mapped)
-    run(floats, memory, reader, Nothing(), sink, on_progress=options.on_progress)
+    run(
+        floats,
+        memory,
+        reader,
+        Nothing(),
+        Nowhere(),
+        ledger=ledger,
+        on_progress=options.on_progress,
+    )
     equal = {}
     k = len(plan.ingredients)
     for t, tensor in enumerate(floats.tensors):
         contents = [
-            (tensor.sources[plan.layout_of[i]].dtype, sink.digests.of_tensor(t, i))
+            (tensor.sources[plan.layout_of[i]].dtype, ledger.digests.of_tensor(t, i))
             for i in range(k)
         ]
         firsts = tuple(map(contents.index, contents))
@@ -147,13 +156,13 @@ class Slopes:
         self._free = mixture.constraint == "free"
         common = sharing.pop((0,) * len(everyone), [])
         self._own = plan.only({name for names in sharing.values() for name in names})
-        self._fixed = plan.only({t.name for t in plan.tensors if t.operation != "mix"})
-        self._common = plan.only(common).among([0], Coefficients.uniform(1))
+        self._fixed = plan.only({t.name for t in plan.copied})
+        self._common = plan.only(common).among([0], Linear(Coefficients.uniform(1)))
         self._shares: list[_Share] = []
         for firsts, names in sharing.items():
             read = sorted(set(firsts))
             of = tuple(map(read.index, firsts))
-            few = plan.only(names).among(read, Coefficients.uniform(len(read)))
+            few = plan.only(names).among(read, Linear(Coefficients.uniform(len(read))))
             self._shares.append(_Share(few, of))
         if self._free and common:
             self._shares.append(_Share(self._common, (0,) * len(everyone)))
@@ -293,13 +302,13 @@ class Slopes:
     def _mix_part(self, plan: MixPlan, coefficients: Coefficients) -> None:
         if not plan.tensors:
             return
-        part = plan.among(range(len(plan.ingredients)), coefficients)
-        mix, memory = self._mix.reduction(part)
+        part = plan.among(range(len(plan.ingredients)), Linear(coefficients))
+        mix, memory = self._mix.reducer(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         started = time.monotonic()
         to_model = Apart(self._sink, pieces_of(self._sink.plan, part))
         try:
-            run(part, memory, reader, mix, to_model, digest=False)
+            run(part, memory, reader, mix, to_model)
         finally:
             self._sink.mark_changed()
         self._count(part.nbytes_read, started)
@@ -328,7 +337,7 @@ class Slopes:
             started = time.monotonic()
             dot = Dot(plan, memory, vectors, self._products)
             sums = Sums(plan, dot.n_values)
-            run(plan, memory, reader, dot, sums, digest=False)
+            run(plan, memory, reader, dot, sums)
             self._count(plan.nbytes_read, started)
             for tensor, values in zip(plan.tensors, sums.of_tensors, strict=True):
                 first = values[0]

@@ -219,20 +219,11 @@ class _CandidateSink:
     def session(self) -> _CandidateSession:
         return _CandidateSession(self, self._plan, self._files)
 
-    def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
-        pass
-
-    def checkpoint(self) -> None:
-        pass
-
 
 class _CandidateSession:
     def __init__(self, sink: _CandidateSink, plan: MixPlan, files: FilePlan) -> None:
         self._sink, self._plan, self._places = sink, plan, files.places
         self._descriptors = Descriptors(2)
-
-    def restore(self, leaf: Leaf, nbytes: int) -> bytes | None:
-        return None
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         return None

@@ -16,6 +16,7 @@ import xxhash
 from msgspec.structs import replace
 
 from streamsoup.errors import ResumeError
+from streamsoup.output.coefficients import coefficients_of
 from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.mixture import Granularity
 from streamsoup.study.measures.bench import Bench
@@ -108,7 +109,7 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
             soup = search(restart=False)
         except ResumeError:  # its notes go by paths and times, and the folder by contents
             soup = search(restart=True)
-        known = msgspec.to_builtins(soup.recipe.coefficients)
+        known = msgspec.to_builtins(coefficients_of(soup.recipe))
         bench.cache.put_value(key, known)
     shutil.rmtree(output, ignore_errors=True)  # also where a kill came just before
     return msgspec.convert(known, Coefficients)

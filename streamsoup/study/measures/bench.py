@@ -23,6 +23,7 @@ import xxhash
 from streamsoup.engine.budget import memory_budget, plan_memory
 from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import TaskError
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Options
@@ -91,7 +92,7 @@ class Bench:
         """
         opened = open_ingredients(ingredients)
         equal = Coefficients.uniform(len(opened))
-        ordered = order(opened, equal, method="compare", options=options)
+        ordered = order(opened, Linear(equal), method="compare", options=options)
         self.plan = ordered.plan
         self.task = task
         self.cache = cache
@@ -284,10 +285,10 @@ class Bench:
         part = self._part(mixture)
         if self._mix is None:
             self._mix = LiveMix(self.plan, sink, mapped=self._mapped, options=self.options)
-        mix, memory = self._mix.reduction(part)
+        mix, memory = self._mix.reducer(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         try:
-            run(part, memory, reader, mix, sink, digest=False)
+            run(part, memory, reader, mix, sink)
         finally:
             sink.mark_changed()
         if self._recalibrate and len(mixture.members) > 1:
@@ -297,8 +298,8 @@ class Bench:
 
     def _part(self, mixture: Mixture) -> MixPlan:
         """Cut the plan for the members out of the plan over all ingredients."""
-        plan = self.plan.among(mixture.members, mixture.coefficients)
-        plan.recipe.check()
+        plan = self.plan.among(mixture.members, Linear(mixture.coefficients))
+        plan.recipe.check(plan.layouts[0].places)
         return plan
 
     def _live(self) -> ModelSink:
@@ -390,11 +391,11 @@ def _to_numpy(tensor: Any) -> Any:
 def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     """Read an ingredient once, and digest it as the pass that makes a soup does."""
     from streamsoup.engine.reduce import Nothing
-    from streamsoup.engine.stream import OnlyDigests, run
+    from streamsoup.engine.stream import DigestLedger, Nowhere, run
 
     recipe = Recipe(
         ingredients=(ingredient.name,),
-        coefficients=Coefficients.uniform(1),
+        rule=Linear(Coefficients.uniform(1)),
         non_float="first",
         non_finite="propagate",
     )
@@ -405,7 +406,7 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         threads=options.n_threads,
         budget=memory_budget(plan, options.memory),
     )
-    sink = OnlyDigests(plan)
+    ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, Nothing(), sink)
-    return sink.digests.of_ingredient(0)
+    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger)
+    return ledger.digests.of_ingredient(0)

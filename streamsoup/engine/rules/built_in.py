@@ -1,0 +1,10 @@
+"""The rules that a provenance may name without being told of them."""
+
+from __future__ import annotations
+
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.rule import Rule
+
+__all__ = ["BUILT_IN"]
+
+BUILT_IN: tuple[type[Rule], ...] = (Linear,)
