@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from streamsoup.version import __version__ as __version__
 
 _HOMES = {
+    "Block": "rule",
     "Coefficients": "recipe",
+    "Linear": "engine.rules.linear",
     "CompareOptions": "study.comparison.table",
     "Geometry": "methods.angles",
     "GreedySoup": "search.greedy",
@@ -21,9 +23,15 @@ _HOMES = {
     "Options": "options",
     "Provenance": "recipe",
     "Recipe": "recipe",
+    "RecipeError": "errors",
+    "Reduction": "rule",
+    "Rule": "rule",
+    "RuleMemory": "rule",
     "SearchOptions": "search.greedy",
     "Soup": "output.make",
     "StreamsoupError": "errors",
+    "TensorSpec": "tensors",
+    "apply": "methods.fixed",
     "arithmetic": "methods.closed",
     "compare": "study.comparison.table",
     "ema": "methods.closed",
@@ -48,6 +56,8 @@ _HOMES = {
 """Public names, and the rooms they live in: each is imported on first use."""
 
 if TYPE_CHECKING:
+    from streamsoup.engine.rules.linear import Linear as Linear
+    from streamsoup.errors import RecipeError as RecipeError
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.formats.shards import Ingredient as Ingredient
     from streamsoup.formats.shards import open_ingredients as open_ingredients
@@ -61,6 +71,7 @@ if TYPE_CHECKING:
     from streamsoup.methods.closed import slerp as slerp
     from streamsoup.methods.closed import stock as stock
     from streamsoup.methods.closed import wsm as wsm
+    from streamsoup.methods.fixed import apply as apply
     from streamsoup.methods.fixed import interpolate as interpolate
     from streamsoup.methods.fixed import mix as mix
     from streamsoup.methods.fixed import uniform as uniform
@@ -70,6 +81,10 @@ if TYPE_CHECKING:
     from streamsoup.recipe import Coefficients as Coefficients
     from streamsoup.recipe import Provenance as Provenance
     from streamsoup.recipe import Recipe as Recipe
+    from streamsoup.rule import Block as Block
+    from streamsoup.rule import Reduction as Reduction
+    from streamsoup.rule import Rule as Rule
+    from streamsoup.rule import RuleMemory as RuleMemory
     from streamsoup.search.greedy import GreedySoup as GreedySoup
     from streamsoup.search.greedy import SearchOptions as SearchOptions
     from streamsoup.search.greedy import greedy_soup as greedy_soup
@@ -81,6 +96,7 @@ if TYPE_CHECKING:
     from streamsoup.study.landscape.landscape import landscape as landscape
     from streamsoup.study.landscape.paths import sweep as sweep
     from streamsoup.study.report.comparison import write_report as write_report
+    from streamsoup.tensors import TensorSpec as TensorSpec
 
 
 __all__ = sorted(_HOMES)

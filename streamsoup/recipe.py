@@ -30,6 +30,7 @@ __all__ = [
     "Recipe",
     "UnknownRule",
     "is_tagged",
+    "rule_name",
 ]
 
 ARITHMETIC = "float64, recipe order, product rounded then added, one division, one rounding"
@@ -284,6 +285,12 @@ class UnknownRule:
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
         """Raise `RecipeError`."""
         raise RecipeError(f"{self!r} makes nothing")
+
+
+def rule_name(rule: object) -> str:
+    """Return the tag of a rule, or of what is not one, the name of its type."""
+    tag = getattr(getattr(type(rule), "__struct_config__", None), "tag", None)
+    return tag if isinstance(tag, str) else type(rule).__name__
 
 
 def is_tagged(kind: type) -> bool:

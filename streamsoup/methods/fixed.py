@@ -18,9 +18,10 @@ from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
 from streamsoup.output.make import Soup, make, order
-from streamsoup.recipe import Coefficients
+from streamsoup.recipe import Coefficients, rule_name
+from streamsoup.rule import Rule
 
-__all__ = ["interpolate", "mix", "uniform"]
+__all__ = ["apply", "interpolate", "mix", "uniform"]
 
 
 def uniform(
@@ -80,4 +81,34 @@ def interpolate(
         raise RecipeError(f"alpha {alpha} is not finite")
     coefficients = Coefficients.given((1.0 - alpha, alpha))
     ordered = order([base, fine_tuned], Linear(coefficients), method="interpolate", options=options)
+    return make(ordered, output=output, options=options)
+
+
+def apply(
+    ingredients: Iterable[AnyIngredient],
+    rule: Rule,
+    *,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Make a soup by any rule, those from outside the package included.
+
+    Args:
+        ingredients: Checkpoints in the order that the rule expects; a base, if it has one, is
+            usually the first.
+        rule: What becomes of each tensor: see `streamsoup.Rule`.
+        output: Folder to write.
+        options: As for every verb.
+
+    Returns:
+        The soup. Its provenance holds the rule with its parameters; `verify` needs the type of a
+        rule from outside (``rules=[...]``).
+
+    Raises:
+        RecipeError: The rule refuses these ingredients.
+        StreamsoupError: Whatever `uniform` raises.
+
+    Reads the ingredients as often as the rule has passes; holds what the rule says beside blocks.
+    """
+    ordered = order(ingredients, rule, method=rule_name(rule), options=options)
     return make(ordered, output=output, options=options)

@@ -24,7 +24,8 @@ def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coe
 
     A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
     under ``recipe.rule.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``.
-    Raises `RecipeError` for a file without them, and if `normalize` is to divide anything but a list.
+    Raises `RecipeError` for a file without them, and if `normalize` is to divide anything but a
+    list.
     """
     if not isinstance(given, (str, os.PathLike, Coefficients)):
         return Coefficients.given(given, normalize=normalize)

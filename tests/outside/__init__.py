@@ -1,0 +1,1 @@
+"""Packages as somebody else would write them: they import public names of streamsoup alone."""
