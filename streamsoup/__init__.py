@@ -13,6 +13,8 @@ from streamsoup.version import __version__ as __version__
 _HOMES = {
     "Block": "rule",
     "Coefficients": "recipe",
+    "Leaf": "engine.plan",
+    "Ledger": "engine.stream",
     "Linear": "engine.rules.linear",
     "CompareOptions": "study.comparison.table",
     "Geometry": "methods.angles",
@@ -20,6 +22,7 @@ _HOMES = {
     "Ingredient": "formats.shards",
     "LearnedSoup": "search.learned",
     "LearningOptions": "search.learning.descending",
+    "MixPlan": "engine.plan",
     "Options": "options",
     "Provenance": "recipe",
     "Recipe": "recipe",
@@ -28,6 +31,8 @@ _HOMES = {
     "Rule": "rule",
     "RuleMemory": "rule",
     "SearchOptions": "search.greedy",
+    "Sink": "engine.stream",
+    "SinkSession": "engine.stream",
     "Soup": "output.make",
     "StreamsoupError": "errors",
     "TensorSpec": "tensors",
@@ -43,11 +48,13 @@ _HOMES = {
     "learned_soup": "search.learned",
     "mix": "methods.fixed",
     "mix_into": "live.mix",
+    "mix_to": "live.streams",
     "open_ingredients": "formats.shards",
     "recalibrate": "live.recalibration",
     "slerp": "methods.closed",
     "stock": "methods.closed",
     "sweep": "study.landscape.paths",
+    "stream_mix": "live.streams",
     "uniform": "methods.fixed",
     "verify": "output.verification",
     "write_report": "study.report.comparison",
@@ -56,13 +63,20 @@ _HOMES = {
 """Public names, and the rooms they live in: each is imported on first use."""
 
 if TYPE_CHECKING:
+    from streamsoup.engine.plan import Leaf as Leaf
+    from streamsoup.engine.plan import MixPlan as MixPlan
     from streamsoup.engine.rules.linear import Linear as Linear
+    from streamsoup.engine.stream import Ledger as Ledger
+    from streamsoup.engine.stream import Sink as Sink
+    from streamsoup.engine.stream import SinkSession as SinkSession
     from streamsoup.errors import RecipeError as RecipeError
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.formats.shards import Ingredient as Ingredient
     from streamsoup.formats.shards import open_ingredients as open_ingredients
     from streamsoup.live.mix import mix_into as mix_into
     from streamsoup.live.recalibration import recalibrate as recalibrate
+    from streamsoup.live.streams import mix_to as mix_to
+    from streamsoup.live.streams import stream_mix as stream_mix
     from streamsoup.methods.angles import Geometry as Geometry
     from streamsoup.methods.angles import geometry as geometry
     from streamsoup.methods.closed import arithmetic as arithmetic

@@ -21,8 +21,8 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import ChangedIngredientError, MismatchError, RecipeError, TaskError
 from streamsoup.formats.shards import open_ingredients
+from streamsoup.live import model as live
 from streamsoup.live.model import ModelSink, tensors_of
-from streamsoup.live.model import model as live
 from streamsoup.live.recalibration import recalibrate
 from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients

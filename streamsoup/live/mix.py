@@ -16,7 +16,8 @@ from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.engine.device import OnDevice, RunningSum, find_device
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.read import Kept, open_reader
-from streamsoup.engine.reduce import Engine, Mix, Reducer
+from streamsoup.engine.reduce import Engine, Reducer
+from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, RecipeError
@@ -28,7 +29,7 @@ from streamsoup.live.candidates import Candidates
 from streamsoup.live.model import ModelSink
 from streamsoup.live.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.options import Options, check_options, take
-from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
+from streamsoup.output.coefficients import AnyRule, find_rule
 from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.sizes import nbytes_text
@@ -94,7 +95,7 @@ class LiveMix:
 
     def reducer(self, part: MixPlan) -> tuple[Reducer, MemoryPlan]:
         """Give what `stream.run` needs to mix a part of the plan. Raises `BudgetError`."""
-        if self._found is not None:
+        if self._found is not None and isinstance(part.recipe.rule, Linear):
             mix = self._found.mix(part, target=self._target, lanes=self._lanes)
             return mix, self._found.plan.memory
         memory = plan_memory(
@@ -103,35 +104,36 @@ class LiveMix:
             threads=self._options.n_threads,
             budget=memory_budget(part, self._options.memory),
         )
-        return Mix(part, memory, self._engine or Engine(part)), memory
+        return reducer_of(part, memory, self._engine), memory
 
 
 def mix_into(
     model: nn.Module,
     ingredients: Iterable[AnyIngredient],
-    coefficients: AnyCoefficients | None = None,
+    coefficients: AnyRule | None = None,
     *,
     normalize: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Recipe:
-    """Put Σᵢ cᵢ·θᵢ into the parameters and buffers of `model`, in place; give the recipe.
+    """Put Σᵢ cᵢ·θᵢ into the parameters and buffers of `model`, in place; return the recipe.
 
-    Without `coefficients`, the mean. Sums are made on the device of the model (`Options.device`
-    ``auto``) or on the one that is named. Writes nothing to disk; holds blocks only. Each result
-    is rounded once, to the dtype of the ingredients or `Options.dtype`, and has the bytes that
-    `mix` would write. The model may be an ingredient itself. Raises what `mix` raises, and
-    `MismatchError` where the model does not fit, or an ingredient lies in its memory in another
-    way; after any other error, the model holds part of the mix.
+    Without `coefficients`, the mean; they may be any rule, which is applied on the CPU. Sums are
+    made on the device of the model (`Options.device` ``auto``) or on the one that is named. Writes
+    nothing to disk; holds blocks only. Each result is rounded once, to the dtype of the ingredients
+    or `Options.dtype`, and has the bytes that `mix` would write. The model may be an ingredient
+    itself. Raises what `mix` raises, and `MismatchError` where the model does not fit, or an
+    ingredient lies in its memory in another way; after any other error, the model holds part of the
+    mix.
     """
     check_options(options, Options)
     if coefficients is None:
         ingredients = open_ingredients(ingredients)
-        coefficients = Coefficients.uniform(len(ingredients))
+        coefficients = Linear(Coefficients.uniform(len(ingredients)))
     else:
         told = take("bool", "normalize", normalize)
-        coefficients = find_coefficients(coefficients, normalize=told)
+        coefficients = find_rule(coefficients, normalize=told)
     on_host = replace(options, device="cpu")
-    ordered = order(ingredients, Linear(coefficients), method="mix", options=on_host)
+    ordered = order(ingredients, coefficients, method="mix", options=on_host)
     plan = ordered.plan
     sink = ModelSink(model, plan)
     sink.check_in_place()

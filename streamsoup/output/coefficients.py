@@ -12,11 +12,15 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.side_files import pieces
 from streamsoup.recipe import PROVENANCE_NAME, Coefficients, Recipe
+from streamsoup.rule import Rule
 
-__all__ = ["AnyCoefficients", "coefficients_of", "find_coefficients"]
+__all__ = ["AnyCoefficients", "AnyRule", "coefficients_of", "find_coefficients", "find_rule"]
 
 AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
 """A factor for each ingredient, or a file or soup that holds them, for each tensor too."""
+
+AnyRule = AnyCoefficients | Rule
+"""Coefficients, or a rule that makes something else of the ingredients."""
 
 
 def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
@@ -32,6 +36,15 @@ def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coe
     if normalize:
         raise RecipeError("only a list of factors can be normalized, one for each ingredient")
     return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
+
+
+def find_rule(given: AnyRule, *, normalize: bool = False) -> Rule:
+    """Return a rule as it is, or the linear one with the coefficients of `find_coefficients`."""
+    if isinstance(given, Rule):
+        if normalize:
+            raise RecipeError("only a list of factors can be normalized, one for each ingredient")
+        return given
+    return Linear(find_coefficients(given, normalize=normalize))
 
 
 _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
