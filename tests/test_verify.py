@@ -7,11 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import xxhash
 from checkpoints import command, random_model, save, save_sharded, tensor
 
-from streamsoup import Options, uniform, verify
+from streamsoup import Options, mix, uniform, verify
 from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.errors import RecipeError, StreamsoupError, VerificationError
 from streamsoup.recipe import Provenance
@@ -221,3 +223,24 @@ def test_the_command_line_says_it_in_words(kitchen: Path) -> None:
     assert (broken.returncode, broken.stdout) == (1, "")
     expected = "is not what its provenance says: config.json has changed; restore what has changed"
     assert broken.stderr == f"error: {kitchen}/out: {expected}, or make the soup again\n"
+
+
+def test_provenance_of_before_rules_still_verifies(tmp_path: Path) -> None:
+    """Coefficients lay in the recipe itself once, under another checksum: such soups verify."""
+    paths = [save(tmp_path / f"m{i}", {"t": tensor(np.full(9, i, np.float32))}) for i in range(2)]
+    soup = mix(paths, [0.1, 0.9], output=tmp_path / "soup")
+    where = Path(soup.path) / "streamsoup.json"
+    plain = msgspec.json.decode(where.read_bytes())
+    rule = plain["recipe"].pop("rule")
+    plain["recipe"] = {
+        "ingredients": plain["recipe"].pop("ingredients"),
+        "coefficients": {"values": rule["coefficients"]["values"]},
+        **plain["recipe"],
+    }
+    plain["checksum"] = xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain | {"checksum": ""}))
+    where.write_bytes(msgspec.json.format(msgspec.json.encode(plain), indent=1))
+    assert verify(soup.path).rederived
+    plain["recipe"]["coefficients"]["values"] = [0.2, 0.8]
+    where.write_bytes(msgspec.json.encode(plain))
+    with pytest.raises(VerificationError, match=r"streamsoup\.json has changed"):
+        verify(soup.path)
