@@ -278,7 +278,7 @@ class UnknownRule:
             f"{__version__}; give its class, as in verify(soup, rules=[...])"
         )
 
-    def memory(self, n_ingredients: int) -> RuleMemory:
+    def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
         """Return that it holds nothing."""
         return RuleMemory()
 

@@ -119,8 +119,8 @@ class Rule(Protocol):
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
         """Raise `RecipeError` unless the rule fits ingredients with tensors of these names."""
 
-    def memory(self, n_ingredients: int) -> RuleMemory:
-        """Return what a reduction holds; the plan bounds the memory of the process with it."""
+    def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
+        """Return what a reduction of any of these tensors holds at most; the plan counts with it."""
 
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
         """Return a reduction for a group of tensors, in the order in which leaves are merged."""

@@ -11,6 +11,7 @@ import msgspec
 from streamsoup.engine.plan import NOTES, MixPlan
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError
+from streamsoup.rule import RuleMemory
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import DType
 
@@ -124,8 +125,7 @@ def plan_memory(
 
 def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
     """Choose blocks for a rule that is given blocks of all ingredients at once."""
-    k, rule = len(plan.ingredients), plan.recipe.rule
-    held = rule.memory(k)
+    k, held = len(plan.ingredients), rule_memory(plan)
     widest = max((tensor.dtype.itemsize for tensor in plan.reduced), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # Each element of a block: its result in float64 and rounded, what looking for the cause of a
@@ -182,8 +182,14 @@ def fixed_nbytes(plan: MixPlan) -> int:
     specs = sum(1400 + 7 * len(name) for layout in plan.layouts for name in layout.places)
     # A row of digests and a number for each leaf; the text of a record, four times over.
     leaves = (17 * rows + 64) * plan.n_leaves + 128 * rows * NOTES
-    own = plan.recipe.rule.memory(len(plan.ingredients)).fixed
+    own = rule_memory(plan).fixed
     return PROCESS_NBYTES + 1200 * n_shards + specs + leaves + own
+
+
+def rule_memory(plan: MixPlan) -> RuleMemory:
+    """Return what the recipe's rule says that it holds."""
+    specs = [tensor.spec for tensor in plan.reduced]
+    return plan.recipe.rule.memory(specs, len(plan.ingredients))
 
 
 def opening_nbytes(plan: MixPlan) -> int:

@@ -30,7 +30,7 @@ class OutsideTies(msgspec.Struct, frozen=True, tag="outside-ties", forbid_unknow
         if n_ingredients < 2:
             raise RecipeError("TIES needs a base and at least one ingredient")
 
-    def memory(self, n_ingredients: int) -> RuleMemory:
+    def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
         """Count the base, one task vector, its key, and sums; a histogram for each task vector."""
         histograms = 8 * 65536 * (n_ingredients - 1)
         return RuleMemory(per_element=64, per_leaf=histograms, per_group=histograms)

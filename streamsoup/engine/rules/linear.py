@@ -60,7 +60,7 @@ class Linear(msgspec.Struct, frozen=True, tag="linear", forbid_unknown_fields=Tr
                 "out, or take them from a soup of the same architecture"
             )
 
-    def memory(self, n_ingredients: int) -> RuleMemory:
+    def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
         """Count one product for each element, and the coefficients of single tensors."""
         own = NUMBER_NBYTES * sum(map(len, self.coefficients.per_tensor.values()))
         return RuleMemory(per_element=24, fixed=own)
