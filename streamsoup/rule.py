@@ -120,7 +120,7 @@ class Rule(Protocol):
         """Raise `RecipeError` unless the rule fits ingredients with tensors of these names."""
 
     def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
-        """Return what a reduction of any of these tensors holds at most; the plan counts with it."""
+        """Return the most that a reduction of these tensors holds; the plan counts with it."""
 
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
         """Return a reduction for a group of tensors, in the order in which leaves are merged."""

@@ -117,7 +117,7 @@ import streamsoup
 from outside.ties import OutsideTies
 from streamsoup.engine import plan, stream
 from streamsoup.output import write
-plan.LEAF, stream.CHECKPOINT_S, stream.ALONE_NBYTES, stream.TICK_S = 4096, 0.0, -1, 0.001
+plan.LEAF, stream.CHECKPOINT_S, stream.ALONE_NBYTES, stream.TICK_S = 4096, 1e9, -1, 0.001
 made = stream._Pass.make_leaf
 n = 0
 def make_leaf(self, *arguments):
