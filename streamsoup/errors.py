@@ -51,6 +51,7 @@ __all__ = [
     "UnsupportedDtypeError",
     "VerificationError",
     "check_choice",
+    "count",
     "is_plain",
     "printable",
     "signal_name",
@@ -155,6 +156,16 @@ def check_choice(what: str, value: object, known: Collection[str]) -> None:
     """Raise `RecipeError` for a word that is none of the known ones. Types alone check nothing."""
     if not isinstance(value, str) or value not in known:
         raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
+
+
+def count(n: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> count(1, "tensor"), count(2, "tensor"), count(0, "loss")
+    ('1 tensor', '2 tensors', '0 losses')
+    """
+    plural = f"{noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
+    return f"{n} {noun if n == 1 else plural}"
 
 
 def is_plain(text: str) -> bool:

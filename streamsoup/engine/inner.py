@@ -248,6 +248,19 @@ class _Worker:
         arrays = [blocks.array_of(block) for block in inputs]
         self._reduction.multiply(self._tensor, self._start, self._n, arrays, dtypes, self._results)
         self.spoiled = not bool(np.isfinite(self._results).all())
+        if self.spoiled and len(arrays) > 1:
+            self._pass_over_masks(arrays, dtypes)
+
+    def _pass_over_masks(self, arrays: Sequence[Array], dtypes: Sequence[DType]) -> None:
+        """Count grains that are not finite as zero where all ingredients hold the same bytes."""
+        for row in np.flatnonzero(~np.isfinite(self._results).all(axis=1)):
+            grains = [
+                array[row * GRAIN * dtype.itemsize : (row + 1) * GRAIN * dtype.itemsize]
+                for array, dtype in zip(arrays, dtypes, strict=True)
+            ]
+            if len(set(dtypes)) == 1 and all(np.array_equal(grains[0], g) for g in grains[1:]):
+                self._results[row] = 0.0
+        self.spoiled = not bool(np.isfinite(self._results).all())
 
     def result(self) -> Bytes:
         """Give the numbers of each grain of the block."""

@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 import msgspec
 import xxhash
@@ -260,6 +260,10 @@ class _Pass:
         self.errors: list[BaseException] = []
         self.nbytes_done = 0
         self.n_working = memory.threads
+        self.kept: dict[int, bool] = {}
+        """Tensors that are not finite, by number: whether they are kept, see `masks.is_kept`."""
+        self.restored: set[int] = set()
+        """Those of them whose results are changed here, so that no kernel may digest them."""
 
     def work(self) -> None:
         """Take leaves until there are none, or somebody failed."""
@@ -360,7 +364,9 @@ class _Pass:
                 worker.add(first, inputs)
             ends = start + n_units == end
             under_way.append(_Block(leaf, start, n_units, digests, hashes, ends))
-            self.deliver(worker.n_ahead, reading, writing, worker, under_way)
+            if not self.deliver(worker.n_ahead, reading, writing, worker, under_way):
+                self.make_leaf(task, reading, writing, worker, under_way)
+                return
 
     def deliver(
         self,
@@ -369,14 +375,18 @@ class _Pass:
         writing: SinkSession,
         worker: Worker,
         under_way: deque[_Block],
-    ) -> None:
-        """Hand results to the sink, the oldest first, until `n_ahead` are under way."""
+    ) -> bool:
+        """Hand results to the sink, the oldest first, until `n_ahead` are under way.
+
+        Return False where a kernel has digested what is not the result: its leaf is to be made
+        once more, without digests of the kernel.
+        """
         while len(under_way) > n_ahead:
             block = under_way.popleft()
             result = worker.result()
             if worker.spoiled and self.plan.recipe.non_finite == "refuse":
-                tensor = self.plan.tensors[block.leaf.tensor]
-                self.explain(tensor, block.start, block.n_units, reading)
+                if self.restores(block, result, reading) and block.digests is not None:
+                    return False
             if block.hashes:
                 block.hashes[0].update(result)
             writing.write(block.leaf, block.start, result)
@@ -384,6 +394,7 @@ class _Pass:
                 made = [digest.digest() for digest in block.hashes]
                 digests = block.digests.joined() if block.digests else b"".join(made)
                 self.finish(block.leaf, digests)
+        return True
 
     def finish(self, leaf: Leaf, digests: bytes) -> None:
         """Take note of a leaf that is complete."""
@@ -395,7 +406,31 @@ class _Pass:
                 leaf.n_units * tensor.unit_nbytes_in(layout) for layout in self.plan.layout_of
             )
 
-    def explain(self, tensor: PlannedTensor, start: int, n_units: int, reading: Session) -> None:
+    def restores(self, block: _Block, result: Bytes, reading: Session) -> bool:
+        """Return True if a mask was put back into a result that is not finite; see `masks`.
+
+        Raises `NonFiniteError` for a result that is no mask.
+        """
+        from streamsoup.engine.masks import is_kept, restore
+
+        number = block.leaf.tensor
+        tensor = self.plan.tensors[number]
+        if self.plan.measures:
+            self.explain(tensor, block.start, block.n_units, reading)
+        if number not in self.kept:
+            self.kept[number] = is_kept(self.plan, tensor, self.memory.block, reading)
+        if self.kept[number]:
+            (given,) = reading.block(tensor, 0, 1, block.start, block.n_units)
+            changed = restore(self.plan, tensor, given, result)
+            if changed:
+                self.restored.add(number)
+            if changed is not None:
+                return changed
+        self.explain(tensor, block.start, block.n_units, reading)
+
+    def explain(
+        self, tensor: PlannedTensor, start: int, n_units: int, reading: Session
+    ) -> NoReturn:
         """Raise `NonFiniteError`, naming the ingredient and the element that brought it in."""
         from streamsoup.kernels.blocks import first_non_finite
 

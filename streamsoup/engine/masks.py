@@ -1,0 +1,90 @@
+"""Buffers such as a −inf attention mask: not finite, and the same in every ingredient.
+
+No mean is needed where all ingredients agree, so such a tensor is no reason to stop. The rule is
+one for the whole tensor, so that it does not depend on how a pass is cut into blocks: its bytes
+are the same in all ingredients. Its non-finite elements are then those of the ingredients, also
+where the arithmetic would make NaN of them (−inf · 0), and the finite ones are summed as always.
+A NaN is written in the one form that stands for every NaN (`tensors.DType.nan`).
+"""
+
+from __future__ import annotations
+
+import math
+
+from streamsoup.engine.plan import MixPlan, PlannedTensor
+from streamsoup.engine.read import Session
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.system.buffers import Bytes
+
+__all__ = ["is_kept", "restore"]
+
+TOLERANCE = 1e-9
+"""How far from 1 a sum of coefficients may be that was meant to be 1: rounding of 10⁶ of them."""
+
+
+def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) -> bool:
+    """Return True if all ingredients hold the same bytes for `tensor`, and the soup keeps them.
+
+    False where coefficients do not sum to 1: the soup of equal tensors is then another. A pass of
+    coefficients 1 that sums up to its divisor at most is a part of a mean. Of one ingredient
+    alone, only −inf is kept, as a mask; NaN and +inf are more likely its fault. Reads the tensor
+    from all ingredients, `block` units at a time, until they differ.
+    """
+    from streamsoup.kernels.blocks import array_of, widen
+
+    if not isinstance(plan.recipe.rule, Linear):
+        return False
+    factors, divisor = plan.recipe.rule.coefficients.of(tensor.name)
+    part_of_mean = set(factors) == {1.0} and len(factors) <= divisor
+    if not part_of_mean and abs(math.fsum(factors) / divisor - 1) > TOLERANCE:
+        return False
+    dtypes = [tensor.sources[layout].dtype for layout in plan.layout_of]
+    if any(dtype is not dtypes[0] for dtype in dtypes):
+        return False
+    k = len(plan.ingredients)
+    for start in range(0, tensor.n_units, block):
+        n_units = min(block, tensor.n_units - start)
+        (first,) = (bytes(each) for each in reading.block(tensor, 0, 1, start, n_units))
+        if k == 1:
+            values = widen(array_of(memoryview(first)), dtypes[0])
+            if not ((values == -math.inf) | (abs(values) < math.inf)).all():
+                return False
+        for i in range(1, k):
+            (other,) = reading.block(tensor, i, i + 1, start, n_units)
+            if other != first:
+                return False
+    return True
+
+
+def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -> bool | None:
+    """Put the non-finite elements of `given` into `result`, a block of the soup.
+
+    `given` is the block of any ingredient, all being the same. Return True if that changed bytes,
+    False if not, and None where the result cannot be kept: an element is not finite though that of
+    the ingredients is, or it went straight to a device, which holds another value.
+    """
+    import numpy as np
+
+    from streamsoup.kernels.blocks import array_of, narrow, widen
+
+    dtype = tensor.sources[plan.layout_of[0]].dtype
+    with np.errstate(invalid="ignore"):
+        values = widen(array_of(given), dtype).astype(np.float64)
+    bad = ~np.isfinite(values)
+    if not len(result):  # on a device: right where every product is the infinity itself
+        assert isinstance(plan.recipe.rule, Linear)
+        factors, _ = plan.recipe.rule.coefficients.of(tensor.name)
+        return False if min(factors) > 0 and not np.isnan(values).any() else None
+    made = np.asarray(array_of(result))
+    elements = made.reshape(-1, tensor.dtype.itemsize)
+    with np.errstate(invalid="ignore"):
+        floats = widen(made, tensor.dtype)
+    if not np.isfinite(floats[~bad]).all():
+        return None
+    wanted = np.empty_like(elements)
+    values[~bad] = 0.0
+    narrow(values, tensor.dtype, wanted.reshape(-1))
+    if np.array_equal(elements[bad], wanted[bad]):
+        return False
+    elements[bad] = wanted[bad]
+    return True
