@@ -85,6 +85,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     always done with BatchNorm's ``num_batches_tracked``."""
     non_finite: Literal["refuse", "propagate"] = "refuse"
     """NaN and Inf in the soup: refuse, naming where they come from, or let them pass."""
+    config: Literal["same", "first"] = "same"
+    """Configurations and tokenizers that change what weights mean: refuse where they differ, or
+    take those of the first ingredient. Token ids that are in another order are always refused."""
     memory: int | str | None = None
     """Anonymous memory of the whole process, at its peak; None for 150 MB, or what a plan of more
     than some 5,000 tensors takes."""

@@ -105,6 +105,14 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         own = self.per_tensor.get(tensor)
         return (self.values, self.divisor) if own is None else (own, 1.0)
 
+    def is_affine(self, tensor: str) -> bool:
+        """Return True if the factors of a tensor sum to its divisor, but for rounding.
+
+        Then the soup of equal tensors is that tensor, so that a copy stands for it.
+        """
+        factors, divisor = self.of(tensor)
+        return abs(math.fsum(factors) / divisor - 1) <= 1e-9
+
     def check(self, n_ingredients: int) -> None:
         """Raise `RecipeError` unless every tensor has one finite factor for each ingredient."""
         rows: list[tuple[str, tuple[float, ...]]] = [("", self.values), *self.per_tensor.items()]

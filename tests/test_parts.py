@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from checkpoints import command, load, save, tensor
 
-from streamsoup import Options, geometry, mix, uniform
-from streamsoup.engine.plan import MixPlan, plan_mix
+from streamsoup import Options, geometry, mix, uniform, verify
+from streamsoup.engine.plan import LEAF, MixPlan, plan_mix
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import MismatchError
 from streamsoup.formats.shards import open_ingredients
@@ -128,16 +128,103 @@ def planned(paths: list[Path]) -> MixPlan:
 
 @pytest.mark.parametrize("library", CODES)
 def test_codes_beside_their_scales_are_refused(library: str, tmp_path: Path) -> None:
-    """Codes of any library, equal or not, are refused with file, tensor and advice."""
+    """Codes of any library are never averaged: refused by name where a copy would not do."""
     named, model = CODES[library]
     paths = [store(tmp_path / name, model | {"z.weight": W}) for name in "ab"]
-    with pytest.raises(MismatchError) as refused:
-        planned(paths)
-    assert str(refused.value) == (
-        f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {named} is a code "
-        "that a scale stands beside; averaging codes and scales apart makes no soup: dequantise "
-        "the ingredients first"
-    )
+    twice = Recipe(("a", "b"), Linear(Coefficients((1.0, 1.0))))
+    for refusing in (
+        lambda: plan_mix(open_ingredients(paths), twice),
+        lambda: geometry(paths),
+    ):
+        with pytest.raises(MismatchError) as refused:
+            refusing()
+        assert str(refused.value) == (
+            f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {named} is a "
+            "code that a scale stands beside; averaging codes and scales apart makes no soup: "
+            "dequantise the ingredients first, or use those they were quantised from"
+        )
+
+
+@pytest.mark.parametrize("non_float", ["same", "first"])
+@pytest.mark.parametrize("library", CODES)
+def test_codes_and_scales_that_are_the_same_are_copied(
+    library: str, non_float: str, tmp_path: Path
+) -> None:
+    """Equal codes under equal scales are copied, and the rest averaged; one other byte refuses."""
+    _, model = CODES[library]
+    rng = np.random.default_rng(0)
+    options = Options(non_float=non_float, dtype="f32")  # type: ignore[arg-type]
+
+    def filled(seed: int) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        rng = np.random.default_rng(seed)
+        whole = load(store(tmp_path / "x", model))
+        return {
+            name: (dtype, shape, rng.integers(0, 0x38, len(data), np.uint8).tobytes())
+            for name, (dtype, shape, data) in whole.items()
+        }
+
+    same = filled(0)
+    z = [tensor(rng.standard_normal(3).astype(np.float32)) for _ in "ab"]
+    bias = [tensor(rng.standard_normal(3).astype(np.float32)) for _ in "ab"]
+    module = next(iter(model)).rpartition(".")[0] or "m"
+    more = [{"z.weight": z[i], f"{module}.down_bias": bias[i]} for i in (0, 1)]
+    a, b = (save(tmp_path / "ab"[i], same | more[i]) for i in (0, 1))
+    soup = uniform([a, b], output=tmp_path / "out", options=options)
+    made = load(tmp_path / "out")
+    assert {name: made[name] for name in same} == same
+    wanted = (np.frombuffer(z[0][2], "f4").astype("f8") + np.frombuffer(z[1][2], "f4")) / 2
+    assert made["z.weight"][2] == wanted.astype("f4").tobytes()
+    assert made[f"{module}.down_bias"][2] not in (bias[0][2], bias[1][2])
+    assert any("of quantised weights, codes and scales, not averaged" in w for w in soup.warnings)
+    assert verify(tmp_path / "out").rederived
+    for name in same:
+        dtype, shape, data = same[name]
+        other = dtype, shape, bytes([data[0] ^ 1]) + data[1:]
+        c = save(tmp_path / "c", same | more[1] | {name: other})
+        with pytest.raises(MismatchError) as refused:
+            uniform([a, c], output=tmp_path / "no", options=options)
+        assert f"{c}/model.safetensors: {name}: this {dtype} tensor differs" in str(refused.value)
+        assert "a part of a quantised weight" in str(refused.value)
+        assert "--non-float" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "I16", "U32", "I64"])
+def test_blocks_beside_scales_are_codes_of_any_width(dtype: str, tmp_path: Path) -> None:
+    """Codes that are told by nothing but scales in their module are copied if equal alone."""
+    width = {"U8": 1, "I8": 1, "I16": 2, "U32": 4, "I64": 8}[dtype]
+    names = ("e.blocks", "e.scales"), ("e.gate_up_proj_blocks", "e.gate_up_proj_scales")
+    for codes, scales in names:
+        models = [
+            {codes: (dtype, (4,), bytes([i] * 4 * width)), scales: ("U8", (2,), b"ab")}
+            for i in (1, 2)
+        ]
+        paths = [save(tmp_path / "ab"[i], models[i]) for i in (0, 1)]
+        with pytest.raises(MismatchError, match="dequantise the ingredients first"):
+            uniform(paths, output=tmp_path / "out", options=Options(non_float="first"))
+
+
+def test_no_advice_makes_a_soup_of_codes_without_scales(tmp_path: Path) -> None:
+    """What may be codes is never advised to be taken from the first; indices are."""
+    for dtype, width, advised in (("U8", 1, False), ("I32", 4, False), ("I64", 8, True)):
+        paths = [
+            save(tmp_path / f"{dtype}{i}", {"w": (dtype, (3,), bytes([i] * 3 * width))})
+            for i in (1, 2)
+        ]
+        with pytest.raises(MismatchError) as refused:
+            uniform(paths, output=tmp_path / "out")
+        assert ("--non-float first" in str(refused.value)) == advised
+        assert ("codes of quantised weights" in str(refused.value)) != advised
+
+
+def test_large_scales_have_the_digests_of_floats(tmp_path: Path) -> None:
+    """A scale of several leaves is verified as it was written, quickly and in full."""
+    scale = np.ones(LEAF + 5, np.float32)
+    model = {"m.weight": ("I8", (8,), bytes(8)), "m.weight_scale": tensor(scale)}
+    paths = [save(tmp_path / name, model | {"z": tensor(np.ones(2))}) for name in "ab"]
+    uniform(paths, output=tmp_path / "out")
+    assert load(tmp_path / "out")["m.weight_scale"][2] == scale.tobytes()
+    assert not verify(tmp_path / "out", quick=True).rederived
+    assert verify(tmp_path / "out").rederived
 
 
 @pytest.mark.parametrize("model", PLAIN)
@@ -164,7 +251,10 @@ def test_factors_are_refused(name: str, tmp_path: Path) -> None:
         planned(paths)
     assert str(refused.value) == (
         f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {name} belongs to an "
-        "adapter, whose factors mean nothing apart: merge each adapter into its base first"
+        "adapter, whose factors mean nothing apart: merge each adapter into its base first, as by "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained('{paths[0]}').merge_and_unload()"
+        f".save_pretrained('{paths[0]}-merged')\""
     )
 
 
@@ -213,15 +303,14 @@ def test_an_adapter_file_is_one_whatever_it_holds(tmp_path: Path) -> None:
 
 
 def test_all_refusals_come_in_one_message(tmp_path: Path) -> None:
-    """Codes, factors and disagreements are listed together."""
+    """Codes, factors and disagreements are listed together, the likely causes first."""
     a = store(tmp_path / "a", {"m.weight": F8, "m.scale": ("F32", ()), "m.lora_A": W})
     b = store(tmp_path / "b", {"m.weight": F8, "m.scale": ("F32", ())})
     with pytest.raises(MismatchError) as refused:
         planned([a, b])
     lines = str(refused.value).splitlines()
-    assert len(lines) == 6
-    assert "lacks 1 tensor" in lines[1]
-    assert f"{a}/model.safetensors: m.weight is a code" in lines[2]
+    assert len(lines) == 5  # and no advice for other causes
+    assert f"{a}/model.safetensors: m.weight is a code" in lines[1]
+    assert f"{b}/model.safetensors: m.weight is a code" in lines[2]
     assert f"{a}/model.safetensors: m.lora_A belongs" in lines[3]
-    assert f"{b}/model.safetensors: m.weight is a code" in lines[4]
-    assert lines[5].startswith("leave out what is of another architecture")
+    assert "lacks 1 tensor" in lines[4]

@@ -651,7 +651,7 @@ def test_a_folder_that_was_removed_under_us(tmp_path: Path) -> None:
     script = """
 import os, sys, streamsoup, torch
 os.rmdir(os.getcwd())
-states = [{"w": torch.ones(2)}] * 2
+states = [{"w": torch.ones(2)}, {"w": torch.zeros(2) + 3}]
 print(streamsoup.uniform(states, output=sys.argv[1]).provenance.tensors.keys())
 try:
     streamsoup.uniform(["a", "b"], output=sys.argv[1] + "2")

@@ -19,7 +19,7 @@ from streamsoup.formats.shards import open_ingredients
 from streamsoup.formats.side_files import gather_side_files
 from streamsoup.tensors import DTYPES
 
-MODEL = {"w": tensor(np.zeros(3, np.float32))}
+MODEL = {"w": tensor(np.ones(3, np.float32))}
 KEPT = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),

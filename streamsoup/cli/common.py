@@ -104,6 +104,13 @@ REPORTING = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress, no warnings."),
 )
+CONFIG = click.option(
+    "--config",
+    type=click.Choice(["same", "first"]),
+    default="same",
+    show_default=True,
+    help="Configurations must mean the same, or come from the first.",
+)
 MAKING = stack(
     click.option("--dtype", default="same", show_default=True, help="f32, bf16, f16, f64, …"),
     click.option(
@@ -116,6 +123,7 @@ MAKING = stack(
         show_default=True,
         help="Integers must be the same, or come from the first.",
     ),
+    CONFIG,
     click.option(
         "--non-finite",
         type=click.Choice(["refuse", "propagate"]),
@@ -290,6 +298,7 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,
         "summed_on": soup.summed_on,
+        "warnings": list(soup.warnings),
     }
 
 

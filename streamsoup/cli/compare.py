@@ -51,6 +51,7 @@ RECALIBRATE = click.option(
     help="Of orders, pairs, intervals.",
 )
 @RECALIBRATE
+@common.CONFIG
 @common.RUNNING
 @common.REPORTING
 def compare(
@@ -129,6 +130,7 @@ def compare(
     help="Beyond the checkpoints, as a part of the longer side.",
 )  # fmt: skip
 @RECALIBRATE
+@common.CONFIG
 @common.RUNNING
 @common.REPORTING
 def landscape(

@@ -106,7 +106,7 @@ class ApplyWorker:
         self._tensor, self._start, self._n = tensor, start, n_units
         self._output = self._result[: n_units * tensor.unit_nbytes] if room is None else room
         if not tensor.is_reduced and room is None:
-            self._output = buffer(n_units)
+            self._output = buffer(n_units * tensor.unit_nbytes)
         self.spoiled = False
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:

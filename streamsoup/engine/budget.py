@@ -94,7 +94,7 @@ def plan_memory(
     if not isinstance(plan.recipe.rule, Linear):
         return _plan_blocks(plan, mapped=mapped, threads=threads, budget=budget)
     k = len(plan.ingredients)
-    widest = max((t.dtype.itemsize for t in plan.reduced), default=1)
+    widest = max((t.unit_nbytes for t in plan.tensors), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     group = k if mapped else min(k, READ_GROUP)
     # Each element of a block: its sum, its result, and what looking for the cause of a NaN makes of
@@ -126,7 +126,7 @@ def plan_memory(
 def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
     """Choose blocks for a rule that is given blocks of all ingredients at once."""
     k, held = len(plan.ingredients), rule_memory(plan)
-    widest = max((tensor.dtype.itemsize for tensor in plan.reduced), default=1)
+    widest = max((tensor.unit_nbytes for tensor in plan.tensors), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # Each element of a block: its result in float64 and rounded, what looking for the cause of a
     # NaN makes of it, what the rule holds, and the inputs where they are read rather than mapped.

@@ -50,6 +50,11 @@ class Digests:
         """Give a leaf's digests as they were put."""
         return bytes(self._table[leaf * self._row : (leaf + 1) * self._row])
 
+    def of_leaf(self, leaf: int, i: int) -> bytes:
+        """Return the digest of a leaf in ingredient `i` ``(0 … k-1)``."""
+        begin = leaf * self._row + (1 + i) * SIZE
+        return bytes(self._table[begin : begin + SIZE])
+
     def of_soup(self) -> dict[str, str]:
         """Give the digest of each tensor of the soup, by name."""
         return {

@@ -18,9 +18,6 @@ from streamsoup.system.buffers import Bytes
 
 __all__ = ["is_kept", "restore"]
 
-TOLERANCE = 1e-9
-"""How far from 1 a sum of coefficients may be that was meant to be 1: rounding of 10⁶ of them."""
-
 
 def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) -> bool:
     """Return True if all ingredients hold the same bytes for `tensor`, and the soup keeps them.
@@ -34,9 +31,10 @@ def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) 
 
     if not isinstance(plan.recipe.rule, Linear):
         return False
-    factors, divisor = plan.recipe.rule.coefficients.of(tensor.name)
+    coefficients = plan.recipe.rule.coefficients
+    factors, divisor = coefficients.of(tensor.name)
     part_of_mean = set(factors) == {1.0} and len(factors) <= divisor
-    if not part_of_mean and abs(math.fsum(factors) / divisor - 1) > TOLERANCE:
+    if not part_of_mean and not coefficients.is_affine(tensor.name):
         return False
     dtypes = [tensor.sources[layout].dtype for layout in plan.layout_of]
     if any(dtype is not dtypes[0] for dtype in dtypes):
@@ -47,7 +45,7 @@ def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) 
         (first,) = (bytes(each) for each in reading.block(tensor, 0, 1, start, n_units))
         if k == 1:
             values = widen(array_of(memoryview(first)), dtypes[0])
-            if not ((values == -math.inf) | (abs(values) < math.inf)).all():
+            if not (values < math.inf).all():
                 return False
         for i in range(1, k):
             (other,) = reading.block(tensor, i, i + 1, start, n_units)
@@ -74,7 +72,8 @@ def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -
     if not len(result):  # on a device: right where every product is the infinity itself
         assert isinstance(plan.recipe.rule, Linear)
         factors, _ = plan.recipe.rule.coefficients.of(tensor.name)
-        return False if min(factors) > 0 and not np.isnan(values).any() else None
+        infinite = all(factor > 0 for factor in factors) and not np.isnan(values).any()
+        return False if infinite else None
     made = np.asarray(array_of(result))
     elements = made.reshape(-1, tensor.dtype.itemsize)
     with np.errstate(invalid="ignore"):

@@ -19,7 +19,7 @@ from streamsoup.errors import MismatchError
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
-from streamsoup.formats.parts import ADAPTER_FILE, codes_in, factors_in
+from streamsoup.formats.parts import ADAPTER_FILE, factors_in, parts_of
 from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
 from streamsoup.rule import Rule
@@ -44,7 +44,7 @@ LEAF = 1 << 22
 NOTES = 256
 """Leaves noted in one record of the journal, whose text is held several times over."""
 
-Operation = Literal["mix", "same", "first"]
+Operation = Literal["mix", "same", "first", "code"]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -63,9 +63,10 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     operation: Operation
-    """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied."""
+    """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied;
+    ``code``: as ``same``, for a part of a quantised weight, whatever is told of other integers."""
     n_units: int
-    """Elements of a mixed tensor, bytes of a copied one."""
+    """Elements of a float, averaged or not; bytes of what is never averaged."""
     sources: tuple[Source, ...]
     """By layout number."""
     first_leaf: int
@@ -83,7 +84,7 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     @property
     def unit_nbytes(self) -> int:
         """Bytes of a unit in the soup."""
-        return self.dtype.itemsize if self.is_reduced else 1
+        return self.dtype.itemsize if self.dtype.averaged else 1
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +97,8 @@ class PlannedTensor(msgspec.Struct, frozen=True):
 
     def unit_nbytes_in(self, layout: int) -> int:
         """Bytes of a unit in ingredients of a layout."""
-        return self.sources[layout].dtype.itemsize if self.is_reduced else 1
+        source = self.sources[layout].dtype
+        return source.itemsize if source.averaged else 1
 
     @property
     def n_leaves(self) -> int:
@@ -218,18 +220,20 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
     problems, advice = disagreements(owners, convert=output is not None)
     is_copy = isinstance(recipe.rule, Linear) and recipe.rule.is_copy
+    coefficients = recipe.rule.coefficients if isinstance(recipe.rule, Linear) else None
+    coded, causes = parts_of(owners, coefficients, disagree=bool(problems))
     # Ingredients of one layout may differ in the names of their files, which tell adapters.
     adapters = [each for each in ingredients if ADAPTER_FILE in each.file_names]
     for owner in dict.fromkeys([*owners, *adapters[:1]]):
         # A lone adapter as it is stays one; a factor of its factors would count twice.
-        parts = (codes_in(owner), None if is_copy else factors_in(owner))
-        problems += [part for part in parts if part is not None]
-    if problems:
-        raise MismatchError(in_words(problems, advice))
+        factors = None if is_copy else factors_in(owner)
+        causes += [] if factors is None else [factors]
+    if causes or problems:
+        raise MismatchError(in_words([*causes, *problems], [] if causes else advice))
     tensors: list[PlannedTensor] = []
     n_leaves = 0
     for name, (_, spec) in layouts[0].places.items():
-        tensor = _plan_tensor(name, spec, layouts, recipe, output, n_leaves)
+        tensor = _plan_tensor(name, spec, layouts, recipe, output, n_leaves, name in coded)
         tensors.append(tensor)
         n_leaves += tensor.n_leaves
     return MixPlan(recipe, tuple(ingredients), tuple(layouts), layout_of, tuple(tensors), n_leaves)
@@ -272,9 +276,13 @@ def _plan_tensor(
     recipe: Recipe,
     output: DType | None,
     first_leaf: int,
+    is_coded: bool,
 ) -> PlannedTensor:
     found = [layout.places[name] for layout in layouts]
     sources = tuple(Source(shard, each.begin, each.dtype) for shard, each in found)
+    n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
+    if is_coded:
+        return PlannedTensor(name, spec.dtype, spec.shape, "code", n_units, sources, first_leaf)
     if spec.dtype.averaged:
         return PlannedTensor(
             name, output or spec.dtype, spec.shape, "mix", spec.n_elements, sources, first_leaf

@@ -216,7 +216,7 @@ def _range(
 ) -> tuple[int, int, int]:
     """Locate units of a tensor in ingredient `i`: shard number, first byte, end."""
     source = tensor.sources[plan.layout_of[i]]
-    size = source.dtype.itemsize if tensor.is_reduced else 1
+    size = source.dtype.itemsize if source.dtype.averaged else 1
     data_begin = plan.ingredients[i].shards[source.shard].data_begin
     begin = data_begin + source.offset + start * size
     return source.shard, begin, begin + n_units * size

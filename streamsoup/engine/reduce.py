@@ -19,6 +19,7 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.schedule import Schedule
 from streamsoup.errors import MismatchError, printable
+from streamsoup.formats.disagreements import differing
 from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
 from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
 from streamsoup.system.buffers import Bytes, address_of, buffer, is_same
@@ -265,7 +266,7 @@ class MixWorker:
         """Make room for sums ``(block,) float64`` and a result of the same length."""
         self._mix = mix
         plan, block = mix.plan, mix.memory.block
-        widest = max((t.dtype.itemsize for t in plan.reduced), default=1)
+        widest = max((t.unit_nbytes for t in plan.tensors), default=1)
         self._result = buffer(block * widest)
         self._sums = buffer(8 * block)
         self._digests: LeafDigests | None = None
@@ -373,8 +374,6 @@ def copy(
         return
     for i, block in enumerate(inputs, first):
         if not is_same(block, output):
-            raise MismatchError(
-                f"{plan.ingredients[i].where(tensor.name)}: this {tensor.dtype.name} tensor "
-                f"differs from that of {printable(plan.ingredients[0].name)}, and is not averaged; "
-                "--non-float first takes it from the first ingredient"
-            )
+            coded = tensor.operation == "code"
+            one, other = plan.ingredients[0], plan.ingredients[i]
+            raise MismatchError(differing(other, one, tensor.name, coded=coded))

@@ -384,9 +384,9 @@ class _Pass:
         while len(under_way) > n_ahead:
             block = under_way.popleft()
             result = worker.result()
-            if worker.spoiled and self.plan.recipe.non_finite == "refuse":
-                if self.restores(block, result, reading) and block.digests is not None:
-                    return False
+            spoiled = worker.spoiled and self.plan.recipe.non_finite == "refuse"
+            if spoiled and self.restores(block, result, reading) and block.digests is not None:
+                return False
             if block.hashes:
                 block.hashes[0].update(result)
             writing.write(block.leaf, block.start, result)
@@ -419,14 +419,15 @@ class _Pass:
             self.explain(tensor, block.start, block.n_units, reading)
         if number not in self.kept:
             self.kept[number] = is_kept(self.plan, tensor, self.memory.block, reading)
+        changed = None
         if self.kept[number]:
             (given,) = reading.block(tensor, 0, 1, block.start, block.n_units)
             changed = restore(self.plan, tensor, given, result)
-            if changed:
-                self.restored.add(number)
-            if changed is not None:
-                return changed
-        self.explain(tensor, block.start, block.n_units, reading)
+        if changed is None:
+            self.explain(tensor, block.start, block.n_units, reading)
+        if changed:
+            self.restored.add(number)
+        return changed
 
     def explain(
         self, tensor: PlannedTensor, start: int, n_units: int, reading: Session

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from streamsoup.errors import printable, some
+from streamsoup.errors import count, printable, some
 from streamsoup.formats.shards import Ingredient
+from streamsoup.tensors import TensorSpec
 
-__all__ = ["disagreements", "in_words"]
+__all__ = ["differing", "disagreements", "in_words"]
+
+Places = Mapping[str, tuple[int, TensorSpec]]
 
 _OTHER_NAMES = "leave out what is of another architecture, or save it with the same tensors"
 _OTHER_SHAPES = "leave out what is of another architecture, or has resized embeddings"
 _OTHER_FLOATS = "choose one dtype for all floats with --dtype"
 _OTHER_DTYPES = "save the tensors that are no floats in the same dtype"
-_ADVICE = (_OTHER_NAMES, _OTHER_SHAPES, _OTHER_FLOATS, _OTHER_DTYPES)
+_OTHER_PREFIX = "save each model itself, not its wrapper, so that all names are the same"
+_TIED_COPY = "save all with the same tie_word_embeddings, or write the copy into those that lack it"
+_ADVICE = (_OTHER_PREFIX, _TIED_COPY, _OTHER_NAMES, _OTHER_SHAPES, _OTHER_FLOATS, _OTHER_DTYPES)
+
+_WRAPPERS = {
+    "module.": "DataParallel, DistributedDataParallel or DeepSpeed",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+    "model.": "a model with a head, or a LightningModule",
+}
+"""Prefixes that wrappers put before names or into them, and who does."""
+
+_TIED = (
+    *("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight"),
+    *("embed_tokens.weight", "word_embeddings.weight", "shared.weight", "wte.weight"),
+    *("cls.predictions.decoder.weight", "lm_head.decoder.weight", "embed_in.weight"),
+    *("cls.predictions.decoder.bias", "lm_head.decoder.bias", "tok_embeddings.weight"),
+)
+"""How the names of tensors end that transformers ties to another."""
+
+_MASKS = frozenset({"BOOL", "I64"})
+"""Dtypes of masks and indices in torch; narrower integers may be codes of quantised weights."""
 
 
 def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[str], list[str]]:
     """List where ingredients differ from the first in names, shapes or dtypes, a line each.
 
     With `convert`, floats may have any dtype. Gives what to do about it, too, a line for each kind
-    of disagreement. Costs a look at each tensor.
+    of disagreement: for the likely cause alone, where one can be told. Costs a look at each tensor.
     """
     first = owners[0]
     places = first.layout.places
@@ -31,28 +57,21 @@ def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[
         theirs = other.layout.places
         lacking = [name for name in places if name not in theirs]
         extra = [name for name in theirs if name not in places]
-        if lacking:
-            problems.append(
-                f"{printable(other.name)} lacks {_count(lacking)} of {printable(first.name)}: "
-                f"{some(lacking)}"
-            )
-        if extra:
-            problems.append(
-                f"{printable(other.name)} has {_count(extra)} that {printable(first.name)} lacks: "
-                f"{some(extra)}"
-            )
         if lacking or extra:
-            advice.add(_OTHER_NAMES)
+            found = _by_prefix(first, other) or _by_tie(first, other, lacking, extra)
+            cause, todo = found or ("", _OTHER_NAMES)
+            problems += [cause] if found else _by_name(first, other, lacking, extra)
+            advice.add(todo)
         shapes, dtypes = [], []
         for name, (_, spec) in places.items():
             if name not in theirs:
                 continue
-            found = theirs[name][1]
-            if found.shape != spec.shape:
-                shapes.append(f"{printable(name)} {list(found.shape)} and {list(spec.shape)}")
-            averaged = found.dtype.averaged and spec.dtype.averaged
-            if found.dtype != spec.dtype and not (convert and averaged):
-                dtypes.append(f"{printable(name)} {found.dtype.name} and {spec.dtype.name}")
+            there = theirs[name][1]
+            if there.shape != spec.shape:
+                shapes.append(f"{printable(name)} {list(there.shape)} and {list(spec.shape)}")
+            averaged = there.dtype.averaged and spec.dtype.averaged
+            if there.dtype != spec.dtype and not (convert and averaged):
+                dtypes.append(f"{printable(name)} {there.dtype.name} and {spec.dtype.name}")
                 advice.add(_OTHER_FLOATS if averaged else _OTHER_DTYPES)
         if shapes:
             advice.add(_OTHER_SHAPES)
@@ -62,8 +81,95 @@ def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[
     return problems, [each for each in _ADVICE if each in advice]
 
 
+def _by_name(
+    first: Ingredient, other: Ingredient, lacking: list[str], extra: list[str]
+) -> Iterable[str]:
+    """Yield which names one has and the other lacks."""
+    one, two = printable(first.name), printable(other.name)
+    if lacking:
+        yield f"{two} lacks {_count(lacking)} of {one}: {some(lacking)}"
+    if extra:
+        yield f"{two} has {_count(extra)} that {one} lacks: {some(extra)}"
+
+
+def _by_prefix(first: Ingredient, other: Ingredient) -> tuple[str, str] | None:
+    """Return a line for names that are the same but for a wrapper's prefix, and what to do."""
+    ours, theirs = first.layout.places, other.layout.places
+    for prefix, wrapper in _WRAPPERS.items():
+        for wrapped, plain, has in ((theirs, ours, other), (ours, theirs, first)):
+            if not any(prefix in name for name in wrapped):
+                continue
+            if _bare(wrapped, prefix) == _bare(plain, prefix):
+                lone = next(name for name in wrapped if name not in plain)
+                return (
+                    f"the names in {printable(other.name)} and {printable(first.name)} differ by "
+                    f"{prefix!r} alone, which {wrapper} puts into {printable(has.name)}: "
+                    f"{printable(lone)}"
+                ), _OTHER_PREFIX
+    return None
+
+
+def _bare(names: Iterable[str], prefix: str) -> list[str]:
+    """Return the names without a prefix, in whichever part of them it stands."""
+    inside = "." + prefix
+    return sorted(name.removeprefix(prefix).replace(inside, ".") for name in names)
+
+
+def _by_tie(
+    first: Ingredient, other: Ingredient, lacking: list[str], extra: list[str]
+) -> tuple[str, str] | None:
+    """Return a line for what is likely a tied copy that one of them does not store."""
+    if lacking and extra:
+        return None
+    has, lacks, names = (first, other, lacking) if lacking else (other, first, extra)
+    places = has.layout.places
+    twins: list[str] = []
+    for name in names:
+        spec = places[name][1]
+        twin = next(
+            (
+                each
+                for each, (_, its) in lacks.layout.places.items()
+                if name.endswith(_TIED)
+                and each.endswith((*_TIED, "cls.predictions.bias", "lm_head.bias"))
+                and (its.shape, its.dtype) == (spec.shape, spec.dtype)
+            ),
+            None,
+        )
+        if twin is None:
+            return None
+        twins.append(f"{name} beside {twin}")
+    return (
+        f"{printable(has.name)} stores what {printable(lacks.name)} has once only, likely a tied "
+        f"copy: {some(twins)}"
+    ), _TIED_COPY
+
+
+def differing(ingredient: Ingredient, first: Ingredient, tensor: str, *, coded: bool) -> str:
+    """Return the message for a tensor that is not averaged, and differs from that of the first.
+
+    `coded` says that it is a part of a quantised weight. What may be one without a scale that is
+    found beside it gets no advice to take the first ingredient's: that would be another model's
+    code under our scales.
+    """
+    dtype = first.layout.places[tensor][1].dtype.name
+    what = f"{ingredient.where(tensor)}: this {dtype} tensor differs from that of "
+    what += printable(first.name)
+    if coded:
+        return (
+            f"{what}, and is a part of a quantised weight, of which codes and scales have no mean: "
+            "dequantise the ingredients first, or use those they were quantised from"
+        )
+    if dtype in _MASKS or first.layout.places[tensor][1].n_elements == 1:
+        return f"{what}, and is not averaged; --non-float first takes it from the first ingredient"
+    return (
+        f"{what}, and is not averaged; if it holds codes of quantised weights, dequantise the "
+        "ingredients first, else leave this ingredient out"
+    )
+
+
 def _count(items: Sequence[object]) -> str:
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
+    return count(len(items), "tensor")
 
 
 def in_words(problems: list[str], advice: list[str]) -> str:

@@ -17,13 +17,14 @@ from typing import NoReturn
 
 import msgspec
 
-from streamsoup.errors import FormatError, MismatchError, printable, some
+from streamsoup.errors import FormatError, printable, some
+from streamsoup.formats.configs import changes, read_config
 from streamsoup.formats.shards import Ingredient
-from streamsoup.formats.weights import PICKLES
+from streamsoup.formats.weights import PICKLES, names_in
 from streamsoup.system.regular import reading
 from streamsoup.tensors import TORCH_NAMES, DType
 
-__all__ = ["SideFile", "gather_side_files", "pieces"]
+__all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
 
 _WEIGHTS = (
     *(".safetensors", *PICKLES),
@@ -35,7 +36,11 @@ LEFT_OUT = (
     *("*.index.json", "*.index.*.json"),
     *("weights*.npz", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
     *("training_loss.png", "*_results.json", "latest", "zero_to_fp32.py"),
-    *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml", "events.out.*", "*.log"),
+    *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml"),
+    *("run.json", "events.out.*", "*.tfevents*", "*.log", "*.log.*", "nohup.out", "slurm-*.out"),
+    *("*logits*.np[yz]", "*logits*.json*", "*logits*.csv", "*logits*.parquet", "*logits*.txt"),
+    *("*predictions*.np[yz]", "*predictions*.json*", "*predictions*.csv", "*predictions*.txt"),
+    *("rng_state*", "optimizer_state*", "scheduler_state*", "wandb-*.json", "emissions.csv"),
 )
 """Weights, the state of a training run, and descriptions of the one model it came from."""
 
@@ -58,10 +63,6 @@ _OF_TRAINING = (
 LARGEST = 1_000_000_000
 """Bytes beyond which a file is no configuration and no tokenizer: left out, with a warning."""
 
-CONFIG_LIMIT = 4_000_000
-"""Bytes of a ``config.json`` that are read, and may take 25 times as much memory; models' have some
-thousands, or two millions with the names of 21,000 classes."""
-
 
 class SideFile(msgspec.Struct, frozen=True):
     """A file to put beside the soup."""
@@ -79,11 +80,9 @@ def gather_side_files(
 ) -> tuple[list[SideFile], list[str]]:
     """List the side files of the first ingredient, and warn where others have different ones.
 
-    With `dtype`, the configuration is made to say it. Raises `MismatchError` for a quantised
-    model. Reads the side files of all ingredients that have any.
+    With `dtype`, the configuration is made to say it. Reads the side files of all ingredients that
+    have any.
     """
-    for ingredient in ingredients:
-        _refuse_quantised(ingredient)
     first = ingredients[0].folder
     if first is None:
         beside = os.path.join(os.path.dirname(ingredients[0].path), "config.json")
@@ -95,11 +94,18 @@ def gather_side_files(
         ]
     names, strange, heavy = _walk(first)
     heavy = [name for name in heavy if name not in ingredients[0].file_names]
+    spare = [name for name in names_in(first) if name.endswith(".safetensors") and name[0] != "."]
+    spare = [name for name in spare if name not in {*ingredients[0].file_names, *heavy}]
     warnings = []
     if heavy:
         warnings.append(
             f"{printable(first)}: left out what may be weights of another model; if the soup needs "
             f"it, copy it there, or a soup of it: {some(heavy)}"
+        )
+    if spare:
+        warnings.append(
+            f"{printable(first)}: left out weights that are no part of "
+            f"{printable(ingredients[0].index_name or ingredients[0].file_names[0])}: {some(spare)}"
         )
     if strange:
         warnings.append(
@@ -125,9 +131,9 @@ def gather_side_files(
             continue
         theirs, _, _ = _walk(other.folder)
         different = [
-            name
+            text
             for name in sorted({*theirs, *names})
-            if not _equal(os.path.join(first, name), os.path.join(other.folder, name))
+            if (text := _difference(name, first, other.folder)) is not None
         ]
         if different:
             warnings.append(
@@ -135,6 +141,24 @@ def gather_side_files(
                 f"{printable(ingredients[0].name)}, which are used: {some(different)}"
             )
     return files, warnings
+
+
+def _difference(name: str, first: str, other: str) -> str | None:
+    """Return a side file's name where two folders differ in it, with the keys if it has any.
+
+    None where they do not, or in bookkeeping alone.
+    """
+    paths = os.path.join(first, name), os.path.join(other, name)
+    if is_equal(*paths):
+        return None
+    configs = [read_config(path) if name.endswith(".json") else None for path in paths]
+    if configs[0] is None or configs[1] is None:
+        return name
+    found = changes(configs[0], configs[1])
+    telling = [change for change in found if change.kind != "bookkeeping"]
+    if telling:
+        return f"{name} ({some(telling, 3)})"
+    return None  # or the same keys and values, written in another way
 
 
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
@@ -232,7 +256,8 @@ def _is_pointer(path: str) -> bool:
     return head.startswith(b"version https://git-lfs.github.com/")
 
 
-def _equal(a: str, b: str) -> bool:
+def is_equal(a: str, b: str) -> bool:
+    """Return True if two paths lead to regular files of the same content."""
     try:
         if os.path.samefile(a, b):
             return True
@@ -243,34 +268,9 @@ def _equal(a: str, b: str) -> bool:
         return False
 
 
-def _config(path: str) -> dict[str, object] | None:
-    if not _is_regular(path) or _size(path) > CONFIG_LIMIT:
-        return None
-    try:
-        config = json.loads(b"".join(pieces(path)))
-    except OSError as error:
-        raise FormatError(
-            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
-        ) from None
-    except (ValueError, RecursionError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _refuse_quantised(ingredient: Ingredient) -> None:
-    if ingredient.folder is None:
-        return
-    path = os.path.join(ingredient.folder, "config.json")
-    if (_config(path) or {}).get("quantization_config"):
-        raise MismatchError(
-            f"{printable(path)}: the model is quantised (quantization_config), and codes cannot "
-            "be averaged; use the ingredients it was quantised from"
-        )
-
-
 def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     """Make a model's configuration name the dtype of the soup, under the key it uses."""
-    config = _config(file.path) if file.name == "config.json" else None
+    config = read_config(file.path) if file.name == "config.json" else None
     if config is None:
         return file
     if not _say_dtype(config, TORCH_NAMES[dtype.name]):

@@ -26,6 +26,7 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
+from streamsoup.formats.parts import refuse_codes
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients, Recipe
@@ -227,6 +228,7 @@ def plan_geometry(
         dtype="F64",
         non_float="first",
     )
+    refuse_codes(opened)
     plan = replace(floats_of(plan_mix(opened, recipe)), measures=True)
     mapped = will_map(opened, options.io)
     n_rows = len(opened) + (base is None)

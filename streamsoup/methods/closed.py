@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, check_choice, printable, some
+from streamsoup.errors import RecipeError, check_choice, count, printable, some
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.options import Options, check_options, take
@@ -234,11 +234,15 @@ def slerp(
     places = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     straight: list[str] = []
+    opposite: list[str] = []
     for place in places:
-        factors = sphere_factors(place.gram if base is not None else _about_zero(place), shares)
+        gram = place.gram if base is not None else _about_zero(place)
+        factors = sphere_factors(gram, shares)
         if factors is None:
             straight.append(place.name)
             factors = shares
+            if _has_opposites(gram):
+                opposite.append(place.name)
         first = () if base is None else (1.0 - math.fsum(factors),)
         rows[place.name] = (*first, *map(float, factors))
     report = {
@@ -249,7 +253,24 @@ def slerp(
     del places
     first = () if base is None else (0.0,)
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
-    return _make(ingredients, coefficients, "slerp", report, output, options, base=base)
+    warnings = []
+    if opposite:
+        left = "zero" if base is None else "the base"
+        warnings.append(
+            f"{count(len(opposite), 'tensor')} pointing exactly opposite ways in two ingredients, "
+            "between which a sphere knows no way: the straight mean is taken, which is "
+            f"{left} where both have the same weight and length: {some(opposite)}"
+        )
+    return _make(
+        ingredients, coefficients, "slerp", report, output, options, base=base, warnings=warnings
+    )
+
+
+def _has_opposites(gram: Floats) -> bool:
+    """Return True if two vectors, of which `gram` holds the products, point opposite ways."""
+    norms = np.sqrt(np.diag(gram))
+    lengths = np.outer(norms, norms)
+    return bool(((gram < NEARLY_OPPOSITE * lengths) & (lengths > 0)).any())
 
 
 def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
@@ -363,6 +384,7 @@ def _make(
     output: str | os.PathLike[str],
     options: Options,
     base: AnyIngredient | None = None,
+    warnings: Sequence[str] = (),
 ) -> Soup:
     """Make the soup. A `base` comes before the ingredients, and the report names it."""
     if not isinstance(coefficients, Coefficients):
@@ -371,4 +393,5 @@ def _make(
     ordered = order(everything, Linear(coefficients), method=method, options=options)
     if base is not None:
         report = {"base": ordered.plan.ingredients[0].name} | dict(report)
-    return make(replace(ordered, report=report), output=output, options=options)
+    ordered = replace(ordered, report=report, warnings=[*ordered.warnings, *warnings])
+    return make(ordered, output=output, options=options)

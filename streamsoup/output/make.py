@@ -27,9 +27,11 @@ from streamsoup.errors import (
     printable,
     some,
 )
+from streamsoup.formats.meaning import check_meaning, check_quantised
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options, check_options
+from streamsoup.output import doubts
 from streamsoup.output.destination import check_output
 from streamsoup.output.staging import Staging
 from streamsoup.output.verification import read_provenance
@@ -72,6 +74,8 @@ class Soup(msgspec.Struct, frozen=True):
     """Whether an earlier run had finished it, and nothing but the last step was left to do."""
     summed_on: str = ""
     """On which device its sums were made, and why there; empty if an earlier run had made them."""
+    warnings: tuple[str, ...] = ()
+    """All that is doubtful about it, a line each; logged too."""
 
     def __repr__(self) -> str:
         """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
@@ -145,7 +149,10 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
             budget=memory_budget(plan, options.memory),
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
+    check_quantised(opened)
+    check_meaning(opened, config=options.config)
     side_files, warnings = gather_side_files(opened, dtype)
+    warnings += doubts.before(plan)
     mixed = plan.reduced
     narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
     if 0 < len(narrowed) < len(mixed):
@@ -178,16 +185,15 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     plan = ordered.plan
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
-        for warning in ordered.warnings:
-            log.warning("%s", warning)
+        _warned(ordered.warnings)
         with Staging(target, _fingerprint(ordered), overwrite=options.overwrite) as staging:
             if staging.finished:
                 staging.discard()
-                return _finished(target, plan, started)
+                return _finished(target, ordered, started)
             if staging.complete:
                 staging.commit(staging.complete)
-                return _finished(target, plan, started)
-            provenance = _fill(ordered, staging, options)
+                return _finished(target, ordered, started)
+            provenance, late = _fill(ordered, staging, options)
     except OutputExistsError as error:
         # A run that is killed when nothing is left to do, or was never told of as done, is none
         # that can be resumed: it is over.
@@ -210,11 +216,19 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         plan.nbytes_written,
         elapsed_s,
         summed_on=ordered.summed_on,
+        warnings=(*ordered.warnings, *_warned(late)),
     )
 
 
-def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
-    """Make everything in the staging folder, then put it in place."""
+def _warned(warnings: Sequence[str]) -> Sequence[str]:
+    """Log warnings, and return them."""
+    for warning in warnings:
+        log.warning("%s", warning)
+    return warnings
+
+
+def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str]]:
+    """Make everything in the staging folder, then put it in place; return what is doubtful."""
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
     sink = FileSink(plan, files, staging.folder)
@@ -241,7 +255,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> Provenance:
     for folder, _, _ in os.walk(staging.folder):
         sync_folder(folder)
     staging.commit(digest_bytes(text))
-    return provenance
+    return provenance, doubts.after(plan, provenance, digests)
 
 
 def _made_before(output: str, plan: MixPlan) -> bool:
@@ -270,10 +284,14 @@ def _not_written(output: str, error: OSError) -> OutputError:
     return wrapped
 
 
-def _finished(target: str, plan: MixPlan, started: float) -> Soup:
+def _finished(target: str, ordered: Order, started: float) -> Soup:
     """Describe a soup that an earlier run had made, all but for the last step."""
     elapsed_s = time.monotonic() - started
-    return Soup(target, plan.recipe, read_provenance(target), 0, 0, elapsed_s, finished=True)
+    provenance = read_provenance(target)
+    late = _warned(doubts.after(ordered.plan, provenance, None))
+    warnings = (*ordered.warnings, *late)
+    recipe = ordered.plan.recipe
+    return Soup(target, recipe, provenance, 0, 0, elapsed_s, finished=True, warnings=warnings)
 
 
 def _fingerprint(ordered: Order) -> str:

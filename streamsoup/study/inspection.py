@@ -53,6 +53,7 @@ def describe_order(ordered: Order) -> dict[str, Any]:
     operations = Counter(tensor.operation for tensor in plan.tensors)
     written = sum(file.nbytes for file in ordered.files.files)
     words = {"mix": "averaged", "same": "copied if equal", "first": "copied from the first"}
+    words["code"] = "copied if equal, as parts of quantised weights"
     return {
         "ingredients": [printable(ingredient.name) for ingredient in plan.ingredients],
         "tensors": ", ".join(f"{count} {words[name]}" for name, count in operations.items()),

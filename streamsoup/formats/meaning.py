@@ -1,0 +1,131 @@
+"""Whether the same numbers mean the same in all ingredients, as far as their side files say.
+
+A mean of weights under two configurations, or of embeddings in two orders, is a model of neither,
+and has the shapes of both. All that says so is refused by name, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from streamsoup.errors import FormatError, MismatchError, count, printable, some
+from streamsoup.formats.configs import changes, is_config, quantised_by, read_config
+from streamsoup.formats.parts import coded_in
+from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.side_files import is_equal
+from streamsoup.formats.vocabularies import compare_vocabularies, is_vocabulary
+
+__all__ = ["check_meaning", "check_quantised", "folder_of"]
+
+
+def folder_of(ingredient: Ingredient) -> str | None:
+    """Return the folder in which an ingredient's configuration lies; None for what is in memory.
+
+    Of a lone file, that of the file, though its side files are not taken along.
+    """
+    if ingredient.shards and ingredient.shards[0].in_memory:
+        return None
+    return ingredient.folder or os.path.dirname(ingredient.path)
+
+
+def check_quantised(ingredients: Sequence[Ingredient]) -> None:
+    """Raise `MismatchError` for a model that is quantised in a way that its tensors do not show.
+
+    Where codes stand beside their scales, `parts` tells them, and they are copied if equal. Reads
+    the configurations.
+    """
+    for ingredient in ingredients:
+        folder = folder_of(ingredient)
+        told = None if folder is None else quantised_by(folder)
+        if told is None:
+            continue
+        places = ingredient.layout.places
+        coded = coded_in(places)
+        unknown = [
+            name
+            for name, (_, spec) in places.items()
+            if name not in coded and not spec.dtype.averaged and spec.n_elements > 1
+        ]
+        if not coded or unknown:
+            among = f" (such as {some(unknown, 1)})" if unknown else ""
+            raise MismatchError(
+                f"{told}, so the model is quantised, and codes{among} cannot be averaged; use the "
+                "ingredients it was quantised from, or dequantise it first"
+            )
+
+
+def check_meaning(ingredients: Sequence[Ingredient], *, config: str) -> None:
+    """Raise `MismatchError` where ingredients differ from the first in what weights mean.
+
+    That is any key of a configuration but those of bookkeeping and of run time, unless `config` is
+    ``first``; and the id of any token, whatever it is. Reads what differs of these files.
+    """
+    first = folder_of(ingredients[0])
+    problems: list[str] = []
+    moved = False
+    seen: set[str] = set() if first is None else {os.path.realpath(first)}
+    for other in ingredients[1:]:
+        folder = folder_of(other)
+        if first is None or folder is None or os.path.realpath(folder) in seen:
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in _names(first):
+            paths = os.path.join(first, name), os.path.join(folder, name)
+            if is_equal(*paths):
+                continue
+            pair = f"{printable(paths[1])} and {printable(paths[0])}"
+            if is_vocabulary(name):
+                conflict = compare_vocabularies(*paths)
+                if conflict is not None and (conflict.moved or config == "same"):
+                    moved |= conflict.moved
+                    problems.append(f"{pair} have other token ids: {conflict.what}")
+            elif config == "same":
+                problems += _of_configs(pair, *paths)
+    if problems:
+        raise MismatchError(_in_words(problems, moved=moved))
+
+
+def _of_configs(pair: str, first: str, other: str) -> list[str]:
+    one, two = read_config(first), read_config(other)
+    if one is None or two is None:
+        return []
+    found = [change for change in changes(one, two) if change.kind == "meaning"]
+    if not found:
+        return []
+    keys = count(len(found), "key")
+    return [f"{pair} differ in {keys} that may change what weights mean: {some(found)}"]
+
+
+def _names(folder: str) -> list[str]:
+    """List what says what weights mean, in a folder and in those within it, by relative name."""
+    found: list[str] = []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise FormatError(
+            f"{printable(folder)}: cannot be listed: {error.strerror}; fix that, and run again"
+        ) from None
+    for name in names:
+        if is_config(name) or is_vocabulary(name):
+            found.append(name)
+            continue
+        inner = os.path.join(name, "config.json")
+        if not name.startswith((".", "checkpoint")) and os.path.isfile(os.path.join(folder, inner)):
+            found.append(inner)
+    return found
+
+
+def _in_words(problems: list[str], *, moved: bool) -> str:
+    advice = (
+        "leave out what has another vocabulary"
+        if moved
+        else "leave out what is another model, or take that of the first with --config first"
+    )
+    if len(problems) == 1:
+        return f"{problems[0]}; {advice}"
+    shown = problems[:12]
+    if len(problems) > len(shown):
+        shown.append(f"… and {len(problems) - len(shown)} more")
+    lines = [f"  {line}" for line in shown]
+    return "\n".join(["weights do not mean the same in these ingredients:", *lines, advice])
