@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from streamsoup.errors import RecipeError, check_choice, printable
+from streamsoup.errors import RecipeError, check_choice, count, printable
 from streamsoup.rule import Reduction, Rule, RuleMemory
 from streamsoup.tensors import TensorSpec
 from streamsoup.version import __version__
@@ -119,9 +119,9 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
         for tensor, values in rows:
             where = f" for tensor {printable(tensor)!r}" if tensor else ""
             if len(values) != n_ingredients:
-                what = "coefficient" if len(values) == 1 else "coefficients"
                 raise RecipeError(
-                    f"{len(values)} {what}{where} for {n_ingredients} ingredients; "
+                    f"{count(len(values), 'coefficient')}{where} for "
+                    f"{count(n_ingredients, 'ingredient')}; "
                     "give one for each, in the same order"
                 )
             for value in values:
@@ -209,7 +209,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __repr__(self) -> str:
         """Say it in a line."""
-        made = f"{len(self.tensors)} tensors of {len(self.ingredients)} ingredients"
+        n = len(self.ingredients)
+        made = f"{count(len(self.tensors), 'tensor')} of {count(n, 'ingredient')}"
         return f"<Provenance: {made}, {self.created}>"
 
     def sealed(self) -> Provenance:

@@ -704,7 +704,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     try:
         status, stderr = run("uniform", a, a, "-o", disk / "soup")
         assert status == 1
-        assert stderr.startswith(f"error: {disk}/soup: cannot be written: the disk is too full")
+        assert stderr.startswith(f"error: {disk}/soup: cannot be written: No space left on device")
         assert os.listdir(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)

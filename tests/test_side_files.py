@@ -14,7 +14,8 @@ from checkpoints import as_hub_snapshot, command, save, tensor
 
 from streamsoup import Options, uniform
 from streamsoup.errors import FormatError, MismatchError
-from streamsoup.formats import side_files
+from streamsoup.formats import configs, side_files
+from streamsoup.formats.meaning import check_quantised
 from streamsoup.formats.shards import open_ingredients
 from streamsoup.formats.side_files import gather_side_files
 from streamsoup.tensors import DTYPES
@@ -95,13 +96,16 @@ def test_a_lone_file_brings_no_side_files(tmp_path: Path) -> None:
 def test_differences_between_ingredients_are_said(tmp_path: Path) -> None:
     """Side files that differ, or are in one ingredient only, give a warning that names them."""
     a, b = fill(tmp_path / "a", ("config.json", "only_a.txt", "x\x1b")), tmp_path / "b"
-    fill(b, ("config.json", "x\x1b"), '{"x":1}')
-    ran = command("uniform", a, b, a, "-o", tmp_path / "out")
-    assert ran.returncode == 0
-    assert ran.stderr == (
-        f"warning: side files of {b} differ from those of {a}, which are used: "
-        "config.json, only_a.txt, x\\x1b\n"
+    fill(b, ("config.json", "x\x1b"), '{"hidden_dropout":1, "_name_or_path": "x"}')
+    save(b, {"w": tensor(np.arange(3, dtype=np.float32))})
+    wanted = (
+        f"side files of {b} differ from those of {a}, which are used: "
+        "config.json (hidden_dropout 1 and nothing), only_a.txt, x\\x1b"
     )
+    ran = command("uniform", a, b, "-o", tmp_path / "out")
+    assert (ran.returncode, ran.stderr) == (0, f"warning: {wanted}\n")
+    ran = command("uniform", a, b, "-o", tmp_path / "out3", "--json", "-q")
+    assert json.loads(ran.stdout)["warnings"] == [wanted]
     quiet = command("uniform", a, b, "-o", tmp_path / "out2", "--quiet")
     assert quiet.stderr == ""
     same = fill(tmp_path / "c", ("config.json", "only_a.txt", "x\x1b"))
@@ -139,7 +143,8 @@ def test_what_training_leaves_is_no_side_file(tmp_path: Path) -> None:
     """Shards of FSDP, optimizers and metrics of one run; the code and data of a model go along."""
     left = ("latest", "zero_to_fp32.py", "train_results.json", "optimizer.pt", "scheduler.pt")
     left += ("optimizer_0/__0_0.distcp", "optimizer_0/.metadata", "pytorch_model_fsdp_0/x.distcp")
-    left += ("rng_state_0.pth", "trainer_state.json", "weights.npz")
+    left += ("rng_state_0.pth", "trainer_state.json", "weights.npz", "run.json", "train.log")
+    left += ("events.out.tfevents.17.host", "logits.npy", "test_logits.json", "slurm-17.out")
     kept = ("scheduler.py", "optimizer_utils.py", "mel_filters.npz", "scheduler.json", "x/y.npz")
     a = fill(tmp_path / "a", (*left, *kept))
     files, warnings = gather_side_files(open_ingredients([a]), None)
@@ -161,7 +166,7 @@ def test_a_configuration_that_can_be_read_can_be_written(tmp_path: Path) -> None
 
 def test_a_configuration_that_is_not_one_is_copied(tmp_path: Path) -> None:
     """A config.json that is no JSON, no object, nested deep or huge is copied as it is."""
-    huge = " " * side_files.CONFIG_LIMIT + '{"dtype": ""}'
+    huge = " " * configs.CONFIG_LIMIT + '{"dtype": ""}'
     for number, text in enumerate(("{", "[1]", "[" * 100_000, huge)):
         a = save(tmp_path / f"a{number}", MODEL)
         (a / "config.json").write_text(text)
@@ -173,8 +178,14 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
     """A configuration with quantization_config, in any ingredient, is refused, named."""
     a, b = fill(tmp_path / "a", ("config.json",)), fill(tmp_path / "b", ("config.json",))
     (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    with pytest.raises(MismatchError, match=rf"^{b}/config\.json: the model is quantised"):
-        gather_side_files(open_ingredients([a, b]), None)
+    for key in ('{"quantization_config": {"bits": 4}}', '{"a": {"quantization_config": [1]}}'):
+        (b / "config.json").write_text(key)
+        with pytest.raises(MismatchError, match=rf"^{b}/config\.json: has .*quantization_config"):
+            uniform([a, b], output=tmp_path / "out")
+    (b / "config.json").unlink()
+    (b / "quantize_config.json").write_text("{}")
+    with pytest.raises(MismatchError, match=rf"^{b}/quantize_config\.json: is there, so the model"):
+        check_quantised(open_ingredients([a, b]))
 
 
 def test_folders_in_the_place_of_files_of_a_soup(tmp_path: Path) -> None:
@@ -230,7 +241,7 @@ def test_what_cannot_be_looked_at_is_refused(
 
     monkeypatch.setattr(os, name, failing)
     with pytest.raises(FormatError, match=rf"^{a}/.*{hidden}: cannot be .*Input/output error"):
-        gather_side_files(ingredients, None)
+        check_quantised(ingredients) if name == "open" else gather_side_files(ingredients, None)
 
 
 def test_what_cannot_be_noted_is_refused_early(tmp_path: Path) -> None:
@@ -292,7 +303,7 @@ def test_a_quantised_model_beside_a_lone_file_is_refused(tmp_path: Path) -> None
     a, b = fill(tmp_path / "a", ()), fill(tmp_path / "b", ("config.json",))
     (b / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     with pytest.raises(MismatchError, match="the model is quantised"):
-        gather_side_files(open_ingredients([a / "model.safetensors", b]), None)
+        uniform([a / "model.safetensors", b], output=tmp_path / "out")
 
 
 def test_side_files_that_were_never_fetched_are_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from streamsoup.cli.common import NobodyReadsError, in_words
+from streamsoup.cli.terminal import fitted
 from streamsoup.errors import StreamsoupError
 from streamsoup.version import __version__
 
@@ -37,14 +38,14 @@ def cli(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except StreamsoupError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
         return 1
     except BrokenPipeError as error:
         # Whoever read our output is gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if isinstance(error, NobodyReadsError) else 1
     except Exception as error:
-        print(f"error: {in_words(error)}", file=sys.stderr)
+        print(fitted(f"error: {in_words(error)}", sys.stderr), file=sys.stderr)
         return 1
 
 

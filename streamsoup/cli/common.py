@@ -253,8 +253,11 @@ def say(line: str, end: str = "\n") -> None:
 
 def tell(lines: Sequence[str]) -> None:
     """Print the result of work that is done. Nobody may be there to read it."""
+    from streamsoup.cli.terminal import fitted
+
     with telling():
-        print("\n".join(lines))
+        for line in lines:
+            print(line if line.startswith(("{", "[")) else fitted(line, sys.stdout))
 
 
 _kept: int | None = None
@@ -317,7 +320,7 @@ def supervise(
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
 
     def child() -> int:
-        from streamsoup.cli.terminal import Watcher, show_warnings
+        from streamsoup.cli.terminal import Watcher, fitted, show_warnings
 
         if as_json:
             keep_for_the_result()
@@ -327,7 +330,7 @@ def supervise(
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:
             watcher.close()
-            print(f"error: {error}", file=sys.stderr)
+            print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             return status_of(stop)
@@ -335,7 +338,7 @@ def supervise(
             return 0
         except Exception as error:
             watcher.close()
-            print(f"error: {in_words(error)}", file=sys.stderr)
+            print(fitted(f"error: {in_words(error)}", sys.stderr), file=sys.stderr)
             return 1
         finally:
             watcher.close()

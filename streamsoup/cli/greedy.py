@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import RecipeError, printable
+from streamsoup.errors import RecipeError, count, printable
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
@@ -221,7 +221,7 @@ def lines(soup: GreedySoup) -> list[str]:
     seconds = report["seconds"]
     known = f", {report['n_resumed']} known from an earlier run" if report["n_resumed"] else ""
     n = report["n_scored"]
-    text = f"{n} score{'s' if n != 1 else ''} in {seconds['search']:.2f} s{known}"
+    text = f"{count(n, 'score')} in {seconds['search']:.2f} s{known}"
     if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
         share = max(0.0, seconds["search"] / seconds["scoring"] - 1)
         text += f"; beyond scoring {100 * share:.1f} %"

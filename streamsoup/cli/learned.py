@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import printable
+from streamsoup.errors import count, printable
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
@@ -164,8 +164,9 @@ def describe(soup: LearnedSoup) -> list[str]:
     )
     lines += [
         f"loss {first.loss:.5g} (uniform) to {best.loss:.5g}{watched}; {report['ended']}",
-        f"learned soup of {len(names)} in {printable(soup.path)}: {len(soup.looks)} looks, "
-        f"{report['n_passes']} passes (at most {report['predicted']['passes']} predicted), "
+        f"learned soup of {len(names)} in {printable(soup.path)}: "
+        f"{count(len(soup.looks), 'look')}, {count(report['n_passes'], 'pass')} (at most "
+        f"{report['predicted']['passes']} predicted), "
         f"{nbytes_text(report['nbytes_read'])} read in {report['elapsed_s']:.2f} s"
         + (f" of {report['n_runs']} runs" if report["n_runs"] > 1 else ""),
     ]

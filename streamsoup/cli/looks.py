@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import StreamsoupError, printable
+from streamsoup.errors import StreamsoupError, count, printable
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
@@ -92,8 +92,8 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
             fields = ("path", "n_tensors", "n_files", "rederived", "nbytes_read")
             common.tell([json.dumps({name: getattr(result, name) for name in fields})])
             return
-        how = "derived again, and equal" if result.rederived else "digests are equal"
-        what = f"{printable(soup)} is as it was made ({result.n_tensors} tensors {how})"
+        how = "derived again, and equal" if result.rederived else "with equal digests"
+        what = f"{printable(soup)} is as it was made ({count(result.n_tensors, 'tensor')} {how})"
         elapsed_s = time.monotonic() - started
         common.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
 

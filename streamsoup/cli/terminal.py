@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
+import textwrap
 from contextlib import suppress
 from mmap import PAGESIZE
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from streamsoup.sizes import nbytes_text
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
     from streamsoup.engine.stream import Progress
 
-__all__ = ["Watcher", "clear_bar", "show_warnings", "summary"]
+__all__ = ["Watcher", "clear_bar", "fitted", "show_warnings", "summary"]
 
 PATIENCE_S = 0.4
 """A bar that comes and goes sooner than this only flickers."""
@@ -24,12 +27,52 @@ _STATM = "/proc/self/statm"
 """See proc_pid_statm(5)."""
 
 
+_COMMAND = re.compile(r"(?<=[:y] )(python|accelerate|hf|git) \S.*$")
+"""A line for a shell at the end of a message, which a line break would spoil."""
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return `text` with lines broken between words, if `stream` is a terminal that breaks within.
+
+    Lines for a shell at its end stay whole, on a line of their own.
+    """
+    try:
+        if not stream.isatty():
+            return text
+        width = os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # closed, or no terminal after all
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        command = _COMMAND.search(line)
+        words = line if command is None else line[: command.start()].rstrip()
+        indent = " " * (len(words) - len(words.lstrip(" ")))
+        lines += textwrap.wrap(
+            *(words, width),
+            subsequent_indent=indent,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [] if command is None else [command[0]]
+    return "\n".join(lines)
+
+
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # typeshed has one for the stream
+    """Prints warnings, a line each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, fitted to a terminal."""
+        return fitted(f"warning: {record.getMessage()}", self.stream)
+
+
 def show_warnings(quiet: bool) -> None:
     """Print the library's warnings on stderr, a line each, or none if `quiet`."""
     log = logging.getLogger("streamsoup")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    log.handlers[:] = [logging.NullHandler() if quiet else handler]
+    log.handlers[:] = [logging.NullHandler() if quiet else _Lines(sys.stderr)]
     log.propagate = False
 
 

@@ -347,6 +347,8 @@ class _Pass:
             worker.begin(leaf)
         digested = self.ledger is not None
         digests = worker.digests(tensor, leaf.n_units) if digested else None
+        if leaf.tensor in self.restored:
+            digests = None  # the worker's are of what it makes, and let go
         n_hashes = 1 + k if digested and digests is None else 0
         hashes = [xxhash.xxh3_128() for _ in range(n_hashes)]
         end = leaf.start + leaf.n_units

@@ -129,7 +129,9 @@ def changes(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[Change]:
         for key in dict.fromkeys([*one, *two]):
             a, b = one.get(key), two.get(key)
             if isinstance(a, Mapping) and isinstance(b, Mapping):
-                pending.append((f"{at}{key}.", _modern(a), _modern(b)))
+                inside = f"{at}{key}."
+                rotary = "rope_" in inside  # where they are already
+                pending.append((inside, *((a, b) if rotary else (_modern(a), _modern(b)))))
             elif not _same(a, b):
                 texts = (_text(one, key), _text(two, key))
                 found.append(Change(printable(f"{at}{key}"), _kind(str(key)), *texts))
@@ -138,7 +140,10 @@ def changes(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[Change]:
 
 def _same(a: Any, b: Any) -> bool:
     """Return True for equal values; 1 and 1.0 are, but not 1 and true."""
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+    try:
+        return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+    except RecursionError:  # lists in lists, deeper than Python compares
+        return False
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:

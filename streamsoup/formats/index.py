@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamsoup.errors import CorruptFileError, FormatError, printable, some
+from streamsoup.errors import CorruptFileError, FormatError, count, printable, some
 from streamsoup.formats.header import recognise
 from streamsoup.system.regular import reading
 
@@ -171,7 +171,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+    return count(len(names), "tensor")
 
 
 def check_files(path: str, listed: Sequence[str], names: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ def factors_in(ingredient: Ingredient) -> str | None:
     folder = printable(ingredient.folder or os.path.dirname(ingredient.path))
     return (
         f"{ingredient.where(found[0])}{_more(found)} belongs to an adapter, whose factors mean "
-        "nothing apart: merge each adapter into its base first, as by python -c \"from peft import "
+        'nothing apart: merge each adapter into its base first, as by python -c "from peft import '
         "AutoPeftModelForCausalLM as M; "
         f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\""
     )
@@ -81,8 +81,8 @@ def parts_of(
     """Return the tensors that are parts of quantised weights, and why they cannot be copied.
 
     `owners` has an ingredient of each layout. `coefficients` are those of the soup, None where
-    another rule makes it, of which equal weights are left as they are; `disagree` says that they do not fit together for
-    other reasons, of which codes are the likely one. Costs a look at each tensor.
+    another rule makes it, which leaves equal weights as they are. `disagree` says that they do not
+    fit together for other reasons, of which codes are the likely one. Costs a look at each tensor.
     """
     coded: set[str] = set()
     problems: list[str] = []

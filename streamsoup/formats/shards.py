@@ -26,8 +26,10 @@ from streamsoup.errors import (
     MissingFileError,
     RecipeError,
     UnsafePickleError,
+    count,
     printable,
 )
+from streamsoup.formats.conversions import of_hub_id, of_pickle
 from streamsoup.formats.header import Header, header_nbytes, parse_header
 from streamsoup.formats.index import check_files, check_index, is_index, read_index
 from streamsoup.formats.weights import PICKLES, find_weights, names_in
@@ -147,7 +149,7 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
     def __repr__(self) -> str:
         """Say it in a line."""
         size = nbytes_text(self.nbytes)
-        return f"<Ingredient {self.name!r}: {len(self.layout.places)} tensors, {size}>"
+        return f"<Ingredient {self.name!r}: {count(len(self.layout.places), 'tensor')}, {size}>"
 
     @property
     def opening_nbytes(self) -> int:
@@ -286,7 +288,7 @@ class Pantry(msgspec.Struct):
         if path.endswith(PICKLES):
             raise UnsafePickleError(
                 f"{printable(path)}: is a PyTorch pickle, which could run code when opened; "
-                "convert it to safetensors first"
+                f"convert it to safetensors first: {printable(of_pickle(path), 800)}"
             )
         try:
             with reading(path) as (descriptor, status):
@@ -382,9 +384,11 @@ def _advice_for(given: str) -> str:
     parts = given.split("/")
     if parts[0] == "~":
         return " (only a shell replaces ~, and only where it is not quoted)"
-    if len(parts) <= 2 and all(parts) and not os.path.exists(parts[0]) and given[0] != ".":
+    line = of_hub_id(given)
+    if line is not None and not os.path.exists(parts[0]):
         return (
-            ", or if it is a model on the Hugging Face Hub, download it first and give its folder"
+            ", or if it is a model on the Hugging Face Hub, download it first and give its folder: "
+            f"{printable(line, 400)}"
         )
     return ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from streamsoup.errors import FormatError, UnsafePickleError, printable, some
+from streamsoup.formats.conversions import of_pickle, of_training_folder
 from streamsoup.formats.index import is_index, n_shards, read_index, stem
 
 __all__ = ["PICKLES", "find_weights", "names_in"]
@@ -67,11 +68,19 @@ def find_weights(folder: str) -> str:
             f"{where}: has {len(files)} safetensors files ({some(files, 3)}) and no index that "
             "says how they belong together; give the file you mean, or add the index"
         )
+    training = of_training_folder(folder, names)
+    if training is not None:
+        raise FormatError(
+            f"{where}: has no safetensors file, but the state of a training run in parts; make it "
+            f"whole first: {printable(training, 800)}"
+        )
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
+        likely = [name for name in pickles if "model" in name] or pickles
+        line = of_pickle(os.path.join(folder, likely[0]))
         raise UnsafePickleError(
             f"{where}: has no safetensors file, only PyTorch pickles ({some(pickles, 3)}), which "
-            "could run code when opened; convert them to safetensors first"
+            f"could run code when opened; convert them to safetensors first: {printable(line, 800)}"
         )
     inside = [name for name in names if _holds_weights(os.path.join(folder, name))]
     if not inside and "snapshots" in names:  # a model in the cache of the hub

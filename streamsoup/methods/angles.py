@@ -25,7 +25,7 @@ from streamsoup.engine.inner import Gram, Sums, floats_of, plan_inner_memory, sy
 from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, printable
+from streamsoup.errors import RecipeError, count, printable
 from streamsoup.formats.parts import refuse_codes
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.options import Options, check_options
@@ -167,7 +167,7 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
 
     def __repr__(self) -> str:
         """Say it in a line."""
-        return f"<Geometry of {len(self.names)}: {len(self.tensors)} tensors>"
+        return f"<Geometry of {len(self.names)}: {count(len(self.tensors), 'tensor')}>"
 
     def to_builtins(self) -> dict[str, Any]:
         """Give plain data for JSON: the total in full, and the Gram matrix of each tensor."""

@@ -84,7 +84,7 @@ def lawa(
     checkpoints, window = listed(checkpoints), take("int", "window", window)
     if not 1 <= window <= len(checkpoints):
         raise RecipeError(
-            f"a window of {window} does not fit {len(checkpoints)} checkpoints; "
+            f"a window of {window} does not fit {count(len(checkpoints), 'checkpoint')}; "
             f"give 1 to {len(checkpoints)}"
         )
     latest = checkpoints[len(checkpoints) - window :]
@@ -147,7 +147,9 @@ def arithmetic(
     many: Sequence[Any] = scale if np.ndim(scale) else [scale] * n  # type: ignore[assignment]
     scales = [take("float", "scale", each) for each in many]
     if len(scales) != n:
-        raise RecipeError(f"{len(scales)} scales for {n} ingredients; give one, or one for each")
+        raise RecipeError(
+            f"{count(len(scales), 'scale')} for {count(n, 'ingredient')}; give one, or one for each"
+        )
     if not math.isfinite(sum(scales)):
         raise RecipeError(f"scales that sum to {sum(scales)} leave no factor for the base")
     factors = [1.0 - math.fsum(scales), *scales]
@@ -334,7 +336,9 @@ def _shares(weights: Sequence[float], n: int) -> Floats:
         raise RecipeError(f"{printable(repr(weights))}: a list of weights is wanted")
     given = np.array([take("float", "weights", weight) for weight in weights])
     if len(given) != n:
-        raise RecipeError(f"{len(given)} weights for {n} ingredients; give one for each")
+        raise RecipeError(
+            f"{count(len(given), 'weight')} for {count(n, 'ingredient')}; give one for each"
+        )
     with np.errstate(over="ignore"):
         total = float(given.sum())
     if not ((given >= 0).all() and 0 < total < math.inf):

@@ -22,6 +22,7 @@ from streamsoup.errors import (
     MissingFileError,
     RecipeError,
     VerificationError,
+    count,
     printable,
 )
 from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
@@ -214,8 +215,8 @@ def _rederive(
         return 0
     if len(given) != len(provenance.ingredients):
         raise RecipeError(
-            f"{len(given)} ingredients given for a soup of {len(provenance.ingredients)}; give "
-            "all, in the same order"
+            f"{count(len(given), 'ingredient')} given for a soup of "
+            f"{len(provenance.ingredients)}; give all, in the same order"
         )
     opened = open_ingredients(given)
     plan = plan_mix(opened, provenance.recipe)

@@ -280,8 +280,8 @@ def _reserve(descriptor: int, nbytes: int, folder: str) -> None:
 def _full(missing: int, free: int) -> OSError:
     return OSError(
         errno.ENOSPC,
-        f"the disk is too full, as the soup needs {nbytes_text(missing, up=True)} more, and that "
-        f"is {nbytes_text(max(missing - free, 1), up=True)} more than are free",
+        f"{os.strerror(errno.ENOSPC)}: the soup needs {nbytes_text(missing, up=True)} more, which "
+        f"is {nbytes_text(max(missing - free, 1), up=True)} more than is free",
     )
 
 

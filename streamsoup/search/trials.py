@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 import numpy as np
 
-from streamsoup.errors import RecipeError, TaskError, check_choice, printable
+from streamsoup.errors import RecipeError, TaskError, check_choice, count, printable
 from streamsoup.live.candidates import Moved
 from streamsoup.live.running import SumsPlace
 from streamsoup.options import settle, take
@@ -99,7 +99,8 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
         given = self.scores if not isinstance(self.scores, Mapping) else None
         if given is not None and len(given) != n_ingredients:
             raise RecipeError(
-                f"{len(given)} scores for {n_ingredients} ingredients; give one for each"
+                f"{count(len(given), 'score')} for {count(n_ingredients, 'ingredient')}; "
+                "give one for each"
             )
         if given is not None and all(map(math.isnan, given)):
             raise RecipeError("every score given is NaN, so no ingredient can be the first")

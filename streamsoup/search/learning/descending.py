@@ -17,7 +17,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import RecipeError, ResumeError, TaskError, check_choice, printable
+from streamsoup.errors import (
+    RecipeError,
+    ResumeError,
+    TaskError,
+    check_choice,
+    count,
+    printable,
+)
 from streamsoup.options import Options, settle
 from streamsoup.search.learning.descent import AdamW, lbfgs
 from streamsoup.search.learning.mixture import Constraint, Granularity, make_mixture
@@ -353,9 +360,9 @@ class Search:
         if len(self.looks) - 1 - self.best >= self._learning.patience:
             n = self._learning.patience
             what = "loss" if math.isnan(self.looks[0].guard) else "watched loss"
-            self.why = f"the {what} has not fallen for {n} looks"
+            self.why = f"the {what} has not fallen for {count(n, 'look')}"
         elif len(self.looks) >= most:
-            self.why = f"{most} looks"
+            self.why = count(int(most), "look")
 
     def _predict(self, n_looks: int, n_steps: int = 0) -> None:
         """Say what the search may take at most, before it is taken."""
@@ -367,11 +374,12 @@ class Search:
         n_passes = n_mixes + n_products
         nbytes = n_mixes * mix + n_products * products + self.slopes.nbytes_once
         self.predicted = {"looks": n_looks, "passes": n_passes, "nbytes_read": nbytes}
-        shared = f"; {self.n_common} tensors are the same in all" if self.n_common else ""
-        shared += f"; {self.n_shared} tensors are the same in some" if self.n_shared else ""
+        shared = f"; {_are(self.n_common)} the same in all" if self.n_common else ""
+        shared += f"; {_are(self.n_shared)} the same in some" if self.n_shared else ""
         self._say(
-            f"learning {self.mixture.n_raw} numbers: at most {n_passes} passes over "
-            f"{nbytes_text(mix)} that differ, {nbytes_text(nbytes)} read{shared}"
+            f"learning {count(self.mixture.n_raw, 'number')}: at most "
+            f"{count(n_passes, 'pass')} over {nbytes_text(mix)} that differ, "
+            f"{nbytes_text(nbytes)} read{shared}"
         )
         if n_steps and self.slopes.n_passes:
             pass_s = self.slopes.waited_s / self.slopes.n_passes
@@ -405,6 +413,10 @@ class Search:
             "nbytes_compared": self._nbytes_compared,
         }
         return settings | found | self._took()
+
+
+def _are(n: int) -> str:
+    return f"{count(n, 'tensor')} {'is' if n == 1 else 'are'}"
 
 
 def _record(number: int, raw: Floats, seen: Evaluation) -> dict[str, Any]:
