@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+from pathlib import Path
 
+import numpy as np
 import pytest
+from checkpoints import command as command_of
+from checkpoints import save, tensor
 
 from streamsoup.cli import terminal
 from streamsoup.cli.terminal import Watcher, _bar, summary
@@ -82,3 +90,30 @@ def test_a_killed_bar_leaves_the_terminal_in_order(label: str, resumes: bool) ->
     after = "; the same command goes on from there" if resumes else ""
     why = f"killed by SIGKILL; the machine may be out of memory{after}\r\n"
     assert error.decode() == f"error: the working process was {why}"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_lines_break_between_words(columns: int, tmp_path: Path) -> None:
+    """On a terminal no word of what is said is cut in two, and a line for a shell is whole."""
+    save(tmp_path / "a", {f"layer.{i}": tensor(np.ones(2)) for i in range(9)})
+    save(tmp_path / "b", {"other": tensor(np.ones(2))})
+    (tmp_path / "p.pt").write_bytes(b"")
+    for words in (("a", "b"), ("a", "a"), ("p.pt",)):
+        told = ("uniform", *words, "-o", "out")
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = [sys.executable, "-m", "streamsoup", *told]
+        shown = b""
+        with subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=tmp_path):
+            os.close(theirs)
+            with contextlib.suppress(OSError):  # EIO at its end
+                while piece := os.read(ours, 1000):
+                    shown += piece
+        os.close(ours)
+        lines = shown.decode().replace("\r", "").splitlines()
+        assert len(lines) > 1
+        long = [line for line in lines if len(line) > columns and " " in line]
+        assert all(line.startswith("python -c ") for line in long)
+        if words != ("a", "a"):  # else it is made by now, and took another time
+            ran = command_of(*told, cwd=tmp_path)
+            assert shown.decode().split() == ran.stderr.split()
