@@ -14,11 +14,14 @@ from checkpoints import command, load_array, save, save_sharded, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamsoup import Options, geometry, interpolate, mix, slerp, uniform, verify
+from streamsoup import Options, geometry, interpolate, mix, mix_into, slerp, uniform, verify
 from streamsoup.engine import reduce
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import FormatError, MismatchError, NonFiniteError, UnsafePickleError
 from streamsoup.formats.configs import changes
 from streamsoup.formats.vocabularies import compare_vocabularies
+from streamsoup.output.make import make, order
+from streamsoup.recipe import Coefficients
 
 CONFIG = {
     "model_type": "llama",
@@ -347,6 +350,50 @@ def test_angles_pass_over_equal_masks(tmp_path: Path) -> None:
     assert (load_array(tmp_path / "out", "mask") == full).all()
     interpolate(paths[0], paths[1], 2.0, output=tmp_path / "out2")
     assert (load_array(tmp_path / "out2", "mask") == full).all()
+
+
+@pytest.mark.parametrize("block", [64, 1 << 20])
+def test_masks_are_kept_by_the_pipeline_of_accelerators_too(block: int, tmp_path: Path) -> None:
+    """The bytes of a mask are those of the CPU's soup, whatever the coefficients and blocks."""
+    from test_device import ordered_on_host
+
+    paths = [model(tmp_path / name, i, mask=tensor(mask())) for i, name in enumerate("abc")]
+    for number, values in enumerate(((1 / 2, 1 / 4, 1 / 4), (2.0, -1.0, 0.0))):
+        rule = Linear(Coefficients(values))
+        ordered = order(paths, rule, method="mix", options=Options())
+        here, there = tmp_path / f"cpu{number}", tmp_path / f"device{number}"
+        make(ordered, output=here, options=Options())
+        make(ordered_on_host(ordered, block=block), output=there, options=Options())
+        files = [(each / "model.safetensors").read_bytes() for each in (here, there)]
+        assert files[0] == files[1]
+        assert verify(there).rederived
+
+
+def test_masks_are_kept_in_live_models(tmp_path: Path) -> None:
+    """A live mix has the infinities of its ingredients, and the bytes that a soup would have."""
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(4, 5))
+            self.register_buffer("mask", torch.zeros(700, 800))
+
+    full = mask()
+    paths = [model(tmp_path / name, i, mask=tensor(full)) for i, name in enumerate("ab")]
+    for values in (None, [2.0, -1.0], [0.0, 1.0]):
+        net = Net()
+        mix_into(net, paths, values)
+        assert np.array_equal(np.isneginf(net.mask.numpy()), np.isneginf(full))
+        assert not np.isnan(net.mask.numpy()).any()
+        if values is not None:
+            mix(paths, values, output=tmp_path / "o", options=Options(overwrite=True))
+            assert np.array_equal(load_array(tmp_path / "o", "mask"), net.mask.numpy())
+    other = full.copy()
+    other[0, 0] = 1
+    b = model(tmp_path / "c", 1, mask=tensor(other))
+    with pytest.raises(NonFiniteError, match="mask: holds -inf"):
+        mix_into(Net(), [paths[0], b])
 
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")
