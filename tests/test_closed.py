@@ -352,7 +352,7 @@ def test_spheres_without_a_mean() -> None:
 def test_weights_on_a_sphere_are_shares(paths: list[str], tmp_path: Path) -> None:
     """Negative, missing and infinite weights are refused."""
     for weights in ([1.0, -1.0], [1.0], [0.0, 0.0], [1.0, math.inf], [1e308, 1e308]):
-        with pytest.raises(RecipeError, match="weights"):
+        with pytest.raises(RecipeError, match="weight"):
             streamsoup.slerp(paths[:2], weights, output=tmp_path / "soup")
 
 

@@ -62,7 +62,7 @@ def test_moved_ingredients_can_be_named(kitchen: Path) -> None:
     assert verify(kitchen / "out", ingredients=moved).rederived
     with pytest.raises(VerificationError, match="is not the one that was used"):
         verify(kitchen / "out", ingredients=moved[::-1])
-    with pytest.raises(RecipeError, match="1 ingredients given for a soup of 2"):
+    with pytest.raises(RecipeError, match="1 ingredient given for a soup of 2"):
         verify(kitchen / "out", ingredients=moved[:1])
 
 

@@ -366,7 +366,7 @@ class _Pass:
                 worker.add(first, inputs)
             ends = start + n_units == end
             under_way.append(_Block(leaf, start, n_units, digests, hashes, ends))
-            if not self.deliver(worker.n_ahead, reading, writing, worker, under_way):
+            if self.deliver(worker.n_ahead, reading, writing, worker, under_way):
                 self.make_leaf(task, reading, writing, worker, under_way)
                 return
 
@@ -380,15 +380,15 @@ class _Pass:
     ) -> bool:
         """Hand results to the sink, the oldest first, until `n_ahead` are under way.
 
-        Return False where a kernel has digested what is not the result: its leaf is to be made
-        once more, without digests of the kernel.
+        Return True where a kernel has digested what is not the result: its leaf is to be made once
+        more, without digests of the kernel.
         """
         while len(under_way) > n_ahead:
             block = under_way.popleft()
             result = worker.result()
             spoiled = worker.spoiled and self.plan.recipe.non_finite == "refuse"
             if spoiled and self.restores(block, result, reading) and block.digests is not None:
-                return False
+                return True
             if block.hashes:
                 block.hashes[0].update(result)
             writing.write(block.leaf, block.start, result)
@@ -396,7 +396,7 @@ class _Pass:
                 made = [digest.digest() for digest in block.hashes]
                 digests = block.digests.joined() if block.digests else b"".join(made)
                 self.finish(block.leaf, digests)
-        return True
+        return False
 
     def finish(self, leaf: Leaf, digests: bytes) -> None:
         """Take note of a leaf that is complete."""
