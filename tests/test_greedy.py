@@ -786,7 +786,7 @@ def test_a_diverged_ingredient_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"scores": [1.0]}, "1 scores for 6 ingredients"),
+        ({"scores": [1.0]}, "1 score for 6 ingredients"),
         ({"scores": [float("nan")] * 6}, "every score given is NaN"),
         ({"n_orders": 2}, "order='random'"),
         ({"jobs": 0}, "jobs 0 is below 1"),
