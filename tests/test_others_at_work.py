@@ -702,7 +702,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
     try:
-        status, stderr = run("uniform", a, a, "-o", disk / "soup")
+        status, stderr = run("uniform", a, "-o", disk / "soup")
         assert status == 1
         assert stderr.startswith(f"error: {disk}/soup: cannot be written: No space left on device")
         assert os.listdir(disk) == []
