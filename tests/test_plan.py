@@ -25,6 +25,8 @@ from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
 from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
 from streamsoup.live.running import plan_sums
+from streamsoup.options import Options
+from streamsoup.output.make import order
 from streamsoup.recipe import ARITHMETIC, DIGEST, Coefficients, Provenance, Recipe
 from streamsoup.tensors import DTYPES, float_dtype
 
@@ -428,3 +430,16 @@ def test_a_running_sum_without_room_is_named() -> None:
     plan = planned(*[opened([{"w": ("F32", (10**9,))}])] * 2)
     with pytest.raises(BudgetError, match=r"sum of 8 GB does not fit into a .* budget of 1 GB"):
         plan_sums(plan, mapped=True, threads=1, budget=10**9, scratch=None, place="memory")
+
+
+def test_a_shard_may_be_exactly_as_large_as_asked(tmp_path: Path) -> None:
+    """Tensors that fill a shard to the byte share it; one byte less, and they do not."""
+    model = save(tmp_path / "m", {name: tensor(np.ones(25, np.float32)) for name in "abc"})
+    for size, groups in [(200, [2, 1]), (199, [1, 1, 1]), (300, [3]), (100, [1, 1, 1])]:
+        planned = order(
+            [str(model)],
+            Linear(Coefficients.uniform(1)),
+            method="uniform",
+            options=Options(shard_size=size),
+        )
+        assert [len(file.tensors) for file in planned.files.files] == groups

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from streamsoup import Options, uniform, verify
 from streamsoup.engine import budget, plan, read, stream
+from streamsoup.engine.read import will_map
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import Nowhere
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
@@ -461,3 +462,22 @@ def test_candidates_map_a_shard_once(tmp_path: Path) -> None:
     os.truncate(paths[1], paths[1].stat().st_size - 1)
     with pytest.raises(ChangedIngredientError, match=r"m1/model\.safetensors"):
         made.mix((1,), Nowhere(), keep=False)
+
+
+def test_files_on_a_network_are_read_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` asks whether the shards lie on a network, and maps those that do not."""
+    opened = open_ingredients([save(tmp_path / "m", {"t": tensor(np.ones(9, np.float32))})])
+    asked: list[list[str]] = []
+
+    def on_network(paths: list[str], answer: list[bool]) -> bool:
+        asked.append(paths)
+        return answer[0]
+
+    for remote in (True, False):
+        monkeypatch.setattr(read, "on_network", lambda paths, r=remote: on_network(paths, [r]))
+        assert will_map(opened, "auto") is not remote
+        assert will_map(opened, "mmap")
+        assert not will_map(opened, "read")
+    assert asked == [[shard.path for shard in opened[0].shards]] * 2
