@@ -22,6 +22,7 @@ from streamsoup.version import __version__
 __all__ = [
     "ARITHMETIC",
     "DIGEST",
+    "PROVENANCE_LIMIT",
     "PROVENANCE_NAME",
     "Coefficients",
     "FileRecord",
@@ -42,6 +43,9 @@ DIGEST = "xxh3-128 of leaves of 4194304 elements"
 
 PROVENANCE_NAME = "streamsoup.json"
 """The file of an output that says what it is made of."""
+
+PROVENANCE_LIMIT = 500_000_000
+"""Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
 
 
 class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

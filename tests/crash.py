@@ -154,14 +154,10 @@ class Fault:
         for name in (*NAMES, *LOOKS, "_exit"):
             setattr(os, name, self.wrap(name, getattr(os, name)))
         import streamsoup.output.write
-        import streamsoup.system.folders
+        from streamsoup.system import libc
 
-        for module, name in (
-            (streamsoup.system.folders, "renameat2"),
-            (streamsoup.output.write, "fallocate"),
-            (streamsoup.output.write, "sync_file_range"),
-        ):
-            module._LIBC = Library(module._LIBC, name, self)  # type: ignore[attr-defined]
+        for name in ("renameat2", "fallocate", "sync_file_range"):
+            libc._LIBC = Library(libc._LIBC, name, self)  # type: ignore[assignment]
         streamsoup.output.write.EARLY_NBYTES = 1  # our leaves are small
 
     def wrap(self, name: str, real: Any) -> Any:
@@ -204,8 +200,8 @@ class Fault:
         try:
             if isinstance(about, int):
                 path = os.readlink(f"/proc/self/fd/{about}")
-            elif named.get("dir_fd") is not None:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{named['dir_fd']}"), about)
+            elif (above := named.get("dir_fd", named.get("src_dir_fd"))) is not None:
+                path = os.path.join(os.readlink(f"/proc/self/fd/{above}"), about)
             else:
                 path = os.path.abspath(os.fsdecode(about))
         except OSError:
@@ -265,31 +261,32 @@ def plant_fault(name: str) -> None:
     """Break streamsoup in one way that the tests must notice."""
     import streamsoup.output.staging as staging
     import streamsoup.output.write as write
+    from streamsoup.system import folders
 
     if name == "writes in place":
         begin = staging.Staging._begin
 
         def faulty_begin(self: staging.Staging, fingerprint: str) -> None:
             begin(self, fingerprint)
-            self.folder = self.target
-            os.makedirs(self.folder, exist_ok=True)
+            os.makedirs(self.target, exist_ok=True)
+            if self._soup is not None:
+                self._soup.close()
+                self._soup = folders.Folder.open(self.target)
 
         staging.Staging._begin = faulty_begin  # type: ignore[method-assign]
-        staging.Staging._rename = lambda self: None  # type: ignore[method-assign]
+        staging.Staging._put_in_place = lambda self: None  # type: ignore[method-assign]
     elif name == "no sync of shards":
-        write.sync_file = lambda path: None
+        write.sync_file = lambda folder, name: None
     elif name == "sync errors pass":
         sync_file = write.sync_file
 
-        def faulty_sync_file(path: str) -> None:
+        def faulty_sync_file(folder: folders.Folder, name: str) -> None:
             with contextlib.suppress(OSError):
-                sync_file(path)
+                sync_file(folder, name)
 
         write.sync_file = faulty_sync_file
     elif name == "no sync of folders":
-        import streamsoup.output.make as make
-
-        staging.sync_folder = make.sync_folder = lambda path: None
+        folders.Folder.sync = lambda self: None  # type: ignore[method-assign]
     elif name == "no checkpoints":  # no fault: a run that is done before the first one
         import streamsoup.engine.stream
 
@@ -312,8 +309,8 @@ def plant_fault(name: str) -> None:
     elif name == "no exchange":
         rename = staging.rename
 
-        def faulty_rename(source: str, target: str, flag: int) -> bool:
-            return flag != 2 and rename(source, target, flag)
+        def faulty_rename(source: str, target: str, flag: int, **named: int) -> bool:
+            return flag != 2 and rename(source, target, flag, **named)
 
         staging.rename = faulty_rename
     elif name:

@@ -28,7 +28,7 @@ from streamsoup.output import staging
 from streamsoup.output.destination import check_output, check_replaceable
 from streamsoup.output.staging import Staging
 from streamsoup.search.folder import lock_folder
-from streamsoup.system import folders
+from streamsoup.system import folders, libc
 
 COMMAND = [sys.executable, "-m", "streamsoup"]
 IS_ROOT = os.geteuid() == 0
@@ -119,7 +119,7 @@ def wait_for_work(partial: Path) -> int:
     deadline = time.monotonic() + 20
     while True:
         try:
-            if "leaves" in (partial / "journal").read_text():
+            if any("leaves" in journal.read_text() for journal in partial.glob("work-*/journal")):
                 return int(json.loads((partial / "lock").read_text())["pid"])
         except (OSError, ValueError):
             pass
@@ -241,17 +241,18 @@ def test_file_systems_without_owners_and_modes(
     work = tmp_path / "work"
     work.mkdir()
     work.chmod(0o777)
-    assert folders.stranger(str(work)) == "may be written to by others"
-    monkeypatch.setattr(os, "geteuid", lambda: 4321)
-    assert folders.stranger(str(work)) == "may be written to by others"
     mkdir = os.mkdir
 
-    def with_no_modes(path: str, mode: int = 0o777) -> None:
-        mkdir(path, mode)
-        os.chmod(path, 0o777)
+    def with_no_modes(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        os.chmod(path, 0o777, dir_fd=dir_fd)
 
-    monkeypatch.setattr(os, "mkdir", with_no_modes)
-    assert folders.stranger(str(work)) == ""
+    with folders.Folder.open(str(tmp_path)) as above, above.folder("work") as opened:
+        assert folders.stranger(opened, above) == "may be written to by others"
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+        assert folders.stranger(opened, above) == "may be written to by others"
+        monkeypatch.setattr(os, "mkdir", with_no_modes)
+        assert folders.stranger(opened, above) == ""
     assert os.listdir(tmp_path) == ["work"]
 
 
@@ -261,7 +262,7 @@ def test_unfinished_work_is_nobody_elses(tmp_path: Path) -> None:
     try:
         with Staging(str(tmp_path / "soup"), "x", overwrite=False) as staging:
             assert os.stat(staging.root).st_mode & 0o777 == 0o700
-            assert os.stat(staging.folder).st_mode & 0o777 == 0o777  # what will be the soup
+            assert os.stat(staging.soup.path).st_mode & 0o777 == 0o777  # what will be the soup
     finally:
         os.umask(before)
 
@@ -617,12 +618,12 @@ def test_folders_above_that_another_run_takes_away(
     """A run that could not begin removes what it had made, just when this one builds on it."""
     mkdir, n_taken = os.mkdir, 0
 
-    def taken_away(path: str, mode: int = 0o777) -> None:
+    def taken_away(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         nonlocal n_taken
         if path.endswith(".partial") and n_taken < 3:
             n_taken += 1
-            os.rmdir(os.path.dirname(path))
-        mkdir(path, mode)
+            os.rmdir(tmp_path / "a" / "b")
+        mkdir(path, mode, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "mkdir", taken_away)
     with Staging(str(tmp_path / "a" / "b" / "soup"), "x", overwrite=False) as staging:
@@ -781,15 +782,15 @@ def test_what_cannot_be_renamed_after_all(
     before = listing(old)
     rename2, rename = staging.rename, os.rename
 
-    def stuck2(source: str, target: str, flag: int) -> bool:
-        if flag == folders.EXCHANGE and exchanges:
+    def stuck2(source: str, target: str, flag: int, **named: int) -> bool:
+        if flag == libc.EXCHANGE and exchanges:
             raise OSError(errno.EXDEV, "Invalid cross-device link", target)
-        return flag != folders.EXCHANGE and rename2(source, target, flag)
+        return flag != libc.EXCHANGE and rename2(source, target, flag, **named)
 
-    def stuck(source: str, target: str) -> None:
-        if source == str(old):
+    def stuck(source: str, target: str, **named: int) -> None:
+        if source == old.name and target == "old":
             raise OSError(errno.EXDEV, "Invalid cross-device link", target)
-        rename(source, target)
+        rename(source, target, **named)
 
     monkeypatch.setattr(staging, "rename", stuck2)
     monkeypatch.setattr(os, "rename", stuck)
@@ -887,4 +888,6 @@ def test_a_lock_that_says_nobodys_name_is_a_lock(
 
     monkeypatch.setattr(os, "pwrite", full)
     for _ in range(2):
-        os.close(lock_folder(str(tmp_path / "search")))
+        folder, lock = lock_folder(str(tmp_path / "search"))
+        lock.close()
+        folder.close()

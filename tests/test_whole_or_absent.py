@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,14 +91,19 @@ class Kitchen:
     def half_done(self) -> None:
         """Let a run have been killed in the middle before each run."""
         n_calls = self.cook().n_calls
-        journal = self.stage / "soup.partial" / "journal"
         for at in range(n_calls // 2, n_calls):
             restore(self.stage, self.before)
             self.cook(at)
+            journal = self.work() / "journal"
             if journal.exists() and journal.read_text().count("leaves") == 3:
                 self.keep()
                 return
         raise AssertionError("no run was killed in the middle")
+
+    def work(self) -> Path:
+        """Return the one work folder that a run left, or where none is."""
+        partial = self.output.with_name(self.output.name + ".partial")
+        return next(iter(sorted(partial.glob("work-*"))), partial / "none")
 
     def keep(self) -> None:
         shutil.rmtree(self.before)
@@ -182,7 +188,7 @@ def test_a_finished_soup_is_refused_and_known(kitchen: Kitchen) -> None:
         assert "replaces it\n" in kitchen.machine.run(*other, stage=kitchen.stage).stderr
     provenance = kitchen.output / "streamsoup.json"
     provenance.write_text(provenance.read_text().replace("uniform", "universal"))
-    assert "replaces it\n" in kitchen.cook().stderr
+    assert "changed since the soup was made (streamsoup.json)" in kitchen.cook().stderr
 
 
 def test_killed_while_replacing(kitchen: Kitchen) -> None:
@@ -206,7 +212,7 @@ def test_killed_without_exchange(kitchen: Kitchen) -> None:
         restore(kitchen.stage, kitchen.before)
         kitchen.cook(at, plant=plant)
         if not kitchen.output.exists():
-            assert tree(kitchen.stage / "soup.partial" / "old") == kitchen.old
+            assert tree(kitchen.work() / "old") == kitchen.old
             # Another recipe, which fails, still leaves the old soup behind.
             refused = ["mix", *kitchen.ingredients, "-c", "1e300,1e300", "-o", kitchen.output]
             failed = kitchen.machine.run(*refused, "--overwrite", stage=kitchen.stage)
@@ -290,10 +296,14 @@ def test_resumes_what_is_finished(kitchen: Kitchen) -> None:
     """The same command run again does not read again what was finished; another starts anew."""
     kitchen.half_done()
     restore(kitchen.stage, kitchen.before)
-    journal = kitchen.stage / "soup.partial" / "journal"
+    journal = kitchen.work() / "journal"
     begun = journal.read_text().splitlines()[:-1]  # the kill may have torn the last
-    kitchen.cook(at=60)
+    n_calls = kitchen.cook().n_calls
+    restore(kitchen.stage, kitchen.before)
+    kitchen.cook(at=2 * n_calls // 3)
     assert len(begun) > 2
+    assert kitchen.work() != journal.parent
+    journal = kitchen.work() / "journal"
     assert journal.read_text().splitlines()[: len(begun)] == begun
     other = ["mix", *kitchen.ingredients, "-c", "3,4", "-o", kitchen.output]
     assert kitchen.machine.run(*other, stage=kitchen.stage).status == 0
@@ -311,7 +321,7 @@ def test_notes_of_many_leaves(tmp_path: Path) -> None:
     target = check_output(str(tmp_path / "soup"), (), overwrite=False, resumes=True)
 
     def ledger(staging: Staging) -> FileLedger:
-        sink = FileSink(ordered.plan, ordered.files, staging.folder)
+        sink = FileSink(ordered.plan, ordered.files, staging.soup)
         made = FileLedger(ordered.plan, sink, staging.journal, digests)
         sink.prepare(resumes=made.resumes)
         return made
@@ -342,7 +352,7 @@ def test_damaged_work_is_made_again(kitchen: Kitchen) -> None:
 
 
 def _damage(kitchen: Kitchen) -> None:
-    for file in (kitchen.stage / "soup.partial" / "soup").glob("*.safetensors"):
+    for file in (kitchen.work() / "soup").glob("*.safetensors"):
         with open(file, "r+b") as opened:
             opened.seek(-2800, os.SEEK_END)
             opened.write(b"\xff" * 2800)
@@ -380,18 +390,22 @@ def test_the_disk_is_told_to_begin(
     """With each leaf of some size; where there is no such call it is let be, errors are errors."""
     from streamsoup.errors import OutputError
     from streamsoup.output import write
+    from streamsoup.system import libc
 
     told = []
 
     class Disk:
-        fallocate = write._LIBC.fallocate
+        real = libc._LIBC
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
 
         def sync_file_range(self, descriptor: int, offset: int, nbytes: int, flags: int) -> int:
             told.append((offset, nbytes, flags))
             ctypes.set_errno(code)
             return -1
 
-    monkeypatch.setattr(write, "_LIBC", Disk())
+    monkeypatch.setattr(libc, "_LIBC", Disk())
     small, large = np.ones(9, "f4"), np.ones(write.EARLY_NBYTES // 4, "f4")
     model = save(tmp_path / "m", {"a": tensor(small), "b": tensor(large), "c": tensor(small)})
     ordered = order(
@@ -448,7 +462,7 @@ def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     cook, held = stream._Pass.cook, []
 
     def cooking(*arguments: object) -> None:
-        files = (tmp_path / "out.partial" / "soup").glob("*.safetensors")
+        files = (tmp_path / "out.partial").glob("work-*/soup/*.safetensors")
         held.append([file.stat().st_blocks * 512 for file in files])
         cook(*arguments)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -230,15 +231,29 @@ def make_soup(
     return supervise(work, "soup", ingredients, settings)
 
 
-def end_in_order() -> None:
-    """Have SIGTERM and a closed terminal end this process as Ctrl-C does: it tidies up."""
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Have SIGTERM and a closed terminal end the block as Ctrl-C does: it tidies up.
+
+    The handlers of before are put back, as the caller may be another program. Where handlers cannot
+    be set, in a thread that is not the main one, they stay as they are.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, end)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            # None: set by another language's code, which Python could not put back.
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NobodyReadsError(BrokenPipeError):

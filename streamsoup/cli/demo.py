@@ -13,6 +13,6 @@ def demo(output: str) -> int:
     """Fine-tune ten small networks on digits, soup them, and show how well it worked."""
     from streamsoup.demo import main as run_demo
 
-    common.end_in_order()
-    run_demo(output)
+    with common.ending_in_order():
+        run_demo(output)
     return 0

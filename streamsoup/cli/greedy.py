@@ -13,11 +13,15 @@ import click
 
 from streamsoup.cli import common
 from streamsoup.errors import RecipeError, count, printable
+from streamsoup.system.regular import read_whole
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
     from streamsoup.search.greedy import GreedySoup, SearchOptions, Trial
+
+REPORT_LIMIT = 500_000_000
+"""Bytes of a report that are read: as of a provenance, which may hold one."""
 
 TASK = common.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
@@ -169,12 +173,19 @@ def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
             return common.numbers(text)
         except click.UsageError as error:
             raise click.UsageError(f"{error.message}, and there is no such report") from None
+    where = printable(path)
     try:
-        with open(path, "rb") as file:
-            found = json.load(file)
+        found = json.loads(read_whole(path, REPORT_LIMIT))
         return dict(found.get("report", found))
-    except (ValueError, AttributeError, TypeError, OSError):
-        raise RecipeError(f"{printable(path)}: is no report of a greedy search") from None
+    except OSError as error:
+        raise RecipeError(
+            f"{where}: cannot be read: {error.strerror}; give a soup, or a file with its report"
+        ) from None
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise RecipeError(
+            f"{where}: is not the report of a greedy search; give a soup, its streamsoup.json, or "
+            "the scores themselves"
+        ) from None
 
 
 def _line(trial: Trial) -> str:

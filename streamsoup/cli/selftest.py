@@ -33,13 +33,13 @@ def selftest(device: str, size: int, folder: str | None, as_json: bool) -> int:
     from streamsoup.selftest import selftest as run
     from streamsoup.sizes import nbytes_text
 
-    common.end_in_order()
     out = sys.stderr if as_json else sys.stdout
 
     def say(line: str) -> None:
         print(line, file=out, flush=True)
 
-    report = run(device, nbytes=size, folder=folder, say=say)
+    with common.ending_in_order():
+        report = run(device, nbytes=size, folder=folder, say=say)
     for title, rates in (("limits of this machine", report.limits), ("reached", report.rates)):
         say(f"{title}:")
         for name, rate in rates.items():

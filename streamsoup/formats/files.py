@@ -17,15 +17,11 @@ from contextlib import suppress
 from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.shards import Identity, Shard
 from streamsoup.system.buffers import Bytes
+from streamsoup.system.folders import Folder
+from streamsoup.system.libc import map_file, unmap
 from streamsoup.system.regular import close_read
 
 __all__ = ["Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
-_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_FAILED = ctypes.c_void_p(-1).value
 
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
 """Beginnings of the names of network file systems, where mapping reads page by page.
@@ -72,7 +68,7 @@ class _Mapping:
         self.nbytes = nbytes
 
     def __del__(self) -> None:
-        _LIBC.munmap(self.address, self.nbytes)
+        unmap(self.address, self.nbytes)
 
 
 class Window:
@@ -90,16 +86,14 @@ class Window:
         nbytes = end - self._begin
         descriptor = open_shard(shard)
         try:
-            address = _LIBC.mmap(
-                None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, self._begin
-            )
+            address = map_file(descriptor, self._begin, nbytes)
+        except OSError as error:
+            raise FormatError(
+                f"{printable(shard.path)}: cannot be mapped: {error.strerror}; "
+                "--io read does without"
+            ) from None
         finally:
             close_read(descriptor)
-        if address == _FAILED:
-            reason = os.strerror(ctypes.get_errno())
-            raise FormatError(
-                f"{printable(shard.path)}: cannot be mapped: {reason}; --io read does without"
-            )
         window = (ctypes.c_uint8 * nbytes).from_address(address)
         window.mapping = _Mapping(address, nbytes)  # type: ignore[attr-defined]
         self._content = memoryview(window).cast("B")
@@ -127,12 +121,15 @@ class Descriptors:
         found = self._get(shard.path)
         return self._keep(shard.path, open_shard(shard)) if found is None else found
 
-    def writing(self, path: str) -> int:
-        """Give a descriptor to write the existing file at `path` with."""
+    def writing(self, path: str, folder: Folder | None = None) -> int:
+        """Return a descriptor to write the existing file at `path`, relative to `folder`."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         self._close = os.close  # its error may be the only word of a write that failed
         found = self._get(path)
-        return self._keep(path, os.open(path, flags)) if found is None else found
+        if found is None:
+            above = None if folder is None else folder.descriptor
+            found = self._keep(path, os.open(path, flags, dir_fd=above))
+        return found
 
     def close(self) -> None:
         """Close all."""

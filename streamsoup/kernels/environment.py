@@ -7,30 +7,20 @@ starts. Our results must not depend on it.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from streamsoup.system.libc import set_float_environment, standard_float_environment
+
 __all__ = ["standard_floats"]
-
-_DEFAULT = ctypes.c_void_p(-1)
-"""``FE_DFL_ENV`` of the C libraries of Linux: half to even, subnormals kept, no traps."""
-
-_NBYTES = 256
-"""More than a ``fenv_t`` takes anywhere: 32 bytes on x86-64, 8 on ARM."""
 
 
 @contextmanager
 def standard_floats() -> Iterator[None]:
     """Compute by the standard in this thread; give it back as it was. Takes microseconds."""
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "fesetenv"):
-        yield
-        return
-    before = ctypes.create_string_buffer(_NBYTES)
-    library.fegetenv(before)
-    library.fesetenv(_DEFAULT)
+    before = standard_float_environment()
     try:
         yield
     finally:
-        library.fesetenv(before)
+        if before is not None:
+            set_float_environment(before)

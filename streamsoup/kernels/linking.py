@@ -9,12 +9,12 @@ The format is ELF-64: chapter 4 of the System V ABI, and its supplement for x86-
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from streamsoup.system import libc
 from streamsoup.system.buffers import address_of, buffer
 
 __all__ = ["Kernel", "address_of_symbol", "link", "needed"]
@@ -39,9 +39,6 @@ _NULL, _PROGBITS, _SYMTAB, _STRTAB, _RELA = range(5)  # sh_type
 _UNWIND = 0x70000001  # how to unwind the stack, which nobody does
 _WRITE, _ALLOC = 1, 2  # sh_flags
 _ABSOLUTE = 1  # R_X86_64_64
-
-_LIBC = ctypes.CDLL(None)
-_LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Kernel(NamedTuple):
@@ -103,14 +100,7 @@ def address_of_symbol(name: str) -> int:
 
     Raises `LookupError` if there is none.
     """
-    library = ctypes.CDLL(None)
-    try:
-        found = getattr(library, "abort" if name in _NEVER_CALLED else name)
-    except AttributeError:
-        raise LookupError(name) from None
-    address = ctypes.cast(found, ctypes.c_void_p).value
-    assert address is not None
-    return address
+    return libc.address_of_symbol("abort" if name in _NEVER_CALLED else name)
 
 
 def _link(sections: Sequence[_Section], name: str) -> Kernel:
@@ -145,8 +135,7 @@ def _link(sections: Sequence[_Section], name: str) -> Kernel:
                 at = begins[section.info] + offset
                 _ADDRESS.pack_into(memory, at, address(symbols[number]) + addend)
     (function,) = (symbol for symbol in symbols if symbol.name == name and symbol.section)
-    if _LIBC.mprotect(base, nbytes, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
-        raise OSError("memory may not become executable here")
+    libc.make_executable(base, nbytes)
     return Kernel(address(function), memory)
 
 

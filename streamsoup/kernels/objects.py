@@ -6,7 +6,8 @@ small models. So what numba compiled is kept as a plain object file, and put int
 to compile.
 
 The cache is ``$XDG_CACHE_HOME/streamsoup`` (``~/.cache/streamsoup``), and is believed only if
-nobody else may write there. Where there is none, each process compiles for itself.
+nobody else can have written there (`system.private`). Where there is none, each process compiles
+for itself.
 """
 
 # llvmlite has no types.
@@ -15,7 +16,6 @@ nobody else may write there. Where there is none, each process compiles for itse
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -23,6 +23,8 @@ import xxhash
 
 from streamsoup.kernels import processor
 from streamsoup.kernels.linking import Kernel, address_of_symbol, link, needed
+from streamsoup.system.folders import Folder
+from streamsoup.system.private import open_private, read_private, write_private
 from streamsoup.system.versions import llvmlite_version, numba_version
 
 __all__ = ["find", "make"]
@@ -40,8 +42,8 @@ def find(label: str, rooms: Sequence[str]) -> Kernel | None:
     if folder is None:
         return None
     try:
-        with open(os.path.join(folder, _cache_name(label, rooms)), "rb") as file:
-            content = file.read()
+        with folder:
+            content = read_private(folder, _cache_name(label, rooms))
         digest, kernel = content[:16], content[16:]
         name, _, code = kernel.partition(b"\0")
         # A file torn by a crash, or cut short by a full disk, is as good as none.
@@ -62,7 +64,8 @@ def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, byt
     kernel = _load(name, code)
     folder = _cache_folder()
     if folder is not None:
-        _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
+        with folder:
+            _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
     return kernel
 
 
@@ -106,31 +109,14 @@ def _cache_name(label: str, rooms: Sequence[str]) -> str:
     return f"{label}-{key}.o".lower()
 
 
-def _cache_folder() -> str | None:
-    """Give the folder of the cache, made if need be, if only this user may write to it."""
+def _cache_folder() -> Folder | None:
+    """Open the folder of the cache, made if need be, if only this user can have written there."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.path.isabs(home):
-        return None  # no home is known, or the variable is to be ignored, as its specification says
-    folder = os.path.join(home, "streamsoup")
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        status = os.stat(folder)
-    except OSError:
-        return None
-    private = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private else None
+    # No home is known, or the variable is to be ignored, as its specification says.
+    return open_private(os.path.join(home, "streamsoup")) if os.path.isabs(home) else None
 
 
-def _store(folder: str, name: str, kernel: bytes) -> None:
+def _store(folder: Folder, name: str, kernel: bytes) -> None:
     """Keep a kernel for later processes; a cache that cannot be written does no harm."""
-    import tempfile
-
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=folder)
-        with open(descriptor, "wb") as file:
-            file.write(xxhash.xxh3_128_digest(kernel) + kernel)
-        os.replace(temporary, os.path.join(folder, name))
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
+    with suppress(OSError):
+        write_private(folder, name, xxhash.xxh3_128_digest(kernel) + kernel)

@@ -143,7 +143,7 @@ class FileSums:
     def __init__(self, places: dict[str, int], n: int, path: str) -> None:
         """Make room for `n` sums at once; `places` says where those of each tensor begin."""
         self._places = places
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o600)
         os.unlink(path)
         try:

@@ -10,9 +10,9 @@ import msgspec
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
-from streamsoup.formats.side_files import pieces
-from streamsoup.recipe import PROVENANCE_NAME, Coefficients, Recipe
+from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
+from streamsoup.system.regular import read_whole
 
 __all__ = ["AnyCoefficients", "AnyRule", "coefficients_of", "find_coefficients", "find_rule"]
 
@@ -53,7 +53,7 @@ _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5
 def _read_coefficients(path: str) -> Coefficients:
     where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
     try:
-        whole = msgspec.json.decode(b"".join(pieces(where)))
+        whole = msgspec.json.decode(read_whole(where, PROVENANCE_LIMIT))
         return msgspec.convert(_inner(whole), Coefficients)
     except OSError as error:
         raise RecipeError(

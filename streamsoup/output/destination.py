@@ -11,7 +11,9 @@ from streamsoup.errors import OutputError, OutputExistsError, StreamsoupError, p
 from streamsoup.formats.files import is_mounted
 from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.weights import PICKLES
+from streamsoup.output.belongings import strange_files
 from streamsoup.recipe import PROVENANCE_NAME
+from streamsoup.system.folders import Folder
 
 __all__ = ["check_output", "check_outside", "check_replaceable", "exists_already"]
 
@@ -123,19 +125,18 @@ def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
 
 
 def check_replaceable(target: str) -> None:
-    """Let only a folder be replaced that is empty or one checkpoint, and that nobody stands in."""
+    """Refuse to replace a folder that holds more than one checkpoint, as it was made.
+
+    An empty folder may be replaced, a soup with the files that its provenance names and no others,
+    unchanged, and a checkpoint of another tool with files of a checkpoint and no others. Costs a
+    read of the headers and of the side files. Raises `OutputExistsError`.
+    """
     where = printable(target)
     names = os.listdir(target)
     if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
         raise OutputExistsError(
             f"{where}: is no checkpoint, so --overwrite does not replace it; "
             "choose another folder or remove it yourself"
-        )
-    strange = [name for name in names if _is_no_part(target, name)]
-    if strange:
-        raise OutputExistsError(
-            f"{where}: holds what is no part of a checkpoint ({some(sorted(strange))}) and would "
-            "be lost, so --overwrite does not replace it; choose another folder or move that away"
         )
     others = [
         os.path.relpath(at, target)
@@ -146,6 +147,19 @@ def check_replaceable(target: str) -> None:
         raise OutputExistsError(
             f"{where}: holds more than one checkpoint ({some(sorted(others))}), so --overwrite "
             "does not replace it; choose another folder or remove it yourself"
+        )
+    with Folder.open(target) as folder:
+        strange, edited = strange_files(folder)
+    if edited:
+        raise OutputExistsError(
+            f"{where}: holds files that were changed since the soup was made ({some(edited)}) and "
+            "would be lost, so --overwrite does not replace it; choose another folder or move them "
+            "away"
+        )
+    if strange:
+        raise OutputExistsError(
+            f"{where}: holds what is no part of a checkpoint ({some(strange)}) and would "
+            "be lost, so --overwrite does not replace it; choose another folder or move that away"
         )
     above = os.stat(os.path.dirname(target))
     owners = (0, above.st_uid, os.stat(target).st_uid)
@@ -163,14 +177,6 @@ def check_replaceable(target: str) -> None:
             f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
             "choose a new folder in it"
         )
-
-
-def _is_no_part(folder: str, name: str) -> bool:
-    """Whether an entry of a folder is a repository or the like, or weights or state in pickles."""
-    if name.endswith(PICKLES):
-        return not name.startswith("training_args")
-    hidden = name.startswith(".") and name != ".cache"  # where the Hub's client notes downloads
-    return hidden and os.path.isdir(os.path.join(folder, name))
 
 
 def _here() -> str:

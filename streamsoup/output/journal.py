@@ -11,18 +11,21 @@ else is refused, as nothing after it can be trusted. This finds accidents, not f
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from streamsoup.errors import OutputError, ResumeError, printable
+from streamsoup.system.closing import Closing
+from streamsoup.system.folders import Folder
 
-__all__ = ["Journal", "named"]
+__all__ = ["Journal", "named", "records_of"]
 
 _BEGINNING = re.compile(rb"[0-9a-f]{0,8}(\Z|\0| (\Z|\0|[0-9]))")
 """How a record that was cut short begins: another file is not mistaken for a journal."""
@@ -44,14 +47,17 @@ def named(path: str) -> Iterator[None]:
         ) from error
 
 
-class Journal:
+class Journal(Closing):
     """The records of a file, and the means to add one. Not safe for several writers."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, folder: Folder | None = None) -> None:
         """Open or create the journal at `path`, check its records, and drop a torn tail.
 
-        Raises `ResumeError` if a record is damaged. Costs a read of the whole file, and holds one
-        record at a time: those of a large soup would fill the memory.
+        With `folder`, to which `path` leads, it is opened by its name there.
+
+        Raises `ResumeError` if a record is damaged, `OSError` for a link and for a file with other
+        names. Costs a read of the whole file, and holds one record at a time: those of a large soup
+        would fill the memory.
         """
         self.path = path
         self.n_records = 0
@@ -59,11 +65,17 @@ class Journal:
         """The first record; empty if there is none."""
         self.last: dict[str, Any] = {}
         """The last record; empty if there is none."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._checksum = 0
         """Of all records."""
-        self._descriptor = os.open(path, flags, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        if folder is None:
+            self._descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        else:
+            self._descriptor = folder.file(os.path.basename(path), flags)
         try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise OSError(errno.EPERM, "it is no file of its own", path)
             nbytes = 0
             for record, checksum, end in _parse(self._descriptor, path):
                 self._count(record, checksum)
@@ -77,19 +89,6 @@ class Journal:
         """Read the records again, one after the other."""
         for record, _, _ in _parse(self._descriptor, self.path):
             yield record
-
-    def __enter__(self) -> Journal:
-        """Give the journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self.close()
 
     def append(self, record: dict[str, Any], *, wait: bool = True) -> None:
         """Add a record, and wait until it is on disk. If that fails, take it back.
@@ -127,6 +126,22 @@ class Journal:
         self.last = record
         self._checksum = checksum
         self.n_records += 1
+
+
+def records_of(folder: Folder, name: str = "journal") -> Iterator[dict[str, Any]]:
+    """Yield the records of a journal that another run left, which is not changed; none if absent.
+
+    Raises `ResumeError` if one is damaged.
+    """
+    try:
+        descriptor = folder.file(name, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        for record, _, _ in _parse(descriptor, os.path.join(folder.path, name)):
+            yield record
+    finally:
+        os.close(descriptor)
 
 
 def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int, int]]:

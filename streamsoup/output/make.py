@@ -39,6 +39,7 @@ from streamsoup.output.write import FileLedger, FileSink, write_file
 from streamsoup.recipe import (
     ARITHMETIC,
     DIGEST,
+    PROVENANCE_LIMIT,
     PROVENANCE_NAME,
     FileRecord,
     IngredientRecord,
@@ -47,7 +48,8 @@ from streamsoup.recipe import (
 )
 from streamsoup.rule import Rule
 from streamsoup.sizes import parse_nbytes
-from streamsoup.system.folders import sync_folder
+from streamsoup.system.folders import Folder
+from streamsoup.system.regular import read_file
 from streamsoup.system.versions import versions
 from streamsoup.tensors import float_dtype
 
@@ -186,7 +188,12 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
         _warned(ordered.warnings)
-        with Staging(target, _fingerprint(ordered), overwrite=options.overwrite) as staging:
+        with Staging(
+            target,
+            _fingerprint(ordered),
+            overwrite=options.overwrite,
+            is_current=lambda folder: _has_current_side_files(ordered, folder),
+        ) as staging:
             if staging.finished:
                 staging.discard()
                 return _finished(target, ordered, started)
@@ -231,11 +238,11 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
     """Make everything in the staging folder, then put it in place; return what is doubtful."""
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
-    sink = FileSink(plan, files, staging.folder)
+    sink = FileSink(plan, files, staging.soup)
     ledger = FileLedger(plan, sink, staging.journal, digests)
     sink.prepare(resumes=ledger.resumes)
     # First, as they can still fail; weights may take hours.
-    side_files = write_beside(ordered, staging.folder)
+    side_files = write_beside(ordered, staging.soup)
     reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
     on_device = ordered.on_device
     reducer = reducer_of(plan, ordered.memory) if on_device is None else on_device.mix(plan)
@@ -251,9 +258,8 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
     provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()
     sink.sync()
-    write_file(os.path.join(staging.folder, PROVENANCE_NAME), [text])
-    for folder, _, _ in os.walk(staging.folder):
-        sync_folder(folder)
+    write_file(staging.soup, PROVENANCE_NAME, [text])
+    staging.soup.sync_below()
     staging.commit(digest_bytes(text))
     return provenance, doubts.after(plan, provenance, digests)
 
@@ -303,13 +309,62 @@ def _fingerprint(ordered: Order) -> str:
     return digest_bytes(text.encode())
 
 
-def write_beside(ordered: Order, folder: str) -> list[FileRecord]:
+def write_beside(ordered: Order, folder: Folder) -> list[FileRecord]:
     """Write into `folder` what lies beside the weights: side files, and the index if there is one.
 
-    Gives their records. Raises `FormatError` for a side file that cannot be read any more.
+    Nothing of these names may be there. Returns their records. Raises `FormatError` for a side file
+    that cannot be read any more.
     """
-    records = [_copy(file, folder) for file in ordered.side_files]
-    return records + _write_index(ordered.plan, ordered.files, folder)
+    records = []
+    for name, content in _beside(ordered):
+        counted = _Counted(content)
+        write_file(folder, name, counted)
+        records.append(counted.record(name))
+    return records
+
+
+def _has_current_side_files(ordered: Order, folder: Folder) -> bool:
+    """Return True if a finished soup has the side files that would be written now.
+
+    Its provenance is compared with a read of those: they may have changed since it was finished.
+    """
+    try:
+        found = Provenance.from_json(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
+    except (OSError, StreamsoupError):
+        return False
+    now = []
+    for name, content in _beside(ordered):
+        counted = _Counted(content)
+        for _ in counted:
+            pass
+        now.append(counted.record(name))
+    return list(found.side_files) == now
+
+
+def _beside(ordered: Order) -> Iterator[tuple[str, Iterable[bytes]]]:
+    """Yield the name and the content of each file beside the weights."""
+    for file in ordered.side_files:
+        yield file.name, _content(file)
+    if ordered.files.index_name is not None:
+        yield ordered.files.index_name, [_index(ordered.plan, ordered.files)]
+
+
+class _Counted:
+    """Pieces of a file, counted and digested as they pass."""
+
+    def __init__(self, content: Iterable[bytes]) -> None:
+        self._content = content
+        self._digest = xxhash.xxh3_128()
+        self._nbytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._content:
+            self._digest.update(piece)
+            self._nbytes += len(piece)
+            yield piece
+
+    def record(self, name: str) -> FileRecord:
+        return FileRecord(name, self._nbytes, self._digest.hexdigest())
 
 
 def digest_beside(ordered: Order) -> str:
@@ -331,33 +386,6 @@ def _content(file: SideFile) -> Iterator[bytes]:
         raise FormatError(
             f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run again"
         ) from None
-
-
-def _copy(file: SideFile, folder: str) -> FileRecord:
-    """Copy one side file, with its digest. Links are followed, modes are ours."""
-    digest = xxhash.xxh3_128()
-    nbytes = 0
-
-    def digested() -> Iterator[bytes]:
-        nonlocal nbytes
-        for piece in _content(file):
-            digest.update(piece)
-            nbytes += len(piece)
-            yield piece
-
-    path = os.path.join(folder, file.name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_file(path, digested())
-    return FileRecord(file.name, nbytes, digest.hexdigest())
-
-
-def _write_index(plan: MixPlan, files: FilePlan, folder: str) -> list[FileRecord]:
-    """Write the index, if the soup has one, and give its record."""
-    if files.index_name is None:
-        return []
-    text = _index(plan, files)
-    write_file(os.path.join(folder, files.index_name), [text])
-    return [FileRecord(files.index_name, len(text), digest_bytes(text))]
 
 
 def _index(plan: MixPlan, files: FilePlan) -> bytes:

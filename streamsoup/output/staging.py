@@ -2,25 +2,44 @@
 
 All work happens in ``OUT.partial``, a folder beside the output and on its file system::
 
-    OUT.partial/lock      held by the one run that works here; says who
-    OUT.partial/journal   what is finished, for the same command run again
-    OUT.partial/soup/     the output-to-be
+    OUT.partial/lock             held by the one run that works here; says which
+    OUT.partial/work-…/          of one run; the name is nobody else's
+    OUT.partial/work-…/journal   what is finished, for the same command run again
+    OUT.partial/work-…/soup/     the output-to-be
+    OUT.partial/work-…/taken-…/  the output-to-be of an earlier run, from which files are taken
+    OUT.partial/work-…/old/      the old output, for an instant, where folders cannot be exchanged
 
 When every byte is on disk, one rename puts ``soup/`` in place (an exchange, where an old output is
 replaced), and the rest is removed. A kill at any instant leaves the old output, or none, or the
 new one; what is left in ``OUT.partial`` is finished, or cleaned up, by the next run.
+
+Two runs never mix, be the lock given to both (some network file systems do that):
+
+1. A run makes files only in the ``soup`` folder that it made itself, in a work folder whose name is
+   random. It holds both open, and reaches all in them by their descriptors.
+2. Work of an earlier run is taken over by renaming its ``soup`` to ``taken-…`` in the work folder
+   of the new one. One rename of a name succeeds, so one run takes it.
+3. A run puts its work in place by renaming ``soup`` out of its own work folder, by descriptor. If
+   it was taken over, that name is gone, the rename fails, and so does the run. If the rename came
+   first, there is nothing to take. So what is put in place is the folder of 1, and nothing was
+   taken out of it: work is only ever removed after it was taken.
+4. What is taken over is moved, file by file, into the new run's own ``soup``, and only where the
+   journal names the same recipe, ingredients and headers. A run that lost it may still hold files
+   of it open, and goes on writing: to the same places the same bytes, as these are a function of
+   what was compared. No run ever shrinks a file (`FileSink` makes a new one instead).
+5. Side files are not taken over, but written again.
+
+So each output in place is the work of one run, or of several that write the same bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import json
 import logging
 import os
 import stat
-import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 
 from streamsoup.errors import (
@@ -33,19 +52,12 @@ from streamsoup.errors import (
     printable,
 )
 from streamsoup.output.destination import check_replaceable, exists_already
-from streamsoup.output.journal import Journal
-from streamsoup.recipe import PROVENANCE_NAME
-from streamsoup.system.folders import (
-    EXCHANGE,
-    NO_REPLACE,
-    is_movable,
-    make_private,
-    remove_any,
-    rename,
-    stranger,
-    sync_folder,
-    unlock,
-)
+from streamsoup.output.journal import Journal, records_of
+from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME
+from streamsoup.system.folders import Folder, is_movable, stranger
+from streamsoup.system.libc import EXCHANGE, NO_REPLACE, rename
+from streamsoup.system.locks import HeldError, Lock
+from streamsoup.system.regular import read_file
 
 __all__ = ["Staging"]
 
@@ -57,36 +69,80 @@ DYING_S = 30.0
 _HOPELESS = (ChangedIngredientError, MismatchError, NonFiniteError)
 """Errors after which unfinished work is worth nothing: the same command would fail again."""
 
-_KINDS = {"lock": stat.S_ISREG, "journal": stat.S_ISREG, "soup": stat.S_ISDIR, "old": stat.S_ISDIR}
-"""All that a work folder of ours may hold."""
+_WORK = "work-"
+"""What the names of work folders begin with."""
+
+_TAKEN = "taken-"
+"""What the names of folders begin with that were an earlier run's."""
+
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+class _Earlier:
+    """What the journal of an earlier run says about its work folder."""
+
+    def __init__(self, root: Folder, name: str) -> None:
+        """Read the journal. Raises `ResumeError` if it is damaged."""
+        self.name = name
+        self.fingerprint: object = None
+        self.committed: str | None = None
+        """Digest of the provenance that was about to be put in place, if one was."""
+        self.n_records = 0
+        with root.folder(name) as work:
+            for record in records_of(work):
+                if not self.n_records:
+                    self.fingerprint = record.get("fingerprint")
+                self.committed = str(record["commit"]) if "commit" in record else None
+                self.n_records += 1
 
 
 class Staging:
     """The work folder of one output, held by this run."""
 
-    def __init__(self, target: str, fingerprint: str, *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        target: str,
+        fingerprint: str,
+        *,
+        overwrite: bool,
+        is_current: Callable[[Folder], bool] = lambda folder: True,
+    ) -> None:
         """Take the work folder of the output at the real path `target`.
 
-        `fingerprint` says what is to be made: unfinished work of another is removed. Raises
-        `OutputExistsError` for an output that is not to be replaced, `OutputBusyError` if another
-        run is at it, `ResumeError` if its journal is damaged, and `OutputError` if something else
-        has the folder's name.
+        Args:
+            target: Real path of the output.
+            fingerprint: Names what is to be made; unfinished work of another is removed.
+            overwrite: Replace an output that is there.
+            is_current: Called with the folder of a finished soup of the same fingerprint; returns
+                True if its side files are the ones that would be written now.
+
+        Raises:
+            OutputExistsError: An output is there that is not to be replaced.
+            OutputBusyError: Another run is at it.
+            ResumeError: The journal of unfinished work is damaged.
+            OutputError: Something else has the folder's name.
         """
         self.target = target
         self.root = target + ".partial"
-        self.folder = os.path.join(self.root, "soup")
-        """Where the output is made."""
         self.finished = False
         """Whether an earlier run put this very output in place, and only tidying up is left."""
         self.complete: str | None = None
         """Digest of the provenance, if all is made and only the rename is left."""
         self._overwrite = overwrite
+        self._is_current = is_current
+        self._name = os.path.basename(target)
         self._made: list[str] = []
-        self._lock = -1
+        self._above: Folder | None = None
+        self._root: Folder | None = None
+        self._work: Folder | None = None
+        self._soup: Folder | None = None
+        self._lock: Lock | None = None
         self._journal: Journal | None = None
+        self._mine = f"{_WORK}{os.urandom(8).hex()}"
+        self._earlier: list[_Earlier] = []
+        self._n_taken = 0
         try:
             self._take()
-            self._journal = Journal(os.path.join(self.root, "journal"))
             self._begin(fingerprint)
         except BaseException as error:
             self._leave(error)
@@ -98,8 +154,14 @@ class Staging:
         assert self._journal is not None
         return self._journal
 
+    @property
+    def soup(self) -> Folder:
+        """Where the output is made."""
+        assert self._soup is not None
+        return self._soup
+
     def __enter__(self) -> Staging:
-        """Give the staging itself."""
+        """Return the staging itself."""
         return self
 
     def __exit__(
@@ -114,15 +176,18 @@ class Staging:
     def commit(self, provenance_digest: str) -> None:
         """Put the finished folder in place. Every file in it must be on disk already.
 
-        The digest of its provenance tells a later run, should this one be killed just now,
-        whether the rename had happened.
+        The digest of its provenance tells a later run, should this one be killed just now, that
+        the rename had happened. Raises `OutputExistsError` if an output was made meanwhile, and
+        `OutputBusyError` if another run has taken this work over.
         """
-        sync_folder(self.folder)
-        if self._committed() != provenance_digest:
+        assert self._above is not None
+        assert self._root is not None
+        self.soup.sync()
+        if self.journal.last.get("commit") != provenance_digest:
             self.journal.append({"commit": provenance_digest})
-        self._rename()
-        sync_folder(os.path.dirname(self.target))
-        sync_folder(self.root)
+        self._put_in_place()
+        self._above.sync()
+        self._root.sync()
         self.discard()
 
     def discard(self) -> None:
@@ -133,104 +198,66 @@ class Staging:
             where = printable(self.root)
             log.warning("%s: cannot be removed: %s; do so yourself", where, error.strerror)
 
-    def _clear(self) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.close()  # it may be for want of descriptors that we have to
-            for name in ("soup", "old", "journal", "lock"):
-                remove_any(os.path.join(self.root, name))
-            os.rmdir(self.root)
-            try:
-                sync_folder(os.path.dirname(self.root))
-            finally:
-                self._remove_made()
-        except OSError as error:
-            # Not empty: another run has begun, or a stranger's file is in.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        finally:
-            self._let_go()
-
-    def _remove_made(self) -> None:
-        """Remove the folders above that we made, as far as they are empty."""
-        try:
-            for folder in reversed(self._made):
-                os.rmdir(folder)
-        except OSError as error:
-            # The output is there, or another run has begun, or has taken the folder away.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
-
-    def _leave(self, error: BaseException | None) -> None:
-        """Let go of the work folder; after an error, remove it unless it is worth keeping."""
-        if isinstance(error, Exception):
-            with contextlib.suppress(OSError):  # the error at hand says more
-                if self._lock < 0:
-                    self._remove_made()
-                elif isinstance(error, _HOPELESS) or not self.holds_work():
-                    self._clear()
-        self._let_go()
-
     def holds_work(self) -> bool:
-        """Whether a later run could go on from what is here."""
-        if self._journal is None:
-            return os.path.lexists(os.path.join(self.root, "journal"))
-        return self._lock >= 0 and self._journal.n_records > 1
+        """Return True if a later run could go on from what is here."""
+        if self._lock is None:
+            return os.path.lexists(self.root)
+        mine = self._journal is not None and self._journal.n_records > 1
+        return mine or any(each.n_records > 1 for each in self._earlier)
+
+    # -- taking the folder ------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Make the folder, and lock it against every other run."""
-        deadline = time.monotonic() + DYING_S
-        while True:
-            self._make_root()
-            path = os.path.join(self.root, "lock")
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        """Open the folder, lock it against every other run, and make a work folder in it."""
+        while self._work is None:
+            self._open_root()
+            assert self._root is not None
             try:
-                self._lock = os.open(path, flags, 0o666)
+                self._lock = Lock(self._root, patience_s=DYING_S)
+                self._work = self._root.make(self._mine, 0o700)
             except FileNotFoundError:
-                continue  # another run just tidied up
+                self._let_go()  # another run just tidied up
+            except HeldError as error:
+                raise OutputBusyError(
+                    f"{printable(self.target)}: is being written by {error}; wait for it, or stop "
+                    "it"
+                ) from None
             except OSError:
-                with contextlib.suppress(OSError):
-                    os.rmdir(self.root)  # if empty: no trace of what could not begin
+                with suppress(OSError):  # no trace of what could not begin
+                    if self._lock is not None:
+                        self._root.remove(self._mine)
+                        self._lock.remove()
+                    self._remove_root()
                 raise
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _read_holder(self._lock)
-                self._let_go()
-                if _is_alive(holder) or time.monotonic() > deadline:
-                    raise OutputBusyError(_busy(self.target, holder)) from None
-                time.sleep(0.02)
-                continue
-            try:
-                same = os.stat(path).st_ino == os.fstat(self._lock).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
-                break
-            self._let_go()
-        holder = {"pid": os.getpid(), "supervisor": os.getppid(), "host": os.uname().nodename}
-        holder["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, json.dumps(holder).encode(), 0)
-        except OSError:
-            pass  # locked all the same; others will not learn by whom
 
-    def _make_root(self, attempts: int = 10) -> None:
-        """Make the work folder, or accept one that is ours."""
-        try:
-            self._make_folder(os.path.dirname(self.root))
-            make_private(self.root)
-        except FileExistsError:
-            self._check_ours()
-        except OSError as error:
-            if error.errno == errno.ENOENT and attempts > 1:
-                # A run that could not begin has just removed the folders that it had made.
-                return self._make_root(attempts - 1)
-            raise OutputError(
-                f"{printable(self.target)}: cannot be made: {error.strerror}; "
-                "choose another folder, or make this one possible"
-            ) from None
+    def _open_root(self) -> None:
+        """Open ``OUT.partial``, made if need be, unless it is not of a run of ours."""
+        name = os.path.basename(self.root)
+        attempts = 10
+        while self._root is None:
+            attempts -= 1
+            try:
+                self._make_folder(os.path.dirname(self.root))
+                self._above = Folder.open(os.path.dirname(self.root))
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=self._above.descriptor)
+                status = self._above.status(name)
+                if status is not None and not stat.S_ISDIR(status.st_mode):
+                    raise self._in_the_way()
+                self._root = self._above.folder(name)
+            except OutputError:
+                raise
+            except OSError as error:
+                if self._above is not None:
+                    self._above.close()
+                # Another run that could not begin may have removed the folders that it had made.
+                if error.errno == errno.ENOENT and attempts:
+                    continue
+                raise OutputError(
+                    f"{printable(self.target)}: cannot be made: {error.strerror}; "
+                    "choose another folder, or make this one possible"
+                ) from None
+        self._check_ours()
 
     def _make_folder(self, path: str) -> None:
         """Make a folder and those above it, durably; note those that were missing."""
@@ -245,116 +272,313 @@ class Staging:
             return
         if path not in self._made:
             self._made.append(path)
-        sync_folder(os.path.dirname(path))
+        with Folder.open(os.path.dirname(path)) as above:
+            above.sync()
 
     def _check_ours(self) -> None:
-        """Raise `OutputError` unless the work folder is of a run of ours."""
-        where = printable(self.root)
-        try:
-            who = stranger(self.root) if os.path.isdir(self.root) else ""
-        except FileNotFoundError:
-            return  # another run just tidied up
+        """Raise `OutputError` unless the open folder is of a run of ours."""
+        assert self._root is not None
+        assert self._above is not None
+        who = stranger(self._root, self._above)
         if who:
             raise OutputError(
-                f"{where}: {who}, so what is in it is not believed; a run may be at work there: "
-                "wait for it, choose another output, or remove that folder"
+                f"{printable(self.root)}: {who}, so what is in it is not believed; a run may be at "
+                "work there: wait for it, choose another output, or remove that folder"
             )
-        if not self._is_ours():
-            raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+        for name in self._root.names():
+            status = self._root.status(name)
+            if status is None:
+                continue  # another run is tidying up
+            # A second link to a file of ours would let us write where we must not.
+            lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            work = stat.S_ISDIR(status.st_mode) and name.startswith(_WORK)
+            if not (work or (lone and name == "lock")):
+                raise self._in_the_way()
 
-    def _is_ours(self) -> bool:
-        """Whether the work folder holds nothing but what a run leaves there."""
-        names: list[str] = []
-        try:
-            if not stat.S_ISDIR(os.lstat(self.root).st_mode):
-                return False
-            names = os.listdir(self.root)
-            for name in names:
-                status = os.lstat(os.path.join(self.root, name))
-                if name not in _KINDS or not _KINDS[name](status.st_mode):
-                    return False
-                # A second link to a file of ours would let us write where we must not.
-                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-                    return False
-            with open(os.path.join(self.root, "lock"), "rb") as file:
-                content = file.read(4096).strip(b"\0")
-        except FileNotFoundError:
-            return not names or "journal" in names  # a run is tidying up, or was killed at it
-        return not content or content.startswith(b'{"pid"')
+    def _in_the_way(self) -> OutputError:
+        where = printable(self.root)
+        return OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+
+    # -- what earlier runs left -------------------------------------------------------------------
 
     def _begin(self, fingerprint: str) -> None:
         """Find out what the folder holds, and make it ready for this output."""
-        old = os.path.join(self.root, "old")
-        if os.path.lexists(old):
-            if os.path.lexists(self.target):
-                remove_any(old)
-            else:  # killed between the two renames that stand in for an exchange
-                os.rename(old, self.target)
-        ours = self.journal.first.get("fingerprint") == fingerprint
-        digest = self._committed()
-        in_place = digest is not None and _provenance_digest(self.target) == digest
-        if in_place and ours:
-            sync_folder(os.path.dirname(self.target))  # the kill may have come before
-            self.finished = True
-            return
-        if os.path.lexists(self.target) and not self._overwrite:
-            if in_place:
-                self.discard()
-            raise exists_already(self.target)
-        if os.path.lexists(self.target) and not is_movable(self.target, self.root):
-            raise OutputError(f"{_immovable(self.target)} and run again")
-        if ours and digest is not None and _provenance_digest(self.folder) == digest:
-            self.complete = digest
-            return
-        if not ours:
-            remove_any(self.folder)
-            self.journal.close()
-            remove_any(self.journal.path)
-            self._journal = Journal(self.journal.path)
-            self.journal.append({"fingerprint": fingerprint})
-        os.makedirs(self.folder, exist_ok=True)
-        sync_folder(self.root)
-        sync_folder(os.path.dirname(self.root))
+        assert self._root is not None
+        assert self._work is not None
+        assert self._above is not None
+        names = [name for name in self._root.names() if name.startswith(_WORK)]
+        others = [name for name in names if name != self._mine]
+        for name in others:
+            with suppress(FileNotFoundError):  # its run, which no lock kept out, is tidying up
+                self._put_back(name)
+                self._earlier.append(_Earlier(self._root, name))
+        self._journal = Journal(os.path.join(self._work.path, "journal"), self._work)
+        there = self._provenance_digest(self._above, self._name)
+        in_place = [e for e in self._earlier if e.committed is not None and e.committed == there]
+        if any(each.fingerprint == fingerprint for each in in_place):
+            with self._above.folder(self._name) as soup:
+                self.finished = self._is_current(soup)
+            if self.finished:
+                self._above.sync()  # the kill may have come before
+                return
+        if self._above.status(self._name) is not None:
+            if not self._overwrite:
+                if in_place:
+                    self.discard()
+                raise exists_already(self.target)
+            if not is_movable(self._above, self._name, self._root, self._mine):
+                raise OutputError(f"{_immovable(self.target)} and run again")
+        # Of a soup in place, what is left is the output that it replaced.
+        unfinished = [each for each in self._earlier if each not in in_place]
+        self._start(fingerprint, [e for e in unfinished if e.fingerprint == fingerprint])
 
-    def _committed(self) -> str | None:
-        """Give the digest of the provenance that was about to be put in place, if one was."""
-        last = self.journal.last
-        return str(last["commit"]) if "commit" in last else None
+    def _put_back(self, name: str) -> None:
+        """Undo the first of the two renames that stand in for an exchange, after a kill there."""
+        assert self._root is not None
+        assert self._above is not None
+        with self._root.folder(name) as work:
+            if work.status("old") is None:
+                return
+            if self._above.status(self._name) is None:
+                work.move("old", self._above, self._name)
+            else:
+                work.remove("old")
 
-    def _rename(self) -> None:
+    def _start(self, fingerprint: str, same: Sequence[_Earlier]) -> None:
+        """Begin a journal with all notes of earlier runs, then take their files over.
+
+        In this order, as a kill in between must lose neither.
+        """
+        assert self._root is not None
+        assert self._work is not None
+        assert self._above is not None
+        self.journal.append({"fingerprint": fingerprint})
+        for each in same:
+            with suppress(FileNotFoundError), self._root.folder(each.name) as work:
+                for record in records_of(work):
+                    if "leaves" in record:
+                        self.journal.append(record, wait=False)
+        self.journal.sync()
+        self._work.sync()
+        self._root.sync()
+        for each in same:
+            for name in self._claim(each.name):
+                if self._soup is None and self._is_complete(each, name):
+                    self._work.move(name, self._work, "soup")
+                    self._soup = self._work.folder("soup")
+                    self.complete = each.committed
+        if self._soup is None:
+            self._soup = self._work.make("soup")
+        self._move_taken()
+        self._work.sync()
+        self._remove_earlier()
+        self._root.sync()
+        self._above.sync()
+
+    def _claim(self, other: str) -> list[str]:
+        """Take over what an earlier run made and took; return the names that it has in ours."""
+        assert self._root is not None
+        assert self._work is not None
+        claimed = []
+        with suppress(FileNotFoundError), self._root.folder(other) as work:
+            for name in work.names():
+                if name == "soup" or name.startswith(_TAKEN):
+                    new = f"{_TAKEN}{self._n_taken}"
+                    self._n_taken += 1
+                    with suppress(FileNotFoundError):  # its run has just put it in place
+                        work.move(name, self._work, new)
+                        claimed.append(new)
+        return claimed
+
+    def _is_complete(self, each: _Earlier, name: str) -> bool:
+        """Return True if a folder that was taken over is a whole soup, as we would make it now."""
+        assert self._work is not None
+        digest = each.committed
+        if digest is None or self._provenance_digest(self._work, name) != digest:
+            return False
+        with self._work.folder(name) as taken:
+            return self._is_current(taken)
+
+    def _move_taken(self) -> None:
+        """Move files that were taken over into our own folder, as far as it has none of the name.
+
+        Links, and files with a second name, are not ours to write to.
+        """
+        assert self._work is not None
+        names = [name for name in self._work.names() if name.startswith(_TAKEN)]
+        for name in names:
+            with self._work.folder(name) as taken:
+                for file in taken.names() if self.complete is None else ():
+                    status = taken.status(file)
+                    lone = status is not None and stat.S_ISREG(status.st_mode)
+                    if status is None or not lone or status.st_nlink != 1:
+                        continue
+                    if self.soup.status(file) is None:
+                        taken.move(file, self.soup, file)
+        self.soup.sync()
+        for name in names:
+            self._work.remove(name)
+
+    # -- the last step ----------------------------------------------------------------------------
+
+    def _put_in_place(self) -> None:
         """Put the folder in place, in one step wherever the file system has one."""
-        if not os.path.lexists(self.target):
+        assert self._above is not None
+        assert self._work is not None
+        folders = {
+            "source_folder": self._work.descriptor,
+            "target_folder": self._above.descriptor,
+        }
+        before = self._above.status(self._name)
+        if before is None:
             try:
-                done = rename(self.folder, self.target, NO_REPLACE)
-            except FileExistsError:
-                raise _made_meanwhile(self.target) from None
-            if not done:
-                os.rename(self.folder, self.target)
+                if not rename("soup", self._name, NO_REPLACE, **folders):
+                    self._work.move("soup", self._above, self._name)
+            except OSError as error:
+                raise self._not_put(error) from None
             return
         if not self._overwrite:
             raise _made_meanwhile(self.target)
         check_replaceable(self.target)
+        out = "soup"
         try:
-            if rename(self.folder, self.target, EXCHANGE):
-                return
-            # No exchange here (some network file systems): for an instant there is no output, and
-            # a kill just then is mended by the next run, which finds the old one.
-            os.rename(self.target, os.path.join(self.root, "old"))
+            exchanged = rename("soup", self._name, EXCHANGE, **folders)
+            if not exchanged:
+                # No exchange here (some network file systems): for an instant there is no output;
+                # after a kill just then the next run puts the old one back.
+                out = "old"
+                self._above.move(self._name, self._work, out)
         except OSError as error:
             if error.errno != errno.EXDEV:
-                raise
+                raise self._not_put(error) from None
             raise OutputError(
                 f"{_immovable(self.target)} and run the same command again, which then only has to "
                 "put the finished soup in place"
             ) from None
-        os.rename(self.folder, self.target)
+        after = self._work.status(out)
+        if after is None or not os.path.samestat(before, after):
+            # What we were allowed to replace was itself replaced just now.
+            if exchanged:
+                rename("soup", self._name, EXCHANGE, **folders)
+            else:
+                self._work.move(out, self._above, self._name)
+            raise _made_meanwhile(self.target)
+        if not exchanged:
+            try:
+                self._work.move("soup", self._above, self._name)
+            except OSError as error:
+                with suppress(OSError):
+                    rename("old", self._name, NO_REPLACE, **folders)
+                raise self._not_put(error) from None
+
+    def _not_put(self, error: OSError) -> OSError:
+        """Say why the rename failed, in words where it is the work of another run."""
+        if error.errno in _OCCUPIED:
+            return _made_meanwhile(self.target)
+        assert self._work is not None
+        if error.errno == errno.ENOENT and self._work.status("soup") is None:
+            return OutputBusyError(
+                f"{printable(self.target)}: another run has taken this work over, as the file "
+                "system did not lock it out; wait for that run, and have one at a time"
+            )
+        return error
+
+    # -- tidying up -------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        """Remove our work, and that of earlier runs; then the folder, if nothing else is in it."""
+        try:
+            # It may be for want of descriptors that we have to.
+            for each in (self._journal, self._soup):
+                if each is not None:
+                    each.close()
+            if self._work is not None and self._root is not None and self._lock is not None:
+                self._remove_earlier()
+                taken = [f"{_TAKEN}{i}" for i in range(self._n_taken)]
+                for name in ("soup", "old", "journal", *taken):
+                    self._work.remove(name)
+                self._work.close()
+                self._root.remove(self._mine)
+                if self._root.names() == ["lock"]:
+                    self._lock.remove()
+                self._remove_root()
+        finally:
+            self._let_go()
+
+    def _remove_earlier(self) -> None:
+        """Remove work folders of earlier runs, each after its folders were taken (step 3)."""
+        assert self._root is not None
+        assert self._work is not None
+        earlier, self._earlier = self._earlier, []
+        for each in earlier:
+            for name in self._claim(each.name):
+                self._work.remove(name)
+            with suppress(FileNotFoundError):
+                self._put_back(each.name)
+                with self._root.folder(each.name) as work:
+                    work.remove("journal")
+                try:
+                    # Not with what is in it: its run may have put the old output there just now.
+                    os.rmdir(each.name, dir_fd=self._root.descriptor)
+                except OSError as error:
+                    if error.errno not in _OCCUPIED:
+                        raise
+
+    def _remove_root(self) -> None:
+        """Remove ``OUT.partial`` if it is empty, and then the folders above that we made."""
+        try:
+            if self._above is not None and self._above.descriptor >= 0:
+                os.rmdir(os.path.basename(self.root), dir_fd=self._above.descriptor)
+                self._above.sync()
+        except OSError as error:
+            # Not empty: another run has begun, or somebody's file is in.
+            if error.errno in _OCCUPIED:
+                return
+            if error.errno != errno.ENOENT:
+                raise
+        finally:
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        """Remove the folders above that we made, as far as they are empty."""
+        try:
+            for folder in reversed(self._made):
+                os.rmdir(folder)
+        except OSError as error:
+            # The output is there, or another run has begun, or has taken the folder away.
+            if error.errno not in (*_OCCUPIED, errno.ENOENT):
+                raise
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Let go of the work folder; after an error, remove it unless it is worth keeping."""
+        if isinstance(error, Exception):
+            with suppress(OSError):  # the error at hand says more
+                if self._lock is None:
+                    self._remove_root()
+                elif isinstance(error, _HOPELESS) or not self.holds_work():
+                    self._clear()
+                elif self._root is not None and self.journal.n_records <= 1:
+                    self._root.remove(self._mine)
+        self._let_go()
 
     def _let_go(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        if self._lock >= 0:
-            lock, self._lock = self._lock, -1
-            unlock(lock)
+        """Close everything; a second time does nothing."""
+        held = (self._journal, self._soup, self._work, self._lock, self._root, self._above)
+        self._soup = self._work = self._lock = self._root = self._above = None
+        for each in held:
+            if each is not None:
+                each.close()
+
+    @staticmethod
+    def _provenance_digest(above: Folder, name: str) -> str | None:
+        """Return the digest of the provenance in a folder, or None if there is none."""
+        from streamsoup.engine.digest import digest_bytes
+
+        try:
+            with above.folder(name) as folder:
+                return digest_bytes(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
+        except OSError:
+            return None
 
 
 def _immovable(target: str) -> str:
@@ -366,47 +590,6 @@ def _immovable(target: str) -> str:
 
 def _made_meanwhile(target: str) -> OutputExistsError:
     return OutputExistsError(
-        f"{printable(target)}: was made by somebody else meanwhile; the soup is finished beside "
+        f"{printable(target)}: was made by another run meanwhile; the soup is finished beside "
         "it, and the same command with --overwrite puts it in place"
     )
-
-
-def _provenance_digest(folder: str) -> str | None:
-    from streamsoup.engine.digest import digest_file
-
-    try:
-        return digest_file(os.path.join(folder, PROVENANCE_NAME))
-    except OSError:
-        return None
-
-
-def _read_holder(descriptor: int) -> dict[str, object]:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _is_alive(holder: dict[str, object]) -> bool:
-    """Whether the run that holds a lock is at work, rather than being torn down after a kill."""
-    import psutil
-
-    if holder.get("host") != os.uname().nodename:
-        return bool(holder)
-    for key in ("pid", "supervisor"):
-        pid = holder.get(key)
-        try:
-            if not isinstance(pid, int) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return False
-        except psutil.Error:
-            return False
-    return True
-
-
-def _busy(target: str, holder: dict[str, object]) -> str:
-    who = "another run"
-    if holder:
-        pid, host, since = (printable(holder.get(key), 60) for key in ("pid", "host", "since"))
-        who = f"process {pid} on {host} since {since}"
-    return f"{printable(target)}: is being written by {who}; wait for it, or stop it"

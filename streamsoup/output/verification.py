@@ -28,16 +28,12 @@ from streamsoup.errors import (
 from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
 from streamsoup.formats.side_files import pieces
 from streamsoup.options import Options, check_options, take
-from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_NAME, Provenance
+from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, PROVENANCE_NAME, Provenance
 from streamsoup.rule import Rule
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Verification", "read_provenance", "verify"]
-
-PROVENANCE_LIMIT = 500_000_000
-"""Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
-
 
 class Verification(msgspec.Struct, frozen=True):
     """What was compared, all of it equal."""

@@ -7,10 +7,8 @@ syncs now and then what is finished, and then notes it in the journal with its d
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import shutil
 import stat
 import threading
 from collections.abc import Iterable
@@ -22,15 +20,11 @@ from streamsoup.engine.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.formats.files import Descriptors
 from streamsoup.output.journal import Journal
 from streamsoup.sizes import nbytes_text
+from streamsoup.system import libc
 from streamsoup.system.buffers import Bytes
-from streamsoup.system.folders import remove_any
+from streamsoup.system.folders import Folder
 
 __all__ = ["FileLedger", "FileSession", "FileSink", "write_file"]
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_SYNC_FILE_RANGE_WRITE = 2
 
 EARLY_NBYTES = 1 << 20
 """Bytes of a leaf from which the disk is told to begin with it: smaller ones go together."""
@@ -39,20 +33,20 @@ EARLY_NBYTES = 1 << 20
 class FileSink:
     """The shards of a soup in the making: where each block goes."""
 
-    def __init__(self, plan: MixPlan, files: FilePlan, folder: str) -> None:
+    def __init__(self, plan: MixPlan, files: FilePlan, folder: Folder) -> None:
         """Take the folder that holds them; nothing is opened yet."""
         self._plan = plan
         self._files = files
-        self._folder = folder
-        self._paths = [os.path.join(folder, file.name) for file in files.files]
+        self.folder = folder
+        """Where the files are; all of them are opened by their names in it."""
 
     def session(self) -> FileSession:
         """Return a thread's own means to write."""
         return FileSession(self)
 
-    def path(self, number: int) -> str:
-        """Return the path of a shard in the making."""
-        return self._paths[number]
+    def name(self, number: int) -> str:
+        """Return the name of a shard in the making."""
+        return self._files.files[number].name
 
     def file_of(self, leaf: Leaf) -> int:
         """Return the number of the shard that holds a leaf."""
@@ -61,7 +55,7 @@ class FileSink:
     def place(self, leaf: Leaf, start: int) -> tuple[str, int]:
         """Return the file and the offset at which unit `start` of the leaf's tensor belongs."""
         number, offset = self._files.places[leaf.tensor]
-        return self.path(number), offset + start * self.unit_nbytes(leaf)
+        return self.name(number), offset + start * self.unit_nbytes(leaf)
 
     def unit_nbytes(self, leaf: Leaf) -> int:
         """Return the bytes of a unit of the leaf's tensor."""
@@ -72,23 +66,29 @@ class FileSink:
 
         Where a run `resumes` work, what the disk holds is read from the disk, not from the cache.
         """
-        expected = {file.name for file in self._files.files}
-        for entry in list(os.scandir(self._folder)):
-            status = entry.stat(follow_symlinks=False)
+        sizes = {file.name: file.nbytes for file in self._files.files}
+        held = 0
+        for name in self.folder.names():
+            status = self.folder.status(name)
+            if status is None:
+                continue
             lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-            if entry.name not in expected or not lone:
-                remove_any(entry.path)
-        missing = sum(file.nbytes for file in self._files.files) - _held_nbytes(self._folder)
-        free = shutil.disk_usage(self._folder).free
+            # A file of another size is made anew, never cut: an earlier run may write to it yet.
+            if lone and sizes.get(name) == status.st_size:
+                held += status.st_blocks * 512
+            else:
+                self.folder.remove(name)
+        missing = sum(sizes.values()) - held
+        free = _free_nbytes(self.folder)
         if missing > free:
             raise _full(missing, free)
-        for number, file in enumerate(self._files.files):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self.path(number), flags, 0o666)
+        there = set(self.folder.names())
+        for file in self._files.files:
+            flags = os.O_RDWR if file.name in there else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = self.folder.file(file.name, flags)
             try:
-                if os.fstat(descriptor).st_size != file.nbytes:
-                    os.ftruncate(descriptor, 0)
-                    _reserve(descriptor, file.nbytes, self._folder)
+                if file.name not in there:
+                    _reserve(descriptor, file.nbytes, self.folder)
                 elif resumes:
                     # After a failed write the disk and the cache may differ.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -99,7 +99,7 @@ class FileSink:
     def sync(self, numbers: Iterable[int] | None = None) -> None:
         """Wait until some shards, or all, are on disk."""
         for number in range(len(self._files.files)) if numbers is None else numbers:
-            sync_file(self.path(number))
+            sync_file(self.folder, self.name(number))
 
 
 class FileLedger:
@@ -132,9 +132,10 @@ class FileLedger:
         if not self._noted[leaf.number]:
             return None
         digests = self._digests.get(leaf.number)
-        path, offset = self._sink.place(leaf, leaf.start)
+        name, offset = self._sink.place(leaf, leaf.start)
         nbytes = leaf.n_units * self._sink.unit_nbytes(leaf)
-        return digests if _digest(path, offset, nbytes) == digests[:SIZE] else None
+        found = _digest(self._sink.folder, name, offset, nbytes)
+        return digests if found == digests[:SIZE] else None
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
         """Keep the digests of a leaf for the next note."""
@@ -167,10 +168,10 @@ class FileLedger:
         return noted
 
 
-def _digest(path: str, offset: int, nbytes: int) -> bytes | None:
+def _digest(folder: Folder, name: str, offset: int, nbytes: int) -> bytes | None:
     """Return the digest of a part of a file, read piece by piece; None if it ends before."""
     digest = xxhash.xxh3_128()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = folder.file(name, os.O_RDONLY)
     try:
         while nbytes > 0:
             part = os.pread(descriptor, min(nbytes, 1 << 20), offset)
@@ -198,12 +199,13 @@ class FileSession:
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Write a finished block from unit `start` on; the last of a leaf starts the disk on it."""
-        path, offset = self._sink.place(leaf, start)
-        write_at(self._files.writing(path), block, offset)
+        name, offset = self._sink.place(leaf, start)
+        write_at(self._files.writing(name, self._sink.folder), block, offset)
         unit = self._sink.unit_nbytes(leaf)
         nbytes = leaf.n_units * unit
         if nbytes >= EARLY_NBYTES and start + len(block) // unit == leaf.start + leaf.n_units:
-            begin_writing(path, self._sink.place(leaf, leaf.start)[1], nbytes)
+            begin = self._sink.place(leaf, leaf.start)[1]
+            begin_writing(self._sink.folder, name, begin, nbytes)
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -221,60 +223,66 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
         offset += n
 
 
-def write_file(path: str, content: Iterable[bytes]) -> None:
-    """Make a whole file out of its pieces, and wait until it is on disk."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o666)
+def write_file(folder: Folder, name: str, content: Iterable[bytes]) -> None:
+    """Make a new file out of its pieces, and wait until it is on disk.
+
+    Args:
+        folder: Where to make it.
+        name: Relative to the folder, with ``/`` between parts; folders on the way are made.
+        content: The pieces, one after the other.
+    """
+    above, last = folder.below(name)
     try:
-        offset = 0
-        for piece in content:
-            write_at(descriptor, piece, offset)
-            offset += len(piece)
-        os.fsync(descriptor)
+        descriptor = above.file(last, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            offset = 0
+            for piece in content:
+                write_at(descriptor, piece, offset)
+                offset += len(piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     finally:
-        os.close(descriptor)
+        if above is not folder:
+            above.close()
 
 
-def begin_writing(path: str, offset: int, nbytes: int) -> None:
+def begin_writing(folder: Folder, name: str, offset: int, nbytes: int) -> None:
     """Have the disk begin with bytes of a file; wait for nothing.
 
     Left to the next sync, the disk would idle meanwhile, and the end of the run wait for it: a
     tenth of the time of a soup.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = folder.file(name, os.O_RDWR)
     try:
-        while _LIBC.sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ESPIPE):
-                return  # no such call here: the next sync does it
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))  # the next sync may not say so again
+        libc.begin_writing(descriptor, offset, nbytes)  # where it cannot, the next sync does it
     finally:
         os.close(descriptor)
 
 
-def sync_file(path: str) -> None:
+def sync_file(folder: Folder, name: str) -> None:
     """Wait until a file's bytes are on disk."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = folder.file(name, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _reserve(descriptor: int, nbytes: int, folder: str) -> None:
-    """Give a file its full size, and its place on the disk where the file system can."""
-    # Not `os.posix_fallocate`: where the file system has no such call, the C library would write
-    # to every block instead, which takes hours on a network.
-    while _LIBC.fallocate(descriptor, 0, 0, nbytes) != 0:
-        code = ctypes.get_errno()
-        if code == errno.ENOSPC:
-            raise _full(nbytes, shutil.disk_usage(folder).free)
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+def _reserve(descriptor: int, nbytes: int, folder: Folder) -> None:
+    """Give a new file its full size, and its place on the disk where the file system can."""
+    try:
+        if not libc.reserve(descriptor, nbytes):
             os.ftruncate(descriptor, nbytes)
-            return
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _full(nbytes, _free_nbytes(folder)) from None
+        raise
+
+
+def _free_nbytes(folder: Folder) -> int:
+    free = os.fstatvfs(folder.descriptor)
+    return free.f_bavail * free.f_frsize
 
 
 def _full(missing: int, free: int) -> OSError:
@@ -283,8 +291,3 @@ def _full(missing: int, free: int) -> OSError:
         f"{os.strerror(errno.ENOSPC)}: the soup needs {nbytes_text(missing, up=True)} more, which "
         f"is {nbytes_text(max(missing - free, 1), up=True)} more than is free",
     )
-
-
-def _held_nbytes(folder: str) -> int:
-    """Bytes already reserved in the folder by an earlier run."""
-    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))

@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
-import secrets
-import socket
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,7 +19,9 @@ from typing import Any
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.output.journal import Journal, named
-from streamsoup.system.folders import make_private, remove_any, stranger, sync_folder, unlock
+from streamsoup.system.closing import Closing
+from streamsoup.system.folders import Folder, stranger
+from streamsoup.system.locks import HeldError, Lock
 
 __all__ = ["SearchFolder", "bound_ingredients", "lock_folder"]
 
@@ -29,7 +29,7 @@ _OURS = ("journal", "lock")
 """In the order in which they are removed: what has no lock is not ours."""
 
 
-class SearchFolder:
+class SearchFolder(Closing):
     """The folder of one search, with its journal. Scores and looks are kept in it."""
 
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
@@ -40,16 +40,15 @@ class SearchFolder:
         damaged journal or one of another search, `OutputError` if the folder is not ours.
         """
         self.root = target + ".search"
-        self._lock = lock_folder(self.root, private=True)
+        self._folder, self._lock = lock_folder(self.root, private=True)
         try:
-            path = os.path.join(self.root, "journal")
-            if restart and os.path.lexists(path):
-                os.unlink(path)
+            if restart:
+                self._folder.remove("journal")
             self._clear()
-            self._lost = not os.path.lexists(path)
-            self.journal = Journal(path)
+            self._lost = self._folder.status("journal") is None
+            self.journal = self._open_journal()
         except BaseException:
-            unlock(self._lock)
+            self._unlock()
             raise
         try:
             self.run = self._begin(dict(bound_to))
@@ -85,48 +84,54 @@ class SearchFolder:
         self.journal.close()
         self._clear()
         for name in _OURS:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.root, name))
+            self._folder.remove(name)
         with suppress(OSError):  # somebody put a file of their own there
             os.rmdir(self.root)
         self._unlock()  # and no more: by now the folder may be another run's
 
     def close(self) -> None:
         """Let go of the folder; a second time does nothing."""
-        if self._lock >= 0 and self.journal.n_records <= 1:
+        if self._holds and self.journal.n_records <= 1:
             self.finish()  # nothing was answered: nothing to go on from
         self.journal.close()
-        if self._lock >= 0:
-            if os.path.isdir(self.root):
-                self._clear()
+        if self._holds:
+            self._clear()
             self._unlock()
 
+    @property
+    def _holds(self) -> bool:
+        return self._folder.descriptor >= 0
+
+    def _open_journal(self) -> Journal:
+        return Journal(os.path.join(self.root, "journal"), self._folder)
+
     def _unlock(self) -> None:
-        lock, self._lock = self._lock, -1
-        unlock(lock)
+        self._lock.close()
+        self._folder.close()
 
     def _begin(self, bound_to: dict[str, Any]) -> str:
         """Check what the journal belongs to, or note it in a new one; give the run's name."""
         if self.journal.n_records == 1 and self.journal.first.get("search") != bound_to:
             # Nothing was answered: whoever mends a slip in a task need not say --restart.
             self.journal.close()
-            os.unlink(self.journal.path)
-            self.journal = Journal(self.journal.path)
+            self._folder.remove("journal")
+            self.journal = self._open_journal()
         if not self.journal.n_records:
-            self.note({"search": bound_to, "run": secrets.token_hex(8)})
-            sync_folder(self.root)
-            sync_folder(os.path.dirname(self.root))
+            self.note({"search": bound_to, "run": os.urandom(8).hex()})
+            self._folder.sync()
+            with Folder.open(os.path.dirname(self.root)) as above:
+                above.sync()
         _check_same(self.root, self.journal.first.get("search"), bound_to)
         return str(self.journal.first.get("run"))
 
     def _clear(self) -> None:
         """Remove candidates that a killed run left."""
-        for name in os.listdir(self.root):
+        for name in self._folder.names():
             if name.startswith("candidate-"):
                 with suppress(OSError):
-                    remove_any(os.path.join(self.root, name))
+                    self._folder.remove(name)
             elif name.startswith("sum-"):
-                os.unlink(os.path.join(self.root, name))
+                self._folder.remove(name)
 
 
 def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
@@ -140,43 +145,32 @@ def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
     ]
 
 
-def lock_folder(root: str, *, private: bool = False) -> int:
-    """Make a folder, and those above it, and lock it against every other run.
+def lock_folder(root: str, *, private: bool = False) -> tuple[Folder, Lock]:
+    """Make a folder, and those above it, open it, and lock it against every other run.
 
-    One that is `private` is believed only if nobody else may have written there. Gives the
-    descriptor of the lock. Raises `OutputBusyError` if another run holds it, and `OutputError` if
-    the folder is not ours or cannot be made.
+    One that is `private` is believed only if nobody else may have written there.
+
+    Returns:
+        The open folder, and its lock, which is closed first.
+
+    Raises:
+        OutputBusyError: Another run holds it.
+        OutputError: The folder is not ours, or cannot be made.
     """
     where = printable(root)
     try:
         while True:
-            if not os.path.lexists(root):
-                os.makedirs(os.path.dirname(root), exist_ok=True)
-                with suppress(FileExistsError):
-                    (make_private if private else os.mkdir)(root)
-            # Not through a link: candidates of earlier runs are removed from what is ours.
-            is_folder = os.path.isdir(root) and not os.path.islink(root)
-            who = stranger(root) if private and is_folder else ""
-            if who:
-                raise OutputError(
-                    f"{where}: {who}, so its scores are not believed; a search may be at work "
-                    "there: wait for it, choose another output, or remove that folder"
-                )
-            names = os.listdir(root) if is_folder else ["?"]
-            if names and "lock" not in names:
-                raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
-            path = os.path.join(root, "lock")
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            folder = _open_folder(root, private=private)
             try:
-                descriptor = os.open(path, flags, 0o666)
+                return folder, Lock(folder)
             except FileNotFoundError:
-                continue  # another run has just finished, and removed the folder
-            if _is_locked(descriptor, path):
-                return descriptor
-            os.close(descriptor)
-    except BlockingIOError as error:
+                folder.close()  # another run has just finished, and removed the folder
+            except BaseException:
+                folder.close()
+                raise
+    except HeldError as error:
         raise OutputBusyError(
-            f"{where}: is being used by {printable(error.strerror)}; wait for it, or stop it"
+            f"{where}: is being used by {error}; wait for it, or stop it"
         ) from None
     except OutputError:
         raise
@@ -186,26 +180,34 @@ def lock_folder(root: str, *, private: bool = False) -> int:
         ) from None
 
 
-def _is_locked(descriptor: int, path: str) -> bool:
-    """Lock a file, and say who holds it; False if it was removed meanwhile.
-
-    Raises `BlockingIOError`, with who that is, if another run has locked it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        who = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
-        os.close(descriptor)
-        raise BlockingIOError(error.errno, who or "another run") from None
-    try:
-        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
-            return False
-    except FileNotFoundError:
-        return False
-    with suppress(OSError):  # locked all the same; others will not learn by whom
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return True
+def _open_folder(root: str, *, private: bool) -> Folder:
+    """Open a folder, made if need be. Raises `OutputError` for one that is not ours."""
+    where = printable(root)
+    above_path, name = os.path.split(root)
+    os.makedirs(above_path, exist_ok=True)
+    with Folder.open(above_path) as above:
+        if above.status(name) is None:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700 if private else 0o777, dir_fd=above.descriptor)
+        status = above.status(name)
+        # Not through a link: candidates of earlier runs are removed from what is ours.
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+        folder = above.folder(name)
+        try:
+            who = stranger(folder, above) if private else ""
+            if who:
+                raise OutputError(
+                    f"{where}: {who}, so its scores are not believed; a search may be at work "
+                    "there: wait for it, choose another output, or remove that folder"
+                )
+            names = folder.names()
+            if names and "lock" not in names:
+                raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
 
 def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:

@@ -159,9 +159,9 @@ def _save(figure: Any, path: str) -> None:
     """Write the picture, whole or not at all."""
     form = os.path.splitext(path)[1][1:].lower()
     try:
-        with replacing(path) as temporary, warnings.catch_warnings():
+        with replacing(path) as file, warnings.catch_warnings():
             # Letters that the font has not are drawn as boxes; the names are told in text, too.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(temporary, dpi=110, bbox_inches="tight", format=form)
+            figure.savefig(file, dpi=110, bbox_inches="tight", format=form)
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None

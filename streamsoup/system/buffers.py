@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+from streamsoup.system.libc import is_same_memory
+
 __all__ = ["Bytes", "address_of", "buffer", "is_same"]
 
 Bytes = memoryview
 """One after the other, in one dimension. Their elements are little-endian."""
-
-_LIBC = ctypes.CDLL(None)
-_LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def buffer(nbytes: int) -> Bytes:
@@ -47,4 +46,4 @@ def address_of(block: Bytes) -> int:
 def is_same(one: Bytes, other: Bytes) -> bool:
     """Whether two blocks hold the same bytes. Python would look at them one by one."""
     n = len(one)
-    return n == len(other) and (not n or not _LIBC.memcmp(address_of(one), address_of(other), n))
+    return n == len(other) and (not n or is_same_memory(address_of(one), address_of(other), n))

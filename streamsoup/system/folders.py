@@ -1,150 +1,192 @@
-"""Folders as the system has them: names made durable, removed, renamed in one step; locks."""
+"""Folders that are opened once, with all that is done in them relative to their descriptors.
+
+A path that is looked at and then used is looked up twice, and somebody else may have put another
+folder in its place in between. A descriptor stays with the folder that was looked at.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
-__all__ = [
-    "EXCHANGE",
-    "NO_REPLACE",
-    "is_movable",
-    "make_private",
-    "remove_any",
-    "rename",
-    "replacing",
-    "stranger",
-    "sync_folder",
-    "unlock",
-]
+from streamsoup.system.closing import Closing
+from streamsoup.system.libc import file_system
 
-NO_REPLACE, EXCHANGE = 1, 2
-"""Ways to rename, as renameat2(2) has them."""
+__all__ = ["Folder", "is_movable", "replacing", "stranger"]
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_AT_FDCWD = -100
 _OVERLAY = 0x794C7630
-"""What statfs(2) says of an overlay file system, first of all."""
+"""The number of an overlay file system in statfs(2)."""
 
 
-def sync_folder(path: str) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
+class Folder(Closing):
+    """An open folder.
 
+    No name in it is ever followed if it is a symbolic link. Names have one part, without ``/``.
+    """
 
-def unlock(descriptor: int) -> None:
-    """Let go of a lock, and close its file: closing alone would leave it to forked children."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    def __init__(self, path: str, descriptor: int) -> None:
+        """Hold a descriptor of the folder; `path` is for messages only."""
+        self.path = path
+        self.descriptor = descriptor
 
+    @classmethod
+    def open(cls, path: str) -> Folder:
+        """Open the folder at a path, which may lead through links."""
+        return cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
-def remove_any(path: str) -> None:
-    """Remove a file, a link or a whole folder; nothing, if there is nothing."""
-    try:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-            return
+    def folder(self, name: str) -> Folder:
+        """Open a folder in this one. Raises `OSError` for a link and for anything else."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        return Folder(os.path.join(self.path, name), descriptor)
+
+    def make(self, name: str, mode: int = 0o777) -> Folder:
+        """Make a folder in this one, and open it. Raises `FileExistsError`."""
+        os.mkdir(name, mode, dir_fd=self.descriptor)
+        return self.folder(name)
+
+    def below(self, name: str) -> tuple[Folder, str]:
+        """Return the folder that a relative path ends in, made if need be, and the last name.
+
+        The caller closes it if it is not this one.
+        """
+        folder = self
+        *above, last = name.split("/")
+        for part in above:
+            before = folder
+            try:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=before.descriptor)
+                folder = before.folder(part)
+            finally:
+                if before is not self:
+                    before.close()
+        return folder, last
+
+    def file(self, name: str, flags: int, mode: int = 0o666) -> int:
+        """Open a file in the folder with these flags; return its descriptor."""
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(name, flags, mode, dir_fd=self.descriptor)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Return the status of what has a name in the folder, be it a link; None for nothing."""
         try:
-            os.rmdir(path)  # for what is empty no descriptors are needed, of which none may be left
-        except OSError:
-            shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
+            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """List the names in the folder, sorted."""
+        return sorted(os.listdir(self.descriptor))
+
+    def move(self, name: str, to: Folder, new: str) -> None:
+        """Rename what has a name here to another name in a folder of the same file system."""
+        os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=to.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, a link or a whole folder; nothing, if there is nothing."""
+        try:
+            status = self.status(name)
+            if status is None:
+                return
+            if not stat.S_ISDIR(status.st_mode):
+                os.unlink(name, dir_fd=self.descriptor)
+                return
+            try:
+                # For what is empty no descriptors are needed, of which none may be left.
+                os.rmdir(name, dir_fd=self.descriptor)
+            except OSError:
+                shutil.rmtree(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            pass
+
+    def sync(self) -> None:
+        """Wait until the names in the folder are on disk."""
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+                raise
+
+    def sync_below(self) -> None:
+        """Wait until the names in the folder, and in all folders in it, are on disk."""
+        for name in self.names():
+            status = self.status(name)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                with self.folder(name) as inner:
+                    inner.sync_below()
+        self.sync()
+
+    def close(self) -> None:
+        """Close the descriptor; a second time does nothing."""
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Give the path of a file to write, which then takes the place of the one at `path`, whole.
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Yield a new file to write, which then takes the place of the one at `path`, whole.
 
-    It is removed if that fails.
+    It has a name that is nobody else's until then, and is removed if anything fails.
     """
-    temporary = f"{path}.partial"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    name = os.path.basename(path)
+    with Folder.open(os.path.dirname(path) or ".") as folder:
+        temporary = f".{name[:100]}.{os.urandom(8).hex()}.partial"
+        descriptor = folder.file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            with open(descriptor, "w+b") as file:
+                yield file
+            folder.move(temporary, folder, name)
+        except BaseException:
+            with suppress(OSError):
+                folder.remove(temporary)
+            raise
 
 
-def make_private(path: str) -> None:
-    """Make a folder that nobody else may write to or look into. Raises `FileExistsError`."""
-    os.mkdir(path, 0o700)
+def stranger(folder: Folder, above: Folder) -> str:
+    """Say who else may have written into a folder made with mode 0700; empty if nobody.
 
-
-def stranger(path: str) -> str:
-    """Say who else may have written into a folder of `make_private`; nothing, if it is ours alone.
-
-    What is in it would otherwise be believed, and be made part of what we make.
+    What is in it would otherwise be believed, and become part of what is made. `above` is the
+    folder that it lies in.
     """
-    status = os.stat(path)
+    status = os.fstat(folder.descriptor)
     others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if status.st_uid == os.geteuid() and not others:
         return ""
-    owner, mode = _as_made(os.path.dirname(path))
+    owner, mode = _as_made(above)
     if status.st_uid not in (os.geteuid(), owner):
         return f"belongs to user {status.st_uid}"
     return "may be written to by others" if others & ~mode else ""
 
 
-def _as_made(folder: str) -> tuple[int, int]:
-    """Give owner and mode of a private folder made in a folder: some file systems choose both."""
-    import tempfile
-
+def _as_made(folder: Folder) -> tuple[int, int]:
+    """Return owner and mode of a private folder made in a folder: some disks choose both."""
+    name = f".{os.urandom(8).hex()}"
     try:
-        made = tempfile.mkdtemp(prefix=".", dir=folder)
-        status = os.stat(made)
-        os.rmdir(made)
+        with folder.make(name, 0o700) as made:
+            status = os.fstat(made.descriptor)
+        os.rmdir(name, dir_fd=folder.descriptor)
     except OSError:
         return os.geteuid(), 0
     return status.st_uid, status.st_mode
 
 
-def rename(source: str, target: str, flag: int) -> bool:
-    """Rename with a flag of Linux's renameat2; False where there is none.
+def is_movable(above: Folder, name: str, beside: Folder, occupied: str) -> bool:
+    """Return True if a folder can be renamed: on an overlay, not what comes from a lower layer.
 
-    Raises `FileExistsError` if something is at `target` that may not be replaced.
+    It is tried with a rename that cannot be done, as `occupied`, in `beside`, is not empty. Only on
+    overlays, as other file systems may make anything of that.
     """
-    if not hasattr(_LIBC, "renameat2"):
-        return False
-    names = os.fsencode(source), os.fsencode(target)
-    while _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-            return False  # EPERM: some containers forbid what they do not know
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code), target)
-    return True
-
-
-def is_movable(folder: str, occupied: str) -> bool:
-    """Whether a folder can be renamed: on an overlay, not what comes from a lower layer.
-
-    It is tried with a rename that cannot be done, as `occupied`, a folder beside it, is not empty.
-    Only on overlays, as nobody knows what a stranger file system makes of that.
-    """
-    statfs = ctypes.create_string_buffer(512)
-    if _LIBC.statfs(os.fsencode(folder), statfs) != 0:
-        return True
-    if ctypes.c_long.from_buffer(statfs).value != _OVERLAY:
+    if file_system(os.path.join(above.path, name)) != _OVERLAY:
         return True
     try:
-        os.rename(folder, occupied)
+        above.move(name, beside, occupied)
     except OSError as error:
         return error.errno != errno.EXDEV
     return True

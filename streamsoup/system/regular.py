@@ -8,7 +8,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["close_read", "reading"]
+from streamsoup.system.folders import Folder
+
+__all__ = ["close_read", "read_file", "read_whole", "reading"]
 
 
 @contextmanager
@@ -18,7 +20,13 @@ def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
     Raises `OSError` for what cannot be opened, and for folders, FIFOs and devices.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with _regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path) as opened:
+        yield opened
+
+
+@contextmanager
+def _regular(descriptor: int, path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Yield a descriptor and its status, and close it; raise `OSError` for no regular file."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -26,6 +34,31 @@ def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
         yield descriptor, status
     finally:
         close_read(descriptor)
+
+
+def read_whole(path: str, limit: int) -> bytes:
+    """Return the content of a regular file. Raises `OSError` for others, and beyond `limit` bytes.
+
+    Bounded by what is read, not by what the file says of its size: those of ``/proc`` say 0.
+    """
+    with reading(path) as (descriptor, _):
+        return _read(descriptor, path, limit)
+
+
+def read_file(folder: Folder, name: str, limit: int) -> bytes:
+    """Return the content of a regular file in an open folder. See `read_whole`."""
+    path = os.path.join(folder.path, name)
+    with _regular(folder.file(name, os.O_RDONLY), path) as (descriptor, _):
+        return _read(descriptor, path, limit)
+
+
+def _read(descriptor: int, path: str, limit: int) -> bytes:
+    text = bytearray()
+    while piece := os.read(descriptor, 1 << 20):
+        text += piece
+        if len(text) > limit:
+            raise OSError(errno.EFBIG, "it is too large", path)
+    return bytes(text)
 
 
 def close_read(descriptor: int) -> None:

@@ -7,7 +7,6 @@ the parent waits, passes signals on, and puts a death into words.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
+
+from streamsoup.system.libc import kill_with_parent
 
 __all__ = ["die_with", "leave", "open_standard_streams", "status_of", "supervised"]
 
@@ -24,7 +25,6 @@ GRACE_S = 1.2
 DYING_S = 0.4
 """Time to wait for a killed child, which may hang in an fsync. It does nothing more after that."""
 
-_PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -108,7 +108,7 @@ def status_of(stop: KeyboardInterrupt) -> int:
 
 def die_with(parent: int) -> None:
     """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kill_with_parent()
     if os.getppid() != parent:  # it was killed before we asked
         os._exit(1)
 

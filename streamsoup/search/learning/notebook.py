@@ -6,15 +6,15 @@ A search is a fixed function of what it is answered, so it is resumed by answeri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from streamsoup.search.folder import SearchFolder
+from streamsoup.system.closing import Closing
 
 __all__ = ["Notebook"]
 
 
-class Notebook:
+class Notebook(Closing):
     """The notes of one search, held by this run."""
 
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
@@ -30,19 +30,6 @@ class Notebook:
             if "look" in record:
                 self._looks[record["look"]] = record
             self._last |= dict.fromkeys(record, record)
-
-    def __enter__(self) -> Notebook:
-        """Give the notebook itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Let go of the folder; the notes stay."""
-        self.close()
 
     def put(self, record: dict[str, Any]) -> None:
         """Take a note. It is on disk when this returns, and there alone: notes may be many."""

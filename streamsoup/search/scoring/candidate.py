@@ -27,7 +27,7 @@ from streamsoup.live.candidates import Candidates, Moved
 from streamsoup.output.write import write_at
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.buffers import Bytes
-from streamsoup.system.folders import remove_any
+from streamsoup.system.folders import Folder
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
 from streamsoup.task.loading import alone
@@ -178,7 +178,8 @@ class FolderScorer:
         self._n_made += 1
         if before is None or os.path.islink(before) or not os.path.isdir(before):
             if before is not None:  # a command put something else in its place, or nothing
-                remove_any(before)
+                with Folder.open(self._folder) as folder:
+                    folder.remove(os.path.basename(before))
             os.makedirs(path)
             return
         os.rename(before, path)
@@ -192,7 +193,8 @@ class FolderScorer:
     def _write_side_files(self, folder: str) -> None:
         from streamsoup.output.make import write_beside
 
-        write_beside(self._ordered, folder)
+        with Folder.open(folder) as opened:
+            write_beside(self._ordered, opened)
 
 
 class _CandidateSink:

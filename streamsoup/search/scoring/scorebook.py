@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 from streamsoup.errors import ResumeError, printable
 from streamsoup.live.candidates import Moved
 from streamsoup.search.folder import SearchFolder
 from streamsoup.search.scoring.candidate import Outcome
+from streamsoup.system.closing import Closing
 from streamsoup.task import Score
 
 __all__ = ["Members", "Scorebook"]
@@ -24,7 +24,7 @@ Members = tuple[int, ...]
 """Numbers of ingredients, in the order of the sum."""
 
 
-class Scorebook:
+class Scorebook(Closing):
     """The scores of one search, held by this run."""
 
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
@@ -47,19 +47,6 @@ class Scorebook:
             raise
         self.resumed = frozenset(self.scores)
         """Those that an earlier run had paid for."""
-
-    def __enter__(self) -> Scorebook:
-        """Give the scorebook itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Let go of the folder; the scores stay."""
-        self.close()
 
     def put(self, members: Members, outcome: Outcome, to_beat: float | None) -> None:
         """Remember a score. It is on disk before the next one is remembered.

@@ -21,7 +21,7 @@ import os
 import time
 from contextlib import nullcontext, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -32,7 +32,8 @@ from streamsoup.formats.shards import Ingredient
 from streamsoup.output.journal import Journal, named
 from streamsoup.search.folder import lock_folder
 from streamsoup.study.measures.calibration import AnyFloats, Labels
-from streamsoup.system.folders import replacing, unlock
+from streamsoup.system.folders import replacing
+from streamsoup.system.regular import reading
 from streamsoup.task import Score
 
 __all__ = ["Cache"]
@@ -51,11 +52,11 @@ class Cache:
         `ResumeError` if its journal is damaged.
         """
         self.folder = folder
-        self._lock = lock_folder(os.path.realpath(folder))
+        self._held, self._lock = lock_folder(os.path.realpath(folder))
         try:
-            self._journal = Journal(os.path.join(folder, "journal"))
+            self._journal = Journal(os.path.join(folder, "journal"), self._held)
         except BaseException:
-            unlock(self._lock)
+            self._unlock()
             raise
         self._synced = time.monotonic()
         self._intact: set[str] = set()
@@ -82,15 +83,18 @@ class Cache:
 
     def close(self) -> None:
         """Let go of the folder. Raises `OutputError` if the last answers cannot be kept."""
-        if self._lock < 0:
+        if self._held.descriptor < 0:
             return
         try:
             with named(self._journal.path):
                 self._journal.sync()
         finally:
             self._journal.close()
-            lock, self._lock = self._lock, -1
-            unlock(lock)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock.close()
+        self._held.close()
 
     def digest_of(self, ingredient: Ingredient) -> str | None:
         """Give the digest of an ingredient whose files are those that were digested."""
@@ -151,10 +155,10 @@ class Cache:
     def _save(self, name: str, array: NDArray[Any]) -> tuple[str, str]:
         """Write an array, whole or not at all; give its file's name and digest."""
         path = os.path.join(self.folder, name)
-        with named(path), replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-            digest = _digest(temporary)
+        with named(path), replacing(path) as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+            file.seek(0)
+            digest = _digest_of(file)
         self._intact.add(name)
         return name, digest
 
@@ -184,11 +188,15 @@ def _identity(ingredient: Ingredient) -> str:
 
 def _digest(path: str) -> str:
     """Digest a file; nothing for one that is not there."""
-    whole = xxhash.xxh3_128()
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 22):
-                whole.update(piece)
+        with reading(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+            return _digest_of(file)
     except OSError:
         return ""
+
+
+def _digest_of(file: BinaryIO) -> str:
+    whole = xxhash.xxh3_128()
+    while piece := file.read(1 << 22):
+        whole.update(piece)
     return whole.hexdigest()

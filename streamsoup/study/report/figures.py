@@ -132,8 +132,8 @@ def save(figure: Any, path: str) -> None:
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
         ids = rc_context({"svg.hashsalt": "streamsoup"})
-        with replacing(path) as temporary, _boxes_for_glyphs(), ids:
-            figure.savefig(temporary, dpi=DPI, format=form, metadata=metadata[form])
+        with replacing(path) as file, _boxes_for_glyphs(), ids:
+            figure.savefig(file, dpi=DPI, format=form, metadata=metadata[form])
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
 

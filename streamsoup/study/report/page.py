@@ -66,15 +66,15 @@ class Page(msgspec.Struct, frozen=True):
 
     def to_markdown(self) -> str:
         """Give the page as Markdown; pictures are linked."""
-        parts = [f"# {self.title}"]
+        parts = [f"# {_shown(self.title)}"]
         for block in self.blocks:
             if isinstance(block, Heading):
-                parts.append(f"## {block.text}")
+                parts.append(f"## {_shown(block.text)}")
             elif isinstance(block, Text):
                 parts.append(_escaped(block.text))
             elif isinstance(block, Code):
                 fence = "`" * max(3, 1 + _longest_run("`", block.lines))
-                parts.append("\n".join([fence, *block.lines, fence]))
+                parts.append("\n".join([fence, *map(_shown, block.lines), fence]))
             elif isinstance(block, Table):
                 parts.append(_markdown_table(block))
             else:
@@ -87,24 +87,24 @@ class Page(msgspec.Struct, frozen=True):
         parts = []
         for block in self.blocks:
             if isinstance(block, Heading):
-                parts.append(f"<h2>{html.escape(block.text)}</h2>")
+                parts.append(f"<h2>{_in_html(block.text)}</h2>")
             elif isinstance(block, Text):
-                parts.append(f"<p>{html.escape(block.text)}</p>")
+                parts.append(f"<p>{_in_html(block.text)}</p>")
             elif isinstance(block, Code):
-                parts.append(f"<pre>{html.escape(chr(10).join(block.lines))}</pre>")
+                parts.append(f"<pre>{chr(10).join(map(_in_html, block.lines))}</pre>")
             elif isinstance(block, Table):
                 parts.append(_html_table(block))
             else:
                 parts.append(_html_picture(block, folder))
-        title = html.escape(self.title)
+        title = _in_html(self.title)
         return _HTML.format(title=title, style=_STYLE, body="\n".join(parts))
 
 
 def write_text(path: str, text: str) -> None:
     """Write a file, whole or not at all. Raises `OutputError`."""
     try:
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
 
@@ -118,7 +118,23 @@ def _markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _shown(text: str) -> str:
+    r"""Return a text with what steers a terminal or turns the line around as visible escapes.
+
+    Names come out of files that anyone may have made.
+
+    >>> _shown("soup\u202etxt.exe\x1b[2J")
+    'soup\\u202etxt.exe\\x1b[2J'
+    """
+    return printable(text, len(text))
+
+
+def _in_html(text: str) -> str:
+    return html.escape(_shown(text))
+
+
 def _escaped(text: str) -> str:
+    text = _shown(text)
     for character in "\\|*_`<[&~$":
         text = text.replace(character, f"\\{character}")
     return text
@@ -130,10 +146,10 @@ def _longest_run(character: str, lines: Sequence[str]) -> int:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    head = "".join(f"<th>{_in_html(cell)}</th>" for cell in table.head)
     lines = [f"<tr>{head}</tr>"]
     for number, row in enumerate(table.rows):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        cells = "".join(f"<td>{_in_html(cell)}</td>" for cell in row)
         lines.append(f"<tr{' class=bold' if number in table.bold else ''}>{cells}</tr>")
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
@@ -141,7 +157,7 @@ def _html_table(table: Table) -> str:
 def _html_picture(picture: Picture, folder: str) -> str:
     with open(os.path.join(folder, picture.file), "rb") as file:
         content = base64.b64encode(file.read()).decode()
-    words = html.escape(picture.words)
+    words = _in_html(picture.words)
     return (
         f'<figure><img alt="{words}" src="data:image/png;base64,{content}">'
         f"<figcaption>{words}</figcaption></figure>"
