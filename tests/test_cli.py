@@ -495,3 +495,78 @@ def test_import_does_nothing_heavy() -> None:
         assert getattr(streamsoup, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = streamsoup.nothing
+
+
+@pytest.mark.parametrize("kind", ["deep", "fifo", "device", "folder", "large"])
+def test_scores_come_from_a_regular_file_of_some_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whatever --scores names, it is refused in one line, at once, and its name is said."""
+    from streamsoup.cli import greedy
+    from streamsoup.errors import RecipeError
+
+    path = tmp_path / "scores.json"
+    if kind == "deep":
+        path.write_text("[" * 100_000)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "folder":
+        (path / "streamsoup.json").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(greedy, "REPORT_LIMIT", 10)
+        path.write_text('{"report": {}}')
+    with pytest.raises(RecipeError, match=f"{path}.*(cannot be read|is not the report)"):
+        greedy._read_scores(str(path))
+
+
+def test_handlers_of_signals_are_given_back() -> None:
+    """A caller of selftest or demo keeps its own handlers; ignored signals stay ignored."""
+    import signal
+
+    from streamsoup.cli import common
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def own(number: int, frame: object) -> None:
+        raise AssertionError
+
+    try:
+        signal.signal(signal.SIGTERM, own)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with common.ending_in_order():
+            assert signal.getsignal(signal.SIGTERM) != own
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            with pytest.raises(SystemExit, match="143"):
+                signal.raise_signal(signal.SIGTERM)
+        assert [signal.getsignal(number) for number in numbers] == [own, signal.SIG_IGN]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["selftest", "demo"])
+def test_commands_that_end_in_order_give_handlers_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands themselves do: called from another program, they leave its handlers alone."""
+    import signal
+
+    from streamsoup import cli
+
+    seen = []
+
+    def work(*_: object, **__: object) -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise KeyError(name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    place = "streamsoup.selftest.selftest" if name == "selftest" else "streamsoup.demo.main"
+    monkeypatch.setattr(place, work)
+    monkeypatch.chdir(tmp_path)
+    cli.cli([name])
+    assert len(seen) == 1
+    assert seen[0] != before
+    assert signal.getsignal(signal.SIGTERM) == before

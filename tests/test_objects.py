@@ -19,6 +19,7 @@ import streamsoup
 from streamsoup.engine import reduce
 from streamsoup.kernels import cpu, linking, objects, processor
 from streamsoup.system import buffers, versions
+from streamsoup.system.folders import Folder
 from streamsoup.tensors import DTYPES
 
 x86_alone = pytest.mark.skipif(not processor.is_x86(), reason="others are left to LLVM")
@@ -282,14 +283,15 @@ def test_a_full_disk_leaves_nothing_in_the_cache(
 ) -> None:
     """A kernel that cannot be kept is no kernel, and no file either."""
 
-    def full(source: str, target: str) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        objects._store(str(tmp_path), "mix.o", b"code")
-    assert os.listdir(tmp_path) == []
-    objects._store(str(tmp_path), "mix.o", b"code")
+    with Folder.open(str(tmp_path)) as folder:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", full)
+            objects._store(folder, "mix.o", b"code")
+        assert os.listdir(tmp_path) == []
+        objects._store(folder, "mix.o", b"code")
     assert os.listdir(tmp_path) == ["mix.o"]
 
 
@@ -314,7 +316,10 @@ def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert objects._cache_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert objects._cache_folder() == str(tmp_path / "cache" / "streamsoup")
+    folder = objects._cache_folder()
+    assert folder is not None
+    assert os.path.samestat(os.fstat(folder.descriptor), os.stat(tmp_path / "cache" / "streamsoup"))
+    folder.close()
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)

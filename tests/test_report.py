@@ -7,7 +7,7 @@ import math
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -180,6 +180,41 @@ def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     write_report(small(), tmp_path)
     assert page.read_bytes() == before
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_report_shows_what_steers_a_terminal_as_escapes(tmp_path: Path) -> None:
+    """Control characters and marks that turn a line around reach neither Markdown nor HTML."""
+    nasty = "x\x1b[2J\u202egnp.exe\u2066\x07\x9b"
+    blocks = [
+        Heading(nasty),
+        Text(nasty),
+        Code([nasty, nasty]),
+        Table([nasty, nasty], [[nasty, nasty]], frozenset({0})),
+    ]
+    page = Page(nasty, blocks)
+    for text in (page.to_markdown(), page.to_html(str(tmp_path))):
+        assert text.replace("\n", "").isprintable()
+        assert text.count("u202e") == 9
+
+
+def test_a_report_writes_through_no_planted_link(tmp_path: Path) -> None:
+    """Links where a report or its temporary files go are replaced or refused, never followed."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    folder = tmp_path / "report"
+    folder.mkdir()
+    for name in ("report.md", "report.md.partial", "report.html.partial", "rows.jsonl.partial"):
+        (folder / name).symlink_to(mine)
+    write_report(small(), folder)
+    assert mine.read_text() == "precious"
+    assert not (folder / "report.md").is_symlink()
+    (tmp_path / "pictures").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "plots").symlink_to(tmp_path / "pictures")
+    with pytest.raises(OutputError, match="plots: is a link"):
+        write_report(small(), other)
+    assert not list((tmp_path / "pictures").iterdir())
 
 
 def test_without_matplotlib_there_are_tables(
@@ -401,8 +436,8 @@ def test_a_picture_is_whole_or_absent_and_always_the_same(
     assert contents[0] == contents[1]
     figure = figures.new_figure(2, 2)
 
-    def fail(path: str, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure, "savefig", fail)

@@ -45,7 +45,7 @@ def strange_files(folder: Folder) -> tuple[list[str], list[str]]:
         folder: What is to be replaced.
 
     Returns:
-        Paths relative to the folder, sorted: of strange files and of empty folders; of files of a
+        Paths relative to the folder, sorted: of strange files and hidden folders; of files of a
         soup that have another size or digest than its provenance says. Side files are digested
         whole; of shards, the size and the header.
     """
@@ -68,7 +68,7 @@ def strange_files(folder: Folder) -> tuple[list[str], list[str]]:
 
 
 def _walk(folder: Folder, above: str) -> Iterator[str]:
-    """Yield the paths of all that is no folder, and of folders that are hidden or empty."""
+    """Yield the paths of all that is no folder, and of hidden folders."""
     for name in folder.names():
         status = folder.status(name)
         if status is None or (name == _HUB and not above):
@@ -77,12 +77,7 @@ def _walk(folder: Folder, above: str) -> Iterator[str]:
             yield above + name
             continue
         with folder.folder(name) as inner:
-            empty = True
-            for path in _walk(inner, f"{above}{name}/"):
-                empty = False
-                yield path
-            if empty:
-                yield f"{above}{name}/"
+            yield from _walk(inner, f"{above}{name}/")
 
 
 def _looks_ours(path: str) -> bool:

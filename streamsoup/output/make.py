@@ -204,7 +204,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     except OutputExistsError as error:
         # A run that is killed when nothing is left to do, or was never told of as done, is none
         # that can be resumed: it is over.
-        if not _made_before(given, plan):
+        if options.overwrite or not _made_before(given, plan):
             raise
         raise OutputExistsError(
             f"{error}. This very recipe made it; `streamsoup verify` tells whether it is unchanged"

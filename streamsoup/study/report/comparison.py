@@ -41,8 +41,11 @@ def write_report(found: Comparison, folder: str | os.PathLike[str]) -> str:
     pictures, and the page says so. Raises `OutputError`.
     """
     root = os.fspath(folder)
+    plots = os.path.join(root, "plots")
+    if os.path.islink(plots):
+        raise OutputError(f"{printable(plots)}: is a link, which is not written through; remove it")
     try:
-        os.makedirs(os.path.join(root, "plots"), exist_ok=True)
+        os.makedirs(plots, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{printable(root)}: cannot be made: {error.strerror}") from None
     write_text(os.path.join(root, "rows.jsonl"), "".join(f"{line}\n" for line in found.to_lines()))
