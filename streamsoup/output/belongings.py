@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 import xxhash
 
 from streamsoup.engine.digest import digest_bytes
+from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.errors import StreamsoupError
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, FileRecord, Provenance
 from streamsoup.system.folders import Folder
@@ -54,7 +55,7 @@ def strange_files(folder: Folder) -> tuple[list[str], list[str]]:
         return [name for name in names if not _looks_ours(name)], []
     try:
         text = read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT)
-        provenance = Provenance.from_json(text)
+        provenance = Provenance.from_json(text, BUILT_IN)
     except (OSError, StreamsoupError):
         return [], [PROVENANCE_NAME]
     known = {record.name: record for record in (*provenance.shards, *provenance.side_files)}

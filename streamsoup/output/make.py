@@ -18,6 +18,7 @@ from streamsoup.engine.digest import Digests, digest_bytes
 from streamsoup.engine.plan import FilePlan, MixPlan, plan_files, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.reducers import reducer_of
+from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.engine.stream import run
 from streamsoup.errors import (
     FormatError,
@@ -329,7 +330,8 @@ def _has_current_side_files(ordered: Order, folder: Folder) -> bool:
     Its provenance is compared with a read of those: they may have changed since it was finished.
     """
     try:
-        found = Provenance.from_json(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
+        text = read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT)
+        found = Provenance.from_json(text, BUILT_IN)
     except (OSError, StreamsoupError):
         return False
     now = []

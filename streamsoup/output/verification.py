@@ -35,6 +35,7 @@ from streamsoup.tensors import TensorSpec
 
 __all__ = ["Verification", "read_provenance", "verify"]
 
+
 class Verification(msgspec.Struct, frozen=True):
     """What was compared, all of it equal."""
 
