@@ -7,6 +7,7 @@ next.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -229,6 +230,28 @@ def test_a_planted_theft_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(staging.Staging, "_claim", claim)
     with pytest.raises((AssertionError, FileNotFoundError)):
         try_all(stage, (0, 0), old=None, overwrite=True)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_without_locks_a_soup_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """Where the file system has none; the warning says "lock", and so does any other failure."""
+    stage = Stage(tmp_path, monkeypatch)
+
+    def missing(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    if code == errno.EIO:
+        with pytest.raises(OutputError, match=r"its lock cannot be taken \(Input/output error\)"):
+            stage.make(0, overwrite=False)
+        assert not stage.output.exists()
+    else:
+        stage.make(0, overwrite=False)
+        assert content(stage.output) == stage.whole[0]
+        assert "soup.partial: the file system cannot lock files" in caplog.text
+        assert os.listdir(stage.output.parent) == ["soup"]
 
 
 # -- one run, killed with all but the last step done ----------------------------------------------

@@ -166,7 +166,8 @@ def _take(folder: Folder) -> int:
             raise HeldError(Holder(os.pread(descriptor, _NBYTES, 0))) from None
         except OSError as error:
             if error.errno not in _MISSING:
-                raise
+                why = f"its lock cannot be taken ({error.strerror})"
+                raise OSError(error.errno, why, os.path.join(folder.path, "lock")) from None
             missing = str(error.strerror)
         there = folder.status("lock")
         if there is None or not os.path.samestat(there, os.fstat(descriptor)):
