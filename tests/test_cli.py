@@ -185,7 +185,7 @@ def test_a_soup_that_only_lacked_its_name_is_said_to_be(
     """Killed just before the rename, or just after: the next run reads nothing, and says so."""
     from streamsoup.output import staging
 
-    rename = staging.Staging._rename
+    rename = staging.Staging._put_in_place
 
     def killed_before(self: staging.Staging) -> None:
         raise KeyboardInterrupt
@@ -196,9 +196,9 @@ def test_a_soup_that_only_lacked_its_name_is_said_to_be(
 
     for number, killed in enumerate((killed_before, killed_after)):
         words = ["uniform", *map(str, pair), "-o", str(tmp_path / f"out{number}")]
-        monkeypatch.setattr(staging.Staging, "_rename", killed)
+        monkeypatch.setattr(staging.Staging, "_put_in_place", killed)
         assert cli(words) == 130
-        monkeypatch.setattr(staging.Staging, "_rename", rename)
+        monkeypatch.setattr(staging.Staging, "_put_in_place", rename)
         assert cli(words) == 0
         assert capfd.readouterr().out.endswith(": an earlier run had finished it\n")
 

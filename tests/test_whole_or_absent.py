@@ -459,14 +459,14 @@ def test_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pytest.M
             pytest.skip("this file system reserves nothing")
     shards = [{name: tensor(np.ones(100_000, "f4"))} for name in "ab"]
     ingredient = save_sharded(tmp_path / "ingredient", shards)
-    cook, held = stream._Pass.cook, []
+    make_leaf, held = stream._Pass.make_leaf, []
 
-    def cooking(*arguments: object) -> None:
+    def making(*arguments: object) -> None:
         files = (tmp_path / "out.partial").glob("work-*/soup/*.safetensors")
         held.append([file.stat().st_blocks * 512 for file in files])
-        cook(*arguments)  # type: ignore[arg-type]
+        make_leaf(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream._Pass, "cook", cooking)
+    monkeypatch.setattr(stream._Pass, "make_leaf", making)
     uniform([ingredient], output=tmp_path / "out")
     assert len(held[0]) == 2
     assert min(held[0]) >= 400_000
