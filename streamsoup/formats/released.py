@@ -50,7 +50,7 @@ class Loading(msgspec.Struct):
     left_out: list[str]
     """Stored tensors of a part that the live model does not have, such as a head."""
     kept: list[str]
-    """Live tensors outside the base model, or not expected, that the checkpoint does not have."""
+    """Live tensors of a part that the checkpoint does not have, or that are not expected of it."""
     strange: list[str]
     """Stored tensors that have no place, of parts that the live model has."""
     misshapen: dict[str, tuple[int, ...]]
@@ -100,10 +100,9 @@ def loading(
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     converter_of = {source: each for each in converters for source in each.source_patterns}
-    # A part that the model lacks is a child of it, or of its base: a head, a pooler, a tower.
-    base = f"{prefix}."
-    tops = {name.removeprefix(base).partition(".")[0] for name in live}
-    ignored = _matcher(
+    part_of = _parts(module, live, prefix)
+    parts_held = {part_of(name) for name in live}
+    expendable = _matcher(
         [
             *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"),
@@ -116,7 +115,7 @@ def loading(
             renamed, pattern = rename_source_key(name, [], [], prefix, live)
         if renamed in live:
             place_of[name] = renamed, pattern
-        elif renamed.removeprefix(base).partition(".")[0] not in tops or ignored(renamed):
+        elif part_of(renamed) not in parts_held or expendable(renamed):
             found.left_out.append(name)
         else:
             found.strange.append(name)
@@ -152,12 +151,12 @@ def loading(
         if name not in told:
             _tile(found, name, stored[name], places)
     spared = _matcher([*(getattr(module, "_keys_to_ignore_on_load_missing", None) or ())])
-    has_base = bool(prefix) and hasattr(module, prefix)
-    found.kept = [
-        name
-        for name in live
-        if name not in found.filled and ((has_base and not name.startswith(base)) or spared(name))
-    ]
+    parts_filled = {part_of(name) for name in found.filled}
+    absent = [name for name in live if name not in found.filled]
+    kept = [name for name in absent if part_of(name) not in parts_filled]
+    if sum(live[n].numel() for n in kept) > sum(live[n].numel() for n in found.filled):
+        kept = []  # no head is larger than all else: these are checkpoints of something else
+    found.kept = [name for name in absent if name in kept or spared(name)]
     return found
 
 
@@ -312,6 +311,23 @@ def _gathered(result: Tensor, pieces: list[Piece], state: Mapping[str, Tensor]) 
         place = made[piece.box]
         place.copy_(view.reshape(place.shape))
     return made
+
+
+def _parts(module: Any, live: Mapping[str, Tensor], prefix: str) -> Callable[[str], str]:
+    """Return a function from names to the part of the model that they belong to.
+
+    A part is a child of the model, of its base, or of a model within it: a head, a pooler, a tower.
+    """
+    models = {path for path, each in module.named_modules() if is_pretrained(each)}
+    base = f"{prefix}."
+    has_base = any(name.startswith(base) for name in live)
+
+    def part_of(name: str) -> str:
+        steps = (name if has_base else name.removeprefix(base)).split(".")
+        n = next(n for n in range(len(steps) - 1, -1, -1) if ".".join(steps[:n]) in models)
+        return ".".join(steps[: n + 1])
+
+    return part_of
 
 
 def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:

@@ -29,6 +29,12 @@ def misfit(problems: Iterable[str], model: nn.Module, found: Match | None = None
             "these cannot be written in place; score files that are written and loaded again "
             "instead (streamsoup greedy --command)"
         )
+    elif found is not None and found.family and not causes:
+        lines.append(
+            f"these were compared as transformers loads a {found.family} checkpoint into "
+            f"{type(found.module).__name__}; build the model by the ingredients' config.json, or "
+            "give ingredients of its architecture"
+        )
     elif not causes:
         lines.append(
             "where a model names or stores its weights in another way than its checkpoint, "
@@ -57,10 +63,9 @@ def _adapter(modules: list[tuple[str, nn.Module]], found: Match) -> str | None:
         return None
     if inside[0] == "":
         return (
-            "the model is a PEFT model, which has adapters beside the weights and its own names; "
-            "let build() return model.merge_and_unload(), or model.get_base_model() before "
-            "adapters are added; ingredients have to be whole checkpoints, so merge each adapter "
-            "into one"
+            "the model is a PEFT model, which has adapters beside the weights and names of its "
+            "own; let build() return model.merge_and_unload() or model.unload(); ingredients have "
+            "to be whole checkpoints, so merge each adapter into one"
         )
     return (
         f"the model has PEFT adapters in it ({some(inside)}), which the ingredients do not have; "
