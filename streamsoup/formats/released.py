@@ -50,7 +50,7 @@ class Loading(msgspec.Struct):
     left_out: list[str]
     """Stored tensors of a part that the live model does not have, such as a head."""
     kept: list[str]
-    """Live tensors of a part that the checkpoint does not have, or that are not expected of it."""
+    """Live tensors of a head or a pooler that the checkpoint does not have."""
     strange: list[str]
     """Stored tensors that have no place, of parts that the live model has."""
     misshapen: dict[str, tuple[int, ...]]
@@ -152,11 +152,13 @@ def loading(
             _tile(found, name, stored[name], places)
     spared = _matcher([*(getattr(module, "_keys_to_ignore_on_load_missing", None) or ())])
     parts_filled = {part_of(name) for name in found.filled}
-    absent = [name for name in live if name not in found.filled]
-    kept = [name for name in absent if part_of(name) not in parts_filled]
-    if sum(live[n].numel() for n in kept) > sum(live[n].numel() for n in found.filled):
-        kept = []  # no head is larger than all else: these are checkpoints of something else
-    found.kept = [name for name in absent if name in kept or spared(name)]
+    has_base = hasattr(module, prefix) if prefix else False
+    for name in live:
+        part = part_of(name)
+        is_head = has_base and not name.startswith(f"{prefix}.")
+        is_added = (is_head or part.endswith("pooler")) and part not in parts_filled
+        if name not in found.filled and (is_added or spared(name)):
+            found.kept.append(name)
     return found
 
 
