@@ -15,6 +15,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -83,22 +84,19 @@ def loading(
     conversions. Costs some microseconds for each tensor and each pattern of the family.
     """
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-    except ImportError:
+        core = import_module("transformers.core_model_loading")
+        mapping_of = import_module("transformers.conversion_mapping").get_model_conversion_mapping
+        rename, natural = core.rename_source_key, core.dot_natural_key
+        renaming_kind, converter_kind = core.WeightRenaming, core.WeightConverter
+    except (ImportError, AttributeError):
         return None
     from streamsoup.formats.tracing import Trace
 
     found = Loading({}, set(), [], [], [], {}, {})
     prefix = getattr(module, "base_model_prefix", "")
-    transforms = get_model_conversion_mapping(module)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    transforms = mapping_of(module)
+    renamings = [each for each in transforms if isinstance(each, renaming_kind)]
+    converters = [each for each in transforms if isinstance(each, converter_kind)]
     converter_of = {source: each for each in converters for source in each.source_patterns}
     part_of = _parts(module, live, prefix)
     parts_held = {part_of(name) for name in live}
@@ -109,10 +107,10 @@ def loading(
         ]
     )
     place_of: dict[str, tuple[str, str | None]] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, live)
+    for name in sorted(stored, key=natural):
+        renamed, pattern = rename(name, renamings, converters, prefix, live)
         if renamed not in live and name in live:
-            renamed, pattern = rename_source_key(name, [], [], prefix, live)
+            renamed, pattern = rename(name, [], [], prefix, live)
         if renamed in live:
             place_of[name] = renamed, pattern
         elif part_of(renamed) not in parts_held or expendable(renamed):
@@ -128,8 +126,9 @@ def loading(
         if pattern is None:
             results[at] = trace.sources[name]
         else:
-            group = groups.setdefault(at, copy.deepcopy(converter_of[pattern]))
-            group.add_tensor(at, name, pattern, trace.sources[name])
+            if at not in groups:
+                groups[at] = copy.deepcopy(converter_of[pattern])
+            groups[at].add_tensor(at, name, pattern, trace.sources[name])
     for at, names in from_names.items():
         if at not in groups and len(names) > 1:
             found.problems.setdefault(f"stored twice, for {printable(at)}", []).extend(names)
@@ -170,8 +169,8 @@ def released(module: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     not convert back, or in ways that cannot be followed. Before transformers 5: `state` as it is.
     """
     try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
+        revert = import_module("transformers.core_model_loading").revert_weight_conversion
+    except (ImportError, AttributeError):
         return dict(state)
     from streamsoup.formats.tracing import Trace
 
@@ -182,7 +181,7 @@ def released(module: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     advice = "save it with save_pretrained, and give the folder"
     try:
         with trace:
-            made = revert_weight_conversion(module, dict(trace.sources))
+            made = revert(module, dict(trace.sources))
     except Exception as error:
         raise FormatError(
             f"{what}: cannot be brought into the form of its checkpoints "

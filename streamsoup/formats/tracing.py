@@ -37,7 +37,7 @@ class Trace(TorchDispatchMode):
 
     def __init__(self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
         """Make the sources, by name, of some shapes and dtypes: see `sources`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sources: dict[str, Tensor] = {
             name: torch.empty(tuple(shape), dtype=dtype, device="meta")
             for name, (shape, dtype) in shapes.items()
@@ -78,7 +78,7 @@ class Trace(TorchDispatchMode):
             if result.dtype != self.sources[name].dtype:
                 return None
             shape, stride = tuple(result.shape), tuple(result.stride())
-            return [Piece(whole, name, shape, stride, result.storage_offset())]
+            return [Piece(whole, name, shape, stride, int(result.storage_offset()))]
         made, pieces = self._made.get(storage, (None, []))
         if made is None or (result.shape, result.stride()) != (made.shape, made.stride()):
             return None
@@ -87,7 +87,8 @@ class Trace(TorchDispatchMode):
     def _reshaped(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """View a tensor in another shape; where only a copy has it, note what it is made of."""
         try:
-            return torch.ops.aten.view.default(tensor, shape)
+            viewed: Tensor = torch.ops.aten.view.default(tensor, shape)
+            return viewed
         except RuntimeError:
             copied = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             made = copied.view(shape)
@@ -118,4 +119,4 @@ class Trace(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     """Return what two tensors have in common if one is a view of the other."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

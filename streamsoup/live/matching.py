@@ -141,17 +141,17 @@ def _by_name(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> Match:
     if not wrapped or any(name.startswith(prefix) for name in shapes):
         prefix = ""
     called = {name.removeprefix(prefix): name for name in tensors}
-    parts = {
+    parts: dict[str, tuple[Part, ...]] = {
         plain: (Part(0, name, tensors[name]),) for plain, name in called.items() if plain in shapes
     }
-    covered = {memory_of(part.live, part.tensor) for (part,) in parts.values()}
+    covered = {memory_of(part.live, part.tensor) for part, *_ in parts.values()}
     missing = [
         plain for plain, name in called.items() if memory_of(name, tensors[name]) not in covered
     ]
     strange = [name for name in shapes if name not in called]
     misshapen = {
         part.live: shapes[plain]
-        for plain, (part,) in parts.items()
+        for plain, (part, *_) in parts.items()
         if not nn.parameter.is_lazy(part.tensor) and tuple(part.tensor.shape) != shapes[plain]
     }
     return Match(module, tensors, parts, missing, strange, misshapen=misshapen)

@@ -311,8 +311,8 @@ def _check(planned: Mapping[str, PlannedTensor], model: nn.Module, found: Match)
         problem = f"of shape {ours} where the ingredients have {list(shape)}"
         kinds.setdefault(problem, []).append(name)
     for name, parts in found.parts.items():
-        if problem := _problem(planned[name], parts):
-            kinds.setdefault(problem, []).append(name)
+        if (why := _problem(planned[name], parts)) is not None:
+            kinds.setdefault(why, []).append(name)
     live = found.tensors
     apart = {memory_of(name, tensor): (name, tensor) for name, tensor in live.items()}
     for name, other in overlaps(dict(each for memory, each in apart.items() if memory != each[0])):
