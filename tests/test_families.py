@@ -234,7 +234,7 @@ def test_gradients_reach_the_stored_tensors(tmp_path: Path, live: torch.dtype) -
             output=tmp_path / f"{name}-soup",
             learning=learning,
         )
-        found.append(torch.tensor(soup.recipe.coefficients.values, dtype=torch.float64))
+        found.append(torch.tensor(soup.recipe.rule.coefficients.values, dtype=torch.float64))
     assert (found[0] - 1 / 3).abs().max() > 1e-3  # it went somewhere
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 

@@ -42,7 +42,7 @@ from streamsoup.tensors import TORCH_NAMES
 
 __all__ = ["TORCH_DTYPES", "ModelSink", "Target", "tensors_of"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("streamsoup")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, spelling) for name, spelling in TORCH_NAMES.items()
