@@ -17,6 +17,7 @@ import xxhash
 
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
 from streamsoup.formats.header import SURROGATE, make_header
+from streamsoup.formats.released import is_pretrained, released, side_files_of
 from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
 from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import TORCH_NAMES
@@ -91,6 +92,8 @@ class MemoryShard(Shard, frozen=True):
 
     in_memory: ClassVar[bool] = True
     memory: Memory
+    side_files: tuple[tuple[str, bytes], ...] = ()
+    """Names and contents of what belongs beside the tensors: a model's configuration."""
 
     def check_unchanged(self, begin: int | None = None) -> None:
         """Raise `ChangedIngredientError` if a tensor was changed in place since it was opened."""
@@ -123,8 +126,9 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
     """Open a state dict, or the one of a module, as an ingredient.
 
     What wraps a module puts prefixes into its names: those are left out; not those of a state dict.
+    A model of transformers has the names, and the forms, of its checkpoints, and its configuration.
     Raises `FormatError` for entries that are no plain dense tensors. Reads all of it once, for
-    its digest; copies nothing.
+    its digest; copies nothing but what `released` has to.
     """
     import torch
 
@@ -166,7 +170,8 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
             digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)])
     label = f"state dict {digest.hexdigest()}"
     identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
-    shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory)
+    beside = () if isinstance(given, Mapping) else _side_files(given)
+    shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory, beside)
     return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
 
 
@@ -204,7 +209,14 @@ def _state_of(module: Any) -> Mapping[str, Any]:
     if not isinstance(inner, torch.nn.Module):
         return state
     tied = _tied_names(inner, state)
-    return {plain_name(name): state[name] for name in state if name not in tied}
+    state = {plain_name(name): state[name] for name in state if name not in tied}
+    return released(inner, state) if is_pretrained(inner) else state
+
+
+def _side_files(module: Any) -> tuple[tuple[str, bytes], ...]:
+    """Return what belongs beside the tensors of a module."""
+    inner = unwrapped(module)
+    return side_files_of(inner) if is_pretrained(inner) else ()
 
 
 def _tied_names(module: Any, state: Mapping[str, Any]) -> set[str]:

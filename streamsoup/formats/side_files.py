@@ -84,6 +84,8 @@ def gather_side_files(
     have any.
     """
     first = ingredients[0].folder
+    if first is None and (held := _held(ingredients[0])):
+        return [_with_dtype(file, dtype) for file in held] if dtype is not None else held, []
     if first is None:
         beside = os.path.join(os.path.dirname(ingredients[0].path), "config.json")
         if ingredients[0].shards[0].in_memory or not os.path.isfile(beside):
@@ -159,6 +161,12 @@ def _difference(name: str, first: str, other: str) -> str | None:
     if telling:
         return f"{name} ({some(telling, 3)})"
     return None  # or the same keys and values, written in another way
+
+
+def _held(ingredient: Ingredient) -> list[SideFile]:
+    """List the side files of a live model: its configuration."""
+    files = getattr(ingredient.shards[0], "side_files", ())
+    return [SideFile(name, ingredient.path, content) for name, content in files]
 
 
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
@@ -270,7 +278,9 @@ def is_equal(a: str, b: str) -> bool:
 
 def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     """Make a model's configuration name the dtype of the soup, under the key it uses."""
-    config = read_config(file.path) if file.name == "config.json" else None
+    if file.name != "config.json":
+        return file
+    config = read_config(file.path) if file.content is None else json.loads(file.content)
     if config is None:
         return file
     if not _say_dtype(config, TORCH_NAMES[dtype.name]):

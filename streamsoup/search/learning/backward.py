@@ -73,18 +73,24 @@ class Gradients:
         self._training = [(module, module.training) for module in model.modules()]
         model.eval()
         self._wanted = wanted = set(learned) if backward else set()
-        self._parameters: dict[int, tuple[torch.nn.Parameter, str, bool, Any]] = {}
-        for name, tensor in sink.live.items():
-            if isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf:
-                kept = tensor, sink.tied.get(name, name), tensor.requires_grad, tensor.grad
-                self._parameters.setdefault(id(tensor), kept)
+        self._parameters = {
+            id(tensor): (tensor, [each for each in held if each[0] in wanted])
+            for tensor, held in sink.parameters()
+        }
+        """Each parameter, and the tensors of the plan that it holds and that are learned."""
+        self._before = [
+            (tensor, tensor.requires_grad, tensor.grad) for tensor, _ in self._parameters.values()
+        ]
+        self._n_elements = {tensor.name: tensor.n_units for tensor in sink.plan.tensors}
+        self._scattered: dict[str, dict[int, torch.Tensor]] = {}
+        """Gradients of tensors that several parameters hold, until those of all have come."""
         self._hooks: list[Any] = []
-        for tensor, name, _, _ in self._parameters.values():
+        for tensor, held in self._parameters.values():
             if not tensor.is_floating_point():
                 continue
             tensor.grad = None
-            tensor.requires_grad_(name in wanted)
-            if name in wanted:
+            tensor.requires_grad_(bool(held))
+            if held:
                 self._hooks.append(tensor.register_post_accumulate_grad_hook(self._hook))
         if mixture.temperature:
             self._hooks.append(model.register_forward_hook(self._heat))
@@ -150,8 +156,10 @@ class Gradients:
 
         Raises `TaskError` where no parameter has got any.
         """
-        for tensor, _, _, _ in self._parameters.values():
+        for tensor, _ in self._parameters.values():
             self._take(tensor)
+        for name in list(self._scattered):
+            self._pend(name, self._joined(name))
         self._flush()
         if self._wanted and not self._by_name:
             raise TaskError(
@@ -177,7 +185,7 @@ class Gradients:
         """Put the model back as it was, but for its weights."""
         for hook in self._hooks:
             hook.remove()
-        for tensor, _, requires_grad, gradient in self._parameters.values():
+        for tensor, requires_grad, gradient in self._before:
             tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
         for module, training in self._training:
@@ -205,15 +213,44 @@ class Gradients:
             self._take(tensor)
 
     def _take(self, tensor: torch.Tensor) -> None:
+        import torch
+
+        from streamsoup.live.model import of_part
+
         gradient = self._sums.pop(id(tensor), tensor.grad)
         if gradient is None:
             return
         tensor.grad = None
-        name = self._parameters[id(tensor)][1]
+        if gradient.layout != torch.strided:
+            gradient = gradient.to_dense()
+        for name, part in self._parameters[id(tensor)][1]:
+            ours = of_part(part, tensor, gradient.detach())
+            if ours.numel() == self._n_elements[name]:
+                self._pend(name, ours)
+                continue
+            pieces = self._scattered.setdefault(name, {})
+            earlier = pieces.get(part.begin)
+            pieces[part.begin] = ours if earlier is None else earlier + ours
+            if sum(piece.numel() for piece in pieces.values()) == self._n_elements[name]:
+                self._pend(name, self._joined(name))
+
+    def _joined(self, name: str) -> torch.Tensor:
+        """Put together the gradient of a tensor that several parameters hold; zeros where none."""
+        import torch
+
+        pieces = self._scattered.pop(name)
+        dtype = next(iter(pieces.values())).dtype
+        whole = torch.zeros(self._n_elements[name], dtype=dtype, device="cpu")
+        for begin, piece in pieces.items():
+            whole[begin : begin + piece.numel()] = piece.reshape(-1)
+        return whole
+
+    def _pend(self, name: str, gradient: torch.Tensor) -> None:
+        """Have a gradient wait to be multiplied."""
         if name in self._pending:
             self._flush()
         self._pending[name] = _vector(gradient, name)
-        self._n_pending += tensor.numel()
+        self._n_pending += gradient.numel()
         if self._n_pending >= BUNDLE:
             self._flush()
 
@@ -264,8 +301,7 @@ def _vector(gradient: torch.Tensor, name: str) -> Vector:
 
     from streamsoup.live.model import TORCH_DTYPES
 
-    gradient = gradient.detach().to("cpu")
-    gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    gradient = gradient.to("cpu")
     flat = gradient.contiguous().view(-1)
     # The largest magnitude, NaN if there is one: in one pass, and without room for as many flags.
     if len(flat) and not math.isfinite(torch.linalg.vector_norm(flat, math.inf).item()):
