@@ -194,6 +194,25 @@ def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Op
     return Options(**settings, on_progress=watcher)
 
 
+def telling_notes(
+    watcher: Watcher, *, quiet: bool, line_of: Callable[[object], str | None] = lambda event: None
+) -> Callable[[object], None]:
+    """Return a callback that prints notes, and events that `line_of` has a line for.
+
+    All events go on to `watcher`.
+    """
+
+    def on_event(event: object) -> None:
+        from streamsoup.options import Note
+
+        line = event.text if isinstance(event, Note) else line_of(event)
+        if line is not None and not quiet:
+            say(line)
+        watcher(event)
+
+    return on_event
+
+
 def make_soup(
     make: Callable[[Options], Soup],
     ingredients: Sequence[str],
@@ -315,7 +334,7 @@ def supervise(
 
     `paths` are those of the ingredients, or give them: one is named where the child dies of it.
     """
-    from streamsoup.cli.terminal import clear_bar
+    from streamsoup.cli.terminal import clear_line
 
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
 
@@ -324,8 +343,8 @@ def supervise(
 
         if as_json:
             keep_for_the_result()
-        show_warnings(quiet)
         watcher = Watcher(label, quiet)
+        show_warnings(quiet)
         try:
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:
@@ -347,12 +366,12 @@ def supervise(
     after = "" if label in ("geometry", "verify") else "; the same command goes on from there"
 
     def explain(number: int, started: float) -> str:
-        clear_bar()
+        clear_line()
         return _explain(number, started, paths() if callable(paths) else paths, after)
 
     status = supervised(child, explain)
     if status > 128:
-        clear_bar()
+        clear_line()
         print(f"interrupted by {signal_name(status - 128)}{after}", file=sys.stderr)
     return status
 

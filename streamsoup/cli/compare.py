@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,6 @@ def compare(
     Writes DIR/report.html and DIR/report.md. What was measured is kept in DIR/cache: a second run
     measures nothing again, and one more checkpoint costs only what is new.
     """
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
@@ -98,9 +96,8 @@ def compare(
             base=base,
             settings=chosen,
             options=options,
-            watch=line,
         )
-        line.close()
+        watcher.close()
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
@@ -149,7 +146,6 @@ def landscape(
 
     What was measured is kept in PNG.cache, so a run that was stopped goes on.
     """
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.output.destination import check_outside
@@ -178,9 +174,8 @@ def landscape(
             splits=splits,
             recalibrate=recalibrate,
             options=options,
-            watch=line,
         )
-        line.close()
+        watcher.close()
         draw_landscape(found, plot)
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
@@ -201,7 +196,6 @@ def sweep(
     settings: dict[str, Any],
 ) -> int:
     """Measure the path between two checkpoints, and report it in the folder `output`."""
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.study.comparison.table import check_folder
@@ -214,10 +208,8 @@ def sweep(
         at = parse_alphas(alphas)
         check_folder(output, ends)
         cache = os.path.join(output, "cache")
-        found = measure(
-            *ends, task, at, cache=cache, recalibrate=recalibrate, options=options, watch=line
-        )
-        line.close()
+        found = measure(*ends, task, at, cache=cache, recalibrate=recalibrate, options=options)
+        watcher.close()
         picture = "sweep.png" if have_matplotlib() else None
         if picture is not None:
             draw_sweep(found, os.path.join(output, picture))
@@ -236,23 +228,6 @@ def sweep(
         common.tell([f"{said}; see {printable(path)}"])
 
     return common.supervise(work, "interpolate", ends, settings)
-
-
-class _Line:
-    """One line on a terminal that says what was measured last."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._draws = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-    def __call__(self, text: str) -> None:
-        if self._draws:
-            width = shutil.get_terminal_size().columns - 1
-            common.say(f"\r\x1b[K{printable(text)[:width]}", end="")
-
-    def close(self) -> None:
-        """Take the line away."""
-        if self._draws:
-            common.say("\r\x1b[K", end="")
 
 
 def _this_command() -> str:

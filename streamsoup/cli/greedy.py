@@ -113,10 +113,14 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from msgspec.structs import replace
+
         from streamsoup.search.greedy import greedy_soup
 
         task = _make_task(told, rules["timeout"], ingredients[0])
-        search = _search_options(told["split"], rules, as_json or quiet)
+        search = _search_options(told["split"], rules)
+        watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
+        options = replace(options, on_progress=watch)
         soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
         watcher.close()
         if as_json:
@@ -148,7 +152,7 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
     return told["task"]
 
 
-def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -> SearchOptions:
+def _search_options(split: str | None, rules: Mapping[str, Any]) -> SearchOptions:
     from streamsoup.search.greedy import SearchOptions
 
     rules = dict(rules)
@@ -157,7 +161,6 @@ def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -
         **rules,
         split=split,
         isolate=True,
-        on_trial=None if silent else lambda trial: common.say(_line(trial)),
     )
 
 
@@ -175,6 +178,12 @@ def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
         return dict(found.get("report", found))
     except (ValueError, AttributeError, TypeError, OSError):
         raise RecipeError(f"{printable(path)}: is no report of a greedy search") from None
+
+
+def _line_of(event: object) -> str | None:
+    from streamsoup.search.trials import Trial
+
+    return _line(event) if isinstance(event, Trial) else None
 
 
 def _line(trial: Trial) -> str:
@@ -223,8 +232,8 @@ def lines(soup: GreedySoup) -> list[str]:
     n = report["n_scored"]
     text = f"{count(n, 'score')} in {seconds['search']:.2f} s{known}"
     if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
-        share = max(0.0, seconds["search"] / seconds["scoring"] - 1)
-        text += f"; beyond scoring {100 * share:.1f} %"
+        share = max(0.0, 1 - seconds["scoring"] / seconds["search"])
+        text += f"; {100 * share:.1f} % of it beyond scoring"
     text += f"; {nbytes_text(report['nbytes_read'])} of ingredients read"
     if report["nbytes_sums"]:
         text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"

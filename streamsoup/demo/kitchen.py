@@ -203,7 +203,7 @@ def judge(name: str, cooked: Network, parts: Parts, how: Training | None = None)
 def _told(soup: GreedySoup) -> str:
     """Say what the greedy search took, beside the scoring."""
     seconds = soup.report["seconds"]
-    share = 100 * (seconds["search"] / max(seconds["scoring"], 1e-9) - 1)
+    share = 100 * max(0.0, 1 - seconds["scoring"] / max(seconds["search"], 1e-9))
     return (
         f"Greedy: {soup.report['n_scored']} scores in {seconds['search']:.2f} s, "
         f"{share:.0f} % of it beyond scoring; kept {', '.join(map(_last, soup.report['kept']))}."

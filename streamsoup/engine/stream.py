@@ -27,6 +27,7 @@ from streamsoup.engine.schedule import Task
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
+from streamsoup.options import Progress
 from streamsoup.system.buffers import Bytes
 
 __all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Sink", "SinkSession", "run"]
@@ -40,16 +41,6 @@ ALONE_NBYTES = 1 << 24
 
 TICK_S = 0.05
 """Time between reports of progress."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """How far a run has come."""
-
-    nbytes_done: int
-    """Bytes of the ingredients read, or found finished by an earlier run."""
-    nbytes: int
-    """Bytes of the ingredients in all."""
-    elapsed_s: float
 
 
 class SinkSession(Protocol):

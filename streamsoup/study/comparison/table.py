@@ -31,7 +31,7 @@ from streamsoup.output.destination import check_outside
 from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.mixture import Granularity
 from streamsoup.search.trials import best_first, random_order
-from streamsoup.study.comparison.curves import draw_curves, values_of
+from streamsoup.study.comparison.curves import choose_counts, draw_curves, values_of
 from streamsoup.study.comparison.learning import learn, why_not
 from streamsoup.study.comparison.pairs import choose_pairs, look_between
 from streamsoup.study.comparison.selection import Ensemble, grow_ensemble, grow_soup
@@ -97,7 +97,6 @@ def compare(
     model: object = None,
     settings: CompareOptions = CompareOptions(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Compare `ingredients`, their soups and their ensembles on every split of `task`.
 
@@ -127,7 +126,6 @@ def compare(
             recalibrate=settings.recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
             made = _Table(bench, len(ingredients), base is not None, settings)
@@ -190,6 +188,7 @@ class _Table:
     def fill(self) -> Comparison:
         """Measure everything, in the order in which it is needed."""
         everyone = tuple(range(self.n))
+        self._expect("models")
         self.bench.settle_metric([Mixture.uniform([i]) for i in everyone], self.splits.val)
         if self.bench.predicts and self.bench.asks_score:
             self.notes.append(
@@ -204,10 +203,13 @@ class _Table:
         val = self.splits.val
         order = best_first([row.cells[val].value for row in singles])
         self._add_choices(singles, order)
+        self._expect("soups")
         self._add_model("uniform soup", "soup", Mixture.uniform(everyone))
         greedy = grow_soup(self.bench, order, self.splits.val)
         self._add_model("greedy soup", "soup", Mixture.uniform(greedy))
+        self._expect("orders")
         self._add_random_orders()
+        self._expect("learned")
         self._add_learned(everyone)
         for name, coefficients in self.settings.coefficients.items():
             self._add_model(name, "soup", Mixture(everyone, coefficients))
@@ -224,7 +226,9 @@ class _Table:
                 "which flatters every choice."
             )
         self._add_intervals()
+        self._expect("curves")
         curves = draw_curves(self.bench, self.splits, singles, self.settings.curve)
+        self._expect("pairs")
         pairs = self._pairs(singles)
         return Comparison(
             splits=self.splits,
@@ -239,6 +243,25 @@ class _Table:
             n_examples=self.n_examples,
             n_measured=self.bench.n_measured,
         )
+
+    def _expect(self, stage: str) -> None:
+        """Tell the bench how much is left to measure at most, as `stage` begins."""
+        n, s, settings = self.n, len(self.splits.all), self.settings
+        grown = n - 1 + s  # one greedy search: its trials, and what it found on the other splits
+        learned = len(settings.learned) if n > 1 else 0
+        counts = choose_counts(n, settings.curve) if settings.curve and n > 1 else []
+        n_pairs = 0 if self.base is None else min(settings.pairs, n * (n - 1) // 2)
+        each = 4 if settings.theory and self.bench.predicts else 1
+        left = {
+            "models": (n + (self.base is not None)) * s,
+            "soups": s + grown,
+            "orders": (settings.orders if n > 2 else 0) * grown,
+            "learned": (learned + len(settings.coefficients)) * s,
+            "curves": sum(count - 1 + 2 * s for count in counts),
+            "pairs": n_pairs * each,
+        }
+        stages = list(left)
+        self.bench.expect(sum(left[name] for name in stages[stages.index(stage) :]))
 
     def _is_share(self) -> bool:
         values = [cell.value for row in self.rows for cell in row.cells.values()]

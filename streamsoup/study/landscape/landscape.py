@@ -8,7 +8,7 @@ figure: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -79,7 +79,6 @@ def landscape(
     model: object = None,
     recalibrate: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Landscape:
     """Measure a grid on the plane through three checkpoints.
 
@@ -105,12 +104,12 @@ def landscape(
             recalibrate=recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
             plane = Plane.from_gram(_gram(bench))
-            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             xs, ys = plane.grid(resolution, margin)
+            bench.expect(len(xs) * len(ys) * len(wanted) + 3)
+            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             values = {split: np.empty((len(ys), len(xs))) for split in wanted}
             losses = {split: np.full((len(ys), len(xs)), np.nan) for split in wanted}
             for row, y in enumerate(ys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -109,7 +109,6 @@ def sweep(
     model: object = None,
     recalibrate: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
     """Measure (1−α)·first + α·second on every split of `task`, for every α.
 
@@ -132,9 +131,9 @@ def sweep(
             recalibrate=recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
+            bench.expect(len(at) * len(splits.all) + 2)
             bench.settle_metric([Mixture.uniform([0]), Mixture.uniform([1])], splits.val)
             for alpha in at:
                 mixture = Mixture.of((0, 1), (1.0 - alpha, alpha))
