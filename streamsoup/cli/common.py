@@ -243,7 +243,7 @@ def make_soup(
             tell([f"{what}: an earlier run had finished it"])
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
-        done = f"{summary(what, *numbers)}; summed on {soup.summed_on}"
+        done = f"{summary(what, *numbers, soup.n_passes)}; summed on {soup.summed_on}"
         tell([done, *(say(soup) if say is not None else ())])
 
     return supervise(work, "soup", ingredients, settings)
@@ -316,6 +316,7 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "path": soup.path,
         "recipe": msgspec.to_builtins(soup.recipe),
         "nbytes_read": soup.nbytes_read,
+        "n_passes": soup.n_passes,
         "nbytes_written": soup.nbytes_written,
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,

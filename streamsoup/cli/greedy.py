@@ -129,7 +129,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
             return
         common.tell(lines(soup))
 
-    return common.supervise(work, "soup", ingredients, settings)
+    return common.supervise(work, "greedy", ingredients, settings)
 
 
 def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> Any:
@@ -203,6 +203,7 @@ def _line(trial: Trial) -> str:
 
 def lines(soup: GreedySoup) -> list[str]:
     """Tell what a search found: a table of what was kept and left out, and what it took."""
+    from streamsoup.search.report import beyond_scoring
     from streamsoup.sizes import nbytes_text
 
     report = soup.report
@@ -232,8 +233,7 @@ def lines(soup: GreedySoup) -> list[str]:
     n = report["n_scored"]
     text = f"{count(n, 'score')} in {seconds['search']:.2f} s{known}"
     if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
-        share = max(0.0, 1 - seconds["scoring"] / seconds["search"])
-        text += f"; {100 * share:.1f} % of it beyond scoring"
+        text += f"; {100 * beyond_scoring(seconds):.1f} % of it beyond scoring"
     text += f"; {nbytes_text(report['nbytes_read'])} of ingredients read"
     if report["nbytes_sums"]:
         text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"

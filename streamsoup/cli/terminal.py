@@ -42,6 +42,9 @@ REPORT_S = 30.0
 WINDOW_S = 10.0
 """Time over which the rate of reading is measured: leaves that were finished before take none."""
 
+MARGIN = 3
+"""Columns left free: after Ctrl-C a terminal writes ^C there, and the line must not wrap."""
+
 SHORTEST, LONGEST = 10, 40
 """Columns of the bar."""
 
@@ -224,8 +227,10 @@ class Watcher:
     def _parts(self, now: float) -> tuple[str, str, str, str]:
         """Return how much is done, the rate, the time left, and what is being done."""
         step, progress = self._current_step(), self._progress
-        reading = "" if progress is None else _bytes_of(progress)
         if step is not None:
+            reading = ""
+            if progress is not None and progress.nbytes_done < progress.nbytes:
+                reading = _bytes_of(progress) if progress.elapsed_s >= PATIENCE_S else ""
             running = now - self._started - step.elapsed_s
             text = self._note or (f"reading {reading}" if reading else step.text)
             left = ""
@@ -238,7 +243,7 @@ class Watcher:
             (since, before), (until, after) = self._samples[0], self._samples[-1]
             rate = (after - before) / (until - since) if until > since else 0.0
             left = _left((progress.nbytes - progress.nbytes_done) / rate) if rate else ""
-            return reading, f"{nbytes_text(rate)}/s" if rate else "", left, ""
+            return _bytes_of(progress), f"{nbytes_text(rate)}/s" if rate else "", left, ""
         return "", "", f"{_clock(now - self._started)} so far", self._note
 
     def _current_step(self) -> Step | None:
@@ -250,7 +255,7 @@ class Watcher:
     def _line(self, now: float) -> str:
         """Return the line, with as much on it as the terminal has room for."""
         done, rate, left, text = self._parts(now)
-        room = _width(self._stream) - 1
+        room = _width(self._stream) - MARGIN
         share = self._share()
         bar = SHORTEST if share is not None else 0
         free = -1
@@ -349,7 +354,7 @@ def _width(stream: TextIO) -> int:
         columns = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         columns = 0
-    return max(columns or shutil.get_terminal_size().columns, 2)
+    return max(columns or shutil.get_terminal_size().columns, MARGIN + 1)
 
 
 def _columns(text: str) -> int:

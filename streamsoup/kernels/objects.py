@@ -25,7 +25,7 @@ from streamsoup.kernels import processor
 from streamsoup.kernels.linking import Kernel, address_of_symbol, link, needed
 from streamsoup.system.versions import llvmlite_version, numba_version
 
-__all__ = ["find", "make"]
+__all__ = ["find", "make", "spend"]
 
 _NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
 """What numba may be told for each job anew, and compiles the same code."""
@@ -64,6 +64,27 @@ def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, byt
     if folder is not None:
         _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
     return kernel
+
+
+def spend(label: str, seconds: float) -> float:
+    """Add to the seconds that runs of this user spent for want of a kernel; return their sum.
+
+    Kept as a line of text beside the kernels, so that many small jobs are worth compiling it once,
+    as a large one is. Two runs at once may lose one's part. Without a cache it is `seconds` alone.
+    """
+    folder = _cache_folder()
+    if folder is None:
+        return seconds
+    name = f"{label}-seconds.txt"
+    spent = 0.0
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            spent = float(file.read(40))
+    except (OSError, ValueError):
+        pass  # the first time, or torn
+    spent = seconds + (spent if 0 <= spent < 1e9 else 0.0)
+    _write(folder, name, b"%.6f\n" % spent)
+    return spent
 
 
 def _load(name: str, code: bytes) -> Kernel:
@@ -122,14 +143,19 @@ def _cache_folder() -> str | None:
 
 
 def _store(folder: str, name: str, kernel: bytes) -> None:
-    """Keep a kernel for later processes; a cache that cannot be written does no harm."""
+    """Keep a kernel for later processes."""
+    _write(folder, name, xxhash.xxh3_128_digest(kernel) + kernel)
+
+
+def _write(folder: str, name: str, content: bytes) -> None:
+    """Put a file into the cache; a cache that cannot be written does no harm."""
     import tempfile
 
     temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=folder)
         with open(descriptor, "wb") as file:
-            file.write(xxhash.xxh3_128_digest(kernel) + kernel)
+            file.write(content)
         os.replace(temporary, os.path.join(folder, name))
     except OSError:
         with suppress(OSError):

@@ -76,6 +76,8 @@ class Soup(msgspec.Struct, frozen=True):
     """On which device its sums were made, and why there; empty if an earlier run had made them."""
     warnings: tuple[str, ...] = ()
     """All that is doubtful about it, a line each; logged too."""
+    n_passes: int = 1
+    """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of."""
 
     def __repr__(self) -> str:
         """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
