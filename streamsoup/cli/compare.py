@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def compare(
             return
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
         last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
-        common.tell([*_table(found), last])
+        common.tell([*_table(found, shutil.get_terminal_size().columns), last])
 
     paths = ingredients if base is None else (base, *ingredients)
     return common.supervise(work, "compare", paths, settings)
@@ -235,8 +236,8 @@ def _this_command() -> str:
     return line.encode("utf-8", "backslashreplace").decode()  # not every path is Unicode
 
 
-def _table(found: Comparison) -> list[str]:
-    """Give the rows that are no ingredients, in columns."""
+def _table(found: Comparison, width: int) -> list[str]:
+    """Return the rows that are no ingredients, in columns: below each other what is too wide."""
     rows = [row for row in found.rows if row.kind != "ingredient"]
     show: Callable[[float], str] = (
         (lambda x: f"{100 * x:.2f}") if found.is_share else (lambda x: f"{x:.4g}")
@@ -246,11 +247,24 @@ def _table(found: Comparison) -> list[str]:
         values = [row.cells[column].value for column in found.splits.columns]
         count = f"{row.n_ingredients:.3g}"
         lines.append([row.name, *(show(x) if x == x else "–" for x in values), count])
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    return [
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in lines
-    ]
+    names = fitted([printable(line[0], 1000) for line in lines], max(12, width // 2))
+    parts: list[list[list[str]]] = []
+    room = 0
+    for column in zip(*(line[1:] for line in lines), strict=True):
+        cells = fitted([printable(cell, 1000) for cell in column], max(8, width // 3))
+        each = 2 + len(cells[0])
+        if not parts or room < each:
+            parts.append([names])
+            room = width - len(names[0])
+        parts[-1].append([cell.strip().rjust(each - 2) for cell in cells])
+        room -= each
+    text = [["  ".join(row).rstrip() for row in zip(*part, strict=True)] for part in parts]
+    return [row for n, rows in enumerate(text) for row in ([""] * bool(n) + rows)]
+
+
+def fitted(cells: list[str], most: int) -> list[str]:
+    """Return cells of one width, `most` or less, with the middle of longer ones left out."""
+    half = (most - 1) // 2
+    cells = [cell if len(cell) <= most else f"{cell[:half]}…{cell[-half:]}" for cell in cells]
+    width = max(map(len, cells))
+    return [cell.ljust(width) for cell in cells]

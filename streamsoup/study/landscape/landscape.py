@@ -50,6 +50,9 @@ class Landscape(msgspec.Struct, frozen=True, eq=False):
     """Negative log-likelihood in nats ``(y, x)``, for each split, where the task predicts."""
     marks: tuple[Mark, ...]
     n_measured: int = 0
+    metric: str = "score"
+    is_share: bool = False
+    """Whether values lie between 0 and 1 and are shown in percent, as the task said."""
 
     def to_lines(self) -> Iterator[str]:
         """Give a JSON line for each mark and each grid point."""
@@ -118,13 +121,17 @@ def landscape(
                     mixture = Mixture.of((0, 1, 2), coefficients)
                     for split in wanted:
                         found = bench.summary(mixture, split)
-                        values[split][row, column] = found[bench.metric]
+                        values[split][row, column] = found[bench.counted]
                         losses[split][row, column] = found.get("nll", np.nan)
         finally:
             bench.close()
         known = losses if bench.predicts else {}
         marks = _marks(plane, bench.plan.recipe.ingredients)
-        return Landscape(plane, xs, ys, values, known, marks, bench.n_measured)
+        within = all(bool(((v >= 0) & (v <= 1) | np.isnan(v)).all()) for v in values.values())
+        return Landscape(
+            plane, xs, ys, values, known, marks, bench.n_measured, bench.metric,
+            bench.is_share and within,
+        )  # fmt: skip
 
 
 def _marks(plane: Plane, paths: Sequence[str]) -> tuple[Mark, ...]:

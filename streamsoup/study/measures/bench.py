@@ -34,6 +34,7 @@ from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of, calibrate
 from streamsoup.task import Score, Task
 from streamsoup.task.code import digest_model
+from streamsoup.task.scores import MAIN_NAMES
 
 if TYPE_CHECKING:
     from streamsoup.live.mix import LiveMix
@@ -111,6 +112,7 @@ class Bench:
         self._asked: set[str] = set()
         """Keys of all that was asked for so far, known or not."""
         self._n_expected = 0
+        self._metric = ""
         self._model = model
         self.given = "" if model is None else digest_model(model)
         """What tells the model that was given from every other; nothing if the task builds one."""
@@ -146,9 +148,23 @@ class Bench:
                 return
 
     @property
-    def metric(self) -> str:
-        """What the number that counts is."""
+    def counted(self) -> str:
+        """Which entry of a `summary` counts: ``score`` or ``accuracy``."""
         return "score" if self.asks_score else "accuracy"
+
+    @property
+    def metric(self) -> str:
+        """The name of the number that counts: the task's own, if its scores have one."""
+        return self._metric or self.counted
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the number that counts is a share, to be shown in percent.
+
+        An accuracy of predictions is one; a score is one only where the task says
+        ``percent = True``: many a number between 0 and 1 is no share.
+        """
+        return not self.asks_score or getattr(self.task.source, "percent", False) is True
 
     def measure(self, mixture: Mixture, splits: Iterable[str]) -> None:
         """Measure a mixture on those of `splits` whose answers are not known yet.
@@ -180,6 +196,7 @@ class Bench:
         self._score_only(mixture, split)
         found = self.cache.score(self.key(mixture, split))
         assert found is not None
+        self._metric = _name_of(found, self.task.main)
         return found
 
     def summary(self, mixture: Mixture, split: str) -> Mapping[str, float]:
@@ -190,7 +207,7 @@ class Bench:
         """
         found: dict[str, float] = {}
         if self.asks_score:
-            found["score"] = self._score_only(mixture, split)
+            found["score"] = self.score(mixture, split).value
         if self.predicts:
             key = f"{self.key(mixture, split)}:summary"
             known = self.cache.value(key)
@@ -202,7 +219,7 @@ class Bench:
 
     def value(self, mixture: Mixture, split: str) -> float:
         """Give the number that counts: the task's score, or the accuracy that it is equal to."""
-        return self.summary(mixture, split)[self.metric]
+        return self.summary(mixture, split)[self.counted]
 
     def answers(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Give logits and labels without keeping them, or those that are kept."""
@@ -261,7 +278,7 @@ class Bench:
         for module, training in self._training:
             module.training = training
 
-    def _score_only(self, mixture: Mixture, split: str) -> float:
+    def _score_only(self, mixture: Mixture, split: str) -> None:
         key = self.key(mixture, split)
         known = self.cache.score(key)
         if known is None:
@@ -269,7 +286,6 @@ class Bench:
             self.cache.put_score(key, known)
             self.n_measured += 1
         self._answered(mixture, split)
-        return known.value
 
     def _summarise(self, key: str, logits: AnyFloats, labels: Labels) -> dict[str, float]:
         at = calibrate(logits, labels)
@@ -404,6 +420,15 @@ class Bench:
                 f"{self.task.name}: predictions on {split!r} came with other labels than before; "
                 "examples must come in the same order every time"
             )
+
+
+def _name_of(score: Score, main: str | None) -> str:
+    """Return the name of the metric that a score is; empty where the task gave a number alone."""
+    if main in score.metrics:
+        return str(main)
+    if len(score.metrics) == 1:
+        return next(iter(score.metrics))
+    return next((name for name in MAIN_NAMES if name in score.metrics), "")
 
 
 def _to_numpy(tensor: Any) -> Any:
