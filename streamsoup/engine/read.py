@@ -177,6 +177,7 @@ class _MappedSession:
             if window is None or at != number or not window.covers(begin, end):
                 # The former one goes first.
                 self._windows.pop(i, None)
+                window = None
                 stop = min(max(end, begin + self._nbytes), shard.identity.size)
                 window = Window(shard, begin, stop)
                 self._windows[i] = number, window

@@ -352,9 +352,10 @@ class _Pass:
             for first in range(0, k, memory.group):
                 last = min(first + memory.group, k)
                 inputs = reading.block(tensor, first, last, start, n_units)
-                for digest, block in zip(hashes[1 + first :], inputs, strict=False):
-                    digest.update(block)
+                for number, digest in enumerate(hashes[1 + first : 1 + last]):
+                    digest.update(inputs[number])
                 worker.add(first, inputs)
+                del inputs  # a window is unmapped with the last view of it, before the next is made
             ends = start + n_units == end
             under_way.append(_Block(leaf, start, n_units, digests, hashes, ends))
             if self.deliver(worker.n_ahead, reading, writing, worker, under_way):

@@ -461,7 +461,5 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     )
     ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(
-        plan, memory, reader, Nothing(), Nowhere(), ledger=ledger, on_progress=options.on_progress
-    )
+    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger, on_progress=options.on_progress)
     return ledger.digests.of_ingredient(0)
