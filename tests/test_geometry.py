@@ -133,10 +133,10 @@ def test_the_same_bits_however_read(
 ) -> None:
     """Kernels, threads, blocks, budget and the way of reading leave every bit as it is."""
     anchor = files[0] if base else None
-    found = inner.find_products
-    monkeypatch.setattr(inner, "find_products", lambda: None)
-    first = geometry(files[1:], base=anchor)
-    monkeypatch.setattr(inner, "find_products", found)
+    with monkeypatch.context() as patched:
+        patched.setattr(inner, "find_products", lambda: None)
+        patched.setattr(inner, "make_products", lambda: None)
+        first = geometry(files[1:], base=anchor)
     monkeypatch.setattr(inner, "COMPILE_S", 0.0)
     seen = set()
     for options in (
@@ -170,6 +170,7 @@ def minimum(paths: list[str], base: str | None) -> int:
 def test_a_wrong_order_is_seen(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: a kernel that adds up in another order changes bits."""
     monkeypatch.setattr(inner, "find_products", lambda: None)
+    monkeypatch.setattr(inner, "make_products", lambda: None)
     first = geometry(files[1:], base=files[0])
 
     def other(left: Any, right: Any, triangle: bool, out: Any) -> None:

@@ -32,8 +32,7 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.reduce import OnePass, compiled
 from streamsoup.errors import BudgetError
 from streamsoup.kernels import blocks
-from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
-from streamsoup.kernels.objects import spend
+from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products, spend_in_numpy
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.buffers import Bytes
 from streamsoup.tensors import DType
@@ -136,7 +135,7 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
         n_elements = sum(tensor.n_units for tensor in plan.tensors)
         # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
         in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
-        if spend("inner", in_numpy_s) >= COMPILE_S:
+        if spend_in_numpy(in_numpy_s) >= COMPILE_S:
             found = compiled(make_products)
     return found or in_numpy
 

@@ -66,16 +66,17 @@ def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, byt
     return kernel
 
 
-def spend(label: str, seconds: float) -> float:
+def spend(label: str, rooms: Sequence[str], seconds: float) -> float:
     """Add to the seconds that runs of this user spent for want of a kernel; return their sum.
 
     Kept as a line of text beside the kernels, so that many small jobs are worth compiling it once,
-    as a large one is. Two runs at once may lose one's part. Without a cache it is `seconds` alone.
+    as a large one is; anew for another version of the kernel. Two runs at once may lose one's
+    part. Without a cache it is `seconds` alone.
     """
     folder = _cache_folder()
     if folder is None:
         return seconds
-    name = f"{label}-seconds.txt"
+    name = _cache_name(label, rooms).removesuffix(".o") + "-seconds.txt"
     spent = 0.0
     try:
         with open(os.path.join(folder, name), "rb") as file:
