@@ -250,6 +250,7 @@ class _Table:
         curves = draw_curves(self.bench, self.splits, singles, self.settings.curve)
         self._expect("pairs")
         pairs = self._pairs(singles)
+        self.bench.expect(0)
         return Comparison(
             splits=self.splits,
             names=self.names,

@@ -123,6 +123,7 @@ def landscape(
                         found = bench.summary(mixture, split)
                         values[split][row, column] = found[bench.counted]
                         losses[split][row, column] = found.get("nll", np.nan)
+            bench.expect(0)
         finally:
             bench.close()
         known = losses if bench.predicts else {}

@@ -139,6 +139,7 @@ def sweep(
                     values[split].append(found[bench.counted])
                     if "nll" in found:
                         losses[split].append(found["nll"])
+            bench.expect(0)
         finally:
             bench.close()
         ends = bench.plan.recipe.ingredients
