@@ -1,6 +1,6 @@
 """How a soup is made, as opposed to what it is made of: plain data, with the defaults.
 
-Beside the options stand the events that long work reports to `Options.on_progress`.
+Beside the options stand the events that long work reports to `Options.on_event`.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
-    on_progress: Callable[[Any], None] | None = None
+    on_event: Callable[[Any], None] | None = None
     """Called by the calling thread with each event of the work: `Progress` of a pass over the
-    weights, `Step` of a search or study, `Note`, and `streamsoup.Trial` of a greedy search. Other
+    weights, `Step` of a search or study, `Note`, and `Trial` of a greedy search. Other
     kinds may be added. What it raises stops the work."""
 
     def __post_init__(self) -> None:

@@ -376,7 +376,7 @@ def test_every_measurement_is_foreseen(folders: list[str], tmp_path: Path) -> No
     """The total that is told at first is never passed, and all is done at the end."""
     events: list[object] = []
     settings = CompareOptions(orders=2, curve=3, pairs=4, learned=("global",))
-    options = Options(on_progress=events.append)
+    options = Options(on_event=events.append)
     for _ in range(2):  # the second time all is known
         compare(
             folders[1:5], Counting(), output=tmp_path / "out", base=folders[0],

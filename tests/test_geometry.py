@@ -447,7 +447,7 @@ def test_both_passes_are_counted(tmp_path: Path, method: str) -> None:
     for path in paths:
         save_file({"w": rng.normal(size=(64, 100)).astype("f4")}, path)
     reports: list[object] = []
-    options = streamsoup.Options(on_progress=reports.append)
+    options = streamsoup.Options(on_event=reports.append)
     output = tmp_path / "out"
     if method == "slerp":
         soup = streamsoup.slerp(paths, [1, 1, 1], output=output, options=options)

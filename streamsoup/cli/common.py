@@ -191,7 +191,7 @@ def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Op
     """Make options of what click gave for `MAKING`, `RUNNING` and `WRITING`."""
     from streamsoup.options import Options
 
-    return Options(**settings, on_progress=watcher)
+    return Options(**settings, on_event=watcher)
 
 
 def telling_notes(

@@ -120,7 +120,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         task = _make_task(told, rules["timeout"], ingredients[0])
         search = _search_options(told["split"], rules)
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
-        options = replace(options, on_progress=watch)
+        options = replace(options, on_event=watch)
         soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
         watcher.close()
         if as_json:

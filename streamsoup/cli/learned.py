@@ -118,7 +118,7 @@ def learned(
             guard_every=guard_every,
             restart=restart,
         )
-        options = replace(options, on_progress=common.telling_notes(watcher, quiet=quiet))
+        options = replace(options, on_event=common.telling_notes(watcher, quiet=quiet))
         soup = learned_soup(ingredients, task, output=output, learning=learning, options=options)
         watcher.close()
         if plot is not None:

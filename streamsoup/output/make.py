@@ -248,7 +248,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
         reducer,
         sink,
         ledger=ledger,
-        on_progress=options.on_progress,
+        on_event=options.on_event,
     )
     provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()

@@ -128,7 +128,7 @@ def greedy_soup(
             scorers = kitchen.open(book)
             ask = _asking(scorers, book, search, given)
             names = [ingredient.name for ingredient in opened]
-            found = go_through(names, ask, search, options.on_progress)
+            found = go_through(names, ask, search, options.on_event)
             best = best_run(found.runs)
             report: dict[str, Any] = {**kitchen.described, "split": kitchen.split}
             report |= report_of(found, search, paid=book.paid, n_resumed=len(book.resumed))
@@ -331,8 +331,8 @@ class _Kitchen:
         self._scorers = self._crew = None
 
     def _note_building(self) -> None:
-        if self.options.on_progress is not None:
-            self.options.on_progress(Note("building the model"))
+        if self.options.on_event is not None:
+            self.options.on_event(Note("building the model"))
 
     def _start(self, task: Any, *, timeout: float | None) -> Crew:
         if not isinstance(task, CommandTask):

@@ -153,7 +153,7 @@ class Search:
         from streamsoup.live.model import ModelSink
 
         self._learning, self._notebook = learning, notebook
-        self._on_event = options.on_progress
+        self._on_event = options.on_event
         self._started = time.monotonic()
         self._earlier: Mapping[str, Any] = (notebook.find("took") or {"took": {}})["took"]
         if model is None:

@@ -304,10 +304,10 @@ class Bench:
             self._report(f"measured {what} on {split}")
 
     def _report(self, text: str) -> None:
-        if self.options.on_progress is not None:
+        if self.options.on_event is not None:
             n_done, elapsed_s = len(self._asked), time.monotonic() - self._started
             n = max(self._n_expected, n_done)
-            self.options.on_progress(
+            self.options.on_event(
                 Step("measurement", n_done, n, self.n_measured, elapsed_s, True, text)
             )
 
@@ -330,7 +330,7 @@ class Bench:
         mix, memory = self._mix.reducer(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         try:
-            run(part, memory, reader, mix, sink, on_progress=self.options.on_progress)
+            run(part, memory, reader, mix, sink, on_event=self.options.on_event)
         finally:
             sink.mark_changed()
         if self._recalibrate and len(mixture.members) > 1:
@@ -351,8 +351,8 @@ class Bench:
 
             if self._model is None:
                 self.task.need("build")
-                if self.options.on_progress is not None:
-                    self.options.on_progress(Note(f"building the model of {self.task.name}"))
+                if self.options.on_event is not None:
+                    self.options.on_event(Note(f"building the model of {self.task.name}"))
                 with contained(self.task, "build"):
                     self._model = self.task.build()
             sink = ModelSink(self._model, self.plan)
@@ -461,5 +461,5 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     )
     ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger, on_progress=options.on_progress)
+    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger, on_event=options.on_event)
     return ledger.digests.of_ingredient(0)
