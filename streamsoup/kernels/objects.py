@@ -76,7 +76,10 @@ def spend(label: str, rooms: Sequence[str], seconds: float) -> float:
     folder = _cache_folder()
     if folder is None:
         return seconds
-    name = _cache_name(label, rooms).removesuffix(".o") + "-seconds.txt"
+    try:
+        name = _cache_name(label, rooms).removesuffix(".o") + "-seconds.txt"
+    except (OSError, ImportError):  # LLVM's: nothing can be compiled
+        return seconds
     spent = 0.0
     try:
         with open(os.path.join(folder, name), "rb") as file:
