@@ -137,7 +137,7 @@ sys.exit(supervise(work, "compare", [], {"as_json": False, "quiet": False}))
 """
 
 
-@pytest.mark.parametrize("columns", [80, 40, 20, 8])
+@pytest.mark.parametrize("columns", [80, 40, 20])
 def test_one_writer(columns: int) -> None:
     """Every byte on a terminal is text or a known escape, and all that others print is whole."""
     said, status = in_terminal(BUSY, columns)
@@ -151,7 +151,7 @@ def test_one_writer(columns: int) -> None:
     )
     assert [row for row in found if row.startswith("task")] == lines
     assert found[-1] == "the result"
-    assert "measurement" in said or columns < 20
+    assert "measurement" in said
     assert "\x1b[31m" not in said
 
 

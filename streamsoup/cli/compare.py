@@ -247,11 +247,11 @@ def _table(found: Comparison, width: int) -> list[str]:
         values = [row.cells[column].value for column in found.splits.columns]
         count = f"{row.n_ingredients:.3g}"
         lines.append([row.name, *(show(x) if x == x else "–" for x in values), count])
-    names = fitted([printable(line[0], 1000) for line in lines], max(12, width // 2))
+    names = _one_width([printable(line[0], 1000) for line in lines], max(12, width // 2))
     parts: list[list[list[str]]] = []
     room = 0
     for column in zip(*(line[1:] for line in lines), strict=True):
-        cells = fitted([printable(cell, 1000) for cell in column], max(8, width // 3))
+        cells = _one_width([printable(cell, 1000) for cell in column], max(8, width // 3))
         each = 2 + len(cells[0])
         if not parts or room < each:
             parts.append([names])
@@ -262,7 +262,7 @@ def _table(found: Comparison, width: int) -> list[str]:
     return [row for n, rows in enumerate(text) for row in ([""] * bool(n) + rows)]
 
 
-def fitted(cells: list[str], most: int) -> list[str]:
+def _one_width(cells: list[str], most: int) -> list[str]:
     """Return cells of one width, `most` or less, with the middle of longer ones left out."""
     half = (most - 1) // 2
     cells = [cell if len(cell) <= most else f"{cell[:half]}…{cell[-half:]}" for cell in cells]
