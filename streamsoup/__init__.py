@@ -23,7 +23,9 @@ _HOMES = {
     "LearnedSoup": "search.learned",
     "LearningOptions": "search.learning.descending",
     "MixPlan": "engine.plan",
+    "Note": "options",
     "Options": "options",
+    "Progress": "options",
     "Provenance": "recipe",
     "Recipe": "recipe",
     "RecipeError": "errors",
@@ -34,8 +36,10 @@ _HOMES = {
     "Sink": "engine.stream",
     "SinkSession": "engine.stream",
     "Soup": "output.make",
+    "Step": "options",
     "StreamsoupError": "errors",
     "TensorSpec": "tensors",
+    "Trial": "search.greedy",
     "apply": "methods.fixed",
     "arithmetic": "methods.closed",
     "compare": "study.comparison.table",
@@ -89,7 +93,10 @@ if TYPE_CHECKING:
     from streamsoup.methods.fixed import interpolate as interpolate
     from streamsoup.methods.fixed import mix as mix
     from streamsoup.methods.fixed import uniform as uniform
+    from streamsoup.options import Note as Note
     from streamsoup.options import Options as Options
+    from streamsoup.options import Progress as Progress
+    from streamsoup.options import Step as Step
     from streamsoup.output.make import Soup as Soup
     from streamsoup.output.verification import verify as verify
     from streamsoup.recipe import Coefficients as Coefficients
@@ -101,6 +108,7 @@ if TYPE_CHECKING:
     from streamsoup.rule import RuleMemory as RuleMemory
     from streamsoup.search.greedy import GreedySoup as GreedySoup
     from streamsoup.search.greedy import SearchOptions as SearchOptions
+    from streamsoup.search.greedy import Trial as Trial
     from streamsoup.search.greedy import greedy_soup as greedy_soup
     from streamsoup.search.learned import LearnedSoup as LearnedSoup
     from streamsoup.search.learned import learned_soup as learned_soup

@@ -1,4 +1,7 @@
-"""How a soup is made, as opposed to what it is made of: plain data, with the defaults."""
+"""How a soup is made, as opposed to what it is made of: plain data, with the defaults.
+
+Beside the options stand the events that long work reports to `Options.on_event`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,39 @@ from streamsoup.errors import RecipeError, printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Options", "check_options", "settle", "take"]
+__all__ = ["Note", "Options", "Progress", "Step", "check_options", "settle", "take"]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a pass over the weights has come; sent twenty times a second."""
+
+    nbytes_done: int
+    """Bytes of the ingredients read, or found finished by an earlier run."""
+    nbytes: int
+    """Bytes of the ingredients in all."""
+    elapsed_s: float
+
+
+class Step(msgspec.Struct, frozen=True):
+    """How many steps of a search or a study are done; sent before the first and after each."""
+
+    what: str
+    """What a step is: ``trial``, ``look``, ``measurement``."""
+    n_done: int
+    n: int
+    """Steps in all; an upper bound if `at_most`."""
+    n_paid: int
+    """Steps done by this run, rather than known before: what `elapsed_s` was spent on."""
+    elapsed_s: float
+    at_most: bool = False
+    text: str = ""
+    """What was done last."""
+
+
+class Note(msgspec.Struct, frozen=True):
+    """A line for a person: what begins now, or what was found."""
+
+    text: str
 
 
 def take(kind: str, what: str, value: Any) -> Any:
@@ -103,9 +138,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
-    on_progress: Callable[[Any], None] | None = None
-    """Called with a `streamsoup.engine.stream.Progress` twenty times a second, by the calling
-    thread."""
+    on_event: Callable[[Any], None] | None = None
+    """Called by the calling thread with each event of the work: `Progress` of a pass over the
+    weights, `Step` of a search or study, `Note`, and `Trial` of a greedy search. Other
+    kinds may be added. What it raises stops the work."""
 
     def __post_init__(self) -> None:
         """Take numbers and devices as other libraries have them. Raises `RecipeError`."""

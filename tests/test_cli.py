@@ -21,6 +21,7 @@ import streamsoup
 from streamsoup.cli import cli, main
 from streamsoup.cli.common import _explain
 from streamsoup.kernels import processor
+from streamsoup.search.report import beyond_scoring
 
 HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")
 
@@ -570,3 +571,11 @@ def test_commands_that_end_in_order_give_handlers_back(
     assert len(seen) == 1
     assert seen[0] != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_share_of_a_search_is_at_most_all_of_it() -> None:
+    """Scores that take next to nothing leave a share of 100 %, not 11,612; rounding leaves 0."""
+    for search, scoring, share in ((0.117, 0.001, 0.9915), (2.0, 2.0001, 0.0), (0.0, 0.0, 0.0)):
+        found = beyond_scoring({"search": search, "scoring": scoring})
+        assert found == pytest.approx(share, abs=1e-4)
+        assert 0 <= found <= 1

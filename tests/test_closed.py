@@ -125,7 +125,7 @@ def test_what_a_callback_raises_is_the_callers(paths: list[str], tmp_path: Path)
     def report(progress: Any) -> None:
         raise ConnectionResetError("tracker gone")
 
-    options = streamsoup.Options(on_progress=report)
+    options = streamsoup.Options(on_event=report)
     with pytest.raises(ConnectionResetError, match="tracker gone"):
         streamsoup.uniform(paths, output=tmp_path / "out", options=options)
     streamsoup.uniform(paths, output=tmp_path / "out")

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from streamsoup.errors import (
     RecipeError,
     TaskError,
 )
+from streamsoup.options import Options, Step
 from streamsoup.output.journal import Journal
 from streamsoup.search.trials import random_order
 from streamsoup.study.comparison import learning
@@ -316,6 +317,77 @@ def test_a_score_that_is_no_accuracy(folders: list[str], tmp_path: Path) -> None
     assert math.isnan(rows["ensemble of all"].cells["test"].value)
     assert rows["ensemble of all"].cells["test"].nll > 0
     assert any("not the accuracy" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("percent", [False, True])
+def test_a_score_keeps_its_name(folders: list[str], tmp_path: Path, percent: bool) -> None:
+    """A metric between 0 and 1 is shown under its name, and in percent only if the task says so."""
+
+    def f1(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        hit = ((logits.argmax(1) == 0) & (labels == 0)).sum()
+        both = (logits.argmax(1) == 0).sum() + (labels == 0).sum()
+        return {"f1": float(2 * hit / both), "other": 0.5}
+
+    task = Counting(score=f1, predicts=False)
+    task.main, task.percent = "f1", percent  # type: ignore[attr-defined]
+    found = compare(folders[:2], task, output=tmp_path / "out", settings=SMALL)
+    assert (found.metric, found.is_share) == ("f1", percent)
+    swept = sweep(folders[0], folders[1], task, [0, 1], cache=tmp_path / "cache")
+    assert (swept.metric, swept.is_share) == ("f1", percent)
+
+
+def test_gains_equal_plain_code(folders: list[str], tmp_path: Path) -> None:
+    """Differences, and their intervals, are those of resampling examples of both in pairs."""
+    states = [load_file(Path(folder) / "model.safetensors") for folder in folders]
+    found = compare(
+        folders[1:], Counting(), output=tmp_path / "out", base=folders[0], settings=SMALL
+    )
+    rows = by_name(found)
+    labels = PARTS["test"][1].numpy()
+
+    def right(members: Sequence[int]) -> NDArray[np.float64]:
+        logits = plain_logits([states[i] for i in members], "test")
+        return (logits.argmax(1) == labels).astype(np.float64)
+
+    best = 1 + rows["best on val"].members[0]
+    uniform = right(range(1, 6))
+    drawn = np.random.default_rng(0).integers(0, len(labels), (4000, len(labels)))
+    for field, members in (("over_best", [best]), ("over_base", [0])):
+        gain = getattr(rows["uniform soup"].cells["test"], field)
+        difference = uniform - right(members)
+        assert gain.value == pytest.approx(difference.mean())
+        low, high = np.quantile(difference[drawn].mean(1), [0.025, 0.975])
+        assert (gain.low, gain.high) == pytest.approx((low, high), abs=0.02)
+    # Planted fault: resampled apart, the interval against the best would be wider.
+    apart = uniform[drawn].mean(1) - right([best])[drawn[::-1]].mean(1)
+    gain = rows["uniform soup"].cells["test"].over_best
+    low, high = np.quantile(apart, [0.025, 0.975])
+    assert high - low > 1.15 * (gain.high - gain.low)
+    assert rows["base"].cells["test"].over_best is not None
+    assert rows["base"].cells["test"].over_base is None
+    assert rows["best on val"].cells["test"].over_best is None
+    shifts = [rows["uniform soup"].cells[s].over_best for s in ("far", "farther")]
+    mean = rows["uniform soup"].cells[MEAN].over_best
+    assert mean.value == pytest.approx(np.mean([gain.value for gain in shifts]))
+    assert mean.low < mean.value < mean.high
+
+
+def test_every_measurement_is_foreseen(folders: list[str], tmp_path: Path) -> None:
+    """The total that is told at first is never passed, and all is done at the end."""
+    events: list[object] = []
+    settings = CompareOptions(orders=2, curve=3, pairs=4, learned=("global",))
+    options = Options(on_event=events.append)
+    for _ in range(2):  # the second time all is known
+        compare(
+            folders[1:5], Counting(), output=tmp_path / "out", base=folders[0],
+            settings=settings, options=options,
+        )  # fmt: skip
+        steps = [e for e in events if isinstance(e, Step) and e.what == "measurement"]
+        events.clear()
+        assert steps[0].n_done == 0
+        assert steps[-1].n_done == steps[-1].n <= steps[0].n
+        assert all(a.n_done <= b.n_done and a.n >= b.n for a, b in pairwise(steps))
+    assert steps[-1].n_paid == 0
 
 
 def test_a_model_of_nan_answers_nothing(folders: list[str], tmp_path: Path) -> None:

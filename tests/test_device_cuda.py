@@ -376,7 +376,7 @@ def test_interrupted_in_mid_stream(checkpoints: list[Path], tmp_path: Path) -> N
         signal.raise_signal(signal.SIGINT)
 
     before = torch.cuda.memory_allocated()
-    options = Options(device="cuda", memory="2GB", on_progress=interrupt)
+    options = Options(device="cuda", memory="2GB", on_event=interrupt)
     with pytest.raises(KeyboardInterrupt):
         streamsoup.uniform(checkpoints, output=tmp_path / "soup", options=options)
     assert torch.cuda.memory_allocated() == before

@@ -290,7 +290,7 @@ def test_an_interruption_that_is_kept_holds_no_memory(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
-        attempt(paths, device, tmp_path / "soup", 2, on_progress=interrupt)
+        attempt(paths, device, tmp_path / "soup", 2, on_event=interrupt)
     assert "device" in device.calls
     assert device.n_held() == 0
     del kept

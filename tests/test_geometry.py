@@ -22,7 +22,7 @@ from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
 from streamsoup.kernels.inner import GRAIN, in_numpy
 from streamsoup.methods.angles import geometry, plan_geometry
-from streamsoup.options import Options
+from streamsoup.options import Options, Progress
 from streamsoup.tensors import DTYPES
 
 SIZES = {"big": 3 * GRAIN + 17, "small": 5, "one": 1, "none": 0}
@@ -133,10 +133,10 @@ def test_the_same_bits_however_read(
 ) -> None:
     """Kernels, threads, blocks, budget and the way of reading leave every bit as it is."""
     anchor = files[0] if base else None
-    found = inner.find_products
-    monkeypatch.setattr(inner, "find_products", lambda: None)
-    first = geometry(files[1:], base=anchor)
-    monkeypatch.setattr(inner, "find_products", found)
+    with monkeypatch.context() as patched:
+        patched.setattr(inner, "find_products", lambda: None)
+        patched.setattr(inner, "make_products", lambda: None)
+        first = geometry(files[1:], base=anchor)
     monkeypatch.setattr(inner, "COMPILE_S", 0.0)
     seen = set()
     for options in (
@@ -170,6 +170,7 @@ def minimum(paths: list[str], base: str | None) -> int:
 def test_a_wrong_order_is_seen(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: a kernel that adds up in another order changes bits."""
     monkeypatch.setattr(inner, "find_products", lambda: None)
+    monkeypatch.setattr(inner, "make_products", lambda: None)
     first = geometry(files[1:], base=files[0])
 
     def other(left: Any, right: Any, triangle: bool, out: Any) -> None:
@@ -436,3 +437,25 @@ def test_json_is_written_a_tensor_at_a_time(files: list[str]) -> None:
     printed = io.StringIO()
     write_json(found, printed)
     assert json.loads(printed.getvalue()) == found.to_builtins()
+
+
+@pytest.mark.parametrize("method", ["slerp", "stock"])
+def test_both_passes_are_counted(tmp_path: Path, method: str) -> None:
+    """What is read for the angles counts, too: two passes, and twice the bytes."""
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
+    for path in paths:
+        save_file({"w": rng.normal(size=(64, 100)).astype("f4")}, path)
+    reports: list[object] = []
+    options = streamsoup.Options(on_event=reports.append)
+    output = tmp_path / "out"
+    if method == "slerp":
+        soup = streamsoup.slerp(paths, [1, 1, 1], output=output, options=options)
+    else:
+        soup = streamsoup.stock(paths[1:], base=paths[0], output=output, options=options)
+    assert (soup.n_passes, soup.nbytes_read) == (2, 2 * 3 * 64 * 100 * 4)
+    ends = [r for r in reports if isinstance(r, Progress) and r.nbytes_done == r.nbytes]
+    assert soup.nbytes_read == sum(end.nbytes for end in ends)
+    assert soup.elapsed_s >= sum(end.elapsed_s for end in ends)
+    plain = streamsoup.uniform(paths, output=tmp_path / "plain")
+    assert (plain.n_passes, plain.nbytes_read) == (1, 3 * 64 * 100 * 4)

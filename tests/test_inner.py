@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from streamsoup import Options
 from streamsoup.engine import inner, reduce
+from streamsoup.engine.plan import MixPlan
 from streamsoup.kernels import blocks, cpu, reference
 from streamsoup.kernels.inner import (
     _ROOMS,
@@ -293,13 +294,45 @@ def test_a_kernel_is_known_by_all_it_is_made_of(room: str, rooms: tuple[str, ...
     assert {f"{each}.py" for each in rooms_below(room)} == set(rooms)
 
 
+def small_plan(folder: Path) -> MixPlan:
+    """Plan a pass over a thousand elements."""
+    save_file({"w": np.ones(1000, "f4")}, folder / "w.safetensors")
+    plan, _, _ = plan_geometry([folder / "w.safetensors"], base=None, options=Options())
+    return plan
+
+
+def test_many_small_jobs_are_worth_a_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What earlier runs spent in numpy counts: jobs of 2 s each compile at the third."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plan, made = small_plan(tmp_path), compiled()
+    monkeypatch.setattr(inner, "find_products", lambda: None)
+    monkeypatch.setattr(inner, "make_products", lambda: made)
+    monkeypatch.setattr(reduce, "memory_limit", lambda: math.inf)
+
+    def chosen() -> list[bool]:
+        runs = (inner.fastest_products(plan, 10**6, compiles=True) for _ in range(4))
+        return [run is made for run in runs]
+
+    assert chosen() == [False, False, True, True]
+    (note,) = (tmp_path / "cache" / "streamsoup").glob("*.txt")
+    assert float(note.read_text()) == pytest.approx(4 * 2.0, rel=1e-3)
+    for torn in (b"", b"\xff\x00", b"nan", b"-inf", b"1e300"):
+        note.write_bytes(torn)
+        assert chosen() == [False, False, True, True], torn
+    # Where there is no cache, every run counts for itself.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert chosen() == [False] * 4
+
+
 def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only large jobs wait for numba, and none in too small a group; what is there is used.
 
     The same rule as for soups: compiling in a small memory group would crawl.
     """
-    save_file({"w": np.ones(1000, "f4")}, tmp_path / "w.safetensors")
-    plan, _, _ = plan_geometry([tmp_path / "w.safetensors"], base=None, options=Options())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plan = small_plan(tmp_path)
     kept, made = compiled(), compiled()
     cache: list[Products | None] = [kept]
     allowed = [math.inf]

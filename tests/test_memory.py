@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+import weakref
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ import pytest
 from checkpoints import raw
 
 from streamsoup import Options, uniform
-from streamsoup.engine import inner, reduce
+from streamsoup.engine import inner, read, reduce
 from streamsoup.engine.budget import fixed_nbytes
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.formats.files import Window
 from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.methods.fixed import find_coefficients
 from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
+from streamsoup.study.inspection import record_order
 from streamsoup.system.cgroup import memory_limit
 from streamsoup.tensors import DTYPES
 
@@ -67,6 +71,43 @@ else:
     make.make(order, output=sys.argv[2], options=options)
 print(max(peak, anonymous()), planned)
 """
+
+
+@pytest.mark.parametrize(("k", "threads"), [(2, 1), (3, 2), (9, 2)])
+def test_no_more_is_mapped_than_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, threads: int
+) -> None:
+    """The pages of all windows that are open at a time are within what `plan` says; read, none."""
+    sizes = {f"t{n}": ("F32", (1000, 1000 + n), 4000 * (1000 + n)) for n in range(4)}
+    paths = [str(sparse(tmp_path / "in", sizes))] * k
+    live: list[int] = []
+    peaks: list[int] = []
+
+    class Counted(Window):
+        def __init__(self, shard: Any, begin: int, end: int) -> None:
+            super().__init__(shard, begin, end)
+            pages = -(-end // PAGESIZE) - begin // PAGESIZE
+            live.append(pages * PAGESIZE)
+            peaks.append(sum(live))
+            # The pages go with the last view of them, which may outlive the window.
+            mapping = self._content.obj.mapping
+            weakref.finalize(mapping, live.remove, pages * PAGESIZE)
+
+    monkeypatch.setattr(read, "Window", Counted)
+    monkeypatch.setattr(read, "WINDOW", 1 << 21)
+    monkeypatch.setattr(read, "WINDOWS", 1 << 23)
+    found = {}
+    for io in ("mmap", "read"):
+        options = Options(threads=threads, io=io, overwrite=True)  # type: ignore[arg-type]
+        ordered = order(paths, Linear(Coefficients.uniform(k)), method="mix", options=options)
+        found[io] = record_order(ordered)["mapped_nbytes"]
+        assert found[io] == read.mapped_nbytes(ordered.plan, ordered.memory, mapped=io == "mmap")
+        peaks.clear()
+        uniform(paths, output=tmp_path / "out", options=options)
+        assert max(peaks, default=0) <= found[io], io
+        if io == "mmap":
+            assert max(peaks) > found[io] // (4 * threads)
+    assert found["read"] == 0
 
 
 def sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> Path:

@@ -129,7 +129,7 @@ def test_a_failed_thread_does_not_hurry_the_others(
 
     monkeypatch.setattr(stream._Pass, "make_leaf", cooking)
     reports: list[Any] = []
-    options = Options(threads=2, on_progress=reports.append)
+    options = Options(threads=2, on_event=reports.append)
     with pytest.raises(ZeroDivisionError):
         uniform(paths, output=tmp_path / "out", options=options)
     assert 1 <= len(reports) <= 8

@@ -12,17 +12,28 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 from checkpoints import command
+from msgspec.structs import replace
 from networks import ingredients
 from safetensors.numpy import save_file
 
 import streamsoup
+from streamsoup.cli.compare import _table
 from streamsoup.errors import OutputError
 from streamsoup.search.trials import best_first
 from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.landscape import Landscape, Mark
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.landscape.plane import Plane
-from streamsoup.study.measures.rows import MEAN, Cell, Comparison, CurvePoint, Pair, Row, Splits
+from streamsoup.study.measures.rows import (
+    MEAN,
+    Cell,
+    Comparison,
+    CurvePoint,
+    Gain,
+    Pair,
+    Row,
+    Splits,
+)
 from streamsoup.study.plot import plot_coefficients, plot_geometry
 from streamsoup.study.report import charts, figures
 from streamsoup.study.report.comparison import verdict, write_report
@@ -99,7 +110,7 @@ def test_the_papers_scatter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     page = Path(write_report(found, tmp_path)).read_text()
     assert "81.03" in page
-    assert "wins on ImageNet2p, ImageNet" in page
+    assert "wins on" not in page  # there are no results by example
 
 
 class Checker(HTMLParser):
@@ -129,17 +140,35 @@ def small(name: str = "a<b>|*c*") -> Comparison:
     rng = np.random.default_rng(0)
 
     def cells(gain: float) -> dict[str, Cell]:
+        over = Gain(gain, gain - 0.015, gain + 0.015)
         return {
-            column: Cell(0.8 + gain, 0.7, 0.9, nll=0.5, ece=0.1, nll_scaled=0.4, ece_scaled=0.05)
+            column: Cell(
+                0.8 + gain, 0.7, 0.9, nll=0.5, ece=0.1, nll_scaled=0.4, ece_scaled=0.05,
+                over_best=over,
+            )
             for column in splits.columns
-        }
+        }  # fmt: skip
 
+    worse = {
+        "far": Cell(0.7, over_best=Gain(-0.1, -0.2, -0.01)),
+        "farther": Cell(0.7, over_best=Gain(-0.1)),
+    }
     rows = (
         Row(name, "ingredient", cells(0.0), 1, 1, (0,), 1.5),
         Row("run1", "ingredient", cells(-0.01), 1, 1, (1,), 1.2),
         Row(f"best on val: {name}", "best", cells(0.0), 1, 1, (0,), 1.5),
         Row("uniform soup", "soup", cells(0.02), 2, 1, (0, 1), 1.5),
-        Row("greedy soup", "soup", {**cells(0.0), "far": Cell(0.7)}, 1, 1, (0,), 1.5),
+        Row("greedy soup", "soup", {**cells(0.0), **worse}, 1, 1, (0,), 1.5),
+        Row(
+            "learned soup",
+            "soup",
+            {c: Cell(0.5) for c in splits.columns},
+            2,
+            1,
+            (0, 1),
+            groups=("layers.0", "head"),
+            coefficients=((0.25, 0.75), (1.5, -0.5)),
+        ),
         Row("ensemble of all", "ensemble", cells(0.03), 2, 2, (0, 1), 1.5),
     )
     curves = tuple(
@@ -161,13 +190,22 @@ def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     checker = Checker()
     checker.feed(page.read_text())
     assert checker.open == []
-    assert len(checker.loaded) == 5
+    assert len(checker.loaded) == 6
     assert all(source.startswith("data:image/png;base64,") for source in checker.loaded)
-    for text in ("a<b>|*c*", "streamsoup compare <a> b", "A note.", "82.00 [70.00, 90.00]"):
+    who = "greedy soup: 1 of 2: a<b>|*c*."
+    for text in (
+        who,
+        "uniform soup: all 2.",
+        "0.875",
+        "0.125",
+        "streamsoup compare <a> b",
+        "A note.",
+        "82.00 [70.00, 90.00]",
+    ):
         assert text in checker.text
     # Calibration before and after scaling: every row that has some, in every column.
     for pair in ("0.500 → 0.400", "10.0 → 5.0"):
-        assert checker.text.count(pair) == 4 * 5 - 1
+        assert checker.text.count(pair) == 4 * 5 - 2
     markdown = (tmp_path / "report.md").read_text()
     assert r"a\<b>\|\*c\*" in markdown
     for line in markdown.splitlines():
@@ -238,13 +276,125 @@ def test_short_names_are_distinct() -> None:
 
 
 def test_verdict_names_losses() -> None:
-    """Wins, ties and losses against the best on validation are told by split."""
+    """Wins and losses are told by split where an interval says so; the rest is no difference."""
     found = small()
     rows = {row.name: row for row in found.rows}
     assert verdict(found, rows["greedy soup"]) == (
-        "greedy soup, against the best on val: equals it on val, test, farther; loses on far."
+        "greedy soup, against the best on val: loses on far; no difference on val, test; "
+        "no difference can be shown on farther without results by example."
     )
     assert "wins on val, test, far, farther" in verdict(found, rows["uniform soup"])
+    assert "has no score" in verdict(found, rows["learned soup"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (0.001, 0.1, "wins"),
+        (-0.1, -0.001, "loses"),
+        (0.0, 0.1, "no difference"),
+        (-0.1, 0.1, "no difference"),
+        (math.nan, math.nan, "untested"),
+    ],
+)
+def test_an_interval_decides(low: float, high: float, outcome: str) -> None:
+    """A difference counts only if its interval leaves 0 out, however large it is."""
+    assert Gain(0.05, low, high).outcome == outcome
+
+
+def test_the_base_is_judged_too() -> None:
+    """The base is set against the best on validation, and every soup against the base."""
+    found = small()
+    lost = {c: Cell(0.1, over_best=Gain(-0.7, -0.8, -0.6)) for c in found.splits.columns}
+    base = Row("base", "base", lost, 1, 1, (2,))
+    won = {
+        column: replace(cell, over_base=Gain(0.7, 0.6, 0.8))
+        for column, cell in found.rows[3].cells.items()
+    }
+    soup = replace(found.rows[3], cells=won)
+    found = replace(found, rows=(base, *found.rows[:3], soup))
+    assert verdict(found, base) == (
+        "base, against the best on val: loses on val, test, far, farther."
+    )
+    assert verdict(found, soup).endswith("Against the base: wins on val, test, far, farther.")
+
+
+def test_bold_is_the_best_of_a_column(tmp_path: Path) -> None:
+    """One row may be the best of one column and another of the next; the oracle takes no part."""
+    found = small()
+    columns = found.splits.columns
+    oracle = Row("oracle best", "oracle", {c: Cell(0.99) for c in columns}, 1, 1)
+    rows = [oracle, *found.rows]
+    far = {**rows[-2].cells, "far": Cell(0.95)}
+    rows[-2] = replace(rows[-2], cells=far)
+    write_report(replace(found, rows=tuple(rows)), tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith(("| oracle", "| ensemble", "| learned"))]
+    oracle_line, learned_line, ensemble_line = table[:3]
+    assert "**" not in oracle_line
+    assert learned_line.count("**") == 2
+    assert "**95.00**" in learned_line
+    assert ensemble_line.count("**") == 2 * (len(columns) - 1)
+
+
+def test_tables_fit_a_terminal() -> None:
+    """Columns that do not fit are printed below, with the names again; none is lost."""
+    found = small()
+    splits = Splits("val", "test", tuple(f"shift-{n}-of-a-long-name" for n in range(9)))
+    cells = {c: Cell(0.5 + n / 100) for n, c in enumerate(splits.columns)}
+    rows = tuple(replace(row, cells=cells) for row in found.rows)
+    for width in (80, 40):
+        lines = _table(replace(found, splits=splits, rows=rows), width)
+        assert max(map(len, lines)) <= width
+        text = "\n".join(lines)
+        for n in range(len(splits.columns)):
+            assert text.count(f"{50 + n}.00") == len(rows) - 2
+    assert len(_table(found, 200)) == len(found.rows) - 1
+
+
+@drawn
+def test_percent_only_where_the_task_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score keeps its name and its scale, even between 0 and 1; the picture says the same."""
+    found = replace(small(), metric="matthews", is_share=False)
+    page = Path(write_report(found, tmp_path)).read_text()
+    assert "The matthews, larger is better" in page
+    assert "0.82 [0.7, 0.9]" in page
+    assert "82.00" not in page
+    kept: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
+    charts.draw_intervals(found, "unused.png")
+    assert kept[0].axes[0].get_xlabel() == "matthews on test"
+
+
+@drawn
+def test_coefficients_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each learned soup has a panel with its numbers, in the places of its members."""
+    kept: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
+    charts.draw_coefficients(small("plain"), "unused.png")
+    panel = kept[0].axes[0]
+    assert np.array_equal(panel.images[0].get_array(), [[0.25, 0.75], [1.5, -0.5]])
+    assert [text.get_text() for text in panel.texts] == ["0.25", "0.75", "1.50", "-0.50"]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["layers.0", "head"]
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["plain", "run1"]
+
+
+@drawn
+def test_axes_of_a_sweep_name_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is at α = 0 and at α = 1 stands below the axis."""
+    kept: list[Any] = []
+    monkeypatch.setattr(
+        "streamsoup.study.report.paths.save", lambda figure, path: kept.append(figure)
+    )
+    values = {"val": (0.5, 0.9)}
+    ends = ("runs/base/model", "runs/tuned$/model")
+    found = Sweep(ends, Splits("val", None, ()), "f1", (0.0, 1.0), values, {})
+    draw_sweep(found, "unused.png")
+    label = kept[0].axes[0].get_xlabel().replace("\\$", "$")
+    assert label == "α\n0 is base\n1 is tuned$"
+    assert kept[0].axes[0].get_ylabel() == "f1"
 
 
 def test_text_cannot_become_markup() -> None:
@@ -327,7 +477,9 @@ def test_names_cover_nothing(tmp_path: Path) -> None:
 def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
     """The chosen α stands out; both barriers are named; the picture is drawn."""
     values = {"val": (0.5, 0.9, 0.9), "test": (0.5, 0.4, 0.8)}
-    found = Sweep(("a", "b"), Splits("val", "test", ()), "accuracy", (0.0, 0.5, 1.0), values, {})
+    found = Sweep(
+        ("a", "b"), Splits("val", "test", ()), "accuracy", (0.0, 0.5, 1.0), values, {}, 0, True
+    )
     assert found.best == 0.5
     text = sweep_page(found, None, ("cmd",)).to_markdown()
     assert "**0.5**" in text
@@ -390,7 +542,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "learned soup, by layer" in first.stdout
     page = (tmp_path / "out" / "report.html").read_text()
     assert "streamsoup compare" in page
-    assert page.count("<img") == 5
+    assert page.count("<img") == 6
     again = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2, "--json")
     assert again.returncode == 0
     assert sorted(again.stderr.splitlines()) == ["ready", "ready, too"]

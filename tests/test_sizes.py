@@ -119,8 +119,7 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: SearchOptions(scores=3), "are no list of numbers"),
         (lambda: SearchOptions(jobs=10**9).check(2), "more processes than any machine"),
         (lambda: SearchOptions(ties=np.array(["accept"])).check(2), "none of accept, reject"),
-        (lambda: SearchOptions(on_trial=3), "on_trial: 3 cannot be called"),
-        (lambda: Options(on_progress="x"), "on_progress: 'x' cannot be called"),
+        (lambda: Options(on_event="x"), "on_event: 'x' cannot be called"),
         (lambda: LearningOptions(evaluations=10**400), "evaluations: 1"),
         (lambda: CompareOptions(orders=-1), "orders -1 is below 0"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,7 +311,9 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     made = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "in the soup" in made.stdout
-    assert "beyond scoring" in made.stdout
+    (share,) = re.findall(r"([0-9.]+) % of it beyond scoring", made.stdout)
+    assert 0 <= float(share) <= 100
+    assert made.stderr.startswith("building the model\n")
     assert "to beat" in made.stderr
     wrong = streamsoup("greedy", *paths, "-o", "x", cwd=tmp_path)
     assert wrong.returncode == 2

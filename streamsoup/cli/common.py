@@ -192,7 +192,26 @@ def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Op
     """Make options of what click gave for `MAKING`, `RUNNING` and `WRITING`."""
     from streamsoup.options import Options
 
-    return Options(**settings, on_progress=watcher)
+    return Options(**settings, on_event=watcher)
+
+
+def telling_notes(
+    watcher: Watcher, *, quiet: bool, line_of: Callable[[object], str | None] = lambda event: None
+) -> Callable[[object], None]:
+    """Return a callback that prints notes, and events that `line_of` has a line for.
+
+    All events go on to `watcher`.
+    """
+
+    def on_event(event: object) -> None:
+        from streamsoup.options import Note
+
+        line = event.text if isinstance(event, Note) else line_of(event)
+        if line is not None and not quiet:
+            say(line)
+        watcher(event)
+
+    return on_event
 
 
 def make_soup(
@@ -225,7 +244,7 @@ def make_soup(
             tell([f"{what}: an earlier run had finished it"])
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
-        done = f"{summary(what, *numbers)}; summed on {soup.summed_on}"
+        done = f"{summary(what, *numbers, soup.n_passes)}; summed on {soup.summed_on}"
         tell([done, *(say(soup) if say is not None else ())])
 
     return supervise(work, "soup", ingredients, settings)
@@ -312,6 +331,7 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "path": soup.path,
         "recipe": msgspec.to_builtins(soup.recipe),
         "nbytes_read": soup.nbytes_read,
+        "n_passes": soup.n_passes,
         "nbytes_written": soup.nbytes_written,
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,
@@ -330,7 +350,7 @@ def supervise(
 
     `paths` are those of the ingredients, or give them: one is named where the child dies of it.
     """
-    from streamsoup.cli.terminal import clear_bar
+    from streamsoup.cli.terminal import clear_line
 
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
 
@@ -339,8 +359,8 @@ def supervise(
 
         if as_json:
             keep_for_the_result()
-        show_warnings(quiet)
         watcher = Watcher(label, quiet)
+        show_warnings(quiet)
         try:
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:
@@ -362,12 +382,12 @@ def supervise(
     after = "" if label in ("geometry", "verify") else "; the same command goes on from there"
 
     def explain(number: int, started: float) -> str:
-        clear_bar()
+        clear_line()
         return _explain(number, started, paths() if callable(paths) else paths, after)
 
     status = supervised(child, explain)
     if status > 128:
-        clear_bar()
+        clear_line()
         print(f"interrupted by {signal_name(status - 128)}{after}", file=sys.stderr)
     return status
 

@@ -73,7 +73,6 @@ def compare(
     Writes DIR/report.html and DIR/report.md. What was measured is kept in DIR/cache: a second run
     measures nothing again, and one more checkpoint costs only what is new.
     """
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
@@ -98,9 +97,8 @@ def compare(
             base=base,
             settings=chosen,
             options=options,
-            watch=line,
         )
-        line.close()
+        watcher.close()
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
@@ -108,7 +106,7 @@ def compare(
             return
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
         last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
-        common.tell([*_table(found), last])
+        common.tell([*_table(found, shutil.get_terminal_size().columns), last])
 
     paths = ingredients if base is None else (base, *ingredients)
     return common.supervise(work, "compare", paths, settings)
@@ -149,7 +147,6 @@ def landscape(
 
     What was measured is kept in PNG.cache, so a run that was stopped goes on.
     """
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.output.destination import check_outside
@@ -178,9 +175,8 @@ def landscape(
             splits=splits,
             recalibrate=recalibrate,
             options=options,
-            watch=line,
         )
-        line.close()
+        watcher.close()
         draw_landscape(found, plot)
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
@@ -201,7 +197,6 @@ def sweep(
     settings: dict[str, Any],
 ) -> int:
     """Measure the path between two checkpoints, and report it in the folder `output`."""
-    line = _Line(settings["quiet"])
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.study.comparison.table import check_folder
@@ -214,10 +209,8 @@ def sweep(
         at = parse_alphas(alphas)
         check_folder(output, ends)
         cache = os.path.join(output, "cache")
-        found = measure(
-            *ends, task, at, cache=cache, recalibrate=recalibrate, options=options, watch=line
-        )
-        line.close()
+        found = measure(*ends, task, at, cache=cache, recalibrate=recalibrate, options=options)
+        watcher.close()
         picture = "sweep.png" if have_matplotlib() else None
         if picture is not None:
             draw_sweep(found, os.path.join(output, picture))
@@ -238,30 +231,13 @@ def sweep(
     return common.supervise(work, "interpolate", ends, settings)
 
 
-class _Line:
-    """One line on a terminal that says what was measured last."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._draws = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-    def __call__(self, text: str) -> None:
-        if self._draws:
-            width = shutil.get_terminal_size().columns - 1
-            common.say(f"\r\x1b[K{printable(text)[:width]}", end="")
-
-    def close(self) -> None:
-        """Take the line away."""
-        if self._draws:
-            common.say("\r\x1b[K", end="")
-
-
 def _this_command() -> str:
     line = shlex.join(["streamsoup", *sys.argv[1:]])
     return line.encode("utf-8", "backslashreplace").decode()  # not every path is Unicode
 
 
-def _table(found: Comparison) -> list[str]:
-    """Give the rows that are no ingredients, in columns."""
+def _table(found: Comparison, width: int) -> list[str]:
+    """Return the rows that are no ingredients, in columns: below each other what is too wide."""
     rows = [row for row in found.rows if row.kind != "ingredient"]
     show: Callable[[float], str] = (
         (lambda x: f"{100 * x:.2f}") if found.is_share else (lambda x: f"{x:.4g}")
@@ -271,11 +247,24 @@ def _table(found: Comparison) -> list[str]:
         values = [row.cells[column].value for column in found.splits.columns]
         count = f"{row.n_ingredients:.3g}"
         lines.append([row.name, *(show(x) if x == x else "–" for x in values), count])
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    return [
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in lines
-    ]
+    names = _one_width([printable(line[0], 1000) for line in lines], max(12, width // 2))
+    parts: list[list[list[str]]] = []
+    room = 0
+    for column in zip(*(line[1:] for line in lines), strict=True):
+        cells = _one_width([printable(cell, 1000) for cell in column], max(8, width // 3))
+        each = 2 + len(cells[0])
+        if not parts or room < each:
+            parts.append([names])
+            room = width - len(names[0])
+        parts[-1].append([cell.strip().rjust(each - 2) for cell in cells])
+        room -= each
+    text = [["  ".join(row).rstrip() for row in zip(*part, strict=True)] for part in parts]
+    return [row for n, rows in enumerate(text) for row in ([""] * bool(n) + rows)]
+
+
+def _one_width(cells: list[str], most: int) -> list[str]:
+    """Return cells of one width, `most` or less, with the middle of longer ones left out."""
+    half = (most - 1) // 2
+    cells = [cell if len(cell) <= most else f"{cell[:half]}…{cell[-half:]}" for cell in cells]
+    width = max(map(len, cells))
+    return [cell.ljust(width) for cell in cells]

@@ -117,10 +117,14 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     quiet = settings["quiet"]
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from msgspec.structs import replace
+
         from streamsoup.search.greedy import greedy_soup
 
         task = _make_task(told, rules["timeout"], ingredients[0])
-        search = _search_options(told["split"], rules, as_json or quiet)
+        search = _search_options(told["split"], rules)
+        watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
+        options = replace(options, on_event=watch)
         soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
         watcher.close()
         if as_json:
@@ -129,7 +133,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
             return
         common.tell(lines(soup))
 
-    return common.supervise(work, "soup", ingredients, settings)
+    return common.supervise(work, "greedy", ingredients, settings)
 
 
 def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> Any:
@@ -152,7 +156,7 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
     return told["task"]
 
 
-def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -> SearchOptions:
+def _search_options(split: str | None, rules: Mapping[str, Any]) -> SearchOptions:
     from streamsoup.search.greedy import SearchOptions
 
     rules = dict(rules)
@@ -161,7 +165,6 @@ def _search_options(split: str | None, rules: Mapping[str, Any], silent: bool) -
         **rules,
         split=split,
         isolate=True,
-        on_trial=None if silent else lambda trial: common.say(_line(trial)),
     )
 
 
@@ -188,6 +191,12 @@ def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
         ) from None
 
 
+def _line_of(event: object) -> str | None:
+    from streamsoup.search.trials import Trial
+
+    return _line(event) if isinstance(event, Trial) else None
+
+
 def _line(trial: Trial) -> str:
     sign = {"single": " ", "add": "+", "drop": "-", "all": " "}[trial.kind]
     name = "all" if trial.kind == "all" else printable(trial.ingredient, 60)
@@ -205,6 +214,7 @@ def _line(trial: Trial) -> str:
 
 def lines(soup: GreedySoup) -> list[str]:
     """Tell what a search found: a table of what was kept and left out, and what it took."""
+    from streamsoup.search.report import beyond_scoring
     from streamsoup.sizes import nbytes_text
 
     report = soup.report
@@ -234,8 +244,7 @@ def lines(soup: GreedySoup) -> list[str]:
     n = report["n_scored"]
     text = f"{count(n, 'score')} in {seconds['search']:.2f} s{known}"
     if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
-        share = max(0.0, seconds["search"] / seconds["scoring"] - 1)
-        text += f"; beyond scoring {100 * share:.1f} %"
+        text += f"; {100 * beyond_scoring(seconds):.1f} % of it beyond scoring"
     text += f"; {nbytes_text(report['nbytes_read'])} of ingredients read"
     if report["nbytes_sums"]:
         text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"

@@ -92,11 +92,9 @@ def learned(
     """Learn how much of each checkpoint to take, on the held-out loss of a task."""
     quiet = bool(settings["quiet"])
 
-    def say(line: str) -> None:
-        if not quiet:
-            common.say(line)
-
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from msgspec.structs import replace
+
         from streamsoup.search.learned import learned_soup
         from streamsoup.search.learning.descending import LearningOptions
 
@@ -119,8 +117,8 @@ def learned(
             guard=guard,
             guard_every=guard_every,
             restart=restart,
-            on_event=say,
         )
+        options = replace(options, on_event=common.telling_notes(watcher, quiet=quiet))
         soup = learned_soup(ingredients, task, output=output, learning=learning, options=options)
         watcher.close()
         if plot is not None:

@@ -34,6 +34,7 @@ from streamsoup.errors import OutputExistsError, printable
 from streamsoup.methods.angles import Geometry
 from streamsoup.search.greedy import GreedySoup
 from streamsoup.search.learned import LearnedSoup
+from streamsoup.search.report import beyond_scoring
 from streamsoup.study.report.page import write_text
 
 BATCH = 60
@@ -203,7 +204,7 @@ def judge(name: str, cooked: Network, parts: Parts, how: Training | None = None)
 def _told(soup: GreedySoup) -> str:
     """Say what the greedy search took, beside the scoring."""
     seconds = soup.report["seconds"]
-    share = 100 * (seconds["search"] / max(seconds["scoring"], 1e-9) - 1)
+    share = 100 * beyond_scoring(seconds)
     return (
         f"Greedy: {soup.report['n_scored']} scores in {seconds['search']:.2f} s, "
         f"{share:.0f} % of it beyond scoring; kept {', '.join(map(_last, soup.report['kept']))}."

@@ -32,7 +32,7 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.reduce import OnePass, compiled
 from streamsoup.errors import BudgetError
 from streamsoup.kernels import blocks
-from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products
+from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products, spend_in_numpy
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.buffers import Bytes
 from streamsoup.tensors import DType
@@ -53,7 +53,7 @@ Floats = NDArray[np.float64]
 Array = NDArray[np.uint8]
 
 COMPILE_S = 5.0
-"""Time in numpy from which compiling it pays (measured: it takes 3 to 7 s, once)."""
+"""Time in numpy, of all runs so far, from which compiling it pays (measured: 3 to 7 s, once)."""
 
 SPARED_NBYTES = 8 * 2**20
 """What compiling the one kernel of products takes less than `budget.PROCESS_NBYTES` counts.
@@ -123,18 +123,20 @@ class Products(Protocol):
 
 
 def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Products:
-    """Give the compiled kernel if it is in the cache, or the job is worth compiling it; else numpy.
+    """Return the compiled kernel if it is in the cache or worth compiling; else numpy.
 
-    The job: `n_products` of each element of the plan. Without `compiles`, or where numba cannot,
-    nothing is compiled. The bits are the same. Takes milliseconds, or, the first time on a machine,
-    seconds.
+    It is worth it once this job (`n_products` of each element of the plan) and those that earlier
+    runs did in numpy together take longer than compiling. Without `compiles`, or where numba
+    cannot, nothing is compiled. The bits are the same. Takes milliseconds; seconds for the run that
+    compiles, once on a machine.
     """
-    n_elements = sum(tensor.n_units for tensor in plan.tensors)
-    # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
-    in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
     found = find_products()
-    if found is None and compiles and in_numpy_s >= COMPILE_S:
-        found = compiled(make_products)
+    if found is None and compiles:
+        n_elements = sum(tensor.n_units for tensor in plan.tensors)
+        # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
+        in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
+        if spend_in_numpy(in_numpy_s) >= COMPILE_S:
+            found = compiled(make_products)
     return found or in_numpy
 
 

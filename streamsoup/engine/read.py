@@ -10,6 +10,7 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from mmap import PAGESIZE
 from typing import Literal, Protocol
 
 from streamsoup.engine.budget import MemoryPlan
@@ -20,7 +21,16 @@ from streamsoup.formats.memory import MemoryShard
 from streamsoup.formats.shards import Ingredient, Shard
 from streamsoup.system.buffers import Bytes, buffer
 
-__all__ = ["Kept", "MappedReader", "PlainReader", "Reader", "Session", "open_reader", "will_map"]
+__all__ = [
+    "Kept",
+    "MappedReader",
+    "PlainReader",
+    "Reader",
+    "Session",
+    "mapped_nbytes",
+    "open_reader",
+    "will_map",
+]
 
 WINDOW = 1 << 23
 """Bytes of an ingredient that a thread maps at once, at least: small enough for any number of
@@ -49,6 +59,29 @@ def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "rea
         return io == "mmap"
     shards = [shard for each in ingredients for shard in each.shards if not shard.in_memory]
     return not on_network([shard.path for shard in shards])
+
+
+def window_nbytes(plan: MixPlan, memory: MemoryPlan) -> int:
+    """Return the bytes of an ingredient that a thread maps at once."""
+    n_windows = len(plan.ingredients) * memory.threads
+    return max(WINDOW, min(WIDEST_WINDOW, WINDOWS // n_windows))
+
+
+def mapped_nbytes(plan: MixPlan, memory: MemoryPlan, *, mapped: bool) -> int:
+    """Return the most bytes of files that one pass has mapped at a time; 0 if it reads them.
+
+    They are no part of `MemoryPlan.peak_nbytes`: the system takes such pages back when it needs
+    them, but what counts resident memory counts them. A search may keep more mapped (`Kept`).
+    """
+    if not mapped:
+        return 0
+    window = window_nbytes(plan, memory)
+    nbytes = 0
+    for ingredient in plan.ingredients:
+        sizes = [s.identity.size for s in ingredient.shards if not isinstance(s, MemoryShard)]
+        if sizes:  # each thread has a window of its own, rounded to pages at both ends
+            nbytes += memory.threads * (min(max(sizes), window) + 2 * PAGESIZE)
+    return nbytes
 
 
 def open_reader(
@@ -112,8 +145,7 @@ class MappedReader:
     def __init__(self, plan: MixPlan, memory: MemoryPlan, kept: Kept | None = None) -> None:
         """Map nothing yet: shards are mapped when first touched."""
         self._plan, self._kept = plan, kept
-        n_windows = len(plan.ingredients) * memory.threads
-        self._window = max(WINDOW, min(WIDEST_WINDOW, WINDOWS // n_windows))
+        self._window = window_nbytes(plan, memory)
 
     def session(self) -> _MappedSession:
         """Give a thread its own windows."""
@@ -145,6 +177,7 @@ class _MappedSession:
             if window is None or at != number or not window.covers(begin, end):
                 # The former one goes first.
                 self._windows.pop(i, None)
+                window = None
                 stop = min(max(end, begin + self._nbytes), shard.identity.size)
                 window = Window(shard, begin, stop)
                 self._windows[i] = number, window

@@ -27,6 +27,7 @@ from streamsoup.engine.schedule import Task
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
+from streamsoup.options import Progress
 from streamsoup.system.buffers import Bytes
 
 __all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Sink", "SinkSession", "run"]
@@ -40,16 +41,6 @@ ALONE_NBYTES = 1 << 24
 
 TICK_S = 0.05
 """Time between reports of progress."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """How far a run has come."""
-
-    nbytes_done: int
-    """Bytes of the ingredients read, or found finished by an earlier run."""
-    nbytes: int
-    """Bytes of the ingredients in all."""
-    elapsed_s: float
 
 
 class SinkSession(Protocol):
@@ -145,7 +136,7 @@ def run(
     *,
     ledger: Ledger | None = None,
     leaves: Iterable[Leaf] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_event: Callable[[Progress], None] | None = None,
 ) -> None:
     """Pass all leaves of `plan` through `reducer` into `sink`, each byte read once for each pass.
 
@@ -164,19 +155,19 @@ def run(
     if memory.threads == 1 and plan.nbytes_read <= ALONE_NBYTES:
         pass_.work()
     else:
-        _work_in_threads(pass_, started, on_progress)
+        _work_in_threads(pass_, started, on_event)
     if pass_.errors:
         # Frames of threads that are gone hold on to buffers, on the host and on devices.
         traceback.clear_frames(pass_.errors[0].__traceback__)
         raise pass_.errors[0]
     for ingredient in plan.ingredients:
         ingredient.check_unchanged()
-    if on_progress is not None:
-        on_progress(Progress(plan.nbytes_read, plan.nbytes_read, time.monotonic() - started))
+    if on_event is not None:
+        on_event(Progress(plan.nbytes_read, plan.nbytes_read, time.monotonic() - started))
 
 
 def _work_in_threads(
-    pass_: _Pass, started: float, on_progress: Callable[[Progress], None] | None
+    pass_: _Pass, started: float, on_event: Callable[[Progress], None] | None
 ) -> None:
     """Let the threads work; meanwhile say how far they are, and have it made durable."""
     threads = [
@@ -195,9 +186,9 @@ def _work_in_threads(
                 ) from None
         while not pass_.ended.wait(TICK_S):
             now = time.monotonic()
-            if on_progress is not None:
+            if on_event is not None:
                 progress = Progress(pass_.nbytes_done, pass_.plan.nbytes_read, now - started)
-                on_progress(progress)
+                on_event(progress)
             due = now - noted >= CHECKPOINT_S and not pass_.stop.is_set()
             if due and pass_.ledger is not None:
                 pass_.ledger.checkpoint()
@@ -361,9 +352,10 @@ class _Pass:
             for first in range(0, k, memory.group):
                 last = min(first + memory.group, k)
                 inputs = reading.block(tensor, first, last, start, n_units)
-                for digest, block in zip(hashes[1 + first :], inputs, strict=False):
-                    digest.update(block)
+                for number, digest in enumerate(hashes[1 + first : 1 + last]):
+                    digest.update(inputs[number])
                 worker.add(first, inputs)
+                del inputs  # a window is unmapped with the last view of it, before the next is made
             ends = start + n_units == end
             under_way.append(_Block(leaf, start, n_units, digests, hashes, ends))
             if self.deliver(worker.n_ahead, reading, writing, worker, under_way):

@@ -35,6 +35,7 @@ __all__ = [
     "in_numpy",
     "make_products",
     "multiply",
+    "spend_in_numpy",
 ]
 
 Array = NDArray[np.uint8]
@@ -201,6 +202,13 @@ def find_products() -> Products | None:
         return None
     found = objects.find("inner", _ROOMS)
     return None if found is None else Products(found)
+
+
+def spend_in_numpy(seconds: float) -> float:
+    """Note seconds spent for want of the compiled kernel; return those of all runs so far."""
+    from streamsoup.kernels import objects
+
+    return objects.spend("inner", _ROOMS, seconds)
 
 
 def make_products() -> Products | None:

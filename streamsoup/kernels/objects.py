@@ -27,7 +27,7 @@ from streamsoup.system.folders import Folder
 from streamsoup.system.private import open_private, read_private, write_private
 from streamsoup.system.versions import llvmlite_version, numba_version
 
-__all__ = ["find", "make"]
+__all__ = ["find", "make", "spend"]
 
 _NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
 """What numba may be told for each job anew, and compiles the same code."""
@@ -67,6 +67,30 @@ def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, byt
         with folder:
             _store(folder, _cache_name(label, rooms), name.encode() + b"\0" + code)
     return kernel
+
+
+def spend(label: str, rooms: Sequence[str], seconds: float) -> float:
+    """Add to the seconds that runs of this user spent for want of a kernel; return their sum.
+
+    Kept as a line of text beside the kernels, so that many small jobs are worth compiling it once,
+    as a large one is; anew for another version of the kernel. Two runs at once may lose one's
+    part. Without a cache it is `seconds` alone.
+    """
+    folder = _cache_folder()
+    if folder is None:
+        return seconds
+    with folder:
+        try:
+            name = _cache_name(label, rooms).removesuffix(".o") + "-seconds.txt"
+        except (OSError, ImportError):  # LLVM's: nothing can be compiled
+            return seconds
+        spent = 0.0
+        with suppress(OSError, ValueError):  # the first time, or torn
+            spent = float(read_private(folder, name)[:40])
+        spent = seconds + (spent if 0 <= spent < 1e9 else 0.0)
+        with suppress(OSError):
+            write_private(folder, name, b"%.6f\n" % spent)
+    return spent
 
 
 def _load(name: str, code: bytes) -> Kernel:

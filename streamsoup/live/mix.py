@@ -141,7 +141,7 @@ def mix_into(
     reducer, memory = mix.reducer(plan)
     reader = open_reader(plan, memory, mapped=ordered.mapped)
     try:
-        run(plan, memory, reader, reducer, sink, on_progress=options.on_progress)
+        run(plan, memory, reader, reducer, sink, on_event=options.on_event)
     finally:
         sink.mark_changed()
     return plan.recipe
@@ -287,5 +287,5 @@ def _targets(sink: ModelSink, found: OnDevice) -> Any:
 def put_into(model: nn.Module | None, soup: Soup, options: Options) -> None:
     """Put a finished soup into a live model, if there is one, to the bit; costs a read of it."""
     if model is not None:
-        quietly = replace(options, dtype="same", on_progress=None)
+        quietly = replace(options, dtype="same", on_event=None)
         mix_into(model, [soup.path], options=quietly)

@@ -67,7 +67,7 @@ def stream_mix(
         part = plan.only(names)
         sink = _Tensors(part)
         reader = open_reader(part, memory, mapped=mapped, kept=kept)
-        run(part, memory, reader, reducer_of(part, memory), sink, on_progress=options.on_progress)
+        run(part, memory, reader, reducer_of(part, memory), sink, on_event=options.on_event)
         yield from sink.tensors()
 
 
@@ -107,7 +107,7 @@ def mix_to(
         reducer_of(plan, memory),
         sink(plan),
         ledger=None if ledger is None else ledger(plan),
-        on_progress=options.on_progress,
+        on_event=options.on_event,
     )
     return plan.recipe
 

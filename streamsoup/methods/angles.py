@@ -253,7 +253,7 @@ def measure(
     # Rounded sums do not tell whether two ingredients are equal; digests do.
     ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, gram, sums, ledger=ledger, on_progress=options.on_progress)
+    run(plan, memory, reader, gram, sums, ledger=ledger, on_event=options.on_event)
     n = gram.n_products(gram.n_rows)
     tensors = [
         Place(planned.name, planned.n_units, values[:n], values[n:].astype(np.int64))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -177,7 +178,8 @@ def stock(
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
     ingredients, base = _opened(ingredients, base)
-    places = _measure(ingredients, base, output, options)
+    started = time.monotonic()
+    places, nbytes = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     ratios: list[float] = []
     negative: list[str] = []
@@ -200,7 +202,8 @@ def stock(
     }
     del places  # before the soup is made: a Gram matrix of each tensor
     coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
-    return _make(ingredients, coefficients, "stock", report, output, options, base=base)
+    soup = _make(ingredients, coefficients, "stock", report, output, options, base=base)
+    return _with_pass(soup, nbytes, time.monotonic() - started)
 
 
 def stock_ratio(place: Place) -> float:
@@ -233,7 +236,8 @@ def slerp(
     ingredients = listed(ingredients)
     shares = _shares(weights, len(ingredients))
     ingredients, base = _opened(ingredients, base)
-    places = _measure(ingredients, base, output, options)
+    started = time.monotonic()
+    places, nbytes = _measure(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     straight: list[str] = []
     opposite: list[str] = []
@@ -263,9 +267,10 @@ def slerp(
             "between which a sphere knows no way: the straight mean is taken, which is "
             f"{left} where both have the same weight and length: {some(opposite)}"
         )
-    return _make(
+    soup = _make(
         ingredients, coefficients, "slerp", report, output, options, base=base, warnings=warnings
     )
+    return _with_pass(soup, nbytes, time.monotonic() - started)
 
 
 def _has_opposites(gram: Floats) -> bool:
@@ -361,8 +366,11 @@ def _measure(
     base: AnyIngredient | None,
     output: str | os.PathLike[str],
     options: Options,
-) -> Sequence[Place]:
-    """Take the Gram pass, after everything that could refuse the soup itself has been tried."""
+) -> tuple[Sequence[Place], int]:
+    """Take the Gram pass, after everything that could refuse the soup itself has been tried.
+
+    Returns the products of each tensor, and the bytes that were read for them.
+    """
     check_options(options, Options)
     if options.non_finite == "propagate":
         raise RecipeError(
@@ -377,7 +385,19 @@ def _measure(
     )
     plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
     found = measure(plan, memory, mapped=mapped, base=base is not None, options=options)
-    return found.tensors
+    return found.tensors, found.nbytes_read
+
+
+def _with_pass(soup: Soup, nbytes_read: int, elapsed_s: float) -> Soup:
+    """Count the Gram pass too; `elapsed_s` is of both."""
+    if soup.finished:  # an earlier run had made it: this one read for the angles alone
+        return replace(soup, nbytes_read=nbytes_read, elapsed_s=elapsed_s)
+    return replace(
+        soup,
+        nbytes_read=soup.nbytes_read + nbytes_read,
+        elapsed_s=elapsed_s,
+        n_passes=soup.n_passes + 1,
+    )
 
 
 def _make(

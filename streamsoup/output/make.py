@@ -79,6 +79,8 @@ class Soup(msgspec.Struct, frozen=True):
     """On which device its sums were made, and why there; empty if an earlier run had made them."""
     warnings: tuple[str, ...] = ()
     """All that is doubtful about it, a line each; logged too."""
+    n_passes: int = 1
+    """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of."""
 
     def __repr__(self) -> str:
         """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
@@ -254,7 +256,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
         reducer,
         sink,
         ledger=ledger,
-        on_progress=options.on_progress,
+        on_event=options.on_event,
     )
     provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()

@@ -233,7 +233,7 @@ def _rederive(
         reducer_of(plan, memory),
         Nowhere(),
         ledger=ledger,
-        on_progress=options.on_progress,
+        on_event=options.on_event,
     )
     for i, record in enumerate(provenance.ingredients):
         if ledger.digests.of_ingredient(i) != record.digest:

@@ -37,7 +37,7 @@ from streamsoup.errors import OutputExistsError, RecipeError, printable, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
 from streamsoup.live.mix import put_into
-from streamsoup.options import Options, check_options
+from streamsoup.options import Note, Options, check_options
 from streamsoup.output.destination import check_output
 from streamsoup.output.make import Order, Soup, digest_beside, make, order
 from streamsoup.output.verification import read_provenance
@@ -127,7 +127,8 @@ def greedy_soup(
             check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=resumed)
             scorers = kitchen.open(book)
             ask = _asking(scorers, book, search, given)
-            found = go_through([ingredient.name for ingredient in opened], ask, search)
+            names = [ingredient.name for ingredient in opened]
+            found = go_through(names, ask, search, options.on_event)
             best = best_run(found.runs)
             report: dict[str, Any] = {**kitchen.described, "split": kitchen.split}
             report |= report_of(found, search, paid=book.paid, n_resumed=len(book.resumed))
@@ -302,6 +303,7 @@ class _Kitchen:
         assert self._task is not None
         model = self._model
         if model is None:
+            self._note_building()
             with contained(self._task, "build"):
                 model = self._task.build()
         sink = ModelSink(model, self.ordered.plan)
@@ -328,7 +330,13 @@ class _Kitchen:
             self._crew.close()
         self._scorers = self._crew = None
 
+    def _note_building(self) -> None:
+        if self.options.on_event is not None:
+            self.options.on_event(Note("building the model"))
+
     def _start(self, task: Any, *, timeout: float | None) -> Crew:
+        if not isinstance(task, CommandTask):
+            self._note_building()
         works = [self._work(task, number) for number in range(self.search.jobs)]
         names = [ingredient.name for ingredient in self.ordered.plan.ingredients]
         return Crew(works, timeout=timeout, names=names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import printable
@@ -12,7 +12,7 @@ from streamsoup.search.scoring.candidate import Outcome
 from streamsoup.search.trials import Found, Run, SearchOptions, Trial, best_run
 from streamsoup.task import Score
 
-__all__ = ["RULES", "report_of"]
+__all__ = ["RULES", "beyond_scoring", "report_of"]
 
 RULES = (
     *("ties", "min_gain", "z", "order", "n_orders", "seed", "direction", "passes"),
@@ -63,6 +63,18 @@ def report_of(
     if len(best.members) == 1 and len(found.names) > 1:
         report["advice"] = _why_one(found, best, options)
     return report
+
+
+def beyond_scoring(seconds: Mapping[str, float]) -> float:
+    """Return the share of a search's time, from 0 to 1, that was not spent on scoring.
+
+    `seconds` are those of a report, of a search with one job: several score at the same time.
+
+    >>> beyond_scoring({"search": 4.0, "scoring": 3.0})
+    0.25
+    """
+    whole = seconds["search"]
+    return min(max(1 - seconds["scoring"] / whole, 0.0), 1.0) if whole > 0 else 0.0
 
 
 def _trial_record(trial: Trial) -> dict[str, Any]:

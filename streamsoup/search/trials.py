@@ -18,7 +18,7 @@ import numpy as np
 from streamsoup.errors import RecipeError, TaskError, check_choice, count, printable
 from streamsoup.live.candidates import Moved
 from streamsoup.live.running import SumsPlace
-from streamsoup.options import settle, take
+from streamsoup.options import Step, settle, take
 from streamsoup.search.scoring.candidate import Outcome
 from streamsoup.search.scoring.scorebook import Members
 from streamsoup.task import Score
@@ -82,8 +82,6 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     of the device, where candidates are made on one."""
     restart: bool = False
     """Forget the scores of an unfinished search of the same output."""
-    on_trial: Callable[[Trial], None] | None = None
-    """Called with each `Trial` once it is decided."""
 
     def __post_init__(self) -> None:
         """Take numbers as other libraries have them. Raises `RecipeError`."""
@@ -177,10 +175,27 @@ Noter = Callable[[int, Any, Members, Outcome, float | None, str, bool], Trial]
 """Makes a `Trial`, and tells whoever listens."""
 
 
-def search(names: Sequence[str], ask: Ask, options: SearchOptions) -> Found:
-    """Score the single ingredients if their scores decide the order; then search in each order."""
+def search(
+    names: Sequence[str],
+    ask: Ask,
+    options: SearchOptions,
+    on_event: Callable[[Any], None] | None = None,
+) -> Found:
+    """Score the single ingredients if their scores decide the order; then search in each order.
+
+    `on_event` is called with a `Step` and with each `Trial` once it is decided.
+    """
     started = time.monotonic()
     n = len(names)
+    n_trials = _count_trials(n, options)
+    n_done = n_paid = 0
+
+    def report(text: str) -> None:
+        if on_event is not None:
+            at_most = options.passes > 1 or options.direction == "backward"
+            elapsed_s = time.monotonic() - started
+            n_steps = max(n_trials, n_done)
+            on_event(Step("trial", n_done, n_steps, n_paid, elapsed_s, at_most, text))
 
     def note(
         i: int,
@@ -203,10 +218,16 @@ def search(names: Sequence[str], ask: Ask, options: SearchOptions) -> Found:
             outcome.moved,
             outcome.scoring_s,
         )
-        if options.on_trial is not None:
-            options.on_trial(trial)
+        nonlocal n_done, n_paid
+        # The first ingredient of a run is a candidate that was scored alone already.
+        n_done += not (kind == "add" and len(members) == 1 and options.order == "scores")
+        n_paid += not known
+        if on_event is not None:
+            on_event(trial)
+        report(f"{decision} {printable(names[i], 60)}")
         return trial
 
+    report("")
     singles: list[Trial] = []
     orders = [list(range(n))]
     if options.order == "scores":
@@ -218,7 +239,17 @@ def search(names: Sequence[str], ask: Ask, options: SearchOptions) -> Found:
         orders = _random_orders(n, options)
     go = forward if options.direction == "forward" else backward
     runs = tuple(go(order, ask, note, options) for order in orders)
+    n_trials = n_done
+    report("")
     return Found(tuple(singles), runs, tuple(names), time.monotonic() - started)
+
+
+def _count_trials(n: int, options: SearchOptions) -> int:
+    """Return how many trials a search takes at most; exactly, with one pass forward."""
+    alone = n if options.order == "scores" else 0
+    # Forward, the first was scored alone; backward, all together are scored first.
+    first = n + 1 if options.direction == "backward" else n - bool(alone)
+    return alone + options.n_orders * (first + n * (options.passes - 1))
 
 
 def forward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions) -> Run:

@@ -378,7 +378,7 @@ def _trouble(device: Accelerator | HostDevice, paths: Sequence[str], room: str) 
         raise KeyboardInterrupt
 
     def interrupted() -> None:
-        stopped = Options(io="read", on_progress=interrupt)
+        stopped = Options(io="read", on_event=interrupt)
         make(order_on(device, paths, stopped), output=output, options=stopped)
 
     if isinstance(device, Accelerator):

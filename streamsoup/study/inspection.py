@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.engine.read import mapped_nbytes
 from streamsoup.errors import printable
 from streamsoup.formats.shards import Ingredient
 from streamsoup.sizes import nbytes_text
@@ -61,7 +62,9 @@ def describe_order(ordered: Order) -> dict[str, Any]:
         "writes": f"{written} bytes ({nbytes_text(written)})",
         "files": [f"{printable(f.name)}  {nbytes_text(f.nbytes)}" for f in ordered.files.files],
         "side_files": [printable(file.name) for file in ordered.side_files] or "none",
-        "peak_memory": f"{memory.peak_nbytes} bytes at most ({nbytes_text(memory.peak_nbytes)})",
+        "peak_memory": f"{memory.peak_nbytes} bytes at most ({nbytes_text(memory.peak_nbytes)}), "
+        "of anonymous memory",
+        "mapped": _mapped_text(mapped_nbytes(plan, memory, mapped=ordered.mapped)),
         "running_sum": f"{nbytes_text(plan.nbytes_summed)} more, where a search keeps one",
         "threads": memory.threads,
         "device": _device_text(ordered),
@@ -111,6 +114,7 @@ def record_order(ordered: Order) -> dict[str, Any]:
         "files": {file.name: file.nbytes for file in ordered.files.files},
         "side_files": [file.name for file in ordered.side_files],
         "peak_nbytes": memory.peak_nbytes,
+        "mapped_nbytes": mapped_nbytes(plan, memory, mapped=ordered.mapped),
         "running_sum_nbytes": plan.nbytes_summed,
         "threads": memory.threads,
         "device": str(on_device.device) if on_device is not None else "cpu",
@@ -161,6 +165,16 @@ def short_names(paths: Sequence[str], limit: int) -> list[str]:
 def _cut(name: str, limit: int) -> str:
     half = (limit - 1) // 2
     return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
+
+
+def _mapped_text(nbytes: int) -> str:
+    """Return what mapped files add to the resident memory, and how to do without."""
+    if not nbytes:
+        return "nothing: files are read into buffers, which the peak counts"
+    return (
+        f"{nbytes} bytes of files at most ({nbytes_text(nbytes)}) besides, which the system can "
+        "take back; for a job limit that counts them: --io read"
+    )
 
 
 def _device_text(ordered: Order) -> str:

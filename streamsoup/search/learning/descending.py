@@ -25,7 +25,7 @@ from streamsoup.errors import (
     count,
     printable,
 )
-from streamsoup.options import Options, settle
+from streamsoup.options import Note, Options, Step, settle
 from streamsoup.search.learning.descent import AdamW, lbfgs
 from streamsoup.search.learning.mixture import Constraint, Granularity, make_mixture
 from streamsoup.search.learning.notebook import Notebook
@@ -83,8 +83,6 @@ class LearningOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Without `guard`, every so manieth batch watches; 0 for none."""
     restart: bool = False
     """Forget an unfinished search of the same output."""
-    on_event: Callable[[str], None] | None = None
-    """Called with a line for a person: what is predicted, and how each look came out."""
 
     def __post_init__(self) -> None:
         """Take numbers as other libraries have them. Raises `RecipeError`."""
@@ -155,9 +153,11 @@ class Search:
         from streamsoup.live.model import ModelSink
 
         self._learning, self._notebook = learning, notebook
+        self._on_event = options.on_event
         self._started = time.monotonic()
         self._earlier: Mapping[str, Any] = (notebook.find("took") or {"took": {}})["took"]
         if model is None:
+            self._say("building the model")
             with contained(task, "build"):
                 model = task.build()
         plan = ordered.plan
@@ -195,6 +195,8 @@ class Search:
         self.n_common = sum(not any(firsts) for firsts in equal.values())
         self.n_shared = len(equal) - self.n_common
         self.looks: list[Look] = []
+        self._n_paid = 0
+        """Looks that this run took, rather than found in the notes of an earlier one."""
         self.raws: list[Floats] = []
         self.why = ""
         self.predicted: dict[str, Any] = {}
@@ -216,10 +218,12 @@ class Search:
 
     def run(self) -> None:
         """Search until it ends by itself, or nothing is gained any more."""
+        self._report_step()
         if self._learning.optimizer == "lbfgs":
             self._run_lbfgs()
         else:
             self._run_adamw()
+        self._report_step(ended=True)
         self._say(f"ended: {self.why}")
 
     def _run_lbfgs(self) -> None:
@@ -326,6 +330,7 @@ class Search:
             self._check_first(seen)
         self.raws.append(raw.copy())
         self.looks.append(Look(seen.loss, seen.guard))
+        self._n_paid += known is None
         again = " (known)" if known is not None else ""
         watched = "" if math.isnan(seen.guard) else f", watched {seen.guard:.6g}"
         mark = "  best so far" if self.best == number else ""
@@ -335,6 +340,7 @@ class Search:
             if self.predicted and known is None:
                 most = self.predicted["looks"] * self._first_s
                 self._say(f"it took {self._first_s:.2g} s, so all take {most:.3g} s at most")
+        self._report_step()
         return seen
 
     def _check_first(self, seen: Evaluation) -> None:
@@ -388,8 +394,19 @@ class Search:
             self._say(f"about {n_passes * pass_s + computing_s:.3g} s, by the first look")
 
     def _say(self, line: str) -> None:
-        if self._learning.on_event is not None:
-            self._learning.on_event(line)
+        if self._on_event is not None:
+            self._on_event(Note(line))
+
+    def _report_step(self, *, ended: bool = False) -> None:
+        """Report how many looks are taken: all epochs and one before them, or evaluations."""
+        if self._on_event is not None:
+            learning = self._learning
+            by_epochs = learning.optimizer == "adamw"
+            n = learning.epochs + 1 if by_epochs else learning.evaluations
+            elapsed_s = time.monotonic() - self._started
+            n_done = len(self.looks)
+            n = n_done if ended else max(n, n_done)
+            self._on_event(Step("look", n_done, n, self._n_paid, elapsed_s, True))
 
     def report(self, identity: str) -> dict[str, Any]:
         """Give all that was found out, as plain JSON for the provenance."""

@@ -93,7 +93,7 @@ def find_equal(
         Nothing(),
         Nowhere(),
         ledger=ledger,
-        on_progress=options.on_progress,
+        on_event=options.on_event,
     )
     equal = {}
     k = len(plan.ingredients)

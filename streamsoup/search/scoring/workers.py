@@ -173,7 +173,7 @@ class _Worker:
         self._doing = "starting"
         self._tail = Tail()
         try:
-            pickled = pickle.dumps(replace(work, options=replace(work.options, on_progress=None)))
+            pickled = pickle.dumps(replace(work, options=replace(work.options, on_event=None)))
             if _MAIN in pickled:
                 raise ValueError("what a script or notebook defines is known to it alone")
         except Exception as error:

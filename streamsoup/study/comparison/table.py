@@ -29,9 +29,9 @@ from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
 from streamsoup.options import Options, check_options, settle
 from streamsoup.output.destination import check_outside
 from streamsoup.recipe import Coefficients
-from streamsoup.search.learning.mixture import Granularity
+from streamsoup.search.learning.mixture import Granularity, layer_of
 from streamsoup.search.trials import best_first, random_order
-from streamsoup.study.comparison.curves import draw_curves, values_of
+from streamsoup.study.comparison.curves import choose_counts, draw_curves, values_of
 from streamsoup.study.comparison.learning import learn, why_not
 from streamsoup.study.comparison.pairs import choose_pairs, look_between
 from streamsoup.study.comparison.selection import Ensemble, grow_ensemble, grow_soup
@@ -47,7 +47,7 @@ from streamsoup.study.measures.calibration import (
     calibrate,
     fit_beta,
 )
-from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Pair, Row, Splits
+from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Gain, Pair, Row, Splits
 from streamsoup.task import AnyTask, Task, load_task
 
 __all__ = ["CompareOptions", "check_folder", "compare", "splits_of"]
@@ -97,7 +97,6 @@ def compare(
     model: object = None,
     settings: CompareOptions = CompareOptions(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Compare `ingredients`, their soups and their ensembles on every split of `task`.
 
@@ -127,7 +126,6 @@ def compare(
             recalibrate=settings.recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
             made = _Table(bench, len(ingredients), base is not None, settings)
@@ -171,6 +169,25 @@ def splits_of(task: Task) -> Splits:
     return Splits(first, rest[0] if rest else None, shifts)
 
 
+def _with_coefficients(row: Row, coefficients: Coefficients) -> Row:
+    """Add the coefficients of a soup that is no plain mean, tensors with equal ones together.
+
+    Groups are named after layers where all tensors of a layer have the same, else after tensors.
+    """
+    values = tuple(value / coefficients.divisor for value in coefficients.values)
+    if not coefficients.per_tensor:
+        learned = len(set(values)) > 1
+        return replace(row, groups=("all",), coefficients=(values,)) if learned else row
+    layers: dict[str, set[tuple[float, ...]]] = {}
+    for name, factors in coefficients.per_tensor.items():
+        layers.setdefault(layer_of(name), set()).add(factors)
+    groups = {
+        (layer_of(name) if len(layers[layer_of(name)]) == 1 else name): factors
+        for name, factors in coefficients.per_tensor.items()
+    }
+    return replace(row, groups=tuple(groups), coefficients=tuple(groups.values()))
+
+
 class _Table:
     """A comparison in the making."""
 
@@ -190,6 +207,7 @@ class _Table:
     def fill(self) -> Comparison:
         """Measure everything, in the order in which it is needed."""
         everyone = tuple(range(self.n))
+        self._expect("models")
         self.bench.settle_metric([Mixture.uniform([i]) for i in everyone], self.splits.val)
         if self.bench.predicts and self.bench.asks_score:
             self.notes.append(
@@ -204,10 +222,13 @@ class _Table:
         val = self.splits.val
         order = best_first([row.cells[val].value for row in singles])
         self._add_choices(singles, order)
+        self._expect("soups")
         self._add_model("uniform soup", "soup", Mixture.uniform(everyone))
         greedy = grow_soup(self.bench, order, self.splits.val)
         self._add_model("greedy soup", "soup", Mixture.uniform(greedy))
+        self._expect("orders")
         self._add_random_orders()
+        self._expect("learned")
         self._add_learned(everyone)
         for name, coefficients in self.settings.coefficients.items():
             self._add_model(name, "soup", Mixture(everyone, coefficients))
@@ -223,15 +244,19 @@ class _Table:
                 f"The task has no test split: what was chosen on {val!r} is judged on it too, "
                 "which flatters every choice."
             )
+        self._add_gains()
         self._add_intervals()
+        self._expect("curves")
         curves = draw_curves(self.bench, self.splits, singles, self.settings.curve)
+        self._expect("pairs")
         pairs = self._pairs(singles)
+        self.bench.expect(0)
         return Comparison(
             splits=self.splits,
             names=self.names,
             paths=self.paths,
             metric=self.bench.metric,
-            is_share=self._is_share(),
+            is_share=self.bench.is_share and self._within_one(),
             rows=tuple(self.rows),
             curves=tuple(curves),
             pairs=tuple(pairs),
@@ -240,7 +265,26 @@ class _Table:
             n_measured=self.bench.n_measured,
         )
 
-    def _is_share(self) -> bool:
+    def _expect(self, stage: str) -> None:
+        """Tell the bench how much is left to measure at most, as `stage` begins."""
+        n, s, settings = self.n, len(self.splits.all), self.settings
+        grown = n - 1 + s  # one greedy search: its trials, and what it found on the other splits
+        learned = len(settings.learned) if n > 1 else 0
+        counts = choose_counts(n, settings.curve) if settings.curve and n > 1 else []
+        n_pairs = 0 if self.base is None else min(settings.pairs, n * (n - 1) // 2)
+        each = 4 if settings.theory and self.bench.predicts else 1
+        left = {
+            "models": (n + (self.base is not None)) * s,
+            "soups": s + grown,
+            "orders": (settings.orders if n > 2 else 0) * grown,
+            "learned": (learned + len(settings.coefficients)) * s,
+            "curves": sum(count - 1 + 2 * s for count in counts),
+            "pairs": n_pairs * each,
+        }
+        stages = list(left)
+        self.bench.expect(sum(left[name] for name in stages[stages.index(stage) :]))
+
+    def _within_one(self) -> bool:
         values = [cell.value for row in self.rows for cell in row.cells.values()]
         return all(0 <= value <= 1 for value in values if math.isfinite(value))
 
@@ -265,7 +309,7 @@ class _Table:
                     self.n_examples[split] = len(examples)
         n = len(mixture.members)
         row = Row(name, kind, self._with_mean(cells), n, 1, mixture.members, beta)  # type: ignore[arg-type]
-        self.rows.append(row)
+        self.rows.append(_with_coefficients(row, mixture.coefficients))
 
     def _calibrated(
         self,
@@ -401,6 +445,7 @@ class _Table:
     def _add_intervals(self) -> None:
         """Put confidence intervals into the rows; all rows of a split are resampled alike."""
         means: dict[int, list[Floats]] = {}
+        n_shifts = len(self.splits.shifts)
         for number, split in enumerate(self.splits.all):
             known = self.right.get(split, [])
             if not known or len({len(examples) for _, examples in known}) != 1:
@@ -411,9 +456,50 @@ class _Table:
                 self._set_interval(row, split, values)
                 if split in self.splits.shifts:
                     means.setdefault(row, []).append(values)
-        for row, of_shifts in means.items():
-            if len(of_shifts) == len(self.splits.shifts) > 1:
-                self._set_interval(row, MEAN, np.mean(of_shifts, axis=0))
+            self._set_gains(split, {row: x for (row, _), x in zip(known, drawn, strict=True)})
+        whole = {
+            row: np.asarray(np.mean(each, axis=0))
+            for row, each in means.items()
+            if len(each) == n_shifts > 1
+        }
+        for row, values in whole.items():
+            self._set_interval(row, MEAN, values)
+        self._set_gains(MEAN, whole)
+
+    def _references(self) -> dict[str, int]:
+        """Return the numbers of the rows that others are set against, by the field of a `Cell`."""
+        kinds = {"over_best": "best", "over_base": "base"}
+        return {
+            field: number
+            for field, kind in kinds.items()
+            for number, row in enumerate(self.rows)
+            if row.kind == kind
+        }
+
+    def _add_gains(self) -> None:
+        """Put into cells how much better they are than the best on validation, and the base."""
+        for field, reference in self._references().items():
+            theirs = self.rows[reference].cells
+            for number, row in enumerate(self.rows):
+                cells = {
+                    column: replace(cell, **{field: Gain(cell.value - theirs[column].value)})
+                    if number != reference and math.isfinite(cell.value - theirs[column].value)
+                    else cell
+                    for column, cell in row.cells.items()
+                }
+                self.rows[number] = replace(row, cells=cells)
+
+    def _set_gains(self, column: str, means: Mapping[int, Floats]) -> None:
+        """Put intervals to the gains of a column: all rows were resampled alike, so in pairs."""
+        for field, reference in self._references().items():
+            for number, values in means.items() if reference in means else ():
+                row = self.rows[number]
+                gain = getattr(row.cells[column], field)
+                if gain is not None:
+                    found = interval(values - means[reference])
+                    gain = replace(gain, low=found.low, high=found.high)
+                    cell = replace(row.cells[column], **{field: gain})
+                    self.rows[number] = replace(row, cells={**row.cells, column: cell})
 
     def _set_interval(self, number: int, column: str, means: Floats) -> None:
         row, found = self.rows[number], interval(means)

@@ -8,7 +8,7 @@ figure: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 4.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -50,6 +50,9 @@ class Landscape(msgspec.Struct, frozen=True, eq=False):
     """Negative log-likelihood in nats ``(y, x)``, for each split, where the task predicts."""
     marks: tuple[Mark, ...]
     n_measured: int = 0
+    metric: str = "score"
+    is_share: bool = False
+    """Whether values lie between 0 and 1 and are shown in percent, as the task said."""
 
     def to_lines(self) -> Iterator[str]:
         """Give a JSON line for each mark and each grid point."""
@@ -79,7 +82,6 @@ def landscape(
     model: object = None,
     recalibrate: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Landscape:
     """Measure a grid on the plane through three checkpoints.
 
@@ -105,12 +107,12 @@ def landscape(
             recalibrate=recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
             plane = Plane.from_gram(_gram(bench))
-            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             xs, ys = plane.grid(resolution, margin)
+            bench.expect(len(xs) * len(ys) * len(wanted) + 3)
+            bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             values = {split: np.empty((len(ys), len(xs))) for split in wanted}
             losses = {split: np.full((len(ys), len(xs)), np.nan) for split in wanted}
             for row, y in enumerate(ys):
@@ -119,13 +121,18 @@ def landscape(
                     mixture = Mixture.of((0, 1, 2), coefficients)
                     for split in wanted:
                         found = bench.summary(mixture, split)
-                        values[split][row, column] = found[bench.metric]
+                        values[split][row, column] = found[bench.counted]
                         losses[split][row, column] = found.get("nll", np.nan)
+            bench.expect(0)
         finally:
             bench.close()
         known = losses if bench.predicts else {}
         marks = _marks(plane, bench.plan.recipe.ingredients)
-        return Landscape(plane, xs, ys, values, known, marks, bench.n_measured)
+        within = all(bool(((v >= 0) & (v <= 1) | np.isnan(v)).all()) for v in values.values())
+        return Landscape(
+            plane, xs, ys, values, known, marks, bench.n_measured, bench.metric,
+            bench.is_share and within,
+        )  # fmt: skip
 
 
 def _marks(plane: Plane, paths: Sequence[str]) -> tuple[Mark, ...]:

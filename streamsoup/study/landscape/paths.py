@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -39,16 +39,13 @@ class Sweep(msgspec.Struct, frozen=True):
     losses: Mapping[str, tuple[float, ...]]
     """Negative log-likelihood in nats, for each split, where the task predicts."""
     n_measured: int = 0
+    is_share: bool = False
+    """Whether values lie between 0 and 1 and are shown in percent, as the task said."""
 
     @property
     def best(self) -> float:
         """The α that is best on validation; the smallest of equals."""
         return self.alphas[best_first(self.values[self.splits.val])[0]]
-
-    @property
-    def is_share(self) -> bool:
-        """Whether values lie between 0 and 1, so that an error is 1 less the value."""
-        return all(0 <= v <= 1 for values in self.values.values() for v in values)
 
     def barrier(self, split: str, *, of_loss: bool = False) -> Barrier | None:
         """Measure the barrier of the error (or loss) on a split; None without both ends.
@@ -109,7 +106,6 @@ def sweep(
     model: object = None,
     recalibrate: bool = False,
     options: Options = Options(),  # noqa: B008 - frozen
-    watch: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
     """Measure (1−α)·first + α·second on every split of `task`, for every α.
 
@@ -132,17 +128,18 @@ def sweep(
             recalibrate=recalibrate,
             model=model,
             options=options,
-            watch=watch,
         )
         try:
+            bench.expect(len(at) * len(splits.all) + 2)
             bench.settle_metric([Mixture.uniform([0]), Mixture.uniform([1])], splits.val)
             for alpha in at:
                 mixture = Mixture.of((0, 1), (1.0 - alpha, alpha))
                 for split in splits.all:
                     found = bench.summary(mixture, split)
-                    values[split].append(found[bench.metric])
+                    values[split].append(found[bench.counted])
                     if "nll" in found:
                         losses[split].append(found["nll"])
+            bench.expect(0)
         finally:
             bench.close()
         ends = bench.plan.recipe.ingredients
@@ -154,4 +151,5 @@ def sweep(
             {split: tuple(each) for split, each in values.items()},
             {split: tuple(each) for split, each in losses.items() if each},
             bench.n_measured,
+            bench.is_share and all(0 <= v <= 1 for each in values.values() for v in each),
         )

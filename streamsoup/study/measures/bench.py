@@ -13,7 +13,8 @@ through `.data` or a view of numpy's, and running statistics without a count of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,21 +27,20 @@ from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import TaskError
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
-from streamsoup.options import Options
+from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of, calibrate
 from streamsoup.task import Score, Task
 from streamsoup.task.code import digest_model
+from streamsoup.task.scores import MAIN_NAMES
 
 if TYPE_CHECKING:
     from streamsoup.live.mix import LiveMix
     from streamsoup.live.model import ModelSink
 
 __all__ = ["EQUAL", "Bench", "Mixture"]
-
-Watch = Callable[[str], None]
 
 _NO_CLASSES = "a task without classes has a score, and no predictions"
 
@@ -82,13 +82,12 @@ class Bench:
         recalibrate: bool = False,
         model: Any = None,
         options: Options = Options(),  # noqa: B008 - frozen
-        watch: Watch = lambda line: None,
     ) -> None:
         """Open the ingredients by their headers; build no model, and score nothing yet.
 
-        `recalibrate` measures BatchNorm statistics anew for every mixture of several. `watch` is
-        told, in a line, whenever something is measured. Raises what `soups.make.order` raises,
-        and `TaskError` for a task without what `recalibrate` needs.
+        `recalibrate` measures BatchNorm statistics anew for every mixture of several. Each
+        measurement is reported as a `Step`. Raises what `output.make.order` raises, and
+        `TaskError` for a task without what `recalibrate` needs.
         """
         opened = open_ingredients(ingredients)
         equal = Coefficients.uniform(len(opened))
@@ -109,7 +108,11 @@ class Bench:
             task.need("recalibration")
         if not self.predicts:
             task.need("score")
-        self._watch = watch
+        self._started = time.monotonic()
+        self._asked: set[str] = set()
+        """Keys of all that was asked for so far, known or not."""
+        self._n_expected = 0
+        self._metric = ""
         self._model = model
         self.given = "" if model is None else digest_model(model)
         """What tells the model that was given from every other; nothing if the task builds one."""
@@ -121,6 +124,11 @@ class Bench:
         """How often each tensor had been changed when the current mixture was put there."""
         self._labels: dict[str, Labels] = {}
         self._digests: list[str | None] = [None] * len(opened)
+
+    def expect(self, n: int) -> None:
+        """Take note that at most `n` further pairs of mixture and split will be asked for."""
+        self._n_expected = len(self._asked) + n
+        self._report("")
 
     def settle_metric(self, mixtures: Sequence[Mixture], split: str) -> None:
         """Find out whether the task's score is the accuracy of its predictions.
@@ -140,9 +148,23 @@ class Bench:
                 return
 
     @property
-    def metric(self) -> str:
-        """What the number that counts is."""
+    def counted(self) -> str:
+        """Which entry of a `summary` counts: ``score`` or ``accuracy``."""
         return "score" if self.asks_score else "accuracy"
+
+    @property
+    def metric(self) -> str:
+        """The name of the number that counts: the task's own, if its scores have one."""
+        return self._metric or self.counted
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the number that counts is a share, to be shown in percent.
+
+        An accuracy of predictions is one; a score is one only where the task says
+        ``percent = True``: many a number between 0 and 1 is no share.
+        """
+        return not self.asks_score or getattr(self.task.source, "percent", False) is True
 
     def measure(self, mixture: Mixture, splits: Iterable[str]) -> None:
         """Measure a mixture on those of `splits` whose answers are not known yet.
@@ -150,6 +172,7 @@ class Bench:
         Costs a pass over the weights of the members, if anything is missing, and a pass of the
         task over each missing split; a pass over the weights for each, if the task changes them.
         """
+        splits = tuple(splits)
         missing: dict[str, tuple[bool, bool]] = {}
         for split in splits:
             key = self.key(mixture, split)
@@ -163,13 +186,17 @@ class Bench:
                 self._keep(key, split, *self._predict(mixture, split))
             if score:
                 self.cache.put_score(key, self._score(mixture, split))
-            self._note(mixture, split)
+            self.n_measured += 1
+            self._answered(mixture, split)
+        for split in splits:
+            self._answered(mixture, split)
 
     def score(self, mixture: Mixture, split: str) -> Score:
         """Give the task's own score of a mixture, which is asked if it is not known."""
         self._score_only(mixture, split)
         found = self.cache.score(self.key(mixture, split))
         assert found is not None
+        self._metric = _name_of(found, self.task.main)
         return found
 
     def summary(self, mixture: Mixture, split: str) -> Mapping[str, float]:
@@ -180,18 +207,19 @@ class Bench:
         """
         found: dict[str, float] = {}
         if self.asks_score:
-            found["score"] = self._score_only(mixture, split)
+            found["score"] = self.score(mixture, split).value
         if self.predicts:
             key = f"{self.key(mixture, split)}:summary"
             known = self.cache.value(key)
             if known is None:
                 known = self._summarise(key, *self.answers(mixture, split))
             found |= known
+        self._answered(mixture, split)
         return found
 
     def value(self, mixture: Mixture, split: str) -> float:
         """Give the number that counts: the task's score, or the accuracy that it is equal to."""
-        return self.summary(mixture, split)[self.metric]
+        return self.summary(mixture, split)[self.counted]
 
     def answers(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Give logits and labels without keeping them, or those that are kept."""
@@ -200,7 +228,8 @@ class Bench:
         logits, labels = self._predict(mixture, split)
         self._check_labels(split, labels)
         self._summarise(f"{self.key(mixture, split)}:summary", logits, labels)
-        self._note(mixture, split)
+        self.n_measured += 1
+        self._answered(mixture, split)
         return logits, labels
 
     def logits(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
@@ -249,14 +278,14 @@ class Bench:
         for module, training in self._training:
             module.training = training
 
-    def _score_only(self, mixture: Mixture, split: str) -> float:
+    def _score_only(self, mixture: Mixture, split: str) -> None:
         key = self.key(mixture, split)
         known = self.cache.score(key)
         if known is None:
             known = self._score(mixture, split)
             self.cache.put_score(key, known)
-            self._note(mixture, split)
-        return known.value
+            self.n_measured += 1
+        self._answered(mixture, split)
 
     def _summarise(self, key: str, logits: AnyFloats, labels: Labels) -> dict[str, float]:
         at = calibrate(logits, labels)
@@ -265,9 +294,22 @@ class Bench:
             self.cache.put_value(key, known)
         return known
 
-    def _note(self, mixture: Mixture, split: str) -> None:
-        self.n_measured += 1
-        self._watch(f"measured {self.n_measured}: a mixture of {len(mixture.members)} on {split}")
+    def _answered(self, mixture: Mixture, split: str) -> None:
+        """Report what is known now, once."""
+        key = self.key(mixture, split)
+        if key not in self._asked:
+            self._asked.add(key)
+            n = len(mixture.members)
+            what = "one ingredient" if n == 1 else f"a mixture of {n}"
+            self._report(f"measured {what} on {split}")
+
+    def _report(self, text: str) -> None:
+        if self.options.on_event is not None:
+            n_done, elapsed_s = len(self._asked), time.monotonic() - self._started
+            n = max(self._n_expected, n_done)
+            self.options.on_event(
+                Step("measurement", n_done, n, self.n_measured, elapsed_s, True, text)
+            )
 
     def _put(self, mixture: Mixture) -> None:
         """Put a mixture into the model, unless it is the one that is there, unchanged."""
@@ -288,7 +330,7 @@ class Bench:
         mix, memory = self._mix.reducer(part)
         reader = open_reader(part, memory, mapped=self._mapped, kept=self._mix.kept)
         try:
-            run(part, memory, reader, mix, sink)
+            run(part, memory, reader, mix, sink, on_event=self.options.on_event)
         finally:
             sink.mark_changed()
         if self._recalibrate and len(mixture.members) > 1:
@@ -309,6 +351,8 @@ class Bench:
 
             if self._model is None:
                 self.task.need("build")
+                if self.options.on_event is not None:
+                    self.options.on_event(Note(f"building the model of {self.task.name}"))
                 with contained(self.task, "build"):
                     self._model = self.task.build()
             sink = ModelSink(self._model, self.plan)
@@ -378,6 +422,15 @@ class Bench:
             )
 
 
+def _name_of(score: Score, main: str | None) -> str:
+    """Return the name of the metric that a score is; empty where the task gave a number alone."""
+    if main in score.metrics:
+        return str(main)
+    if len(score.metrics) == 1:
+        return next(iter(score.metrics))
+    return next((name for name in MAIN_NAMES if name in score.metrics), "")
+
+
 def _to_numpy(tensor: Any) -> Any:
     """Copy a tensor as it is; what numpy has no dtype for, and half precision, as float32."""
     if hasattr(tensor, "detach"):
@@ -408,5 +461,5 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
     )
     ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger)
+    run(plan, memory, reader, Nothing(), Nowhere(), ledger=ledger, on_event=options.on_event)
     return ledger.digests.of_ingredient(0)

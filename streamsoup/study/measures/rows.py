@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-__all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Pair", "Row", "Splits", "to_line"]
+__all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Gain", "Pair", "Row", "Splits", "to_line"]
 
 MEAN = "mean of shifts"
 """The column that is no split."""
@@ -50,6 +50,25 @@ class Splits(msgspec.Struct, frozen=True):
         return self.test or self.val
 
 
+class Gain(msgspec.Struct, frozen=True):
+    """How much more a row has than another one on the same examples."""
+
+    value: float
+    low: float = math.nan
+    """The confidence interval of `value`, by paired bootstrap over examples; NaN without them."""
+    high: float = math.nan
+
+    @property
+    def outcome(self) -> str:
+        """``wins`` or ``loses`` where the interval leaves 0 out, else ``no difference``.
+
+        ``untested`` without an interval.
+        """
+        if math.isnan(self.low):
+            return "untested"
+        return "wins" if self.low > 0 else "loses" if self.high < 0 else "no difference"
+
+
 class Cell(msgspec.Struct, frozen=True):
     """One row on one split."""
 
@@ -67,6 +86,10 @@ class Cell(msgspec.Struct, frozen=True):
     nll_scaled: float = math.nan
     """The same two after temperature scaling on the validation split."""
     ece_scaled: float = math.nan
+    over_best: Gain | None = None
+    """Against the ingredient that is best on validation."""
+    over_base: Gain | None = None
+    """Against the base, if there is one."""
     name: str = ""
     """Which ingredient, where that differs from column to column."""
 
@@ -83,10 +106,14 @@ class Row(msgspec.Struct, frozen=True):
     cost: float
     """Inference cost, in models."""
     members: tuple[int, ...] = ()
-    """Which ones, as numbers in the order given; empty where it is all, or differs."""
+    """Which ones, as numbers in the order given; empty where they differ by column or order."""
     beta: float = math.nan
     """The inverse temperature that was fitted on the validation split."""
     note: str = ""
+    groups: tuple[str, ...] = ()
+    """Groups of tensors with coefficients of their own; none for plain means and ensembles."""
+    coefficients: tuple[tuple[float, ...], ...] = ()
+    """``(group, member)``: the factor of each member in the soup."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
@@ -124,7 +151,7 @@ class Comparison(msgspec.Struct, frozen=True):
     metric: str
     """What `Cell.value` is."""
     is_share: bool
-    """Whether it lies between 0 and 1, and is best shown in percent."""
+    """Whether it lies between 0 and 1, and is shown in percent, as the task said."""
     rows: tuple[Row, ...]
     curves: tuple[CurvePoint, ...] = ()
     pairs: tuple[Pair, ...] = ()
@@ -148,6 +175,7 @@ class Comparison(msgspec.Struct, frozen=True):
             "names": self.names,
             "paths": self.paths,
             "metric": self.metric,
+            "is_share": self.is_share,
             "n_examples": self.n_examples,
             "notes": self.notes,
             "commands": self.commands,

@@ -8,16 +8,31 @@ from typing import Any
 
 import msgspec
 
+from streamsoup.errors import printable
 from streamsoup.study.measures.rows import MEAN, Comparison, Row
 from streamsoup.study.report.figures import GREY, new_figure, place_names, plain, save
 
-__all__ = ["draw_curves", "draw_intervals", "draw_pairs", "draw_scatter", "draw_theory"]
+__all__ = [
+    "draw_coefficients",
+    "draw_curves",
+    "draw_intervals",
+    "draw_pairs",
+    "draw_scatter",
+    "draw_theory",
+]
 
 NAMED = 14
 """Most ingredients whose points have their names beside them."""
 
 MARKED = 12
 """About how many points of a curve have marks: more would hide how its line is dashed."""
+
+
+GROUPS = 40
+"""Most groups of tensors that have their names beside the picture of coefficients."""
+
+NUMBERED = 240
+"""Most coefficients of a soup for which there is room to write each down."""
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -71,7 +86,7 @@ def draw_scatter(found: Comparison, path: str) -> None:
     assert up is not None
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
-    rows = [row for row in found.rows if row.kind not in ("oracle", "base")]
+    rows = [row for row in found.rows if row.kind != "oracle"]
     points = {id(row): _point(row, across, up, found.is_share) for row in rows}
     rows = [row for row in rows if all(map(math.isfinite, points[id(row)]))]
     singles = [row for row in rows if row.kind == "ingredient"]
@@ -132,7 +147,7 @@ def draw_curves(found: Comparison, path: str) -> None:
 
 def draw_intervals(found: Comparison, path: str) -> None:
     """Draw every way to choose with its confidence interval, a panel for each column."""
-    rows = [row for row in found.rows if row.kind in ("best", "oracle", "soup", "ensemble")]
+    rows = [row for row in found.rows if row.kind != "ingredient"]
     columns = [c for c in (found.splits.judged, found.splits.shifted) if c is not None]
     figure = new_figure(3.2 + 3.6 * len(columns), 1.3 + 0.33 * len(rows))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
@@ -209,6 +224,43 @@ def draw_theory(found: Comparison, path: str) -> None:
     panels[0].legend(frameon=False, fontsize=9)
     figure.suptitle("Soup minus ensemble of each pair; below 0 the soup is better", fontsize=11)
     save(figure, path)
+
+
+def draw_coefficients(found: Comparison, path: str) -> None:
+    """Draw the coefficients of each learned soup: groups from top to bottom, ingredients across."""
+    import numpy as np
+
+    rows = [row for row in found.rows if row.coefficients]
+    n = len(found.names)
+    heights = [0.9 + 0.24 * min(len(row.groups), GROUPS) for row in rows]
+    figure = new_figure(
+        min(3.6 + 0.55 * n, 16), 0.9 + sum(heights) + 0.05 * max(map(len, found.names))
+    )
+    panels = figure.subplots(
+        len(rows), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    for axes, row in zip(panels, rows, strict=True):
+        values = np.full((len(row.groups), n), np.nan)
+        values[:, list(row.members)] = row.coefficients
+        reach = max(float(np.nanmax(values)), 1e-12)
+        low = min(float(np.nanmin(values)), 0.0)
+        image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=low, vmax=reach)
+        step = max(1, -(-len(row.groups) // GROUPS))
+        shown = range(0, len(row.groups), step)
+        axes.set_yticks(list(shown), [plain(_shortened(row.groups[i])) for i in shown])
+        axes.set_title(plain(row.name), fontsize=10)
+        figure.colorbar(image, ax=axes, label="coefficient")
+        for (i, j), value in np.ndenumerate(values) if values.size <= NUMBERED else ():
+            if np.isfinite(value):
+                colour = "white" if (value - low) / (reach - low) < 0.55 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    panels[-1].set_xticks(range(n), [plain(name) for name in found.names], rotation=90)
+    save(figure, path)
+
+
+def _shortened(name: str, limit: int = 32) -> str:
+    name = printable(name)
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-limit // 2 :]}"
 
 
 def _dots(axes: Any, xs: Sequence[float], ys: Sequence[float]) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from streamsoup.errors import OutputError, printable
-from streamsoup.study.measures.rows import Cell, Comparison, Row
+from streamsoup.study.measures.rows import Cell, Comparison, Gain, Row
 from streamsoup.study.report import charts
 from streamsoup.study.report.figures import have_matplotlib
 from streamsoup.study.report.page import (
@@ -30,6 +30,9 @@ from streamsoup.study.report.page import (
 )
 
 __all__ = ["verdict", "write_report"]
+
+BEST, BASE = "over_best", "over_base"
+"""The fields of a cell that hold how much better it is than these."""
 
 Drawer = Callable[[Comparison, str], None]
 
@@ -58,17 +61,94 @@ def write_report(found: Comparison, folder: str | os.PathLike[str]) -> str:
 
 
 def verdict(found: Comparison, row: Row) -> str:
-    """Say where a row beats the ingredient that is best on validation, equals it, and loses."""
-    (best,) = found.of("best")
-    outcomes: dict[str, list[str]] = {"wins on": [], "equals it on": [], "loses on": []}
+    """Return in a sentence where a row wins and loses against the best on validation, and the base.
+
+    It wins or loses on a split only where the paired interval of the difference leaves 0 out.
+    """
+    said = f"{row.name}, against the best on {found.splits.val}: {_outcomes(found, row, BEST)}."
+    if found.of("base") and row.kind != "base":
+        said += f" Against the base: {_outcomes(found, row, BASE)}."
+    return said
+
+
+def _outcomes(found: Comparison, row: Row, field: str) -> str:
+    """Return the splits by outcome."""
+    outcomes: dict[str, list[str]] = {}
     for split in found.splits.all:
-        gain = row.cells[split].value - best.cells[split].value
-        if math.isfinite(gain):
-            # Counts of examples that are equal may differ in the last bit as shares.
-            won = "equals it on" if abs(gain) < 1e-9 else "wins on" if gain > 0 else "loses on"
-            outcomes[won].append(split)
-    said = "; ".join(f"{what} {', '.join(splits)}" for what, splits in outcomes.items() if splits)
-    return f"{row.name}, against the best on {found.splits.val}: {said or 'has no score'}."
+        gain: Gain | None = getattr(row.cells[split], field)
+        if gain is not None:
+            outcomes.setdefault(gain.outcome, []).append(split)
+    words = {
+        "wins": "wins on {}",
+        "loses": "loses on {}",
+        "no difference": "no difference on {}",
+        "untested": "no difference can be shown on {} without results by example",
+    }
+    known = [
+        text.format(", ".join(outcomes[name])) for name, text in words.items() if name in outcomes
+    ]
+    return "; ".join(known) or "has no score"
+
+
+def _difference_table(found: Comparison, field: str) -> Table:
+    """Show how much better each row is, with paired intervals; wins and losses stand out."""
+    columns = found.splits.columns
+    of = f"best on {found.splits.val}" if field == BEST else "base"
+
+    def shown(cell: Cell) -> str:
+        gain: Gain | None = getattr(cell, field)
+        if gain is None:
+            return "–"
+        numbers = [gain.value, *([gain.low, gain.high] if gain.outcome != "untested" else [])]
+        value, *ends = [f"{100 * x:+.2f}" if found.is_share else f"{x:+.4g}" for x in numbers]
+        return f"{value} [{', '.join(ends)}]" if ends else value
+
+    rows = [row for row in _judged(found) if field == BEST or row.kind != "base"]
+    bold = frozenset(
+        (n, 1 + m)
+        for n, row in enumerate(rows)
+        for m, column in enumerate(columns)
+        if (gain := getattr(row.cells[column], field)) and gain.outcome in ("wins", "loses")
+    )
+    lines = [[row.name, *(shown(row.cells[column]) for column in columns)] for row in rows]
+    return Table([f"minus the {of}", *columns], lines, bold)
+
+
+def _judged(found: Comparison) -> list[Row]:
+    """Return the rows that are set against the best on validation: base, soups, ensembles."""
+    rows = found.of("base", "soup", "ensemble")
+    return [row for row in rows if any(math.isfinite(c.value) for c in row.cells.values())]
+
+
+def _members(found: Comparison) -> list[Block]:
+    """Name who is in each soup and ensemble."""
+    n = len(found.names)
+    lines = []
+    for row in found.of("soup", "ensemble"):
+        if row.members:
+            named = ", ".join(found.names[i] for i in row.members)
+            everyone = len(row.members) == n
+            who = f"all {n}" if everyone else f"{len(row.members)} of {n}: {named}"
+            lines.append(Text(f"{row.name}: {who}."))
+    return [Heading("Members"), *lines] if lines else []
+
+
+def _coefficients(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
+    """Show the coefficients of learned soups: drawn, and in a table."""
+    rows = [row for row in found.of("soup") if row.coefficients]
+    if not rows:
+        return []
+    lines = []
+    for row in rows:
+        columns = list(zip(*row.coefficients, strict=True))
+        means = dict(zip(row.members, (sum(c) / len(c) for c in columns), strict=True))
+        cells = [f"{means[i]:.3f}" if i in means else "–" for i in range(len(found.names))]
+        lines.append([row.name, str(len(row.groups)), *cells])
+    blocks: list[Block] = [Heading("Coefficients")]
+    blocks += [pictures["coefficients"]] if "coefficients" in pictures else []
+    blocks.append(Table(["", "groups", *found.names], lines))
+    blocks.append(Text("Factors of the ingredients; where groups of tensors differ, their mean."))
+    return blocks
 
 
 def _draw(found: Comparison, root: str) -> dict[str, Picture]:
@@ -101,6 +181,12 @@ def _draw(found: Comparison, root: str) -> dict[str, Picture]:
             "What the middle between two ingredients gains over their mean, against their angle.",
         ),
         (
+            "coefficients",
+            any(row.coefficients for row in found.rows),
+            charts.draw_coefficients,
+            "Coefficients of learned soups: a row for each group of tensors.",
+        ),
+        (
             "theory",
             theory,
             charts.draw_theory,
@@ -122,7 +208,8 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
     chosen = f"{len(found.names)} ingredients, all choices made on the split {splits.val!r}"
     blocks: list[Block] = [
         Text(f"{chosen}, but for the oracle, which is told apart below."),
-        *[Text(verdict(found, row)) for row in found.of("soup") if "soup" in row.name],
+        *[Text(verdict(found, row)) for row in _judged(found)],
+        Text(_VERDICTS.format(printable(splits.val))),
         Heading("Table"),
         _main_table(found),
         Text(
@@ -130,10 +217,15 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
             "95 % bootstrap intervals over examples"
             + (f"; ± is the spread over random orders. Examples: {counts}." if counts else ".")
             + " Cost is that of an inference, in models. The oracle is the best ingredient of each "
-            "column, chosen by that column: nobody can choose so."
+            "column, chosen by that column, which no practice allows. Bold is the best of a "
+            "column, the oracle apart."
         ),
         *[Text(note) for note in found.notes],
     ]
+    unit = "percentage points" if found.is_share else found.metric
+    blocks += [Heading("Differences"), _difference_table(found, BEST)]
+    blocks += [_difference_table(found, BASE)] if found.of("base") else []
+    blocks.append(Text(_DIFFERENCES.format(unit)))
     for name in ("intervals", "scatter"):
         blocks += [pictures[name]] if name in pictures else []
     if any(math.isfinite(row.beta) for row in found.rows):
@@ -144,6 +236,7 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
     if found.pairs:
         blocks += [Heading("Pairs"), Text(_PAIRS)]
         blocks += [pictures[name] for name in ("pairs", "theory") if name in pictures]
+    blocks += _members(found) + _coefficients(found, pictures)
     blocks += [Heading("Ingredients"), _ingredient_table(found)]
     if not pictures:
         blocks.append(Text("No pictures: pip install 'streamsoup[plot]', and run again."))
@@ -155,7 +248,15 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
 _CALIBRATION = (
     "NLL: negative log-likelihood in nats. ECE: calibration error in percent, in bins of equal "
     "mass. Smaller is better. Each as the model is → after temperature scaling with β (which "
-    "multiplies the logits) fitted on validation."
+    "multiplies the logits) fitted on validation. Bold is the best of a column after scaling."
+)
+_VERDICTS = (
+    "Wins and loses: the 95 % interval of the difference, by paired bootstrap over the examples of "
+    "the split, leaves 0 out. On {}, which all choices were made on, every choice looks better "
+    "than it is."
+)
+_DIFFERENCES = (
+    "In {}, with 95 % intervals of paired bootstrap over examples; bold where they leave 0 out."
 )
 _CURVES = "Ingredients in the order given, as if the runs had stopped there; choices on validation."
 _PAIRS = (
@@ -173,8 +274,33 @@ def _main_table(found: Comparison) -> Table:
         [row.name, *(_value(found, row.cells[c]) for c in found.splits.columns), *_counts(row)]
         for row in rows
     ]
-    bold = frozenset(n for n, row in enumerate(rows) if row.kind == "soup")
-    return Table(head, lines, bold)
+    judged = [row for row in rows if row.kind != "oracle"]
+    columns = found.splits.columns
+    best = {c: _largest(row.cells[c].value for row in judged) for c in columns}
+    return Table(head, lines, _bold(rows, columns, best, lambda row, c: row.cells[c].value))
+
+
+def _bold(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    best: Mapping[str, float],
+    value_of: Callable[[Row, str], float],
+    first: int = 1,
+) -> frozenset[tuple[int, int]]:
+    """Return the cells that hold the best of their column; columns begin at the table's `first`.
+
+    Means of the same examples may differ in the last bit.
+    """
+    return frozenset(
+        (n, first + m)
+        for n, row in enumerate(rows)
+        for m, column in enumerate(columns)
+        if row.kind != "oracle" and abs(value_of(row, column) - best[column]) < 1e-9
+    )
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=math.nan)
 
 
 def _ingredient_table(found: Comparison) -> Table:
@@ -184,7 +310,9 @@ def _ingredient_table(found: Comparison) -> Table:
         [row.name, *(_value(found, row.cells[c]) for c in columns), printable(path, 1000)]
         for row, path in zip(rows, found.paths, strict=True)
     ]
-    return Table(["", *columns, "path"], lines)
+    best = {c: _largest(row.cells[c].value for row in rows) for c in columns}
+    bold = _bold(rows, columns, best, lambda row, c: row.cells[c].value)
+    return Table(["", *columns, "path"], lines, bold)
 
 
 def _calibration_table(found: Comparison, measure: str) -> Table:
@@ -197,12 +325,15 @@ def _calibration_table(found: Comparison, measure: str) -> Table:
             return "–"
         return " → ".join(f"{x:.3f}" if measure == "NLL" else f"{100 * x:.1f}" for x in pair)
 
-    lines = [
-        [row.name, f"{row.beta:.2f}", *(shown(row.cells[c]) for c in columns)]
-        for row in found.rows
-        if row.kind != "ingredient" and math.isfinite(row.beta)
-    ]
-    return Table([measure, "β", *columns], lines)
+    def scaled(row: Row, column: str) -> float:
+        cell = row.cells[column]
+        return cell.nll_scaled if measure == "NLL" else cell.ece_scaled
+
+    rows = [r for r in found.rows if r.kind != "ingredient" and math.isfinite(r.beta)]
+    lines = [[row.name, f"{row.beta:.2f}", *(shown(row.cells[c]) for c in columns)] for row in rows]
+    best = {c: -_largest(-scaled(row, c) for row in rows) for c in columns}
+    bold = _bold(rows, columns, best, scaled, first=2)
+    return Table([measure, "β", *columns], lines, bold)
 
 
 def _counts(row: Row) -> list[str]:

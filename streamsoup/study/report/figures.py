@@ -140,7 +140,8 @@ def save(figure: Any, path: str) -> None:
 
 def _style(figure: Any) -> None:
     for axes in figure.axes:
-        axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+        if not axes.images:  # lines would cross out the numbers of a heat map
+            axes.grid(visible=True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=9, colors="#333333")
         for side in ("top", "right"):

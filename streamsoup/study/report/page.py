@@ -42,8 +42,8 @@ class Table(msgspec.Struct, frozen=True):
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    bold: frozenset[int] = frozenset()
-    """Rows that stand out."""
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """Cells that stand out, by row and column."""
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -114,7 +114,9 @@ def _markdown_table(table: Table) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for number, row in enumerate(table.rows):
         cells = [_escaped(cell) for cell in row]
-        lines.append([f"**{c}**" if c else c for c in cells] if number in table.bold else cells)
+        lines.append(
+            [f"**{c}**" if c and (number, n) in table.bold else c for n, c in enumerate(cells)]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -149,8 +151,11 @@ def _html_table(table: Table) -> str:
     head = "".join(f"<th>{_in_html(cell)}</th>" for cell in table.head)
     lines = [f"<tr>{head}</tr>"]
     for number, row in enumerate(table.rows):
-        cells = "".join(f"<td>{_in_html(cell)}</td>" for cell in row)
-        lines.append(f"<tr{' class=bold' if number in table.bold else ''}>{cells}</tr>")
+        cells = "".join(
+            f"<td{' class=bold' if (number, n) in table.bold else ''}>{_in_html(cell)}</td>"
+            for n, cell in enumerate(row)
+        )
+        lines.append(f"<tr>{cells}</tr>")
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
@@ -171,8 +176,9 @@ p, figure, pre { max-width: 64rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr.bold { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: #fff; }
+td.bold { font-weight: 600; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 img { max-width: 100%; }
 figure { margin: 1rem 0; }

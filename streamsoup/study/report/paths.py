@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streamsoup.errors import printable
+from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.landscape import Landscape
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.report.figures import GREY, new_figure, place_names, plain, save
@@ -31,7 +32,9 @@ def draw_sweep(found: Sweep, path: str) -> None:
     panels = [(found.metric, found.values)] + (
         [("loss (nats)", found.losses)] if found.losses else []
     )
-    figure = new_figure(1.0 + 4.4 * len(panels), 4.2)
+    figure = new_figure(1.0 + 4.4 * len(panels), 4.5)
+    names = short_names(found.ends, 40)
+    ends = [f"{alpha} is {plain(name)}" for alpha, name in zip((0, 1), names, strict=True)]
     for axes, (label, of_splits) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
@@ -44,7 +47,7 @@ def draw_sweep(found: Sweep, path: str) -> None:
                 label=plain(split),
             )  # fmt: skip
         axes.axvline(found.best, color=GREY, linestyle="--", linewidth=1)
-        axes.set_xlabel("α  (0: the first, 1: the second)")
+        axes.set_xlabel("\n".join(["α", *ends]), fontsize=9)
         axes.set_ylabel(f"{label} (%)" if percent else label)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
@@ -59,7 +62,8 @@ def sweep_page(found: Sweep, picture: str | None, commands: tuple[str, ...]) -> 
         [f"{alpha:g}", *(_shown(found.values[split][n], found.is_share) for split in splits)]
         for n, alpha in enumerate(found.alphas)
     ]
-    chosen = frozenset([found.alphas.index(found.best)])
+    best = found.alphas.index(found.best)
+    chosen = frozenset((best, column) for column in range(1 + len(splits)))
     blocks: list[Block] = [
         Text(f"(1 - α) · {printable(found.ends[0])} + α · {printable(found.ends[1])}"),
         Text(f"Best α on {found.splits.val}: {found.best:g}; the smallest of equals."),
@@ -119,12 +123,10 @@ def draw_landscape(found: Landscape, path: str) -> None:
     """Draw error and loss of each split as contours, with the checkpoints and soups marked."""
     panels: list[tuple[str, Any]] = []
     for split, values in found.values.items():
-        known = values[np.isfinite(values)]
-        is_share = bool(((known >= 0) & (known <= 1)).all())
         panels.append(
-            (f"error on {split} (%)", 100 * (1 - values))
-            if is_share
-            else (f"score on {split}", values)
+            (f"error on {split} (%), 1 less {found.metric}", 100 * (1 - values))
+            if found.is_share
+            else (f"{found.metric} on {split}", values)
         )
         if split in found.losses:
             panels.append((f"loss on {split} (nats)", found.losses[split]))
