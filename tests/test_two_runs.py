@@ -45,8 +45,8 @@ class Stage:
             rng = np.random.default_rng(i)
             shards = [{f"{n}": tensor(rng.standard_normal((9, 5)).astype("f4"))} for n in range(3)]
             folder = save_sharded(root / f"ingredient-{i}", shards)
-            (folder / "config.json").write_text(f'{{"of": {i}}}')
-            (folder / "vocab.txt").write_text(f"{i}")
+            (folder / "config.json").write_text(f'{{"_name_or_path": "{i}"}}')
+            (folder / "LICENSE").write_text(f"{i}")
             self.ingredients.append(folder)
         self.whole = []
         for kind in range(2):
@@ -120,7 +120,7 @@ class Stage:
 def content(folder: Path) -> dict[str, bytes]:
     """Read all files of a soup but its provenance, which holds the time."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found.pop("streamsoup.json")
+    found.pop("streamsoup.json", None)
     return found
 
 
@@ -278,7 +278,7 @@ def test_side_files_that_changed_after_the_commit(
             stage.make(0, overwrite=False)
     config = stage.ingredients[0] / "config.json"
     if changed:
-        config.write_text('{"of": 2}')
+        config.write_text('{"_name_or_path": "2"}')
     if changed and when == "after the rename":
         with pytest.raises(OutputError, match="exists already"):
             stage.make(0, overwrite=False)
