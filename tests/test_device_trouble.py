@@ -25,7 +25,7 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError
 from streamsoup.kernels import device as kernels_device
 from streamsoup.kernels.device import HostDevice
-from streamsoup.live.model import mix as live_mix
+from streamsoup.live import mix as live_mix
 from streamsoup.options import Options
 from streamsoup.output import write
 from streamsoup.output.make import make, order

@@ -17,8 +17,8 @@ from streamsoup.engine import budget
 from streamsoup.engine.plan import Leaf
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import NonFiniteError
+from streamsoup.live import joined
 from streamsoup.live.candidates import Candidates
-from streamsoup.live.model import joined
 from streamsoup.live.running import plan_sums
 from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients
