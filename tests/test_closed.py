@@ -20,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 import streamsoup
 from streamsoup.errors import NonFiniteError, OutputExistsError, RecipeError
 from streamsoup.methods.angles import Place
-from streamsoup.methods.closed import sphere_factors, stock_ratio, wsm_factors
+from streamsoup.methods.closed import sphere_factors, stock_ratio, wsm_coefficients
+from streamsoup.output.make import make, order
 
 N = 4
+OPTIONS = streamsoup.Options()
 
 
 @pytest.fixture
@@ -175,7 +177,8 @@ def test_wsm_is_a_decay_of_the_learning_rate(states: Any, paths: list[str], tmp_
         ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
         ("sqrt", lambda x: 1 - math.sqrt(x)),
     ):
-        factors = wsm_factors(6, curve)
+        found = wsm_coefficients(6, curve)
+        factors = [value / found.divisor for value in found.values]
         for j in range(6):
             assert math.fsum(factors[j:]) == pytest.approx(function(j / 6), abs=1e-12)
         assert min(factors) >= 0
@@ -185,7 +188,45 @@ def test_wsm_is_a_decay_of_the_learning_rate(states: Any, paths: list[str], tmp_
         made = {n: made[n] + (1 + math.cos(math.pi * j / 5)) / 2 * step[n] for n in made}
     same(streamsoup.wsm(paths, "cosine", output=tmp_path / "soup"), made)
     with pytest.raises(RecipeError, match="none of"):
-        wsm_factors(3, "steps")
+        wsm_coefficients(3, "steps")
+
+
+def test_a_linear_decay_is_the_mean_to_the_bit(tmp_path: Path) -> None:
+    """On values that are exact ties half the time, where factors a last digit off round wrong."""
+    rng = np.random.default_rng(5)
+    n = 7
+    states = [{"w": rng.integers(-8, 8, 4000).astype(np.float16)} for _ in range(n)]
+    for state in states:
+        state["w"] *= np.float16(2**-13) + np.float16(1)
+    linear = streamsoup.wsm([*map(by_torch, states)], output=tmp_path / "linear")
+    mean = streamsoup.uniform([*map(by_torch, states)], output=tmp_path / "mean")
+    assert linear.recipe.coefficients == mean.recipe.coefficients
+    assert linear.provenance.tensors == mean.provenance.tensors
+    # Planted fault: the factors themselves, of which some are no float.
+    plain = [(1 - j / n) - (1 - (j + 1) / n) for j in range(n)]
+    other = streamsoup.mix([*map(by_torch, states)], plain, output=tmp_path / "plain")
+    assert other.provenance.tensors != mean.provenance.tensors
+    for k in range(1, 400):
+        assert wsm_coefficients(k, "linear") == streamsoup.Coefficients.uniform(k), k
+    assert wsm_coefficients(2, "cosine") == streamsoup.Coefficients.uniform(2)
+    # The three weights of cosine are 1, 3/4 and 1/4; with four they are no fractions.
+    assert wsm_coefficients(3, "cosine") == streamsoup.Coefficients((1.0, 2.0, 1.0), 4.0)
+    assert wsm_coefficients(4, "cosine").divisor == wsm_coefficients(4, "sqrt").divisor == 1.0
+
+
+def by_torch(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Make torch's tensors of numpy's."""
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def test_soups_of_older_wsm_still_verify(paths: list[str], tmp_path: Path) -> None:
+    """A provenance carries its own coefficients: those of linear were factors a digit off 1/k."""
+    old = [1 - j / 5 - (1 - (j + 1) / 5 if j < 4 else 0.0) for j in range(5)]
+    assert old != [0.2] * 5
+    ordered = order(paths, streamsoup.Coefficients.given(old), method="wsm", options=OPTIONS)
+    made = make(ordered, output=tmp_path / "old", options=OPTIONS)
+    assert streamsoup.verify(made.path).rederived
+    assert made.recipe.coefficients.values == tuple(old)
 
 
 def test_task_arithmetic(states: Any, paths: list[str], tmp_path: Path) -> None:

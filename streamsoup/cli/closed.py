@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from streamsoup.options import Options
     from streamsoup.output.make import Soup
 
+CHOICE = ("by", "every", "last")
+"""The options of `common.CHOOSING`."""
+
 SOUP = common.stack(common.WRITING, common.MAKING, common.RUNNING, common.REPORTING)
 BASE = click.option(
     "--base", required=True, metavar="CKPT", help="What the others were fine-tuned from."
@@ -23,33 +26,39 @@ BASE = click.option(
 @click.option(
     "--decay", type=common.Number(), default=0.9, show_default=True, help="Kept at each step."
 )
+@common.CHOOSING
 @SOUP
 def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
-    """Take the exponential moving average of checkpoints, oldest first."""
+    """Take the exponential moving average of checkpoints, oldest first, or of those in a RUN."""
+    chosen = {name: settings.pop(name) for name in CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import ema
 
-        return ema(ingredients, decay, output=output, options=options)
+        return ema(ingredients, decay, **chosen, output=output, options=options)
 
-    return common.make_soup(make, ingredients, settings)
+    return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
 @click.command()
 @common.INGREDIENTS
 @click.option(
-    "--window", type=common.Integer(), required=True, metavar="K", help="How many of the latest."
+    "--window", type=common.Integer(), metavar="K", help="How many of the latest; or say --last."
 )
+@common.CHOOSING
 @SOUP
-def lawa(ingredients: tuple[str, ...], window: int, output: str, **settings: Any) -> int:
-    """Average the latest K checkpoints of a run, given oldest first (LAWA)."""
+def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settings: Any) -> int:
+    """Average the latest checkpoints of a RUN, or of a list, oldest first (LAWA)."""
+    chosen = {name: settings.pop(name) for name in CHOICE}
+    if window is None and chosen["last"] is None:
+        raise click.UsageError("lawa needs --window or --last: how many checkpoints to average")
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import lawa
 
-        return lawa(ingredients, window, output=output, options=options)
+        return lawa(ingredients, window, **chosen, output=output, options=options)
 
-    return common.make_soup(make, ingredients, settings)
+    return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
 @click.command()
@@ -61,16 +70,18 @@ def lawa(ingredients: tuple[str, ...], window: int, output: str, **settings: Any
     show_default=True,
     help="The learning rate decay that it stands in for.",
 )
+@common.CHOOSING
 @SOUP
 def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) -> int:
     """Merge checkpoints of a constant learning rate, oldest first, in place of its decay (WSM)."""
+    chosen = {name: settings.pop(name) for name in CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import wsm
 
-        return wsm(ingredients, curve, output=output, options=options)
+        return wsm(ingredients, curve, **chosen, output=output, options=options)
 
-    return common.make_soup(make, ingredients, settings)
+    return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
 @click.command()

@@ -162,6 +162,18 @@ RUNNING = stack(
         help="Map shards or read them; auto reads on network file systems.",
     ),
 )
+CHOOSING = stack(
+    click.option(
+        "--by",
+        type=click.Choice(["step", "name", "time", "given"]),
+        help="Order of checkpoints; default: RUN by step, a list as given if its steps rise.",
+    ),
+    click.option(
+        "--every", type=Integer(1), default=1, metavar="K", help="Each K-th, back from the newest."
+    ),
+    click.option("--last", type=Integer(1), metavar="N", help="Then only the N newest."),
+)
+"""Which checkpoints of a run are averaged."""
 WRITING = stack(
     click.option("--output", "-o", required=True, metavar="OUT", help="Folder to make."),
     click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step."),
@@ -216,7 +228,7 @@ def telling_notes(
 
 def make_soup(
     make: Callable[[Options], Soup],
-    ingredients: Sequence[str],
+    ingredients: Sequence[str] | Callable[[], Sequence[str]],
     settings: Any,
     say: Callable[[Soup], list[str]] | None = None,
 ) -> int:
@@ -245,9 +257,36 @@ def make_soup(
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
         done = f"{summary(what, *numbers, soup.n_passes)}; summed on {soup.summed_on}"
-        tell([done, *(say(soup) if say is not None else ())])
+        tell([done, *_chosen(soup), *(say(soup) if say is not None else ())])
 
     return supervise(work, "soup", ingredients, settings)
+
+
+def _chosen(soup: Soup) -> list[str]:
+    """Say which checkpoints of a run were averaged, where that was chosen."""
+    from streamsoup.errors import some
+
+    report = soup.provenance.report
+    names, steps = report.get("checkpoints"), report.get("steps")
+    if not isinstance(names, (list, tuple)) or not isinstance(steps, (list, tuple)):
+        return []
+    known = None not in steps
+    what = f"steps {some(steps, 20)}" if known else some(names, 20)
+    return [f"{len(names)} of {report['n_found']} checkpoints, oldest first: {what}"]
+
+
+def run_paths(paths: Sequence[str]) -> Callable[[], Sequence[str]]:
+    """Return what lists the ingredients, where the folder of a run stands for its checkpoints."""
+
+    def listed() -> Sequence[str]:
+        from streamsoup.methods.checkpoints import choose_any
+
+        with suppress(StreamsoupError):
+            choice = choose_any(paths)
+            return paths if choice is None else [str(path) for path in choice.ingredients]
+        return paths
+
+    return listed
 
 
 @contextmanager

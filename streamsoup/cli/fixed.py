@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @common.INGREDIENTS
+@common.CHOOSING
 @common.WRITING
 @common.MAKING
 @common.RUNNING
 @common.REPORTING
 def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
-    """Average checkpoints, all weighted alike."""
+    """Average checkpoints, or those in a RUN, all weighted alike."""
+    chosen = {name: settings.pop(name) for name in ("by", "every", "last")}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import uniform
 
-        return uniform(ingredients, output=output, options=options)
+        return uniform(ingredients, **chosen, output=output, options=options)
 
-    return common.make_soup(make, ingredients, settings)
+    return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
 @click.command()

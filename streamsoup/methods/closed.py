@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, count, printable, some
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
+from streamsoup.methods.checkpoints import By, Given, choose
 from streamsoup.options import Options, check_options, take
 from streamsoup.output.destination import check_output
 from streamsoup.output.make import Soup, make, order
@@ -50,73 +52,142 @@ where vectors differ in length. The SLERP of two has fewer unless they are 178.8
 
 
 def ema(
-    checkpoints: Iterable[AnyIngredient],
+    checkpoints: Given,
     decay: float = 0.9,
     *,
+    by: By | None = None,
+    every: int = 1,
+    last: int | None = None,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Soup:
-    """Write the exponential moving average of `checkpoints`, oldest first, into `output`.
+    """Write the exponential moving average of `checkpoints` into the folder `output`.
 
-    `decay` ``(0 ≤ d < 1)`` is what a step leaves of the average so far; the first checkpoint
-    starts it. Costs and errors as for `uniform`.
+    Args:
+        checkpoints: Oldest first; or the folder of a run, whose checkpoints are ordered by step.
+        decay: What a step leaves of the average so far, ``0 ≤ d < 1``; the first checkpoint starts
+            it.
+        by: What the checkpoints are ordered by: ``step``, ``name``, ``time``, or ``given`` to take
+            them as they are, whatever their steps.
+        every: Take the newest, and every `every`-th counted back from it.
+        last: Then take this many of the newest.
+        output: The folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup.
+
+    Raises:
+        RecipeError: For checkpoints whose steps do not rise, and as `uniform`.
+
+    Costs as for `uniform`.
     """
     decay = take("float", "decay", decay)
     if not 0 <= decay < 1:
         raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
-    checkpoints = listed(checkpoints)
-    n = len(checkpoints)
+    choice = choose(checkpoints, by=by, every=every, last=last)
+    n = len(choice.checkpoints)
     factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
     factors[:1] = [decay ** (n - 1)] if n else []
-    return _make(checkpoints, factors, "ema", {"decay": decay}, output, options)
+    report = {"decay": decay, **choice.report}
+    return _make(choice.ingredients, factors, "ema", report, output, options)
 
 
 def lawa(
-    checkpoints: Iterable[AnyIngredient],
-    window: int,
+    checkpoints: Given,
+    window: int | None = None,
     *,
+    by: By | None = None,
+    every: int = 1,
+    last: int | None = None,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Soup:
-    """Write the mean of the latest `window` of `checkpoints`, oldest first, into `output`.
+    """Write the mean of the latest `window` of `checkpoints` into the folder `output`.
 
-    Costs and errors as for `uniform`, of the latest ones only.
+    Args:
+        checkpoints: Oldest first; or the folder of a run, whose checkpoints are ordered by step.
+        window: How many of the latest; None where `last` says so.
+        by: As for `ema`.
+        every: As for `ema`.
+        last: As for `ema`.
+        output: The folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup.
+
+    Raises:
+        RecipeError: For a window that does not fit, and as `ema`.
+
+    Costs as for `uniform`, of the latest ones only.
     """
-    checkpoints, window = listed(checkpoints), take("int", "window", window)
-    if not 1 <= window <= len(checkpoints):
+    choice = choose(checkpoints, by=by, every=every, last=last)
+    n = len(choice.checkpoints)
+    if window is None and last is None:
         raise RecipeError(
-            f"a window of {window} does not fit {count(len(checkpoints), 'checkpoint')}; "
-            f"give 1 to {len(checkpoints)}"
+            f"how many of {count(n, 'checkpoint')} are averaged is not said; give a window"
         )
-    latest = checkpoints[len(checkpoints) - window :]
-    report = {"window": window, "n_given": len(checkpoints)}
-    return _make(latest, Coefficients.uniform(window), "lawa", report, output, options)
+    window = n if window is None else take("int", "window", window)
+    if not 1 <= window <= n:
+        raise RecipeError(
+            f"a window of {window} does not fit {count(n, 'checkpoint')}; give 1 to {n}"
+        )
+    latest = replace(choice, checkpoints=choice.checkpoints[n - window :])
+    report = {"window": window, "n_given": n, **latest.report}
+    coefficients = Coefficients.uniform(window)
+    return _make(latest.ingredients, coefficients, "lawa", report, output, options)
 
 
 def wsm(
-    checkpoints: Iterable[AnyIngredient],
+    checkpoints: Given,
     curve: Curve = "linear",
     *,
+    by: By | None = None,
+    every: int = 1,
+    last: int | None = None,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Soup:
-    """Write the merge of `checkpoints`, oldest first, that stands in for a learning rate decay.
+    """Write the merge of `checkpoints` that stands in for a learning rate decay into `output`.
 
     The k+1 checkpoints were saved at even steps of a constant learning rate; the decay it stands
-    in for begins at the first of them. With x = j/(k+1), `curve` is ``linear`` (w = 1−x: the
-    plain mean), ``cosine`` (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x). Costs and errors as for
-    `uniform`.
+    in for begins at the first of them.
+
+    Args:
+        checkpoints: Oldest first; or the folder of a run, whose checkpoints are ordered by step.
+        curve: With x = j/(k+1), ``linear`` (w = 1−x: the plain mean), ``cosine``
+            (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x).
+        by: As for `ema`.
+        every: As for `ema`.
+        last: As for `ema`.
+        output: The folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup.
+
+    Raises:
+        RecipeError: For a curve of another name, and as `ema`.
+
+    Costs as for `uniform`.
     """
-    checkpoints = listed(checkpoints)
-    factors = wsm_factors(len(checkpoints), curve)
-    return _make(checkpoints, factors, "wsm", {"curve": curve}, output, options)
+    choice = choose(checkpoints, by=by, every=every, last=last)
+    coefficients = wsm_coefficients(len(choice.checkpoints), curve)
+    report = {"curve": curve, **choice.report}
+    return _make(choice.ingredients, coefficients, "wsm", report, output, options)
 
 
-def wsm_factors(n: int, curve: Curve) -> list[float]:
-    """Give the coefficients of `n` checkpoints for a decay curve.
+def wsm_coefficients(n: int, curve: Curve) -> Coefficients:
+    """Return the coefficients of `n` checkpoints for a decay curve.
 
-    >>> wsm_factors(4, "linear")
-    [0.25, 0.25, 0.25, 0.25]
+    Factors that are fractions with a common divisor are whole numbers over it, so that the soup of
+    a linear decay is the mean to the bit: 1/n is no float for most n, and rounds ties elsewhere.
+
+    >>> wsm_coefficients(4, "linear") == Coefficients.uniform(4)
+    True
+    >>> wsm_coefficients(3, "cosine") == Coefficients((1.0, 2.0, 1.0), 4.0)
+    True
     """
     curves: dict[str, Callable[[float], float]] = {
         "linear": lambda x: 1 - x,
@@ -125,7 +196,23 @@ def wsm_factors(n: int, curve: Curve) -> list[float]:
     }
     check_choice("curve", curve, curves)
     weights = [curves[curve](j / n) for j in range(n)] + [0.0]
-    return [weights[j] - weights[j + 1] for j in range(n)]
+    factors = [weights[j] - weights[j + 1] for j in range(n)]
+    return _over_common_divisor(factors) or Coefficients.given(factors)
+
+
+def _over_common_divisor(factors: Sequence[float]) -> Coefficients | None:
+    """Return factors as whole numbers over a small divisor, or None if they are not such fractions.
+
+    They are differences of weights up to 1, which may be off by some units of 2^-53; fractions
+    with divisors this small lie much further apart.
+    """
+    most = 4 * len(factors)
+    exact = [Fraction(factor).limit_denominator(most) for factor in factors]
+    near = all(abs(f - e) <= 2**-50 for f, e in zip(factors, exact, strict=True))
+    divisor = math.lcm(*(each.denominator for each in exact))
+    if not near or divisor > most or sum(exact) != 1:
+        return None
+    return Coefficients(tuple(float(each * divisor) for each in exact), float(divisor))
 
 
 def arithmetic(

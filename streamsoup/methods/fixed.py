@@ -12,9 +12,12 @@ import math
 import os
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
 from streamsoup.output.make import Soup, make, order
@@ -25,22 +28,43 @@ __all__ = ["apply", "interpolate", "mix", "uniform"]
 
 
 def uniform(
-    ingredients: Iterable[AnyIngredient],
+    ingredients: Given,
     *,
+    by: By | None = None,
+    every: int = 1,
+    last: int | None = None,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Soup:
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
-    An ingredient is a safetensors file, a folder that holds a checkpoint, or one already open.
     The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
-    the sum. Reads each ingredient once, holds blocks of it only. Raises the errors of `order` and
-    `make`.
+    the sum.
+
+    Args:
+        ingredients: Safetensors files, folders that hold a checkpoint, state dicts, or ones already
+            open; or the folder of a run, which stands for its checkpoints.
+        by: For checkpoints of a run, what they are ordered by before `every` and `last` choose:
+            ``step``, ``name``, ``time`` or ``given``.
+        every: Take the newest, and every `every`-th counted back from it.
+        last: Then take this many of the newest.
+        output: The folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup.
+
+    Raises:
+        StreamsoupError: Those of `order` and `make`.
+
+    Reads each ingredient once, and holds blocks of it only.
     """
-    opened = open_ingredients(ingredients)
-    ordered = order(
-        opened, Linear(Coefficients.uniform(len(opened))), method="uniform", options=options
-    )
+    choice = choose_any(ingredients, by=by, every=every, last=last)
+    opened = open_ingredients(listed(ingredients) if choice is None else choice.ingredients)
+    rule = Linear(Coefficients.uniform(len(opened)))
+    ordered = order(opened, rule, method="uniform", options=options)
+    if choice is not None:
+        ordered = replace(ordered, report=choice.report)
     return make(ordered, output=output, options=options)
 
 
