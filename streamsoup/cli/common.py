@@ -25,6 +25,7 @@ from streamsoup.errors import (
     printable,
     signal_name,
 )
+from streamsoup.system.schemes import check_local
 from streamsoup.system.supervise import status_of, supervised
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def numbers(text: str) -> list[float]:
 
 def factors(text: str) -> list[float] | str:
     """Read a list of numbers; or give the path of what holds them, as it is."""
+    check_local(text, RecipeError)
     if os.path.exists(text):
         return text
     try:

@@ -14,6 +14,7 @@ import click
 from streamsoup.cli import common
 from streamsoup.errors import RecipeError, count, printable
 from streamsoup.system.regular import read_whole
+from streamsoup.system.schemes import check_local
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
@@ -170,6 +171,7 @@ def _search_options(split: str | None, rules: Mapping[str, Any]) -> SearchOption
 
 def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
     """Read scores: numbers, or the report in an earlier soup or its JSON."""
+    check_local(text, RecipeError)
     path = os.path.join(text, "streamsoup.json") if os.path.isdir(text) else text
     if not os.path.exists(path):
         try:

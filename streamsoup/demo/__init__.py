@@ -17,6 +17,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streamsoup.errors import OutputError
+from streamsoup.system.schemes import check_local
+
 if TYPE_CHECKING:
     import os
 
@@ -27,10 +30,11 @@ def main(folder: str | os.PathLike[str] = "streamsoup-demo") -> None:
     """Run the demo, leave its checkpoints and results in `folder`, and print the table.
 
     Takes under a minute on two cores.  Whatever `folder` holds from an earlier demo is
-    replaced; `OutputExistsError` if it holds anything else.
+    replaced; `OutputExistsError` if it holds anything else, `OutputError` for an address.
 
     Raises `SystemExit` with a line of advice if the extra dependencies are not installed.
     """
+    check_local(folder, OutputError)
     try:
         from streamsoup.demo import kitchen
     except ModuleNotFoundError as missing:

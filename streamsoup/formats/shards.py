@@ -35,6 +35,7 @@ from streamsoup.formats.index import check_files, check_index, is_index, read_in
 from streamsoup.formats.weights import PICKLES, find_weights, names_in
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.regular import reading
+from streamsoup.system.schemes import check_local
 from streamsoup.tensors import TensorSpec
 
 __all__ = [
@@ -315,7 +316,7 @@ AnyIngredient = str | os.PathLike[str] | Ingredient | Mapping[str, Any] | Any
 """A path, an open ingredient, a state dict or a module."""
 
 
-def listed(ingredients: Iterable[AnyIngredient]) -> list[AnyIngredient]:
+def listed(ingredients: Iterable[AnyIngredient] | os.PathLike[str]) -> list[AnyIngredient]:
     """Take ingredients in the order given, of a generator, too.
 
     Raises `RecipeError` for one ingredient in the place of a list, for no list at all, and for a
@@ -365,7 +366,8 @@ def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
 
 
 def _check_path(path: str) -> None:
-    """Refuse a path that no file can have, or that could not be noted in a provenance."""
+    """Refuse a path that no file here can have, or that could not be noted in a provenance."""
+    check_local(path, MissingFileError)
     try:
         os.path.abspath(path).encode()
     except FileNotFoundError:

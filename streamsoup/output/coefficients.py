@@ -13,6 +13,7 @@ from streamsoup.errors import RecipeError, printable
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.system.regular import read_whole
+from streamsoup.system.schemes import check_local
 
 __all__ = ["AnyCoefficients", "AnyRule", "coefficients_of", "find_coefficients", "find_rule"]
 
@@ -51,6 +52,7 @@ _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5
 
 
 def _read_coefficients(path: str) -> Coefficients:
+    check_local(path, RecipeError)
     where = os.path.join(path, PROVENANCE_NAME) if os.path.isdir(path) else path
     try:
         whole = msgspec.json.decode(read_whole(where, PROVENANCE_LIMIT))

@@ -14,6 +14,7 @@ from streamsoup.formats.weights import PICKLES
 from streamsoup.output.belongings import strange_files
 from streamsoup.recipe import PROVENANCE_NAME
 from streamsoup.system.folders import Folder
+from streamsoup.system.schemes import check_local
 
 __all__ = ["check_output", "check_outside", "check_replaceable", "exists_already"]
 
@@ -44,6 +45,7 @@ def _check_output(
     output: str, ingredients: Sequence[Ingredient], *, overwrite: bool, resumes: bool
 ) -> str:
     where = printable(output)
+    check_local(output, OutputError)
     if "\0" in output:
         raise OutputError(f"{where}: a path holds no NUL character; check the path")
     if output.endswith(".safetensors"):
@@ -88,7 +90,8 @@ def _check_output(
 
 
 def check_outside(path: str, ingredients: Iterable[str]) -> None:
-    """Raise `OutputError` for a file or folder to be made in one of some checkpoints' folders."""
+    """Raise `OutputError` for what is to be made in a checkpoint's folder, or is an address."""
+    check_local(path, OutputError)
     above = _ids_above(path)
     for ingredient in ingredients:
         if os.path.isdir(ingredient) and _id(ingredient) in above:

@@ -31,6 +31,7 @@ from streamsoup.options import Options, check_options, take
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, PROVENANCE_NAME, Provenance
 from streamsoup.rule import Rule
 from streamsoup.sizes import nbytes_text
+from streamsoup.system.schemes import check_local
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["Verification", "read_provenance", "verify"]
@@ -80,6 +81,7 @@ def verify(
 
 def read_provenance(folder: str, rules: Sequence[type[Rule]] = ()) -> Provenance:
     """Read the provenance of a soup. Raises `RecipeError` if the folder holds none."""
+    check_local(folder, RecipeError)
     where = os.path.join(folder, PROVENANCE_NAME)
     text = bytearray()
     try:

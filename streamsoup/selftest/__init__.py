@@ -18,6 +18,7 @@ import msgspec
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
+from streamsoup.system.schemes import check_local
 from streamsoup.system.versions import versions
 
 __all__ = ["Check", "Report", "selftest"]
@@ -71,6 +72,8 @@ def selftest(
     temporary files, and removed. `say` is given a line as each check ends. Raises `DeviceError` if
     the device is not there, `OutputError` if there is no room for files. Takes a minute or so.
     """
+    if folder is not None:
+        check_local(folder, OutputError)
     opened, why = _open(device)
     say(f"on {opened.name}, {why}")
     report = Report({"device": opened.name, "why": why, **_environment(opened)})

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streamsoup.errors import OutputError, RecipeError, printable
 from streamsoup.study.inspection import short_names
 from streamsoup.system.folders import replacing
+from streamsoup.system.schemes import check_local
 
 if TYPE_CHECKING:
     from streamsoup.methods.angles import Geometry
@@ -29,6 +30,7 @@ NUMBERED = 16
 
 def check_plot(path: str) -> None:
     """Raise `RecipeError` or `OutputError` if no picture could be drawn at `path`."""
+    check_local(path, OutputError)
     _figure_class()
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise RecipeError(f"{printable(path)}: give a picture a name with .png, .svg or .pdf")

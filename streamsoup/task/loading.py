@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from streamsoup.errors import TaskError, printable
+from streamsoup.system.schemes import check_local
 
 __all__ = ["alone", "folder_of", "guarded", "imported_beside", "load", "place_of"]
 
@@ -107,6 +108,7 @@ def _lies_in(folder: str, name: str, module: ModuleType) -> bool:
 
 def load(text: str) -> Any:
     """Import a task file, a module, or an object in one of them. Raises `TaskError`."""
+    check_local(text, TaskError)
     path, attribute = _parts_of(text)
     module = _load_file(path) if path.endswith(".py") else _load_module(path, text)
     found: Any = module

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.errors import (
+    OutputError,
     OutputExistsError,
     RecipeError,
     TaskError,
@@ -48,6 +49,7 @@ from streamsoup.study.measures.calibration import (
     fit_beta,
 )
 from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Gain, Pair, Row, Splits
+from streamsoup.system.schemes import check_local
 from streamsoup.task import AnyTask, Task, load_task
 
 __all__ = ["CompareOptions", "check_folder", "compare", "splits_of"]
@@ -136,6 +138,7 @@ def compare(
 
 def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngredient]) -> None:
     """Raise `OutputError` for a folder that holds something else, or lies in an ingredient."""
+    check_local(output, OutputError)
     root = os.path.realpath(os.fsdecode(output))
     where = printable(os.fsdecode(output))
     if os.path.exists(root):

@@ -34,6 +34,7 @@ from streamsoup.search.folder import lock_folder
 from streamsoup.study.measures.calibration import AnyFloats, Labels
 from streamsoup.system.folders import replacing
 from streamsoup.system.regular import reading
+from streamsoup.system.schemes import check_local
 from streamsoup.task import Score
 
 __all__ = ["Cache"]
@@ -51,6 +52,7 @@ class Cache:
         Raises `OutputBusyError` if another run holds it, `OutputError` if it is not ours, and
         `ResumeError` if its journal is damaged.
         """
+        check_local(folder, OutputError)
         self.folder = folder
         self._held, self._lock = lock_folder(os.path.realpath(folder))
         try:

@@ -28,6 +28,7 @@ from streamsoup.study.report.page import (
     Text,
     write_text,
 )
+from streamsoup.system.schemes import check_local
 
 __all__ = ["verdict", "write_report"]
 
@@ -44,6 +45,7 @@ def write_report(found: Comparison, folder: str | os.PathLike[str]) -> str:
     pictures, and the page says so. Raises `OutputError`.
     """
     root = os.fspath(folder)
+    check_local(root, OutputError)
     plots = os.path.join(root, "plots")
     if os.path.islink(plots):
         raise OutputError(f"{printable(plots)}: is a link, which is not written through; remove it")

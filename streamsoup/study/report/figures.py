@@ -14,6 +14,7 @@ from typing import Any
 
 from streamsoup.errors import OutputError, RecipeError, printable
 from streamsoup.system.folders import replacing
+from streamsoup.system.schemes import check_local
 
 __all__ = [
     "FORMATS",
@@ -114,6 +115,7 @@ def _boxes_for_glyphs() -> Iterator[None]:
 
 def check_picture(path: str) -> None:
     """Raise `RecipeError` or `OutputError` if no picture could be drawn at `path`."""
+    check_local(path, OutputError)
     new_figure(1, 1)
     if not path.lower().endswith(FORMATS):
         raise RecipeError(f"{printable(path)}: give a picture a name with .png, .svg or .pdf")

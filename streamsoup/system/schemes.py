@@ -1,0 +1,47 @@
+"""Paths that are addresses: ``s3://bucket/x`` is not on this machine.
+
+Python takes such an address for the path of a folder ``s3:``, and would make one. Every door
+through which a path comes in asks here first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from streamsoup.errors import StreamsoupError, printable
+
+__all__ = ["check_local"]
+
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)", re.ASCII)
+"""Two letters at least: ``C:/`` is a drive."""
+
+_ADVICE = {
+    "hf": "download the model with `hf download` and give its folder",
+    "file": "give the plain path",
+}
+
+
+def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupError]) -> None:
+    """Raise `error` for the address of something elsewhere, by its scheme, such as ``s3://``.
+
+    `pathlib` makes ``s3:/`` of it, which is refused where there is no folder ``s3:``.
+
+    >>> check_local("C:/models/run", StreamsoupError)
+    >>> check_local("s3://bucket/run", StreamsoupError)
+    Traceback (most recent call last):
+        ...
+    streamsoup.errors.StreamsoupError: s3://bucket/run: s3:// is not supported yet; ...
+    """
+    given = os.fsdecode(path)
+    found = _SCHEME.match(given)
+    if found is None:
+        return
+    scheme = found["scheme"]
+    if found["slashes"] == "/" and os.path.lexists(f"{scheme}:"):
+        return
+    advice = _ADVICE.get(scheme.lower(), "use a path on a local disk, and copy from or to it")
+    raise error(
+        f"{printable(given)}: {scheme}:// is not supported yet; {advice} "
+        f"(./{scheme}:/ is a folder of that name)"
+    )
