@@ -734,15 +734,20 @@ def test_jobs_change_nothing(tmp_path: Path, paths: list[str]) -> None:
 
 
 def test_statistics_are_scored_both_ways(tmp_path: Path, paths: list[str]) -> None:
-    """With recalibration, each candidate has a score with measured and with averaged statistics."""
+    """Recalibrated, a mean is scored with both statistics; a single one as its file is."""
     task, _ = networks.task_file(tmp_path)
     search = SearchOptions(recalibrate=True)
     soup = greedy_soup(paths[:2], task, output=tmp_path / "out", search=search)
-    assert all(trial.averaged is not None for trial in soup.runs[0].trials)
-    averaged = soup.singles[0].averaged
-    assert averaged is not None
-    assert averaged.value == networks.mean_score(paths, [0])
-    assert "score_with_averaged_statistics" in soup.report["singles"][0]
+    for i in (0, 1):
+        assert soup.singles[i].averaged is None
+        assert soup.singles[i].score.value == networks.mean_score(paths, [i])
+    first, second = soup.runs[0].trials
+    assert (first.averaged, first.score.value) == (None, soup.singles[first.members[0]].score.value)
+    assert second.averaged is not None
+    assert second.averaged.value == networks.mean_score(paths, list(second.members))
+    assert second.averaged.value != second.score.value
+    assert "score_with_averaged_statistics" in soup.report["runs"][0]["trials"][1]
+    assert "score_with_averaged_statistics" not in soup.report["singles"][0]
 
 
 def test_scores_do_not_depend_on_what_was_scored_before(tmp_path: Path, paths: list[str]) -> None:

@@ -102,6 +102,7 @@ COEFFICIENTS = click.option(
     metavar="C,C,…|SOUP",
     help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
 )
+NORMALIZE = click.option("--normalize", is_flag=True, help="Divide by the sum of the coefficients.")
 REPORTING = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress, no warnings."),

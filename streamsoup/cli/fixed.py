@@ -36,7 +36,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 @click.command()
 @common.INGREDIENTS
 @common.COEFFICIENTS
-@click.option("--normalize", is_flag=True, help="Divide by the sum of the coefficients.")
+@common.NORMALIZE
 @common.WRITING
 @common.MAKING
 @common.RUNNING
@@ -58,7 +58,12 @@ def mix(
 
         return mix(ingredients, factors, normalize=normalize, output=output, options=options)
 
-    return common.make_soup(make, ingredients, settings)
+    def say(soup: Soup) -> list[str]:
+        from streamsoup.output.coefficients import coefficients_of, told
+
+        return [told(coefficients_of(soup.recipe))]
+
+    return common.make_soup(make, ingredients, settings, say)
 
 
 @click.command()

@@ -205,8 +205,7 @@ def _line(trial: Trial) -> str:
     against = "" if trial.to_beat is None else f" (to beat {trial.to_beat:.6g})"
     score = f"{'at most ' if trial.score.stopped else ''}{trial.score.value:.6g}"
     if trial.averaged is not None:
-        statistics = "averaged" if len(trial.members) > 1 else "its own"
-        score += f" ({trial.averaged.value:.6g} with {statistics} statistics)"
+        score += f" ({trial.averaged.value:.6g} with averaged statistics)"
     decision = "" if trial.kind == "single" else f"  {trial.decision}"
     if trial.kind == "add" and len(trial.members) == 1 and trial.to_beat is None:
         decision += ", the first" if trial.decision == "kept" else ""
@@ -253,11 +252,6 @@ def lines(soup: GreedySoup) -> list[str]:
     said.append(text)
     if report.get("mixed_on"):
         said.append(f"candidates were mixed on {report['mixed_on']}")
-    if report["rules"]["recalibrate"]:
-        said.append(
-            "note: the soup holds averaged BatchNorm statistics; measure them anew once it is "
-            "loaded, with streamsoup.recalibrate(model, batches)"
-        )
     if "advice" in report:
         said.append(report["advice"])
     said.append(f"greedy soup of {len(kept)} in {printable(soup.path)}")

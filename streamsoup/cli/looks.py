@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 @click.command()
 @common.INGREDIENTS
 @common.COEFFICIENTS
+@common.NORMALIZE
 @common.MAKING
 @common.RUNNING
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
-    ingredients: tuple[str, ...], coefficients: str | None, as_json: bool, **settings: Any
+    ingredients: tuple[str, ...],
+    coefficients: str | None,
+    normalize: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> int:
     """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
     from streamsoup.engine.rules.linear import Linear
@@ -32,9 +37,11 @@ def plan(
     from streamsoup.recipe import Coefficients
     from streamsoup.study.inspection import describe_order, record_order
 
+    if normalize and coefficients is None:
+        raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
     if coefficients is not None:
-        given = find_coefficients(common.factors(coefficients))
+        given = find_coefficients(common.factors(coefficients), normalize=normalize)
     method = "uniform" if coefficients is None else "mix"
     ordered = order(
         ingredients, Linear(given), method=method, options=common.make_options(settings)

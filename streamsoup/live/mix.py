@@ -7,6 +7,7 @@ stays there too, if it fits, so that a trial moves one ingredient over the bus a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,16 @@ from streamsoup.engine.read import Kept, open_reader
 from streamsoup.engine.reduce import Engine, Reducer
 from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.statistics import may_be_negative
 from streamsoup.engine.stream import run
-from streamsoup.errors import BudgetError, RecipeError
+from streamsoup.errors import BudgetError, RecipeError, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.model import ModelSink
+from streamsoup.live.recalibration import negative_variances
 from streamsoup.live.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.options import Options, check_options, take
 from streamsoup.output.coefficients import AnyRule, find_rule
@@ -37,6 +40,8 @@ from streamsoup.sizes import nbytes_text
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+log = logging.getLogger("streamsoup")
 
 __all__ = ["DeviceCandidates", "LiveMix", "device_of", "device_text", "mix_into"]
 
@@ -144,6 +149,12 @@ def mix_into(
         run(plan, memory, reader, reducer, sink, on_event=options.on_event)
     finally:
         sink.mark_changed()
+    if negative := negative_variances(sink.model) if may_be_negative(plan) else []:
+        log.warning(
+            "%s: BatchNorm variances below zero, with which every output is a NaN; measure them "
+            "anew before the model is used, with streamsoup.recalibrate(model, batches)",
+            some(negative, 3),
+        )
     return plan.recipe
 
 

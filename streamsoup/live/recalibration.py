@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamsoup.errors import TaskError
 
-__all__ = ["recalibrate"]
+__all__ = ["negative_variances", "recalibrate"]
 
 
 @torch.no_grad()
@@ -65,6 +65,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         for module, was_training in training:
             module.training = was_training
     return len(layers)
+
+
+def negative_variances(model: nn.Module) -> list[str]:
+    """Return the names of running variances with an element below zero, of which NaN would come.
+
+    Costs a look at each variance.
+    """
+    return [
+        name
+        for name, tensor in model.named_buffers()
+        if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any())
+    ]
 
 
 def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:

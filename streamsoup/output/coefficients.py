@@ -1,7 +1,13 @@
-"""Coefficients as users give them: a list of numbers, or those that another soup was made with."""
+"""Coefficients as users give them: a list of numbers, or those that another soup was made with.
+
+They are taken as they are. Where they do not sum to 1, every tensor of the soup is larger or
+smaller than a mean by that factor, which a warning says.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +15,25 @@ from typing import Any
 import msgspec
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, printable
+from streamsoup.errors import RecipeError, printable, some
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.system.regular import read_whole
 from streamsoup.system.schemes import check_local
 
-__all__ = ["AnyCoefficients", "AnyRule", "coefficients_of", "find_coefficients", "find_rule"]
+__all__ = [
+    "AnyCoefficients",
+    "AnyRule",
+    "coefficients_of",
+    "find_coefficients",
+    "find_rule",
+    "told",
+]
+
+log = logging.getLogger("streamsoup")
+
+NEAR = 1e-6
+"""Difference from 1 up to which a sum is 1: coefficients in float32 are as far off."""
 
 AnyCoefficients = Sequence[float] | Coefficients | str | os.PathLike[str]
 """A factor for each ingredient, or a file or soup that holds them, for each tensor too."""
@@ -25,13 +43,57 @@ AnyRule = AnyCoefficients | Rule
 
 
 def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
-    """Take factors as they are, or read them.
+    """Take factors as they are, or read them; warn where they do not sum to 1.
 
     A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
     under ``recipe.rule.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``.
     Raises `RecipeError` for a file without them, and if `normalize` is to divide anything but a
     list.
     """
+    found = _find(given, normalize)
+    total = _sum(found.values) / found.divisor
+    if abs(total - 1) > NEAR:
+        advice = "normalize divides them by it" if found.divisor == 1 else "give others"
+        log.warning(
+            "the coefficients sum to %g, so the soup is not a mean but %g times one; %s, if that "
+            "is not meant",
+            total, total, advice,
+        )  # fmt: skip
+    off = [name for name, row in found.per_tensor.items() if abs(_sum(row) - 1) > NEAR]
+    if off:
+        log.warning(
+            "the coefficients of %d of %d tensors do not sum to 1: %s",
+            len(off), len(found.per_tensor), some(off, 3),
+        )  # fmt: skip
+    return found
+
+
+def told(coefficients: Coefficients) -> str:
+    """Return in words how coefficients were taken.
+
+    >>> told(Coefficients.given([1, 1]))
+    'coefficients taken as they are, sum 2'
+    >>> told(Coefficients.given([1, 3], normalize=True))
+    'coefficients divided by their sum, 4'
+    """
+    total = _sum(coefficients.values)
+    if coefficients.divisor != 1.0:
+        by = "their sum, " if coefficients.divisor == total else ""
+        return f"coefficients divided by {by}{coefficients.divisor:.6g}"
+    if not coefficients.per_tensor:
+        return f"coefficients taken as they are, sum {total:.6g}"
+    sums = [_sum(row) for row in coefficients.per_tensor.values()]
+    return f"coefficients of each tensor taken as they are, sums {min(sums):.6g} to {max(sums):.6g}"
+
+
+def _sum(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
+def _find(given: AnyCoefficients, normalize: bool) -> Coefficients:
     if not isinstance(given, (str, os.PathLike, Coefficients)):
         return Coefficients.given(given, normalize=normalize)
     if normalize:

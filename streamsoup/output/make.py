@@ -19,6 +19,7 @@ from streamsoup.engine.plan import FilePlan, MixPlan, plan_files, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.rules.built_in import BUILT_IN
+from streamsoup.engine.statistics import check_variances, note_of
 from streamsoup.engine.stream import run
 from streamsoup.errors import (
     FormatError,
@@ -165,6 +166,8 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
             f"--dtype makes {some([t.name for t in narrowed])} narrower, and not the others: where "
             "a model has them wider on purpose, leave --dtype out"
         )
+    if note := note_of(plan):
+        warnings.append(note)
     return Order(
         plan,
         plan_files(plan),
@@ -190,6 +193,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
     plan = ordered.plan
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
+        check_variances(plan, mapped=ordered.mapped, memory=options.memory)
         _warned(ordered.warnings)
         with Staging(
             target,

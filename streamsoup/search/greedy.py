@@ -278,7 +278,8 @@ class _Kitchen:
             "side_files": digest_beside(self.ordered),
             "split": self.split,
             "metric": self._command.main if self._command is not None else None,
-            "recalibrate": self.search.recalibrate,
+            # Not True: scores of earlier versions are those of single ingredients measured anew.
+            "recalibrate": "several" if self.search.recalibrate else False,
             "dtype": recipe.dtype,
             "non_float": recipe.non_float,
             "non_finite": recipe.non_finite,

@@ -69,7 +69,8 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     split: str | None = None
     """The split to search on; None for the first of the task."""
     recalibrate: bool = False
-    """Measure BatchNorm statistics of each candidate on the task's batches, and go by that."""
+    """Measure BatchNorm statistics of each candidate of several ingredients on the task's batches,
+    and go by that. A single one keeps its own, so it scores as its file does."""
     jobs: int = 1
     """Candidates scored at the same time, each in a process with a model of its own, with
     `Options.memory` for the blocks and the running sum of each."""

@@ -68,7 +68,11 @@ class LiveScorer:
     def __init__(
         self, task: Task, sink: ModelSink, candidates: Candidates, *, split: str, recalibrate: bool
     ) -> None:
-        """Score in the model of `sink`, into which `candidates` are put."""
+        """Score in the model of `sink`, into which `candidates` are put.
+
+        `recalibrate` measures BatchNorm statistics anew for candidates of several ingredients; a
+        single one is scored as its file is.
+        """
         self._task = task
         self._split = split
         self._recalibrate = recalibrate
@@ -76,6 +80,8 @@ class LiveScorer:
         sink.check_apart()
         self._candidates = candidates
         self._training = [(module, module.training) for module in sink.model.modules()]
+        self._n_members = 0
+        """Of the candidate that is in the model."""
 
     def score(self, members: Sequence[int], to_beat: float | None, *, keep: bool) -> Outcome:
         """Put the candidate into the model, and score it there."""
@@ -84,7 +90,7 @@ class LiveScorer:
     def judge(self, moved: Moved, to_beat: float | None) -> Outcome:
         """Score what `put` has put into the model."""
         started = time.monotonic()
-        if not self._recalibrate:
+        if not self._recalibrate or self._n_members == 1:
             score = self._score(to_beat)
             return Outcome(score, None, moved, time.monotonic() - started)
         averaged = self._score(None)
@@ -95,6 +101,7 @@ class LiveScorer:
     def put(self, members: Sequence[int], *, keep: bool = False) -> Moved:
         """Put the mean of `members` into the model. Raises `TaskError` if the task changed it."""
         self.sink.check()
+        self._n_members = len(members)
         try:
             return self._candidates.mix(members, self.sink, keep=keep)
         except BaseException as error:

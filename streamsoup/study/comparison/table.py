@@ -37,7 +37,7 @@ from streamsoup.study.comparison.learning import learn, why_not
 from streamsoup.study.comparison.pairs import choose_pairs, look_between
 from streamsoup.study.comparison.selection import Ensemble, grow_ensemble, grow_soup
 from streamsoup.study.inspection import short_names
-from streamsoup.study.measures.bench import EQUAL, Bench, Mixture
+from streamsoup.study.measures.bench import AVERAGED, EQUAL, Bench, Mixture
 from streamsoup.study.measures.bootstrap import interval, resampled_means
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import (
@@ -217,6 +217,8 @@ class _Table:
                 "The task's score is not the accuracy of its predictions: ensembles are grown and "
                 "judged by accuracy, and have no score."
             )
+        if self.bench.averages_statistics:
+            self.notes.append(f"{AVERAGED[0].upper()}{AVERAGED[1:]}.")
         if self.base is not None:
             self._add_model("base", "base", Mixture.uniform([self.base]))
         for i in everyone:

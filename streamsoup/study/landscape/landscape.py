@@ -45,7 +45,7 @@ class Landscape(msgspec.Struct, frozen=True, eq=False):
     xs: Floats
     ys: Floats
     values: Mapping[str, Floats]
-    """Score or accuracy ``(y, x)``, for each split; larger is better."""
+    """Score or accuracy ``(y, x)``, for each split; larger is better, NaN where there is none."""
     losses: Mapping[str, Floats]
     """Negative log-likelihood in nats ``(y, x)``, for each split, where the task predicts."""
     marks: tuple[Mark, ...]
@@ -120,9 +120,8 @@ def landscape(
                     coefficients = plane.coefficients(float(x), float(y))
                     mixture = Mixture.of((0, 1, 2), coefficients)
                     for split in wanted:
-                        found = bench.summary(mixture, split)
-                        values[split][row, column] = found[bench.counted]
-                        losses[split][row, column] = found.get("nll", np.nan)
+                        value, loss = bench.point(mixture, split)
+                        values[split][row, column], losses[split][row, column] = value, loss
             bench.expect(0)
         finally:
             bench.close()

@@ -135,10 +135,10 @@ def sweep(
             for alpha in at:
                 mixture = Mixture.of((0, 1), (1.0 - alpha, alpha))
                 for split in splits.all:
-                    found = bench.summary(mixture, split)
-                    values[split].append(found[bench.counted])
-                    if "nll" in found:
-                        losses[split].append(found["nll"])
+                    value, loss = bench.point(mixture, split)
+                    values[split].append(value)
+                    if bench.predicts:
+                        losses[split].append(loss)
             bench.expect(0)
         finally:
             bench.close()

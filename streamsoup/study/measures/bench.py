@@ -13,6 +13,8 @@ through `.data` or a view of numpy's, and running statistics without a count of 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ from streamsoup.engine.budget import memory_budget, plan_memory
 from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import TaskError
+from streamsoup.engine.statistics import averaged_variances, may_be_negative
+from streamsoup.errors import TaskError, some
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
@@ -41,6 +44,14 @@ if TYPE_CHECKING:
     from streamsoup.live.model import ModelSink
 
 __all__ = ["EQUAL", "Bench", "Mixture"]
+
+log = logging.getLogger("streamsoup")
+
+AVERAGED = (
+    "mixtures are scored with averaged running statistics of BatchNorm, which belong to none of "
+    "their weights; recalibrate measures them anew for each mixture"
+)
+"""What is said of models with BatchNorm, unless it is done."""
 
 _NO_CLASSES = "a task without classes has a score, and no predictions"
 
@@ -120,10 +131,18 @@ class Bench:
         self._mix: LiveMix | None = None
         self._training: list[tuple[Any, bool]] = []
         self._current: Mixture | None = None
+        self._negative: list[str] = []
+        """The BatchNorm variances of the current mixture that are below zero."""
+        self._unscored: dict[str, list[str]] = {}
+        """The variances below zero of mixtures that were not scored, by the mixtures' keys."""
         self._versions: list[int] | None = None
         """How often each tensor had been changed when the current mixture was put there."""
         self._labels: dict[str, Labels] = {}
         self._digests: list[str | None] = [None] * len(opened)
+        self.averages_statistics = not recalibrate and bool(averaged_variances(self.plan))
+        """Whether mixtures are scored with averaged running statistics of BatchNorm."""
+        if self.averages_statistics:
+            log.warning("%s", AVERAGED)
 
     def expect(self, n: int) -> None:
         """Take note that at most `n` further pairs of mixture and split will be asked for."""
@@ -203,9 +222,14 @@ class Bench:
         """Give ``accuracy``, ``nll`` and, if it is asked, ``score``; keeps no logits.
 
         For mixtures of which only a number is wanted: trials, points of a path or of a plane.
-        Without predictions there is a ``score`` alone.
+        Without predictions there is a ``score`` alone. All are NaN, and nothing is asked, for a
+        mixture with a BatchNorm variance below zero.
         """
         found: dict[str, float] = {}
+        if self._is_broken(mixture):
+            names = [*(["score"] if self.asks_score else []), "accuracy", "nll"]
+            self._answered(mixture, split)
+            return dict.fromkeys(names if self.predicts else names[:1], math.nan)
         if self.asks_score:
             found["score"] = self.score(mixture, split).value
         if self.predicts:
@@ -220,6 +244,17 @@ class Bench:
     def value(self, mixture: Mixture, split: str) -> float:
         """Give the number that counts: the task's score, or the accuracy that it is equal to."""
         return self.summary(mixture, split)[self.counted]
+
+    def point(self, mixture: Mixture, split: str) -> tuple[float, float]:
+        """Return the number that counts and the loss in nats, of a point of a path or a plane.
+
+        The loss is NaN without predictions. Where it is NaN though there are predictions, the model
+        answered with NaN, which is no score either, and both are.
+        """
+        found = self.summary(mixture, split)
+        loss = found.get("nll", math.nan)
+        is_broken = self.predicts and math.isnan(loss)
+        return (math.nan if is_broken else found[self.counted]), loss
 
     def answers(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Give logits and labels without keeping them, or those that are kept."""
@@ -277,6 +312,30 @@ class Bench:
         """Put modules back into the modes they were in. The weights stay those of a mixture."""
         for module, training in self._training:
             module.training = training
+        if self._unscored:
+            names = next(iter(self._unscored.values()))
+            log.warning(
+                "%d mixtures with a negative coefficient are not scored: BatchNorm variances are "
+                "below zero (%s), and every output would be a NaN; recalibrate measures them anew "
+                "for each mixture",
+                len(self._unscored), some(names, 3),
+            )  # fmt: skip
+            self._unscored = {}
+
+    def _is_broken(self, mixture: Mixture) -> bool:
+        """Return True if a BatchNorm variance is below zero in the mixture as it is scored."""
+        part = self._part(mixture)
+        if not may_be_negative(part):
+            return False
+        key = f"{self.key(mixture, '')}:variances"
+        names = self.cache.value(key)
+        if names is None:
+            self._put(mixture)
+            names = self._negative
+            self.cache.put_value(key, names)
+        if names:
+            self._unscored[key] = names
+        return bool(names)
 
     def _score_only(self, mixture: Mixture, split: str) -> None:
         key = self.key(mixture, split)
@@ -321,7 +380,7 @@ class Bench:
         self._current = None
         from streamsoup.engine.stream import run
         from streamsoup.live.mix import LiveMix
-        from streamsoup.live.recalibration import recalibrate
+        from streamsoup.live.recalibration import negative_variances, recalibrate
         from streamsoup.search.scoring.candidate import contained
 
         part = self._part(mixture)
@@ -336,6 +395,7 @@ class Bench:
         if self._recalibrate and len(mixture.members) > 1:
             with contained(self.task, "recalibration"):
                 recalibrate(sink.model, self.task.recalibration())
+        self._negative = negative_variances(sink.model) if may_be_negative(part) else []
         self._current, self._versions = mixture, sink.versions()
 
     def _part(self, mixture: Mixture) -> MixPlan:
