@@ -158,7 +158,6 @@ def test_the_number_that_counts_is_taken_by_its_name(
         ('{\n "acc": 0.85,\n "of": {\n  "n": 3\n }\n}\n', 0.85),
         ("10% 1\r100% 2\racc 0.85\r\n", 0.85),
         ("0.5\nscore -inf\n", float("-inf")),
-        ("0.5\nscore=inf\n", float("inf")),
         ("0.5\nNaN\n", float("nan")),
         ("0.5\nval loss: nan\n", float("nan")),
         ("0.5\naccuracy nan\n", float("nan")),
@@ -168,6 +167,12 @@ def test_the_number_that_counts_is_taken_by_its_name(
 def test_what_scripts_print_last(tmp_path: Path, text: str, score: float) -> None:
     """Sentences, colours, signs and words for numbers are read as they are meant."""
     assert printed(tmp_path, text).value == pytest.approx(score, rel=0, abs=0, nan_ok=True)
+
+
+def test_infinity_is_no_score(tmp_path: Path) -> None:
+    """Nothing could beat it: the command and the split are named."""
+    with pytest.raises(TaskError, match=r"on 'val': answered with inf"):
+        printed(tmp_path, "0.5\nscore=inf\n")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from streamsoup import SearchOptions, greedy_soup
+from streamsoup import SearchOptions, greedy_soup, sweep
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
@@ -59,12 +60,79 @@ def test_a_number_is_a_score(answer: Any) -> None:
         ({"a": 1, "b": 2}, "a, b, and which one counts is not clear; name it"),
         ({"a": "x"}, "'a': answered with str"),
         ({"acc": 1, "examples": [[1]]}, "'examples' is no list"),
+        (float("inf"), "answered with inf, which no other score could beat"),
+        (torch.tensor(float("inf")), "answered with inf"),
+        ({"acc": np.float32("inf"), "loss": 1}, "answered with inf"),
+        ({"examples": [1.0, float("inf")]}, "answered with inf"),
     ],
 )
 def test_what_is_no_score_is_named(answer: Any, message: str) -> None:
     """What a task answered instead of a score is shown."""
     with pytest.raises(TaskError, match=f"task.py: score.*{message}"):
         read(answer)
+
+
+def test_a_score_names_task_and_split() -> None:
+    """As there may be several of both."""
+    task = load_task(lambda model, split: float("inf"))
+    with pytest.raises(TaskError, match=r"<lambda>: score on 'val': answered with inf"):
+        task.score(None, "val")
+
+
+def test_what_is_worth_nothing_may_say_so() -> None:
+    """NaN and -inf never win, and a metric that does not count may be anything."""
+    assert read(float("-inf")).value == float("-inf")
+    assert np.isnan(read(float("nan")).value)
+    assert read({"acc": 0.5, "perplexity": float("inf")}, main="acc").value == 0.5
+
+
+def test_an_answer_with_a_gradient_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """And taken without it."""
+    weight = torch.tensor(0.5, requires_grad=True)
+    with caplog.at_level(logging.WARNING, "streamsoup"):
+        assert read({"acc": weight * 1}).value == 0.5
+    assert "task.py: score: 'acc': the answer carries a gradient" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "streamsoup"):
+        read(weight.detach())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["score", "predictions", "stubborn"])
+def test_training_mode_is_said_once(
+    tmp_path: Path, paths: list[str], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Where a task puts its model there, or a module cannot be put elsewhere; in every command."""
+
+    class Trains:
+        splits = ("val", "test")
+
+        def build(self) -> torch.nn.Module:
+            model = networks.build()
+            if how == "stubborn":
+                model[1].train = lambda mode=True: model[1]  # type: ignore[assignment]
+            return model
+
+        def score(self, model: torch.nn.Module, split: str) -> float:
+            model.train(how == "score")
+            return 0.5
+
+    if how == "predictions":
+
+        def predictions(self: Any, model: torch.nn.Module, split: str) -> Any:
+            model.train()
+            yield torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
+
+        Trains.predictions = predictions  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING, "streamsoup"):
+        sweep(*paths, Trains(), [0.0, 1.0], cache=tmp_path / "cache")
+    assert caplog.text.count("was in training mode") == 1
+    if how == "predictions":
+        return
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "streamsoup"):
+        greedy_soup(paths, Trains(), output=tmp_path / "soup")
+    assert caplog.text.count("score on 'val': the model was in training mode") == 1
 
 
 def test_a_score_survives_the_journal() -> None:

@@ -131,7 +131,9 @@ class Task(msgspec.Struct, frozen=True):
             given = {name: value for name, value in given.items() if name in known}
         with alone(self.folder):
             answer = function(model, **given)
-        return read_score(answer, main=self.main, to_beat=to_beat, where=f"{self.name}: score")
+        return read_score(
+            answer, main=self.main, to_beat=to_beat, where=f"{self.name}: score on {split!r}"
+        )
 
     def losses(self, model: Any, split: str) -> Iterator[tuple[Any, float]]:
         """Give the loss of each held-out batch, with a gradient, and its number of examples.

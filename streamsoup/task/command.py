@@ -91,7 +91,8 @@ class CommandTask(msgspec.Struct, frozen=True):
             how = f"was killed by {signal_name(-status)}" if status < 0 else None
             raise TaskError(f"{self.name}: {how or f'ended with status {status}'}{tail.text()}")
         answer = _answer(output, self.name, tail, self.main)
-        return read_score(answer, main=self.main, to_beat=to_beat, where=self.name)
+        where = f"{self.name}: on {split!r}"
+        return read_score(answer, main=self.main, to_beat=to_beat, where=where)
 
 
 def command_task(command: str, *, main: str | None, timeout: float | None) -> CommandTask:

@@ -7,6 +7,7 @@ A number is a score. So is a dictionary of numbers with a main one, which may al
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError, printable, some
 
-__all__ = ["Score", "read_score"]
+__all__ = ["Score", "read_score", "training_mode"]
+
+log = logging.getLogger("streamsoup")
 
 MAIN_NAMES = ("score", "main", "accuracy", "acc")
 """Where the main metric is looked for in a dictionary, unless the task names it."""
@@ -65,8 +68,33 @@ def read_score(answer: object, *, main: str | None, to_beat: float | None, where
 
     `answer` is a number (of Python, numpy or torch, with a single element), or a dictionary with
     a main metric: the one named `main`, or the only one, or the first of `MAIN_NAMES`. `to_beat` is
-    what the task was told. Raises `TaskError`, which starts with `where`, for anything else.
+    what the task was told. NaN and -inf are the scores of a model that is worth nothing. Raises
+    `TaskError`, which starts with `where`, for anything else, and for inf: nothing could beat it.
     """
+    score = _read(answer, main, to_beat, where)
+    if score.value == math.inf:
+        raise TaskError(
+            f"{where}: answered with inf, which no other score could beat; return a finite number, "
+            "or nan for a model that cannot be scored"
+        )
+    return score
+
+
+def training_mode(model: Any, where: str) -> str:
+    """Return a warning if a module of `model` is in training mode after it was scored, or nothing.
+
+    Before, all of it was in evaluation mode: the task changed that, or the module cannot.
+    """
+    inside = [name or type(model).__name__ for name, each in model.named_modules() if each.training]
+    if not inside:
+        return ""
+    return (
+        f"{where}: the model was in training mode ({some(inside, 3)}), in which dropout is random "
+        "and BatchNorm depends on the batch; call model.eval() before scoring"
+    )
+
+
+def _read(answer: object, main: str | None, to_beat: float | None, where: str) -> Score:
     if not isinstance(answer, Mapping):
         return Score(_number(answer, where, ""))
     given = dict(answer)
@@ -111,6 +139,13 @@ def _number(answer: object, where: str, what: str) -> float:
         raise TaskError(f"{where}: {what}answered with None; does the function return its score?")
     shape = getattr(answer, "shape", ())
     single = math.prod(shape) == 1 if isinstance(shape, Sequence) else True
+    if getattr(answer, "requires_grad", False) is True:
+        log.warning(
+            "%s: %sthe answer carries a gradient, and what it takes was held in memory; compute "
+            "the score under torch.no_grad()",
+            where, what,
+        )  # fmt: skip
+        answer = answer.detach()  # type: ignore[attr-defined]
     if not isinstance(answer, (str, bytes, bytearray, complex)) and single:
         try:
             return float(answer)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ generator starts from the same seed; afterwards all that is put back as it was.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -31,6 +32,7 @@ from streamsoup.system.folders import Folder
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
 from streamsoup.task.loading import alone
+from streamsoup.task.scores import training_mode
 
 if TYPE_CHECKING:
     from streamsoup.live.model import ModelSink
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FolderScorer", "LiveScorer", "Outcome", "Scorer", "contained"]
 
+
+log = logging.getLogger("streamsoup")
 
 _PACKAGE = os.path.dirname(os.path.abspath(version.__file__)) + os.sep
 
@@ -80,6 +84,8 @@ class LiveScorer:
         sink.check_apart()
         self._candidates = candidates
         self._training = [(module, module.training) for module in sink.model.modules()]
+        self._has_warned = False
+        """Whether it was said that the task scores in training mode."""
         self._n_members = 0
         """Of the candidate that is in the model."""
 
@@ -120,7 +126,13 @@ class LiveScorer:
         model = self.sink.model
         with contained(self._task, "score"):
             model.eval()
-            return self._task.score(model, self._split, to_beat)
+            score = self._task.score(model, self._split, to_beat)
+        if not self._has_warned:
+            warning = training_mode(model, f"{self._task.name}: score on {self._split!r}")
+            self._has_warned = warning != ""
+            if warning:
+                log.warning("%s", warning)
+        return score
 
     def _measure(self) -> None:
         from streamsoup.live.recalibration import recalibrate

@@ -37,7 +37,7 @@ from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of, calibrate
 from streamsoup.task import Score, Task
 from streamsoup.task.code import digest_model
-from streamsoup.task.scores import MAIN_NAMES
+from streamsoup.task.scores import MAIN_NAMES, training_mode
 
 if TYPE_CHECKING:
     from streamsoup.live.mix import LiveMix
@@ -137,6 +137,8 @@ class Bench:
         """The variances below zero of mixtures that were not scored, by the mixtures' keys."""
         self._versions: list[int] | None = None
         """How often each tensor had been changed when the current mixture was put there."""
+        self._has_warned = False
+        """Whether it was said that the task measures in training mode."""
         self._labels: dict[str, Labels] = {}
         self._digests: list[str | None] = [None] * len(opened)
         self.averages_statistics = not recalibrate and bool(averaged_variances(self.plan))
@@ -429,7 +431,9 @@ class Bench:
         model = self._live().model
         with contained(self.task, "score"):
             model.eval()
-            return self.task.score(model, split)
+            score = self.task.score(model, split)
+        self._watch_mode(f"score on {split!r}")
+        return score
 
     def _predict(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Ask the task for a mixture's logits, and labels, of a whole split."""
@@ -444,6 +448,7 @@ class Bench:
                 logits.append(_to_numpy(some))
                 labels.append(_to_numpy(right))
         where = f"{self.task.name}: predictions on {split!r}"
+        self._watch_mode(f"predictions on {split!r}")
         if not logits:
             raise TaskError(f"{where}: there are none; yield a batch at least")
         for z, y in zip(logits, labels, strict=True):
@@ -467,6 +472,15 @@ class Bench:
                 f"where there are {answers.shape[1]} classes"
             )
         return answers, truth.astype(np.int64)
+
+    def _watch_mode(self, what: str) -> None:
+        """Warn, the first time, if the task measured a model in training mode."""
+        if self._has_warned:
+            return
+        warning = training_mode(self._live().model, f"{self.task.name}: {what}")
+        self._has_warned = warning != ""
+        if warning:
+            log.warning("%s", warning)
 
     def _keep(self, key: str, split: str, logits: AnyFloats, labels: Labels) -> None:
         self._check_labels(split, labels)
