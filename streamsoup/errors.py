@@ -23,10 +23,13 @@
     └── Interrupted                       a thread stopped, as another had failed
 
 Every message says what, where (``file: tensor``), what was expected and found, and what to do.
+Where it names an option, it does so through `option`: the library says ``overwrite=True``, and the
+command line ``--overwrite``.
 """
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Collection, Iterable
 
@@ -37,6 +40,7 @@ __all__ = [
     "DeviceError",
     "FormatError",
     "Interrupted",
+    "Message",
     "MismatchError",
     "MissingFileError",
     "NonFiniteError",
@@ -52,15 +56,83 @@ __all__ = [
     "VerificationError",
     "check_choice",
     "count",
+    "in_options",
+    "in_python",
     "is_plain",
+    "option",
     "printable",
     "signal_name",
     "some",
 ]
 
 
+_OPTION = re.compile("\x02([^\x02\x03=|]+)\\|([^\x02\x03=]+)=?([^\x02\x03]*)\x03")
+"""What `option` returns. Names out of files cannot hold it: `printable` escapes these two."""
+
+
+def option(name: str, value: str | bool | None = None, *, cli: str | None = None) -> str:
+    """Return the mention of an option in a message, to be said in the caller's language.
+
+    Args:
+        name: What it is called in the library.
+        value: What it is set to, where that is advised; True for a switch.
+        cli: What it is called on the command line, where that is not `name`.
+
+    >>> in_python(f"exists already; {option('overwrite', True)} replaces it")
+    'exists already; overwrite=True replaces it'
+    >>> in_options(f"exists already; {option('overwrite', True)} replaces it")
+    'exists already; --overwrite replaces it'
+    >>> in_python(option("non_float", "first")), in_options(option("non_float", "first"))
+    ("non_float='first'", '--non-float first')
+    """
+    told = "" if value is None else f"={value}"
+    return f"\x02{name}|{(cli or name).replace('_', '-')}{told}\x03"
+
+
+def in_python(text: str) -> str:
+    """Return a message with its options as arguments of Python."""
+
+    def name(found: re.Match[str]) -> str:
+        if not found[3]:
+            return found[1]
+        return f"{found[1]}={found[3] if found[3] == 'True' else repr(found[3])}"
+
+    return _OPTION.sub(name, text) if "\x02" in text else text
+
+
+def in_options(text: str) -> str:
+    """Return a message with its options as the command line has them."""
+
+    def name(found: re.Match[str]) -> str:
+        return f"--{found[2]}{f' {found[3]}' if found[3] not in ('', 'True') else ''}"
+
+    return _OPTION.sub(name, text) if "\x02" in text else text
+
+
+class Message(str):
+    """A warning that may name options: as Python has them, unless a reader asks for `text`."""
+
+    text: str
+    """The warning with its options marked: see `option`."""
+
+    def __new__(cls, text: str) -> Message:
+        """Take a text with what `option` returned in it."""
+        made = super().__new__(cls, in_python(text))
+        made.text = text
+        return made
+
+
 class StreamsoupError(Exception):
     """Anything streamsoup refuses to do, or could not do."""
+
+    @property
+    def text(self) -> str:
+        """The message with its options marked, for another message to hold: see `option`."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        """Return the message with options as arguments of Python."""
+        return in_python(self.text)
 
 
 class FormatError(StreamsoupError, ValueError):

@@ -141,7 +141,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     on_event: Callable[[Any], None] | None = None
     """Called by the calling thread with each event of the work: `Progress` of a pass over the
     weights, `Step` of a search or study, `Note`, and `Trial` of a greedy search. Other
-    kinds may be added. What it raises stops the work."""
+    kinds may be added. An exception it raises stops the work and comes out of the call as it is:
+    the output is what it was before, and the same call resumes."""
 
     def __post_init__(self) -> None:
         """Take numbers and devices as other libraries have them. Raises `RecipeError`."""

@@ -10,7 +10,7 @@ import math
 
 import msgspec
 
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, option
 
 __all__ = ["DTYPES", "TORCH_NAMES", "DType", "TensorSpec", "float_dtype"]
 
@@ -113,7 +113,9 @@ def float_dtype(given: object) -> DType:
     dtype = DTYPES.get(key)
     if dtype is None or not dtype.averaged:
         known = ", ".join(d.name.lower() for d in _FLOATS)
-        raise RecipeError(f"--dtype {name!r} is not one streamsoup averages in; use one of {known}")
+        raise RecipeError(
+            f"{option('dtype')} {name!r} is not one streamsoup averages in; use one of {known}"
+        )
     return dtype
 
 

@@ -733,7 +733,7 @@ def test_overflow_of_finite_values_is_named(engine: Options, tmp_path: Path) -> 
     """Finite ingredients whose sum is too large for the output are refused, with advice."""
     big = {"t": tensor(np.array([0, 60000], np.float16))}
     paths = [save(tmp_path / "a", big), save(tmp_path / "b", big)]
-    with pytest.raises(NonFiniteError, match=r"^t: the sum is too large for F16.*wider --dtype"):
+    with pytest.raises(NonFiniteError, match=r"^t: the sum is too large for F16.*wider dtype"):
         mix(paths, [1.0, 1.0], output=tmp_path / "out", options=engine)
     mix(paths, [1, 1], output=tmp_path / "out", options=Options(dtype="f32", io=engine.io))
     assert load_array(tmp_path / "out", "t").tolist() == [0, 120000]

@@ -416,7 +416,7 @@ def test_paths_that_are_not_unicode_are_reported(tmp_path: Path) -> None:
     paths = networks.ingredients(tmp_path / "in", 2)
     task, _ = networks.task_file(tmp_path)
     folder = tmp_path / os.fsdecode(b"r\xe9port")
-    more = ["--task", task, "-o", folder]
+    more = ["--task", task, "--quiet", "-o", folder]
     ran = command("interpolate", *paths, "--alphas", "0,1", *more)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "r\\udce9port" in (folder / "report.md").read_text()

@@ -18,6 +18,7 @@ from checkpoints import command
 from safetensors.numpy import load_file, save_file
 
 import streamsoup
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import NonFiniteError, OutputExistsError, RecipeError
 from streamsoup.methods.angles import Place
 from streamsoup.methods.closed import sphere_factors, stock_ratio, wsm_coefficients
@@ -95,11 +96,13 @@ def test_what_has_no_angle_cannot_pass(paths: list[str], tmp_path: Path) -> None
         (streamsoup.stock, {"base": base}),
         (streamsoup.slerp, {"weights": [1] * N}),
     ):
-        with pytest.raises(RecipeError, match="leave out --non-finite propagate"):
+        with pytest.raises(RecipeError, match="leave out non_finite='propagate'"):
             verb(tuned, output=tmp_path / "out", options=options, **more)  # type: ignore[operator]
     spoiled = {**load_file(tuned[0]), "b": np.full(7, np.nan)}
     save_file(spoiled, tmp_path / "spoiled.safetensors")
-    with pytest.raises(NonFiniteError, match=r"spoil what is measured; leave this ingredient out$"):
+    with pytest.raises(
+        NonFiniteError, match=r"spoil what is measured; leave this ingredient \(\d of \d\) out$"
+    ):
         streamsoup.geometry([*tuned, tmp_path / "spoiled.safetensors"], base=base)
     huge = {**load_file(tuned[0]), "b": np.full(7, 1e200)}
     save_file(huge, tmp_path / "huge.safetensors")
@@ -131,6 +134,47 @@ def test_what_a_callback_raises_is_the_callers(paths: list[str], tmp_path: Path)
     with pytest.raises(ConnectionResetError, match="tracker gone"):
         streamsoup.uniform(paths, output=tmp_path / "out", options=options)
     streamsoup.uniform(paths, output=tmp_path / "out")
+
+
+class Stop(Exception):
+    """What a caller raises to stop a run."""
+
+
+def test_a_callback_stops_a_run(paths: list[str], tmp_path: Path) -> None:
+    """Its exception comes out as it is, nothing is there, and the same call goes on."""
+    told = []
+
+    def stop(event: Any) -> None:
+        told.append(event)
+        raise Stop
+
+    output = tmp_path / "out"
+    with pytest.raises(Stop):
+        streamsoup.uniform(paths, output=output, options=streamsoup.Options(on_event=stop))
+    assert len(told) == 1
+    assert not output.exists()
+    assert streamsoup.verify(streamsoup.uniform(paths, output=output).path).rederived
+    searched = tmp_path / "searched"
+    model = torch.nn.Module()
+    for name in ("a", "b", "table"):
+        shape = load_file(paths[0])[name].shape
+        model.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+    n_scored = []
+
+    def score(model: torch.nn.Module) -> float:
+        n_scored.append(1)
+        return float(model.b.sum())  # type: ignore[operator]
+
+    def stop_at_a_trial(event: Any) -> None:
+        if isinstance(event, streamsoup.Trial):
+            raise Stop
+
+    options = streamsoup.Options(on_event=stop_at_a_trial)
+    with pytest.raises(Stop):
+        streamsoup.greedy_soup(paths[:2], score, model=model, output=searched, options=options)
+    assert (len(n_scored), searched.exists()) == (1, False)
+    soup = streamsoup.greedy_soup(paths[:2], score, model=model, output=searched)
+    assert soup.report["n_resumed"] == 1
 
 
 def load(soup: Any) -> dict[str, np.ndarray]:
@@ -200,7 +244,7 @@ def test_a_linear_decay_is_the_mean_to_the_bit(tmp_path: Path) -> None:
         state["w"] *= np.float16(2**-13) + np.float16(1)
     linear = streamsoup.wsm([*map(by_torch, states)], output=tmp_path / "linear")
     mean = streamsoup.uniform([*map(by_torch, states)], output=tmp_path / "mean")
-    assert linear.recipe.coefficients == mean.recipe.coefficients
+    assert linear.recipe.rule == mean.recipe.rule
     assert linear.provenance.tensors == mean.provenance.tensors
     # Planted fault: the factors themselves, of which some are no float.
     plain = [(1 - j / n) - (1 - (j + 1) / n) for j in range(n)]
@@ -223,10 +267,11 @@ def test_soups_of_older_wsm_still_verify(paths: list[str], tmp_path: Path) -> No
     """A provenance carries its own coefficients: those of linear were factors a digit off 1/k."""
     old = [1 - j / 5 - (1 - (j + 1) / 5 if j < 4 else 0.0) for j in range(5)]
     assert old != [0.2] * 5
-    ordered = order(paths, streamsoup.Coefficients.given(old), method="wsm", options=OPTIONS)
+    rule = Linear(streamsoup.Coefficients.given(old))
+    ordered = order(paths, rule, method="wsm", options=OPTIONS)
     made = make(ordered, output=tmp_path / "old", options=OPTIONS)
     assert streamsoup.verify(made.path).rederived
-    assert made.recipe.coefficients.values == tuple(old)
+    assert made.recipe.rule.coefficients.values == tuple(old)
 
 
 def test_task_arithmetic(states: Any, paths: list[str], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_failure_in_mid_stream_comes_out_as_one_line(
 def test_out_of_memory_names_bytes_and_what_to_lower() -> None:
     """What torch says of a full device becomes a budget that was too large."""
     with (
-        pytest.raises(BudgetError, match="enough memory for 5 MB; lower --device-memory or"),
+        pytest.raises(BudgetError, match="enough memory for 5 MB; lower device_memory or"),
         our_errors("5 MB"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB.")
@@ -172,7 +172,7 @@ def test_plans_stay_within_the_budget(tmp_path: Path, budget: int, threads: int)
     )
     if budget == 10**9:
         assert chosen.shape.block == LARGEST_DEVICE_BLOCK
-    with pytest.raises(BudgetError, match=r"--device-memory of 1 MB .* cuda:0 needs [\d.]+ MB"):
+    with pytest.raises(BudgetError, match=r"device_memory of 1 MB .* cuda:0 needs [\d.]+ MB"):
         plan_device(plan, device="cuda:0", budget=10**6, mapped=True, threads=1, memory=10**9)
     with pytest.raises(BudgetError, match=r"memory budget of 1 MB .* takes [\d.]+ MB at least"):
         plan_device(plan, device="cuda:0", budget=budget, mapped=True, threads=1, memory=10**6)
@@ -354,7 +354,7 @@ def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
         match=r"device-memory of 5 MB .* needs 6\.3 MB at least, 2\.1 MB of it for the",
     ):
         candidates_by_the_pipeline(paths, place="memory", device_memory="5MB")
-    with pytest.raises(RecipeError, match=r"--sums file .* \(memory\) or not at all \(reread\)"):
+    with pytest.raises(RecipeError, match=r"sums='file' .* \(memory\) or not at all \(reread\)"):
         candidates_by_the_pipeline(paths, place="file", device_memory=None)
 
 
@@ -377,7 +377,7 @@ def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ]
         assert kept == [True, True, False]
         with pytest.raises(
-            BudgetError, match=r"of 3\.2 MB is too small: cuda:0 needs .*; 5 --jobs share it$"
+            BudgetError, match=r"of 3\.2 MB is too small: cuda:0 needs .*; 5 jobs share it$"
         ):
             candidates_of(replace(work, n_workers=5), sink)
 
@@ -399,7 +399,7 @@ def test_a_cuda_build_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-    with pytest.raises(DeviceError, match=r"--device cuda: torch .* finds none .* --device cpu"):
+    with pytest.raises(DeviceError, match=r"device cuda: torch .* finds none .* device='cpu'"):
         open_device("cuda")
     paths = make_checkpoints(tmp_path, 2, 100)
     with pytest.raises(DeviceError):
@@ -545,7 +545,7 @@ def test_an_accelerator_that_cannot_tell_what_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "get_device_module", lambda device: object())
     device = Accelerator(torch.device("cuda:0"))
     assert device_budget(device, Options(device_memory="5MB")) == 5_000_000
-    with pytest.raises(DeviceError, match=r"cannot say how much .* give --device-memory"):
+    with pytest.raises(DeviceError, match=r"cannot say how much .* give device_memory"):
         device_budget(device, Options())
 
 

@@ -321,7 +321,7 @@ def test_memory_comes_back(checkpoints: list[Path], tmp_path: Path) -> None:
 def test_too_little_memory_is_refused_beforehand(checkpoints: list[Path], tmp_path: Path) -> None:
     """A budget that is too small says how much would do, before anything is made."""
     options = Options(device="cuda", device_memory="1MB", memory="2GB")
-    with pytest.raises(BudgetError, match=r"--device-memory of 1 MB is too small: cuda:0 needs"):
+    with pytest.raises(BudgetError, match=r"device_memory of 1 MB is too small: cuda:0 needs"):
         streamsoup.uniform(checkpoints, output=tmp_path / "soup", options=options)
     assert not (tmp_path / "soup").exists()
 
@@ -330,7 +330,7 @@ def test_out_of_memory_leaves_all_usable(device: Accelerator) -> None:
     """A lane that does not fit says so in one line, and the next one works."""
     free = device.free_nbytes()
     asked = nbytes_text(free)
-    with pytest.raises(BudgetError, match=rf"not enough memory for {asked}; lower --device-memory"):  # noqa: SIM117
+    with pytest.raises(BudgetError, match=rf"not enough memory for {asked}; lower device_memory"):  # noqa: SIM117
         with our_errors(asked):
             Lane(device, LaneShape(free, 2, 2, 2, False))
     torch.cuda.empty_cache()

@@ -460,7 +460,7 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
                 again()
 
     start()
-    with pytest.raises(ResumeError, match=r"the task changed.*--restart"):
+    with pytest.raises(ResumeError, match=r"the task changed.*restart=True"):
         again(task_of_two)
     with pytest.raises(ResumeError, match="the list of ingredients changed"):
         greedy_soup(own[:2], networks.score, model=networks.build(), output=output)
@@ -486,7 +486,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_scored(
     output.mkdir()
     shutil.copy(Path(paths[0]) / "model.safetensors", output)
     shutil.copytree(output, tmp_path / "out.partial")
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite=True replaces it"):
         greedy_soup(paths, failing, model=networks.build(), output=output)
     assert not (tmp_path / "out.search").exists()
 

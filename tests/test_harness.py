@@ -172,7 +172,7 @@ def test_which_metric_counts(
 def test_a_metric_that_is_not_there() -> None:
     """What there is instead is listed; lengths and errors are no metrics."""
     results = {"sample_len": 40, "bits_per_byte,none": 0.7, "acc_stderr,none": 0.1}
-    with pytest.raises(TaskError, match=r"but bits_per_byte,none; choose one with --metric"):
+    with pytest.raises(TaskError, match=r"but bits_per_byte,none; choose one with metric"):
         pick("t", results, None, None)
 
 

@@ -533,7 +533,7 @@ def test_a_search_that_was_stopped_goes_on(
     left[0] = 3
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "other", task, **settings)
-    with pytest.raises(ResumeError, match="--per"):
+    with pytest.raises(ResumeError, match="granularity"):
         learn(paths, tmp_path / "other", task, **settings | {"granularity": "global"})
 
 

@@ -77,7 +77,7 @@ def test_keys_that_change_meaning_are_refused(
             refused()
         assert str(error.value).startswith(f"{b}/config.json and {a}/config.json differ in ")
         assert said in str(error.value)
-        assert str(error.value).endswith("or take that of the first with --config first")
+        assert str(error.value).endswith("or take that of the first with config='first'")
     assert not (tmp_path / "out").exists()
     (warning,) = warned([a, b], tmp_path / "out", config="first")
     assert said in warning
@@ -187,7 +187,7 @@ def test_permuted_token_ids_are_refused_whatever_is_asked_for(kind: str, tmp_pat
         with pytest.raises(MismatchError, match=r"have other token ids: token .* has id \d and"):
             warned([a, b], tmp_path / "out", config=config)
     (b / name).write_bytes(vocabulary(kind, ["<unk>", "the", "cat", "sat", "<pad>"]))
-    with pytest.raises(MismatchError, match=r"id 4 is .* in one only.*--config first"):
+    with pytest.raises(MismatchError, match=r"id 4 is .* in one only.*config='first'"):
         warned([a, b], tmp_path / "out")
     assert warned([a, b], tmp_path / "out", config="first")
     (b / name).write_bytes(vocabulary(kind, [*TOKENS, "<pad>"]))

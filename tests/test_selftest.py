@@ -75,8 +75,8 @@ def test_a_full_disk_is_no_failed_check(
     ("built_for", "why"),
     [
         (None, "as torch has no other"),
-        ("cuda", "as there is no other (--device cuda: torch "),
-        ("xpu", "as there is no other (--device xpu: torch "),
+        ("cuda", "as there is no other (device cuda: torch "),
+        ("xpu", "as there is no other (device xpu: torch "),
     ],
 )
 def test_auto_takes_any_accelerator(

@@ -16,7 +16,7 @@ import click
 
 from streamsoup.cli.common import NobodyReadsError, in_words
 from streamsoup.cli.terminal import fitted
-from streamsoup.errors import StreamsoupError
+from streamsoup.errors import StreamsoupError, in_options
 from streamsoup.version import __version__
 
 __all__ = ["cli", "main"]
@@ -38,7 +38,7 @@ def cli(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except StreamsoupError as error:
-        print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
+        print(fitted(f"error: {in_options(error.text)}", sys.stderr), file=sys.stderr)
         return 1
     except BrokenPipeError as error:
         # Whoever read our output is gone: nobody is left to tell.

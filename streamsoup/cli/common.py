@@ -21,6 +21,7 @@ from streamsoup.errors import (
     OutputError,
     RecipeError,
     StreamsoupError,
+    in_options,
     is_plain,
     printable,
     signal_name,
@@ -91,7 +92,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
         try:
             return parse_nbytes(value)
         except RecipeError as error:
-            raise click.BadParameter(str(error), ctx, param) from None
+            raise click.BadParameter(in_options(error.text), ctx, param) from None
 
 
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
@@ -365,6 +366,11 @@ def telling() -> Iterator[None]:
         ) from None
 
 
+def warnings_of(soup: Soup) -> list[str]:
+    """Return the warnings about a soup, with options as the command line has them."""
+    return [in_options(getattr(each, "text", each)) for each in soup.warnings]
+
+
 def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
     """Describe a finished soup as plain JSON."""
     import msgspec
@@ -378,7 +384,7 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,
         "summed_on": soup.summed_on,
-        "warnings": list(soup.warnings),
+        "warnings": warnings_of(soup),
     }
 
 
@@ -407,7 +413,7 @@ def supervise(
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:
             watcher.close()
-            print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
+            print(fitted(f"error: {in_options(error.text)}", sys.stderr), file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             return status_of(stop)

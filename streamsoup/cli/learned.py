@@ -131,7 +131,7 @@ def learned(
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
         if as_json:
             found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
-            found["warnings"] = list(soup.warnings)
+            found["warnings"] = common.warnings_of(soup)
             common.tell([json.dumps(found)])
             return
         common.tell(describe(soup))

@@ -24,7 +24,7 @@ from contextlib import suppress
 from mmap import PAGESIZE
 from typing import Any, TextIO
 
-from streamsoup.errors import printable
+from streamsoup.errors import Message, in_options, printable
 from streamsoup.options import Note, Progress, Step
 from streamsoup.sizes import nbytes_text
 
@@ -90,7 +90,13 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # typeshed has o
     """Prints warnings, a line each."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, fitted to a terminal."""
+        """Return the line, fitted to a terminal, with options as the command line has them."""
+        args = record.args if isinstance(record.args, tuple) else ()
+        if any(isinstance(each, Message) for each in args):
+            record = logging.makeLogRecord(record.__dict__)
+            record.args = tuple(
+                in_options(each.text) if isinstance(each, Message) else each for each in args
+            )
         return fitted(f"warning: {record.getMessage()}", self.stream)
 
 

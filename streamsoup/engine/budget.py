@@ -10,7 +10,7 @@ import msgspec
 
 from streamsoup.engine.plan import NOTES, MixPlan
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, option
 from streamsoup.rule import RuleMemory
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.tensors import DType
@@ -117,7 +117,8 @@ def plan_memory(
     if peak > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: "
-            f"this soup takes {nbytes_text(peak, up=True)} at least; raise --memory above that"
+            f"this soup takes {nbytes_text(peak, up=True)} at least; raise {option('memory')} "
+            f"above that"
         )
     peak = max(peak, check_opening(plan, budget))
     return MemoryPlan(threads, block, group, peak, compiles)
@@ -147,7 +148,8 @@ def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> M
     if peak(block, threads) > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: this soup takes "
-            f"{nbytes_text(peak(block, threads), up=True)} at least; raise --memory above that"
+            f"{nbytes_text(peak(block, threads), up=True)} at least; raise {option('memory')} "
+            "above that"
         )
     most = max(peak(block, threads), check_opening(plan, budget))
     return MemoryPlan(threads, block, k, most)
@@ -204,6 +206,6 @@ def check_opening(plan: MixPlan, budget: int) -> int:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: opening these ingredients "
             f"takes up to {nbytes_text(took, up=True)}, as one has a large header or index; raise "
-            "--memory above that"
+            f"{option('memory')} above that"
         )
     return took

@@ -28,7 +28,7 @@ from streamsoup.engine.budget import (
 )
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.reduce import Engine, Mix, MixWorker, OnePass
-from streamsoup.errors import BudgetError, StreamsoupError, printable
+from streamsoup.errors import BudgetError, StreamsoupError, option, printable
 from streamsoup.kernels import blocks
 from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.kernels.torch_blocks import carried
@@ -135,16 +135,20 @@ def plan_device(
     chosen = of(block, lanes)
     if chosen.device_nbytes + beside > budget:
         more = "; raise it above that"
-        without = f", {nbytes_text(beside)} of it for the running sum; --sums reread does without"
+        without = (
+            f", {nbytes_text(beside)} of it for the running sum; {option('sums', 'reread')} does "
+            "without"
+        )
         raise BudgetError(
-            f"a --device-memory of {nbytes_text(budget)} is too small: {device} needs "
+            f"a {option('device_memory')} of {nbytes_text(budget)} is too small: {device} needs "
             f"{nbytes_text(chosen.device_nbytes + beside, up=True)} at least"
             f"{without if beside else more}"
         )
     if chosen.memory.peak_nbytes > memory:
         raise BudgetError(
             f"a memory budget of {nbytes_text(memory)} is too small: feeding {device} takes "
-            f"{nbytes_text(chosen.memory.peak_nbytes, up=True)} at least; raise --memory above that"
+            f"{nbytes_text(chosen.memory.peak_nbytes, up=True)} at least; raise {option('memory')} "
+            "above that"
         )
     return chosen
 

@@ -30,7 +30,7 @@ from streamsoup.engine.budget import (
 )
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.reduce import OnePass, compiled
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, option
 from streamsoup.kernels import blocks
 from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products, spend_in_numpy
 from streamsoup.sizes import nbytes_text
@@ -100,7 +100,7 @@ def plan_inner_memory(
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: inner products of {k} "
             f"ingredients take {nbytes_text(peak(block, threads), up=True)} at least; raise "
-            "--memory"
+            f"{option('memory')}"
         )
     most = max(peak(block, threads), check_opening(plan, budget))
     return MemoryPlan(threads, block, k, most, compiles)

@@ -376,4 +376,4 @@ def copy(
         if not is_same(block, output):
             coded = tensor.operation == "code"
             one, other = plan.ingredients[0], plan.ingredients[i]
-            raise MismatchError(differing(other, one, tensor.name, coded=coded))
+            raise MismatchError(differing(other, one, tensor.name, number=i + 1, coded=coded))

@@ -24,7 +24,7 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.read import Reader, Session
 from streamsoup.engine.reduce import MeasuringWorker, Reducer, Worker
 from streamsoup.engine.schedule import Task
-from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, printable
+from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, option, printable
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.options import Progress
@@ -181,7 +181,8 @@ def _work_in_threads(
                 thread.start()
             except RuntimeError:
                 raise BudgetError(
-                    f"only {n} of {len(threads)} threads can be started here; lower --threads, or "
+                    f"only {n} of {len(threads)} threads can be started here; lower "
+                    f"{option('threads')}, or "
                     "raise the limit of processes or of memory"
                 ) from None
         while not pass_.ended.wait(TICK_S):
@@ -430,19 +431,20 @@ class _Pass:
         from streamsoup.kernels.blocks import first_non_finite
 
         measures = self.plan.measures
-        lets_pass = "" if measures else ", or --non-finite propagate lets it pass"
+        lets_pass = "" if measures else f", or {option('non_finite', 'propagate')} lets it pass"
         for i, ingredient in enumerate(self.plan.ingredients):
             (block,) = reading.block(tensor, i, i + 1, start, n_units)
             dtype = tensor.sources[self.plan.layout_of[i]].dtype
             bad = first_non_finite(block, dtype)
             if bad is not None:
                 place = _place(start + bad[0], tensor.shape)
+                which = f"{i + 1} of {len(self.plan.ingredients)}"
                 raise NonFiniteError(
                     f"{ingredient.where(tensor.name)}: holds {bad[1]} at {place}, "
                     f"which would spoil {'what is measured' if measures else 'the soup'}; leave "
-                    f"this ingredient out{lets_pass}"
+                    f"this ingredient ({which}) out{lets_pass}"
                 )
-        wider = "" if tensor.dtype.name == "F64" else "a wider --dtype or "
+        wider = "" if tensor.dtype.name == "F64" else f"a wider {option('dtype')} or "
         what, advice = "the sum is", f"choose {wider}smaller coefficients"
         if measures:
             what, advice = "products are", "nothing can be measured there"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from streamsoup.errors import count, printable, some
+from streamsoup.errors import count, option, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.tensors import TensorSpec
 
@@ -14,7 +14,7 @@ Places = Mapping[str, tuple[int, TensorSpec]]
 
 _OTHER_NAMES = "leave out what is of another architecture, or save it with the same tensors"
 _OTHER_SHAPES = "leave out what is of another architecture, or has resized embeddings"
-_OTHER_FLOATS = "choose one dtype for all floats with --dtype"
+_OTHER_FLOATS = f"convert all floats to one dtype with {option('dtype')}"
 _OTHER_DTYPES = "save the tensors that are no floats in the same dtype"
 _OTHER_PREFIX = "save each model itself, not its wrapper, so that all names are the same"
 _TIED_COPY = "save all with the same tie_word_embeddings, or write the copy into those that lack it"
@@ -145,23 +145,26 @@ def _by_tie(
     ), _TIED_COPY
 
 
-def differing(ingredient: Ingredient, first: Ingredient, tensor: str, *, coded: bool) -> str:
+def differing(
+    ingredient: Ingredient, first: Ingredient, tensor: str, *, number: int, coded: bool
+) -> str:
     """Return the message for a tensor that is not averaged, and differs from that of the first.
 
-    `coded` says that it is a part of a quantised weight. What may be one without a scale that is
-    found beside it gets no advice to take the first ingredient's: that would be another model's
-    code under our scales.
+    `number` is the ingredient's, from 1. `coded` says that it is a part of a quantised weight. What
+    may be one without a scale that is found beside it gets no advice to take the first
+    ingredient's: that would be another model's code under our scales.
     """
     dtype = first.layout.places[tensor][1].dtype.name
-    what = f"{ingredient.where(tensor)}: this {dtype} tensor differs from that of "
-    what += printable(first.name)
+    what = f"{ingredient.where(tensor)}: this {dtype} tensor of ingredient {number} differs "
+    what += f"from that of ingredient 1 ({printable(first.name)})"
     if coded:
         return (
             f"{what}, and is a part of a quantised weight, of which codes and scales have no mean: "
             "dequantise the ingredients first, or use those they were quantised from"
         )
     if dtype in _MASKS or first.layout.places[tensor][1].n_elements == 1:
-        return f"{what}, and is not averaged; --non-float first takes it from the first ingredient"
+        takes = f"{option('non_float', 'first')} takes it from the first ingredient"
+        return f"{what}, and is not averaged; {takes}"
     return (
         f"{what}, and is not averaged; if it holds codes of quantised weights, dequantise the "
         "ingredients first, else leave this ingredient out"

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from streamsoup.errors import ChangedIngredientError, FormatError, printable
+from streamsoup.errors import ChangedIngredientError, FormatError, option, printable
 from streamsoup.formats.shards import Identity, Shard
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.folders import Folder
@@ -90,7 +90,7 @@ class Window:
         except OSError as error:
             raise FormatError(
                 f"{printable(shard.path)}: cannot be mapped: {error.strerror}; "
-                "--io read does without"
+                f"{option('io', 'read')} does without"
             ) from None
         finally:
             close_read(descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from streamsoup.errors import FormatError, MismatchError, count, printable, some
+from streamsoup.errors import FormatError, MismatchError, count, option, printable, some
 from streamsoup.formats.configs import changes, is_config, quantised_by, read_config
 from streamsoup.formats.parts import coded_in
 from streamsoup.formats.shards import Ingredient
@@ -120,7 +120,8 @@ def _in_words(problems: list[str], *, moved: bool) -> str:
     advice = (
         "leave out what has another vocabulary"
         if moved
-        else "leave out what is another model, or take that of the first with --config first"
+        else "leave out what is another model, or take that of the first with "
+        f"{option('config', 'first')}"
     )
     if len(problems) == 1:
         return f"{problems[0]}; {advice}"

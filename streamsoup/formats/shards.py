@@ -245,7 +245,7 @@ class Pantry(msgspec.Struct):
             return self._open(str(os.fsdecode(path)))  # of numpy, too
         except CorruptFileError as error:
             raise CorruptFileError(
-                f"{error}; download, copy or save the checkpoint again"
+                f"{error.text}; download, copy or save the checkpoint again"
             ) from None
 
     def _open(self, given: str) -> Ingredient:
@@ -298,7 +298,7 @@ class Pantry(msgspec.Struct):
                 text = _read_exactly(descriptor, length, 8)
                 header = self.header(text, status.st_size)
         except FormatError as error:
-            raise type(error)(f"{printable(path)}: {error}") from None
+            raise type(error)(f"{printable(path)}: {error.text}") from None
         except FileNotFoundError:
             raise MissingFileError(
                 f"{printable(path)}: no such file; the checkpoint is not complete, so download or "

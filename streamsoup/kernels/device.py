@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from streamsoup.errors import BudgetError, DeviceError, RecipeError, StreamsoupError
+from streamsoup.errors import BudgetError, DeviceError, RecipeError, StreamsoupError, option
 
 if TYPE_CHECKING:
     import torch
@@ -133,8 +133,8 @@ class Accelerator:
             return int(free + reserve - module.memory_allocated(self.torch_device))
         except AttributeError:
             raise DeviceError(
-                f"--device {self.name}: torch cannot say how much of its memory is free; give "
-                "--device-memory"
+                f"{option('device')} {self.name}: torch cannot say how much of its memory is free; "
+                f"give {option('device_memory')}"
             ) from None
 
 
@@ -192,7 +192,8 @@ def open_device(name: str) -> Accelerator | HostDevice:
         import torch
     except Exception as error:  # ValueError and OSError, too, for libraries that are missing
         raise DeviceError(
-            f"--device {name}: torch cannot be imported ({str(error)[:200]}); install it anew"
+            f"{option('device')} {name}: torch cannot be imported ({str(error)[:200]}); install it "
+            "anew"
         ) from None
     if name == "cpu":
         return HostDevice()
@@ -201,26 +202,29 @@ def open_device(name: str) -> Accelerator | HostDevice:
     except RuntimeError:
         wanted = torch.device("cpu")
     if wanted.type in ("cpu", "meta"):
-        raise RecipeError(f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N")
+        raise RecipeError(
+            f"{option('device')} {name!r} is no device; use auto, cpu, cuda or cuda:N"
+        )
     if not _knows_accelerators():
         raise DeviceError(
-            f"--device {name}: torch {torch.__version__} is too old; install 2.7 or newer"
+            f"{option('device')} {name}: torch {torch.__version__} is too old; install 2.7 or newer"
         )
     # Without check_available, a build for CUDA says "cuda" on machines that have no driver.
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != wanted.type:
         here = "none" if found is None else f"only {found.type}"
         raise DeviceError(
-            f"--device {name}: torch {torch.__version__} finds {here} on this machine; use "
-            "--device cpu, or install a driver and a build of torch for it"
+            f"{option('device')} {name}: torch {torch.__version__} finds {here} on this machine; "
+            f"use {option('device', 'cpu')}, or install a driver and a build of torch for it"
         )
     count = torch.accelerator.device_count()
     index = wanted.index if ":" in name else torch.accelerator.current_device_index()
     if index >= count:
-        raise DeviceError(f"--device {name}: there are {count}, numbered from 0")
+        raise DeviceError(f"{option('device')} {name}: there are {count}, numbered from 0")
     if wanted.type == "mps":
         raise DeviceError(
-            f"--device {name}: it has no float64, in which sums are; use --device cpu"
+            f"{option('device')} {name}: it has no float64, in which sums are; use "
+            f"{option('device', 'cpu')}"
         )
     return Accelerator(torch.device(wanted.type, index))
 
@@ -252,7 +256,8 @@ def our_errors(asked: str) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if "out of memory" in first.lower():
             raise BudgetError(
-                f"not enough memory for {asked}; lower --device-memory or --threads, or free some "
+                f"not enough memory for {asked}; lower {option('device_memory')} or "
+                f"{option('threads')}, or free some "
                 f"of what others hold there ({first})"
             ) from None
         raise DeviceError(f"the device failed, with {asked}: {first}") from None

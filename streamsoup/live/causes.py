@@ -27,7 +27,7 @@ def misfit(problems: Iterable[str], model: nn.Module, found: Match | None = None
         lines.append(
             f"transformers does not store a {found.family} checkpoint as the model has it, and "
             "these cannot be written in place; score files that are written and loaded again "
-            "instead (streamsoup greedy --command)"
+            "instead, by a command"
         )
     elif found is not None and found.family and not causes:
         lines.append(
@@ -38,7 +38,7 @@ def misfit(problems: Iterable[str], model: nn.Module, found: Match | None = None
     elif not causes:
         lines.append(
             "where a model names or stores its weights in another way than its checkpoint, "
-            "score files instead (streamsoup greedy --command)"
+            "score files instead, by a command"
         )
     text = "\n".join(f"  {line}" for line in lines)
     return MismatchError(f"the ingredients cannot be put into the model:\n{text}")

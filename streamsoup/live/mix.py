@@ -22,7 +22,7 @@ from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import may_be_negative
 from streamsoup.engine.stream import run
-from streamsoup.errors import BudgetError, RecipeError, some
+from streamsoup.errors import BudgetError, RecipeError, option, some
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
@@ -224,7 +224,7 @@ class _DeviceSums:
             if tensor.is_reduced:
                 self._places[tensor.name] = slice(n, n + tensor.n_units)
                 n += tensor.n_units
-        asked = f"a running sum of {nbytes_text(8 * n)} (--sums reread does without)"
+        asked = f"a running sum of {nbytes_text(8 * n)} ({option('sums', 'reread')} does without)"
         with our_errors(asked):
             self._sums = found.device.device(n, torch.float64)
 
@@ -243,7 +243,8 @@ def _find_with_sums(
     name = device_of(sink, options)
     if place == "file":
         raise RecipeError(
-            f"--sums file is for candidates that are made on the cpu; on {name}, the running sum "
+            f"{option('sums', 'file')} is for candidates that are made on the cpu; on {name}, the "
+            "running sum "
             "is kept there (memory) or not at all (reread)"
         )
     nbytes = plan.nbytes_summed

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from streamsoup.engine.budget import plan_memory
 from streamsoup.engine.plan import MixPlan
-from streamsoup.errors import BudgetError
+from streamsoup.errors import BudgetError, option
 from streamsoup.output.write import write_at
 from streamsoup.sizes import nbytes_text
 
@@ -76,7 +76,8 @@ def plan_sums(
             if place == "memory":
                 raise BudgetError(
                     f"a running sum of {nbytes_text(nbytes, up=True)} does not fit into a memory "
-                    f"budget of {nbytes_text(budget)}; raise --memory, or leave out --sums memory"
+                    f"budget of {nbytes_text(budget)}; raise {option('memory')}, or leave out "
+                    f"{option('sums', 'memory')}"
                 ) from None
     if place in (None, "file") and scratch is not None:
         free = shutil.disk_usage(os.path.dirname(scratch)).free
@@ -152,7 +153,7 @@ class FileSums:
             os.close(self._descriptor)
             raise BudgetError(
                 f"no room for a running sum of {8 * n} bytes beside the output "
-                f"({error.strerror}); --sums reread does without"
+                f"({error.strerror}); {option('sums', 'reread')} does without"
             ) from None
 
     def read(self, tensor: str, start: int, into: Floats) -> None:

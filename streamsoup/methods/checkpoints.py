@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from streamsoup.errors import FormatError, RecipeError, check_choice, printable, some
+from streamsoup.errors import FormatError, RecipeError, check_choice, option, printable, some
 from streamsoup.formats.index import is_index, n_shards
 from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
 from streamsoup.formats.side_files import pieces
@@ -118,8 +118,8 @@ def choose(
     found = _described(listed(given) if run is None else find_checkpoints(run))
     if run is not None and by == "given":
         raise RecipeError(
-            f"{printable(run)}: a folder lists its checkpoints in no order; order them by step, "
-            "name or time, or give a list of them"
+            f"{printable(run)}: a folder lists its checkpoints in no order; choose "
+            f"{option('by', 'step')}, name or time, or give a list of them"
         )
     if by is None and run is None:
         _check_rising(found)
@@ -335,12 +335,13 @@ def _check_rising(found: Sequence[Checkpoint]) -> None:
         twice = [each.name for each in known if _steps(known).count(each.step) > 1]
         raise RecipeError(
             f"{some(twice)}: are of the same step, so none is the older one; leave all but one "
-            "out, or order them by given, as they are"
+            f"out, or take them as they are with {option('by', 'given')}"
         )
     right = some([each.name for each in sorted(known, key=lambda each: each.step or 0)], 50)
     raise RecipeError(
         f"checkpoints come oldest first, and the steps of these are {some(_steps(known), 50)}; the "
-        f"right order is {right}: order them by step, or by given to take them as they are"
+        f"right order is {right}: {option('by', 'step')} puts them in it, and "
+        f"{option('by', 'given')} takes them as they are"
     )
 
 
@@ -361,8 +362,8 @@ def _ordered(found: Sequence[Checkpoint], by: By) -> list[Checkpoint]:
     unknown = [each.name for key, each in pairs if key is None]
     if unknown:
         raise RecipeError(
-            f"{some(unknown)}: has no {by} to order by; order by another of {', '.join(keys)}, "
-            "or list them oldest first and order by given"
+            f"{some(unknown)}: has no {by} to order by; choose another of {', '.join(keys)}, or "
+            f"list them oldest first with {option('by', 'given')}"
         )
     pairs.sort(key=lambda pair: pair[0])
     for (key, one), (following, other) in itertools.pairwise(pairs):

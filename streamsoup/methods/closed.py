@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, check_choice, count, printable, some
+from streamsoup.errors import RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.methods.checkpoints import By, Given, choose
@@ -462,7 +462,7 @@ def _measure(
     if options.non_finite == "propagate":
         raise RecipeError(
             "NaN and Inf have no angles, so stock and slerp cannot let them pass: leave out "
-            "--non-finite propagate"
+            f"{option('non_finite', 'propagate')}"
         )
     everything = [*([] if base is None else [base]), *ingredients]
     equal = Coefficients.uniform(len(everything))

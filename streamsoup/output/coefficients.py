@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, printable, some
+from streamsoup.errors import Message, RecipeError, option, printable, some
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.system.regular import read_whole
@@ -53,12 +53,10 @@ def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coe
     found = _find(given, normalize)
     total = _sum(found.values) / found.divisor
     if abs(total - 1) > NEAR:
-        advice = "normalize divides them by it" if found.divisor == 1 else "give others"
-        log.warning(
-            "the coefficients sum to %g, so the soup is not a mean but %g times one; %s, if that "
-            "is not meant",
-            total, total, advice,
-        )  # fmt: skip
+        divides = f"{option('normalize', True)} divides them by it"
+        advice = divides if found.divisor == 1 and not found.per_tensor else "give others"
+        said = f"the coefficients sum to {total:g}, so the soup is {total:g} times a mean"
+        log.warning("%s", Message(f"{said}; if that is not meant, {advice}"))
     off = [name for name, row in found.per_tensor.items() if abs(_sum(row) - 1) > NEAR]
     if off:
         log.warning(

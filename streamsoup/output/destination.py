@@ -7,7 +7,14 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 
-from streamsoup.errors import OutputError, OutputExistsError, StreamsoupError, printable, some
+from streamsoup.errors import (
+    OutputError,
+    OutputExistsError,
+    StreamsoupError,
+    option,
+    printable,
+    some,
+)
 from streamsoup.formats.files import is_mounted
 from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.weights import PICKLES
@@ -103,7 +110,9 @@ def check_outside(path: str, ingredients: Iterable[str]) -> None:
 
 def exists_already(target: str) -> OutputExistsError:
     """Make the error for an output that may not be replaced."""
-    return OutputExistsError(f"{printable(target)}: exists already; --overwrite replaces it")
+    return OutputExistsError(
+        f"{printable(target)}: exists already; {option('overwrite', True)} replaces it"
+    )
 
 
 def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
@@ -138,7 +147,7 @@ def check_replaceable(target: str) -> None:
     names = os.listdir(target)
     if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
         raise OutputExistsError(
-            f"{where}: is no checkpoint, so --overwrite does not replace it; "
+            f"{where}: is no checkpoint, so {option('overwrite', True)} does not replace it; "
             "choose another folder or remove it yourself"
         )
     others = [
@@ -148,7 +157,8 @@ def check_replaceable(target: str) -> None:
     ]
     if others:
         raise OutputExistsError(
-            f"{where}: holds more than one checkpoint ({some(sorted(others))}), so --overwrite "
+            f"{where}: holds more than one checkpoint ({some(sorted(others))}), so "
+            f"{option('overwrite', True)} "
             "does not replace it; choose another folder or remove it yourself"
         )
     with Folder.open(target) as folder:
@@ -156,13 +166,15 @@ def check_replaceable(target: str) -> None:
     if edited:
         raise OutputExistsError(
             f"{where}: holds files that were changed since the soup was made ({some(edited)}) and "
-            "would be lost, so --overwrite does not replace it; choose another folder or move them "
+            f"would be lost, so {option('overwrite', True)} does not replace it; choose another "
+            f"folder or move them "
             "away"
         )
     if strange:
         raise OutputExistsError(
             f"{where}: holds what is no part of a checkpoint ({some(strange)}) and would "
-            "be lost, so --overwrite does not replace it; choose another folder or move that away"
+            f"be lost, so {option('overwrite', True)} does not replace it; choose another folder "
+            f"or move that away"
         )
     above = os.stat(os.path.dirname(target))
     owners = (0, above.st_uid, os.stat(target).st_uid)

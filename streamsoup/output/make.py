@@ -23,9 +23,11 @@ from streamsoup.engine.statistics import check_variances, note_of
 from streamsoup.engine.stream import run
 from streamsoup.errors import (
     FormatError,
+    Message,
     OutputError,
     OutputExistsError,
     StreamsoupError,
+    option,
     printable,
     some,
 )
@@ -163,8 +165,8 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
     if 0 < len(narrowed) < len(mixed):
         warnings.append(
-            f"--dtype makes {some([t.name for t in narrowed])} narrower, and not the others: where "
-            "a model has them wider on purpose, leave --dtype out"
+            f"{option('dtype')} makes {some([t.name for t in narrowed])} narrower, and not the "
+            f"others: where a model has them wider on purpose, leave {option('dtype')} out"
         )
     if note := note_of(plan):
         warnings.append(note)
@@ -214,7 +216,8 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         if options.overwrite or not _made_before(given, plan):
             raise
         raise OutputExistsError(
-            f"{error}. This very recipe made it; `streamsoup verify` tells whether it is unchanged"
+            f"{error.text}. This very recipe made it; `streamsoup verify` tells whether it is "
+            f"unchanged"
         ) from None
     except OSError as error:
         # What has no number is not of the system, but of the caller: a callback's, a handler's.
@@ -230,15 +233,16 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         plan.nbytes_written,
         elapsed_s,
         summed_on=ordered.summed_on,
-        warnings=(*ordered.warnings, *_warned(late)),
+        warnings=(*map(Message, ordered.warnings), *_warned(late)),
     )
 
 
 def _warned(warnings: Sequence[str]) -> Sequence[str]:
-    """Log warnings, and return them."""
-    for warning in warnings:
-        log.warning("%s", warning)
-    return warnings
+    """Log warnings, and return them, with options as Python has them."""
+    messages = [Message(warning) for warning in warnings]
+    for message in messages:
+        log.warning("%s", message)
+    return messages
 
 
 def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str]]:
@@ -302,7 +306,7 @@ def _finished(target: str, ordered: Order, started: float) -> Soup:
     elapsed_s = time.monotonic() - started
     provenance = read_provenance(target)
     late = _warned(doubts.after(ordered.plan, provenance, None))
-    warnings = (*ordered.warnings, *late)
+    warnings = (*map(Message, ordered.warnings), *late)
     recipe = ordered.plan.recipe
     return Soup(target, recipe, provenance, 0, 0, elapsed_s, finished=True, warnings=warnings)
 

@@ -49,6 +49,7 @@ from streamsoup.errors import (
     OutputBusyError,
     OutputError,
     OutputExistsError,
+    option,
     printable,
 )
 from streamsoup.output.destination import check_replaceable, exists_already
@@ -591,5 +592,5 @@ def _immovable(target: str) -> str:
 def _made_meanwhile(target: str) -> OutputExistsError:
     return OutputExistsError(
         f"{printable(target)}: was made by another run meanwhile; the soup is finished beside "
-        "it, and the same command with --overwrite puts it in place"
+        f"it, and the same command with {option('overwrite', True)} puts it in place"
     )

@@ -97,7 +97,7 @@ def read_provenance(folder: str, rules: Sequence[type[Rule]] = ()) -> Provenance
         ) from None
     except RecipeError as error:
         raise RecipeError(
-            f"{printable(where)}: {error}; restore it, or make the soup again"
+            f"{printable(where)}: {error.text}; restore it, or make the soup again"
         ) from None
 
 
@@ -120,7 +120,7 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
     try:
         (soup,) = open_ingredients([folder])
     except (FormatError, MissingFileError) as error:
-        problems.append(str(error))
+        problems.append(error.text)
         return 0
     for record in provenance.shards:
         if record.name not in soup.file_names:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from streamsoup.errors import OutputBusyError, OutputError, ResumeError, printable, some
+from streamsoup.errors import OutputBusyError, OutputError, ResumeError, option, printable, some
 from streamsoup.formats.shards import Ingredient
 from streamsoup.output.journal import Journal, named
 from streamsoup.system.closing import Closing
@@ -214,7 +214,10 @@ def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
     """Refuse answers that were given for something else, and say what changed."""
     if found == wanted:
         return
-    advice = "its scores are not trusted; --restart forgets them, or choose another output"
+    advice = (
+        f"its scores are not trusted; {option('restart', True)} forgets them, or choose another "
+        "output"
+    )
     if not isinstance(found, dict):
         raise ResumeError(f"{printable(root)}: is of another kind of search; {advice}")
     changed: list[str] = []
@@ -227,14 +230,15 @@ def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
                 "task": "the task",
                 "code": "the code of the task",
                 "model": "the model",
-                "granularity": "--per",
+                "granularity": option("granularity", cli="per"),
                 "side_files": "what lies beside the weights of the first ingredient",
             }
-            changed.append(names.get(key, f"--{key.replace('_', '-')}"))
+            changed.append(names.get(key, option(key)))
     if "the task" in changed and "the code of the task" in changed:
         changed.remove("the code of the task")
     raise ResumeError(
-        f"{printable(root)}: holds an unfinished search, and since then {some(changed)} changed; "
+        f"{printable(root)}: holds an unfinished search, and since then {', '.join(changed)} "
+        f"changed; "
         f"{advice}"
     )
 

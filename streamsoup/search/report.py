@@ -120,8 +120,8 @@ def _why_one(found: Found, best: Run, options: SearchOptions) -> str:
             f"against {best.score.value:.6g}. "
         )
     return text + (
-        "Ingredients mix when they lie in one valley: look at the angles between them (streamsoup "
-        "geometry with --base; near 90 degrees and far apart is too far), at learning rates (a "
+        "Ingredients mix when they lie in one valley: look at the angles between them (geometry "
+        "with the base; near 90 degrees and far apart is too far), at learning rates (a "
         "high one leaves the valley), at whether all started from the same weights, and at "
-        f"another order (--order random){' or a milder rule' if strict else ''}"
+        f"another order (such as a random one){' or a milder rule' if strict else ''}"
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from streamsoup.errors import OutputError, StreamsoupError, printable
+from streamsoup.errors import OutputError, StreamsoupError, option, printable
 from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
 from streamsoup.system.schemes import check_local
 from streamsoup.system.versions import versions
@@ -86,7 +86,8 @@ def selftest(
             raise
         raise OutputError(
             f"{printable(folder or tempfile.gettempdir())}: files to test with cannot be made "
-            f"there ({os.strerror(error.errno or 0)}); choose another --folder or a smaller --size"
+            f"there ({os.strerror(error.errno or 0)}); choose another {option('folder')} or a "
+            f"smaller {option('nbytes', cli='size')}"
         ) from None
     return report
 

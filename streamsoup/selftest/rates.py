@@ -79,7 +79,8 @@ def _rate(
     if share < LOW:
         report.warnings.append(
             f"sums by the {name} reach {share:.0%} of the smallest limit ({smallest}); so few "
-            f"bytes ({size / 1e6:.0f} MB) may be bound by their start: try a larger --size"
+            f"bytes ({size / 1e6:.0f} MB) may be bound by their start: try a larger "
+            "size"
         )
 
 

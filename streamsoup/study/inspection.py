@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.engine.read import mapped_nbytes
-from streamsoup.errors import printable
+from streamsoup.errors import in_options, option, printable
 from streamsoup.formats.shards import Ingredient
 from streamsoup.sizes import nbytes_text
 
@@ -70,7 +70,7 @@ def describe_order(ordered: Order) -> dict[str, Any]:
         "device": _device_text(ordered),
         "input": "mapped" if ordered.mapped else "read",
         "free_here": nbytes_text(shutil.disk_usage(os.curdir).free),
-        "warnings": ordered.warnings or "none",
+        "warnings": [*map(in_options, ordered.warnings)] or "none",
     }
 
 
@@ -123,7 +123,7 @@ def record_order(ordered: Order) -> dict[str, Any]:
         "pinned_nbytes": on_device.pinned_nbytes if on_device is not None else 0,
         "io": "mmap" if ordered.mapped else "read",
         "free_nbytes": shutil.disk_usage(os.curdir).free,
-        "warnings": ordered.warnings,
+        "warnings": [*map(in_options, ordered.warnings)],
     }
 
 
@@ -173,7 +173,7 @@ def _mapped_text(nbytes: int) -> str:
         return "nothing: files are read into buffers, which the peak counts"
     return (
         f"{nbytes} bytes of files at most ({nbytes_text(nbytes)}) besides, which the system can "
-        "take back; for a job limit that counts them: --io read"
+        f"take back; for a job limit that counts them: {in_options(option('io', 'read'))}"
     )
 
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from streamsoup.errors import TaskError, printable, some
+from streamsoup.errors import TaskError, option, printable, some
 
 __all__ = ["HarnessTask", "pick"]
 
@@ -93,7 +93,7 @@ class HarnessTask(msgspec.Struct):
             from lm_eval.tasks import TaskManager
         except ModuleNotFoundError as error:
             raise TaskError(
-                "--lm-eval needs lm-evaluation-harness with transformers "
+                "lm-eval tasks need lm-evaluation-harness with transformers "
                 f"(there is no module {error.name}): pip install 'streamsoup[lm-eval]'"
             ) from None
         groups = [os.path.dirname(os.path.abspath(t)) for t in self.tasks if _is_group(t)]
@@ -219,7 +219,7 @@ def pick(
     if not keys:
         raise TaskError(
             f"lm-eval: {printable(task)} has none of the metrics {some(names, 8)}, but "
-            f"{some(numbers, 8) or '(none)'}; choose one with --metric"
+            f"{some(numbers, 8) or '(none)'}; choose one with {option('metric')}"
         )
     better = (higher_is_better or {}).get(keys[0].partition(",")[0], True)
     return keys[0].removesuffix(",none"), numbers[keys[0]] if better else -numbers[keys[0]]

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.errors import TaskError, printable, some
+from streamsoup.errors import TaskError, option, printable, some
 
 __all__ = ["Score", "read_score", "training_mode"]
 
@@ -122,7 +122,8 @@ def _read(answer: object, main: str | None, to_beat: float | None, where: str) -
 
 def _missing(main: str | None) -> str:
     first = "" if main is None else f"none is {printable(main)!r}: "
-    return f"{first}name it in the task file, such as main = 'accuracy', or by --metric"
+    by = option("main", cli="metric")
+    return f"{first}name it in the task file, such as main = 'accuracy', or by {by}"
 
 
 def _main_name(metrics: Mapping[str, float], main: str | None) -> str | None:

@@ -23,6 +23,7 @@ from streamsoup.errors import (
     TaskError,
     check_choice,
     count,
+    option,
     printable,
 )
 from streamsoup.options import Note, Options, Step, settle
@@ -318,7 +319,7 @@ class Search:
         if known is not None and known["raw"] != raw.tolist():
             raise ResumeError(
                 f"{printable(self._notebook.root)}: look {number + 1} was at another mixture; "
-                "--restart forgets the search"
+                f"{option('restart', True)} forgets the search"
             )
         if known is None:
             seen = self.slopes.look(raw, backward=backward)

@@ -22,7 +22,7 @@ import numpy as np
 
 from streamsoup import version
 from streamsoup.engine.plan import FilePlan, Leaf, MixPlan
-from streamsoup.errors import OutputError, StreamsoupError, TaskError, printable
+from streamsoup.errors import OutputError, StreamsoupError, TaskError, option, printable
 from streamsoup.formats.files import Descriptors
 from streamsoup.live.candidates import Candidates, Moved
 from streamsoup.output.write import write_at
@@ -141,7 +141,7 @@ class LiveScorer:
             if not recalibrate(self.sink.model, self._task.recalibration()):
                 raise TaskError(
                     f"{self._task.name}: the model has no BatchNorm statistics to measure; "
-                    "leave out --recalibrate"
+                    f"leave out {option('recalibrate', True)}"
                 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from streamsoup.errors import ResumeError, printable
+from streamsoup.errors import ResumeError, option, printable
 from streamsoup.live.candidates import Moved
 from streamsoup.search.folder import SearchFolder
 from streamsoup.search.scoring.candidate import Outcome
@@ -108,7 +108,7 @@ class Scorebook(Closing):
             if outcome is None or not all(0 <= i < n_ingredients for i in members):
                 raise ResumeError(
                     f"{printable(self._folder.journal.path)}: record {number} is no score; "
-                    "--restart forgets all scores of this search"
+                    f"{option('restart', True)} forgets all scores of this search"
                 )
             self.scores[members] = outcome
 

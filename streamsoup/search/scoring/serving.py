@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from streamsoup.errors import BudgetError, StreamsoupError
+from streamsoup.errors import BudgetError, StreamsoupError, option
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.running import SumsPlace, plan_sums
 from streamsoup.options import Options
@@ -78,8 +78,8 @@ def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
                     ordered.plan, sink, mapped=ordered.mapped, place=work.sums, options=options
                 )
             except BudgetError as error:
-                shared = f"; {work.n_workers} --jobs share it" if work.n_workers > 1 else ""
-                raise BudgetError(f"{error}{shared}") from None
+                shared = f"; {work.n_workers} jobs share it" if work.n_workers > 1 else ""
+                raise BudgetError(f"{error.text}{shared}") from None
         where = device_text(sink, work.options)
     sums = plan_sums(
         ordered.plan,
@@ -129,11 +129,14 @@ def _serve(connection: Connection, say: Callable[..., None], is_live: bool) -> N
     except EOFError:
         pass
     except StreamsoupError as error:
-        say("error", (type(error).__name__, str(error)))
+        say("error", (type(error).__name__, error.text))
     except MemoryError:
         say(
             "error",
-            ("BudgetError", "a worker ran out of memory; lower --memory, or use fewer --jobs"),
+            (
+                "BudgetError",
+                f"a worker ran out of memory; lower {option('memory')}, or use fewer jobs",
+            ),
         )
 
 

@@ -29,6 +29,7 @@ from streamsoup.errors import (
     RecipeError,
     StreamsoupError,
     TaskError,
+    option,
     printable,
     signal_name,
     some,
@@ -75,7 +76,7 @@ class Alone:
         try:
             outcome = self._scorer.score(members, to_beat, keep=keep)
         except TaskError as error:
-            raise TaskError(f"{error}{_of(members, self._names)}") from error
+            raise TaskError(f"{error.text}{_of(members, self._names)}") from error
         self._book.put(members, outcome, to_beat)
         return outcome
 
@@ -244,7 +245,7 @@ class _Worker:
         try:
             pickled = self.connection.take(wait=False)
         except TaskError as error:
-            self._fail("TaskError", f"{self._doing}: {error}", names)
+            self._fail("TaskError", f"{self._doing}: {error.text}", names)
         except EOFError:
             self._await_end(names)
         else:
@@ -294,7 +295,7 @@ class _Worker:
         """Say how it ended, or that it did not."""
         status = self._process.poll()
         if status is None:
-            return f"took longer than {self._timeout:g} s (--timeout)"
+            return f"took longer than {self._timeout:g} s ({option('timeout')})"
         if status < 0:
             why = "; out of memory?" if -status == signal.SIGKILL else ""
             return f"the process was killed by {signal_name(-status)}{why}"

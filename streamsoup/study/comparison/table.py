@@ -23,6 +23,7 @@ from streamsoup.errors import (
     RecipeError,
     TaskError,
     check_choice,
+    in_python,
     printable,
     some,
 )
@@ -218,7 +219,7 @@ class _Table:
                 "judged by accuracy, and have no score."
             )
         if self.bench.averages_statistics:
-            self.notes.append(f"{AVERAGED[0].upper()}{AVERAGED[1:]}.")
+            self.notes.append(f"{AVERAGED[0].upper()}{in_python(AVERAGED[1:])}.")
         if self.base is not None:
             self._add_model("base", "base", Mixture.uniform([self.base]))
         for i in everyone:

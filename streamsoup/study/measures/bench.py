@@ -28,7 +28,7 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import averaged_variances, may_be_negative
-from streamsoup.errors import TaskError, some
+from streamsoup.errors import Message, TaskError, option, some
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
@@ -49,7 +49,7 @@ log = logging.getLogger("streamsoup")
 
 AVERAGED = (
     "mixtures are scored with averaged running statistics of BatchNorm, which belong to none of "
-    "their weights; recalibrate measures them anew for each mixture"
+    f"their weights; {option('recalibrate', True)} measures them anew for each mixture"
 )
 """What is said of models with BatchNorm, unless it is done."""
 
@@ -144,7 +144,7 @@ class Bench:
         self.averages_statistics = not recalibrate and bool(averaged_variances(self.plan))
         """Whether mixtures are scored with averaged running statistics of BatchNorm."""
         if self.averages_statistics:
-            log.warning("%s", AVERAGED)
+            log.warning("%s", Message(AVERAGED))
 
     def expect(self, n: int) -> None:
         """Take note that at most `n` further pairs of mixture and split will be asked for."""
@@ -317,11 +317,13 @@ class Bench:
         if self._unscored:
             names = next(iter(self._unscored.values()))
             log.warning(
-                "%d mixtures with a negative coefficient are not scored: BatchNorm variances are "
-                "below zero (%s), and every output would be a NaN; recalibrate measures them anew "
-                "for each mixture",
-                len(self._unscored), some(names, 3),
-            )  # fmt: skip
+                "%s",
+                Message(
+                    f"{len(self._unscored)} mixtures with a negative coefficient are not scored: "
+                    f"BatchNorm variances are below zero ({some(names, 3)}), and every output "
+                    f"would be a NaN; {option('recalibrate', True)} measures them anew for each"
+                ),
+            )
             self._unscored = {}
 
     def _is_broken(self, mixture: Mixture) -> bool:
