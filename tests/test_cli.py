@@ -159,7 +159,7 @@ def test_a_soup_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path) -
     ran = command("mix", a, b, "-c", ".25,.75", "-o", tmp_path / "out2", "--json")
     told = json.loads(ran.stdout)
     assert told["path"] == str(tmp_path / "out2")
-    assert told["recipe"]["coefficients"]["values"] == [0.25, 0.75]
+    assert told["recipe"]["rule"]["coefficients"]["values"] == [0.25, 0.75]
     assert told["nbytes_read"] == 2 * told["nbytes_written"]
     again = command("uniform", a, b, "-o", tmp_path / "out")
     assert again.returncode == 1

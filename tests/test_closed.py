@@ -448,7 +448,7 @@ def test_a_soups_coefficients_make_another(states: Any, paths: list[str], tmp_pa
     record = tmp_path / "stock" / "streamsoup.json"
     whole = json.loads(record.read_text())
     bare = tmp_path / "bare.json"
-    bare.write_text(json.dumps(whole["recipe"]["coefficients"]))
+    bare.write_text(json.dumps(whole["recipe"]["rule"]["coefficients"]))
     for number, given in enumerate(
         (tmp_path / "stock", record, str(bare), stock.recipe.rule.coefficients)
     ):
@@ -457,7 +457,7 @@ def test_a_soups_coefficients_make_another(states: Any, paths: list[str], tmp_pa
         assert soup.recipe.method == "mix"
         assert streamsoup.verify(soup.path).rederived
     done = command("mix", *paths, "-c", tmp_path / "stock", "-o", tmp_path / "cli", "--json")
-    assert json.loads(done.stdout)["recipe"]["coefficients"] == whole["recipe"]["coefficients"]
+    assert json.loads(done.stdout)["recipe"]["rule"] == whole["recipe"]["rule"]
     assert command("plan", *paths, "-c", bare).returncode == 0
     done = command("mix", *paths[1:], "-c", bare, "-o", tmp_path / "few")
     assert "5 coefficients for 4 ingredients" in done.stderr

@@ -266,7 +266,7 @@ def test_all_disagreements_come_in_one_message() -> None:
         "  C and A differ in the dtype of 1 tensor: z I32 and I64",
         "leave out what is of another architecture, or save it with the same tensors",
         "leave out what is of another architecture, or has resized embeddings",
-        "choose one dtype for all floats with dtype",
+        "convert all floats to one dtype with dtype",
         "save the tensors that are no floats in the same dtype",
     ]
 
