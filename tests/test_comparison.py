@@ -519,7 +519,7 @@ def test_a_mixture_that_stays_is_put_once(
     run = stream.run
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        runs.append(kwargs.get("digest", True))
+        runs.append(kwargs.get("ledger") is not None)
         return run(*args, **kwargs)
 
     monkeypatch.setattr(stream, "run", counted)
