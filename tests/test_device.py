@@ -351,7 +351,7 @@ def test_a_running_sum_counts_against_the_budget(tmp_path: Path) -> None:
     paths = make_half_checkpoints(tmp_path, 2)
     with pytest.raises(
         BudgetError,
-        match=r"device-memory of 5 MB .* needs 6\.3 MB at least, 2\.1 MB of it for the",
+        match=r"device_memory of 5 MB .* needs 6\.3 MB at least, 2\.1 MB of it for the",
     ):
         candidates_by_the_pipeline(paths, place="memory", device_memory="5MB")
     with pytest.raises(RecipeError, match=r"sums='file' .* \(memory\) or not at all \(reread\)"):

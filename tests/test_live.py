@@ -378,7 +378,7 @@ def test_what_cannot_be_put_in_place_is_named(tmp_path: Path) -> None:
     assert "the model lacks 1 of the ingredients: c" in message
     assert "of shape [4] where the ingredients have [3]: a" in message
     assert "meta device" in message
-    assert "--command" in message
+    assert "by a command" in message
 
 
 def test_a_model_that_was_changed_under_us_is_named(tmp_path: Path) -> None:
