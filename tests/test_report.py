@@ -536,7 +536,17 @@ def test_the_commands(tmp_path: Path) -> None:
     task = tmp_path / "task.py"
     task.write_text(TASK.format(tests=str(Path(__file__).parent)))
     folders = ingredients(tmp_path / "in", 4)
-    run = ("compare", *folders[1:], "--base", folders[0], "--task", task, "-o", tmp_path / "out")
+    run = (
+        "compare",
+        *folders[1:],
+        "--base",
+        folders[0],
+        "--task",
+        task,
+        "-q",
+        "-o",
+        tmp_path / "out",
+    )
     first = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2)
     assert (first.returncode, first.stderr) == (0, "")
     assert "learned soup, by layer" in first.stdout
@@ -550,7 +560,15 @@ def test_the_commands(tmp_path: Path) -> None:
     assert kinds >= {"comparison", "ingredient", "base", "oracle", "soup", "ensemble", "pair"}
 
     swept = command(
-        "interpolate", *folders[:2], "--alphas", "0:1:0.5", "--task", task, "-o", tmp_path / "path"
+        "interpolate",
+        *folders[:2],
+        "--alphas",
+        "0:1:0.5",
+        "--task",
+        task,
+        "-q",
+        "-o",
+        tmp_path / "path",
     )
     assert (swept.returncode, swept.stderr) == (0, "")
     assert "best α on val" in swept.stdout
@@ -569,7 +587,9 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "no landscape of ours" in taken.stderr
     assert thesis.read_text() == "mine"
     thesis.unlink()
-    plane = command("landscape", *folders[:3], "--task", task, "--plot", picture, "--resolution", 4)
+    plane = command(
+        "landscape", *folders[:3], "--task", task, "--plot", picture, "--resolution", 4, "-q"
+    )
     assert (plane.returncode, plane.stderr) == (0, "")
     assert picture.stat().st_size > 10_000
     assert (tmp_path / "plane.jsonl").read_text().count('"point"') >= 8

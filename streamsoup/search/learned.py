@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.statistics import note_of
 from streamsoup.errors import OutputExistsError, RecipeError, printable
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
 from streamsoup.live.mix import put_into
@@ -127,6 +128,9 @@ def learned_soup(
         report = search.report(identity)
         coefficients = search.mixture.coefficients(search.chosen)
         final = order(opened, Linear(coefficients), method="learned", options=options)
+        # Averaged statistics need no word here: they were there while this was learned.
+        warnings = [each for each in final.warnings if each != note_of(final.plan)]
+        final = replace(final, warnings=warnings)
         try:
             soup = make(replace(final, report=report), output=output, options=options)
         except OutputExistsError:
