@@ -31,8 +31,10 @@ def plan(
     **settings: Any,
 ) -> int:
     """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
+    from msgspec.structs import replace
+
     from streamsoup.engine.rules.linear import Linear
-    from streamsoup.output.coefficients import find_coefficients
+    from streamsoup.output.coefficients import doubtful_sums, find_coefficients
     from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
     from streamsoup.study.inspection import describe_order, record_order
@@ -46,6 +48,8 @@ def plan(
     ordered = order(
         ingredients, Linear(given), method=method, options=common.make_options(settings)
     )
+    if coefficients is not None:
+        ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(given)])
     if as_json:
         common.tell([json.dumps(record_order(ordered))])
     else:

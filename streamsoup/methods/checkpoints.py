@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from streamsoup.errors import FormatError, RecipeError, check_choice, option, printable, some
+from streamsoup.errors import FormatError, RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.index import is_index, n_shards
 from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
 from streamsoup.formats.side_files import pieces
@@ -44,7 +44,17 @@ _STEP = re.compile(r"(?:step|iter(?:ation)?)s?[-_=]?(\d+)", re.ASCII | re.IGNORE
 _END = re.compile(r"\d+$", re.ASCII)
 _NAMED = re.compile(r"(?:checkpoint|ckpt|global_?step|step|epoch|iter)[-_=]?\d", re.IGNORECASE)
 """How the names of folders begin that hold a checkpoint, or were to hold one."""
-_NO_WEIGHTS = ("training_args", "optim", "sched", "scaler", "rng_state", "random_states")
+_NO_WEIGHTS = (
+    "training_args",
+    "optim",
+    "sched",
+    "scaler",
+    "rng_state",
+    "random_states",
+    "mp_rank",
+    "zero_pp",
+    "bf16_zero",
+)
 """How the names of pickles begin that hold the state of a run."""
 
 log = logging.getLogger("streamsoup")
@@ -71,6 +81,8 @@ class Choice(msgspec.Struct, frozen=True):
     """What they are ordered by."""
     n_found: int
     """How many there were to choose from."""
+    warnings: tuple[str, ...] = ()
+    """What was left out, and whose name and step disagree."""
 
     @property
     def ingredients(self) -> list[AnyIngredient]:
@@ -115,7 +127,29 @@ def choose(
         if number is not None and number < 1:
             raise RecipeError(f"{name} must be at least 1, got {number}")
     run = _run_of(given)
-    found = _described(listed(given) if run is None else find_checkpoints(run))
+    warnings: list[str] = []
+    paths = listed(given) if run is None else find_checkpoints(run, warnings)
+    found = _described(paths, warnings)
+    try:
+        ordered = _in_order(found, run, by)
+    except RecipeError:
+        for warning in warnings:
+            log.warning("%s", warning)
+        raise
+    chosen = ordered[::-1][::every]
+    if last is not None and last > len(chosen):
+        thinned = f", of which every {every} leaves {len(chosen)}" if every > 1 else ""
+        raise RecipeError(
+            f"the last {last} are asked for, and there are {count(len(found), 'checkpoint')}"
+            f"{thinned}"
+        )
+    chosen = chosen[:last][::-1]
+    by = by or ("given" if run is None else "step")
+    return Choice(tuple(chosen), by, len(found), tuple(warnings))
+
+
+def _in_order(found: Sequence[Checkpoint], run: str | None, by: By | None) -> list[Checkpoint]:
+    """Order the checkpoints of a run's folder, or of a list. Raises `RecipeError`."""
     if run is not None and by == "given":
         raise RecipeError(
             f"{printable(run)}: a folder lists its checkpoints in no order; choose "
@@ -123,15 +157,7 @@ def choose(
         )
     if by is None and run is None:
         _check_rising(found)
-    ordered = _ordered(found, by or ("given" if run is None else "step"))
-    chosen = ordered[::-1][::every]
-    if last is not None and last > len(chosen):
-        thinned = f", of which every {every} leaves {len(chosen)}" if every > 1 else ""
-        raise RecipeError(
-            f"the last {last} are asked for, and there are {len(found)} checkpoints{thinned}"
-        )
-    chosen = chosen[:last][::-1]
-    return Choice(tuple(chosen), by or ("given" if run is None else "step"), len(found))
+    return _ordered(found, by or ("given" if run is None else "step"))
 
 
 def choose_any(
@@ -149,11 +175,11 @@ def choose_any(
     return choose(given, by=by, every=every, last=last)
 
 
-def find_checkpoints(run: str) -> list[str]:
+def find_checkpoints(run: str, warnings: list[str]) -> list[str]:
     """Return the paths of the checkpoints in the folder of a run, sorted by name.
 
     These are the folders that hold weights, and a number in their name or a ``trainer_state.json``;
-    else such files. What else looks like a checkpoint is left out, with a warning. Raises
+    else such files. What else looks like a checkpoint is left out, and added to `warnings`. Raises
     `FormatError` for a folder that cannot be listed.
     """
     folders, files = _inside(run)
@@ -165,12 +191,12 @@ def find_checkpoints(run: str) -> list[str]:
     left_out += [name for name in files if name not in found]
     empty = [name for name in folders if name not in whole and _NAMED.match(name)]
     if left_out:
-        log.warning(
-            "%s: %s: left out, as only the numbered checkpoints in this folder are taken",
-            printable(run), some(left_out),
-        )  # fmt: skip
+        warnings.append(
+            f"{printable(run)}: {some(left_out)}: left out, as only the numbered checkpoints in "
+            "this folder are taken"
+        )
     if empty:
-        log.warning("%s: %s: left out, without weights in it", printable(run), some(empty))
+        warnings.append(f"{printable(run)}: {some(empty)}: left out, without weights in it")
     return [os.path.join(run, name) for name in found]
 
 
@@ -226,8 +252,8 @@ def _inside(run: str) -> tuple[list[str], list[str]]:
             f"{printable(run)}: cannot be listed: {error.strerror}; fix that and run again"
         ) from None
     names = [entry.name for entry in entries if entry.name not in folders]
-    if "model_index.json" in names:  # components of a pipeline, some with a number
-        return [], []
+    if {"model_index.json", "zero_to_fp32.py"} & {*names}:
+        return [], []  # a pipeline, or a checkpoint of DeepSpeed: the numbers inside are no steps
     weights = [name for name in names if _is_weights(name) and n_shards(name) == 1]
     return folders, [] if any(map(is_index, names)) else weights
 
@@ -249,8 +275,8 @@ def _is_numbered(path: str) -> bool:
     return number_in(os.path.basename(path)) is not None or os.path.isfile(f"{path}/{STATE}")
 
 
-def _described(given: Sequence[AnyIngredient]) -> list[Checkpoint]:
-    """Find the name and the step of each ingredient, and warn where the two disagree."""
+def _described(given: Sequence[AnyIngredient], warnings: list[str]) -> list[Checkpoint]:
+    """Find the name and the step of each ingredient; add to `warnings` where the two disagree."""
     paths = [_path_of(each) for each in given]
     names = iter(_telling([path for path in paths if path is not None]))
     found = []
@@ -259,7 +285,9 @@ def _described(given: Sequence[AnyIngredient]) -> list[Checkpoint]:
         found.append(Checkpoint(each, path, str(name), None))
     numbers = _numbers([each.name for each in found if each.path is not None])
     return [
-        each if each.path is None else msgspec.structs.replace(each, step=_step(each, numbers))
+        each
+        if each.path is None
+        else msgspec.structs.replace(each, step=_step(each, numbers, warnings))
         for each in found
     ]
 
@@ -276,6 +304,8 @@ def _telling(paths: Sequence[str]) -> list[str]:
     """Return what tells each path from the others: NAME of ``run/NAME/model.safetensors``."""
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     while len({*map(tuple, parts)}) > 1 and len({each[-1] for each in parts}) == 1:
+        if min(map(len, parts)) == 1:
+            break
         parts = [each[:-1] for each in parts]
     return [each[-1] for each in parts]
 
@@ -289,17 +319,17 @@ def _numbers(names: Sequence[str]) -> dict[str, int]:
     return {name: number for name, number in known.items() if number is not None}
 
 
-def _step(checkpoint: Checkpoint, numbers: Mapping[str, int]) -> int | None:
+def _step(checkpoint: Checkpoint, numbers: Mapping[str, int], warnings: list[str]) -> int | None:
     """Return the step in the state of a checkpoint; without one, that of its name in `numbers`."""
-    state, number = _step_in_state(checkpoint), numbers.get(checkpoint.name)
+    state, number = _step_in_state(checkpoint, warnings), numbers.get(checkpoint.name)
     if state is None:
         return number
     counts_epochs = "epoch" in checkpoint.name.lower() and not _STEP.search(checkpoint.name)
     if number is not None and number != state and not counts_epochs:
-        log.warning(
-            "%s: is of step %d by its %s, which counts, and not of step %d, as its name says",
-            printable(checkpoint.name), state, STATE, number,
-        )  # fmt: skip
+        warnings.append(
+            f"{printable(checkpoint.name)}: is of step {state} by its {STATE}, which counts, and "
+            f"not of step {number}, as its name says"
+        )
     return state
 
 
@@ -309,7 +339,7 @@ class _State(msgspec.Struct):
     global_step: int
 
 
-def _step_in_state(checkpoint: Checkpoint) -> int | None:
+def _step_in_state(checkpoint: Checkpoint, warnings: list[str]) -> int | None:
     """Read ``global_step``: in the folder that is the checkpoint, or that its file lies in."""
     path = checkpoint.path or ""
     state = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), STATE)
@@ -321,7 +351,7 @@ def _step_in_state(checkpoint: Checkpoint) -> int | None:
         return msgspec.json.decode(b"".join(pieces(state)), type=_State).global_step
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
-        log.warning("%s: says no step: %s; the name counts", printable(state), printable(why))
+        warnings.append(f"{printable(state)}: says no step: {printable(why)}; the name counts")
         return None
 
 

@@ -90,7 +90,9 @@ def ema(
     factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
     factors[:1] = [decay ** (n - 1)] if n else []
     report = {"decay": decay, **choice.report}
-    return _make(choice.ingredients, factors, "ema", report, output, options)
+    return _make(
+        choice.ingredients, factors, "ema", report, output, options, warnings=choice.warnings
+    )
 
 
 def lawa(
@@ -136,7 +138,9 @@ def lawa(
     latest = replace(choice, checkpoints=choice.checkpoints[n - window :])
     report = {"window": window, "n_given": n, **latest.report}
     coefficients = Coefficients.uniform(window)
-    return _make(latest.ingredients, coefficients, "lawa", report, output, options)
+    return _make(
+        latest.ingredients, coefficients, "lawa", report, output, options, warnings=choice.warnings
+    )
 
 
 def wsm(
@@ -175,7 +179,9 @@ def wsm(
     choice = choose(checkpoints, by=by, every=every, last=last)
     coefficients = wsm_coefficients(len(choice.checkpoints), curve)
     report = {"curve": curve, **choice.report}
-    return _make(choice.ingredients, coefficients, "wsm", report, output, options)
+    return _make(
+        choice.ingredients, coefficients, "wsm", report, output, options, warnings=choice.warnings
+    )
 
 
 def wsm_coefficients(n: int, curve: Curve) -> Coefficients:

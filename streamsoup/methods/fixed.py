@@ -19,7 +19,7 @@ from streamsoup.errors import RecipeError
 from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
-from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
+from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
 from streamsoup.output.make import Soup, make, order
 from streamsoup.recipe import Coefficients, rule_name
 from streamsoup.rule import Rule
@@ -64,7 +64,8 @@ def uniform(
     rule = Linear(Coefficients.uniform(len(opened)))
     ordered = order(opened, rule, method="uniform", options=options)
     if choice is not None:
-        ordered = replace(ordered, report=choice.report)
+        warnings = [*ordered.warnings, *choice.warnings]
+        ordered = replace(ordered, report=choice.report, warnings=warnings)
     return make(ordered, output=output, options=options)
 
 
@@ -84,6 +85,7 @@ def mix(
     """
     found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
     ordered = order(ingredients, Linear(found), method="mix", options=options)
+    ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(found)])
     return make(ordered, output=output, options=options)
 
 

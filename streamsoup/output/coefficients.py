@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import Message, RecipeError, option, printable, some
+from streamsoup.errors import Message, RecipeError, count, option, printable, some
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.system.regular import read_whole
@@ -25,6 +25,7 @@ __all__ = [
     "AnyCoefficients",
     "AnyRule",
     "coefficients_of",
+    "doubtful_sums",
     "find_coefficients",
     "find_rule",
     "told",
@@ -43,27 +44,39 @@ AnyRule = AnyCoefficients | Rule
 
 
 def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
-    """Take factors as they are, or read them; warn where they do not sum to 1.
+    """Take factors as they are, or read them; see `doubtful_sums` for what to say of them.
 
     A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
     under ``recipe.rule.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``.
     Raises `RecipeError` for a file without them, and if `normalize` is to divide anything but a
     list.
     """
-    found = _find(given, normalize)
-    total = _sum(found.values) / found.divisor
+    if not isinstance(given, (str, os.PathLike, Coefficients)):
+        return Coefficients.given(given, normalize=normalize)
+    if normalize:
+        raise RecipeError("only a list of factors can be normalized, one for each ingredient")
+    return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
+
+
+def doubtful_sums(coefficients: Coefficients) -> list[str]:
+    """Return warnings about coefficients that do not sum to 1, of all tensors or of single ones."""
+    warnings = []
+    total = _sum(coefficients.values) / coefficients.divisor
     if abs(total - 1) > NEAR:
+        plain = coefficients.divisor == 1 and not coefficients.per_tensor
         divides = f"{option('normalize', True)} divides them by it"
-        advice = divides if found.divisor == 1 and not found.per_tensor else "give others"
-        said = f"the coefficients sum to {total:g}, so the soup is {total:g} times a mean"
-        log.warning("%s", Message(f"{said}; if that is not meant, {advice}"))
-    off = [name for name, row in found.per_tensor.items() if abs(_sum(row) - 1) > NEAR]
+        warnings.append(
+            f"the coefficients sum to {total:g}, so the soup is {total:g} times a mean; if that is "
+            f"not meant, {divides if plain else 'give others'}"
+        )
+    rows = coefficients.per_tensor
+    off = [name for name, row in rows.items() if abs(_sum(row) - 1) > NEAR]
     if off:
-        log.warning(
-            "the coefficients of %d of %d tensors do not sum to 1: %s",
-            len(off), len(found.per_tensor), some(off, 3),
-        )  # fmt: skip
-    return found
+        warnings.append(
+            f"the coefficients of {len(off)} of {count(len(rows), 'tensor')} do not sum to 1: "
+            f"{some(off, 3)}"
+        )
+    return warnings
 
 
 def told(coefficients: Coefficients) -> str:
@@ -91,21 +104,19 @@ def _sum(values: Sequence[float]) -> float:
         return math.inf
 
 
-def _find(given: AnyCoefficients, normalize: bool) -> Coefficients:
-    if not isinstance(given, (str, os.PathLike, Coefficients)):
-        return Coefficients.given(given, normalize=normalize)
-    if normalize:
-        raise RecipeError("only a list of factors can be normalized, one for each ingredient")
-    return given if isinstance(given, Coefficients) else _read_coefficients(os.fspath(given))
-
-
 def find_rule(given: AnyRule, *, normalize: bool = False) -> Rule:
-    """Return a rule as it is, or the linear one with the coefficients of `find_coefficients`."""
+    """Return a rule as it is, or the linear one with the coefficients of `find_coefficients`.
+
+    Logs a warning where coefficients do not sum to 1.
+    """
     if isinstance(given, Rule):
         if normalize:
             raise RecipeError("only a list of factors can be normalized, one for each ingredient")
         return given
-    return Linear(find_coefficients(given, normalize=normalize))
+    found = find_coefficients(given, normalize=normalize)
+    for warning in doubtful_sums(found):
+        log.warning("%s", Message(warning))
+    return Linear(found)
 
 
 _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
