@@ -28,7 +28,7 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import averaged_variances, may_be_negative
-from streamsoup.errors import Message, TaskError, option, some
+from streamsoup.errors import Message, TaskError, count, option, some
 from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
@@ -319,7 +319,7 @@ class Bench:
             log.warning(
                 "%s",
                 Message(
-                    f"{len(self._unscored)} mixtures with a negative coefficient are not scored: "
+                    f"not scored, for a negative coefficient: {count(len(self._unscored), 'mixture')}; "
                     f"BatchNorm variances are below zero ({some(names, 3)}), and every output "
                     f"would be a NaN; {option('recalibrate', True)} measures them anew for each"
                 ),
