@@ -261,6 +261,8 @@ class Watcher:
     def _line(self, now: float) -> str:
         """Return the line, with as much on it as the terminal has room for."""
         done, rate, left, text = self._parts(now)
+        step = self._current_step()
+        short = done if step is None else f"{min(step.n_done + 1, step.n)}/{step.n}"
         room = _width(self._stream) - MARGIN
         share = self._share()
         bar = SHORTEST if share is not None else 0
@@ -269,9 +271,10 @@ class Watcher:
         for name, n_bar, *rest in (
             (self._label, bar, done, rate, left),
             (self._label, bar, done, "", left),
-            (self._label, 0, done, "", left),
-            ("", 0, done, "", left),
-            ("", 0, done, "", ""),
+            (self._label, 0, short, rate, left),
+            (self._label, 0, short, "", left),
+            ("", 0, short, "", left),
+            ("", 0, short, "", ""),
         ):
             shown = [part for part in (name, *rest) if part]
             free = room - sum(_columns(part) + 1 for part in shown) + 1
