@@ -19,7 +19,7 @@ _HOMES = {
     "CompareOptions": "study.comparison.table",
     "Geometry": "methods.angles",
     "GreedySoup": "search.greedy",
-    "Ingredient": "formats.shards",
+    "Ingredient": "formats.ingredients",
     "LearnedSoup": "search.learned",
     "LearningOptions": "search.learning.descending",
     "MixPlan": "engine.plan",
@@ -53,7 +53,7 @@ _HOMES = {
     "mix": "methods.fixed",
     "mix_into": "live.mix",
     "mix_to": "live.streams",
-    "open_ingredients": "formats.shards",
+    "open_ingredients": "formats.ingredients",
     "recalibrate": "live.recalibration",
     "slerp": "methods.closed",
     "stock": "methods.closed",
@@ -75,8 +75,8 @@ if TYPE_CHECKING:
     from streamsoup.engine.stream import SinkSession as SinkSession
     from streamsoup.errors import RecipeError as RecipeError
     from streamsoup.errors import StreamsoupError as StreamsoupError
-    from streamsoup.formats.shards import Ingredient as Ingredient
-    from streamsoup.formats.shards import open_ingredients as open_ingredients
+    from streamsoup.formats.ingredients import Ingredient as Ingredient
+    from streamsoup.formats.ingredients import open_ingredients as open_ingredients
     from streamsoup.live.mix import mix_into as mix_into
     from streamsoup.live.recalibration import recalibrate as recalibrate
     from streamsoup.live.streams import mix_to as mix_to

@@ -109,7 +109,7 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
                 text = file.read(status.st_size)
     except OSError as error:
         raise FormatError(
-            f"{where}: cannot be read: {error.strerror}; mend that, and run again"
+            f"{where}: cannot be read: {error.strerror}; fix that and run again"
         ) from None
     known = recognise(text[:1000])
     if known is not None and not text.startswith(b"{"):

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, count, printable, some
-from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.options import Options, check_options, take
 from streamsoup.output.destination import check_output

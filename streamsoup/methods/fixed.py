@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, find_coefficients
 from streamsoup.output.make import Soup, make, order
@@ -32,15 +32,15 @@ def uniform(
 ) -> Soup:
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
-    An ingredient is a safetensors file, a folder that holds a checkpoint, or one already open.
+    An ingredient is a safetensors file, a folder that holds a checkpoint, a state dict, a module,
+    a `streamsoup.Source`, or one already open.
     The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
     the sum. Reads each ingredient once, holds blocks of it only. Raises the errors of `order` and
     `make`.
     """
-    opened = open_ingredients(ingredients)
-    ordered = order(
-        opened, Linear(Coefficients.uniform(len(opened))), method="uniform", options=options
-    )
+    given = listed(ingredients)
+    equal = Linear(Coefficients.uniform(len(given)))
+    ordered = order(given, equal, method="uniform", options=options)
     return make(ordered, output=output, options=options)
 
 

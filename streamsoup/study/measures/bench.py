@@ -26,7 +26,7 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import TaskError
-from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
