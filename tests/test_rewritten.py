@@ -130,7 +130,9 @@ def test_what_changes_under_the_second_look_is_looked_at_again(
         uniform(paths, output=tmp_path / "out", options=Options(threads=1))
 
 
-def test_without_suspects_there_is_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_suspects_there_is_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Planted fault: with the suspects taken out, leaves of two checkpoints end in one soup."""
     paths, victim = folders(tmp_path)
     after_leaf(4, lambda: write_in_place(victim, content(NEW)), monkeypatch)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import MismatchError
+from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
@@ -283,6 +283,11 @@ def _plan_tensor(
     sources = tuple(Place(shard, each.begin, each.comes_as) for shard, each in found)
     n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
     if is_coded:
+        if any(each.delivered for _, each in found):
+            raise MismatchError(
+                f"{printable(name)}: is a part of a quantised weight, which is copied, but a "
+                "source delivers it in another dtype; have it delivered as it is stored"
+            )
         return PlannedTensor(name, spec.dtype, spec.shape, "code", n_units, sources, first_leaf)
     if spec.dtype.averaged:
         return PlannedTensor(

@@ -8,7 +8,7 @@ changed (`formats.source.Suspects`), at the end of a pass:
 1. What the pass read of these tensors is known by the digests of their leaves.
 2. These leaves are read once more. If each has its digest still, all of the pass read what is
    there now, and no older or newer bytes were mixed.
-3. If the file changed while step 2 read it, the source names them again, with its newer change time.
+3. If the file changed while step 2 read it, the source names them again, by its change time.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Cursor(Protocol):
     def view(self, tensor: str, begin: int, end: int) -> Bytes | None:
         """Return bytes `begin` to `end` of a tensor where they lie, or None to have them read.
 
-        A view is valid until the next call. It may be marked read-only only if it is empty.
+        A view is valid until the next call. Its bytes are one-dimensional and not marked read-only.
         """
         return None
 
