@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from streamsoup.version import __version__ as __version__
 
 _HOMES = {
+    "Access": "formats.files",
     "Block": "rule",
     "Coefficients": "recipe",
     "Leaf": "engine.plan",
     "Ledger": "engine.stream",
     "Linear": "engine.rules.linear",
     "CompareOptions": "study.comparison.table",
+    "Cursor": "formats.source",
     "Geometry": "methods.angles",
     "GreedySoup": "search.greedy",
-    "Ingredient": "formats.shards",
+    "Ingredient": "formats.ingredients",
     "LearnedSoup": "search.learned",
     "LearningOptions": "search.learning.descending",
     "MixPlan": "engine.plan",
@@ -27,6 +29,7 @@ _HOMES = {
     "Options": "options",
     "Progress": "options",
     "Provenance": "recipe",
+    "ReadingCost": "formats.source",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "Reduction": "rule",
@@ -36,8 +39,11 @@ _HOMES = {
     "Sink": "engine.stream",
     "SinkSession": "engine.stream",
     "Soup": "output.make",
+    "Source": "formats.source",
+    "SourceTensor": "formats.source",
     "Step": "options",
     "StreamsoupError": "errors",
+    "Suspects": "formats.source",
     "TensorSpec": "tensors",
     "Trial": "search.greedy",
     "apply": "methods.fixed",
@@ -53,7 +59,7 @@ _HOMES = {
     "mix": "methods.fixed",
     "mix_into": "live.mix",
     "mix_to": "live.streams",
-    "open_ingredients": "formats.shards",
+    "open_ingredients": "formats.ingredients",
     "recalibrate": "live.recalibration",
     "slerp": "methods.closed",
     "stock": "methods.closed",
@@ -75,8 +81,14 @@ if TYPE_CHECKING:
     from streamsoup.engine.stream import SinkSession as SinkSession
     from streamsoup.errors import RecipeError as RecipeError
     from streamsoup.errors import StreamsoupError as StreamsoupError
-    from streamsoup.formats.shards import Ingredient as Ingredient
-    from streamsoup.formats.shards import open_ingredients as open_ingredients
+    from streamsoup.formats.files import Access as Access
+    from streamsoup.formats.ingredients import Ingredient as Ingredient
+    from streamsoup.formats.ingredients import open_ingredients as open_ingredients
+    from streamsoup.formats.source import Cursor as Cursor
+    from streamsoup.formats.source import ReadingCost as ReadingCost
+    from streamsoup.formats.source import Source as Source
+    from streamsoup.formats.source import SourceTensor as SourceTensor
+    from streamsoup.formats.source import Suspects as Suspects
     from streamsoup.live.mix import mix_into as mix_into
     from streamsoup.live.recalibration import recalibrate as recalibrate
     from streamsoup.live.streams import mix_to as mix_to

@@ -35,7 +35,7 @@ class DType(msgspec.Struct, frozen=True):
 
     @property
     def averaged(self) -> bool:
-        """Whether elements take part in arithmetic (others are copied when equal)."""
+        """True if elements take part in arithmetic (others are copied when equal)."""
         return self.fraction is not None
 
     @property
@@ -127,6 +127,13 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     begin: int
     """Offset of the first byte, from the end of the header."""
+    delivered: DType | None = None
+    """The dtype its source delivers it in, if that is another (`formats.source`)."""
+
+    @property
+    def comes_as(self) -> DType:
+        """The dtype of the bytes that are read."""
+        return self.delivered or self.dtype
 
     @property
     def n_elements(self) -> int:

@@ -21,7 +21,7 @@ from streamsoup.cli import cli
 from streamsoup.errors import CorruptFileError, FormatError, UnsupportedDtypeError
 from streamsoup.formats import header
 from streamsoup.formats.header import make_header, parse_header
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.tensors import DTYPES
 
 GOOD = {"a": tensor(np.arange(4, dtype=np.float32)), "b": tensor(np.arange(6, dtype=np.float16))}
@@ -349,7 +349,7 @@ def test_what_torch_writes_is_read_back(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt", "é": "\n"})
     (opened,) = open_ingredients([tmp_path / "m.safetensors"])
     assert set(opened.layout.places) == set(tensors)
-    data = (tmp_path / "m.safetensors").read_bytes()[opened.shards[0].data_begin :]
+    data = (tmp_path / "m.safetensors").read_bytes()[opened.source.shards[0].data_begin :]
     for name, (_, spec) in opened.layout.places.items():
         assert spec.shape == tuple(tensors[name].shape)
         found = data[spec.begin : spec.begin + spec.nbytes]

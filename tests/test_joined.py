@@ -136,7 +136,7 @@ def test_every_byte_is_put_once_with_the_bits_of_uniform(
                 made.mix((0, 1, 2), shelf, keep=True)
                 for planned in expected.plan.tensors:
                     source = planned.sources[0]
-                    shard = expected.plan.ingredients[0].shards[source.shard]
+                    shard = expected.plan.ingredients[0].source.shards[source.shard]
                     content = Path(shard.path).read_bytes()[shard.data_begin :]
                     wanted = content[source.offset : source.offset + planned.nbytes]
                     assert shelf.found[planned.name].tobytes() == wanted, planned.name

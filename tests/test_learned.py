@@ -22,7 +22,7 @@ from torch import nn
 import streamsoup
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, ResumeError, TaskError
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
 from streamsoup.output.make import order

@@ -20,7 +20,7 @@ from streamsoup.engine.reduce import Engine, Mix
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import ChangedIngredientError, MismatchError, RecipeError, TaskError
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.live import model as live
 from streamsoup.live.model import ModelSink, tensors_of
 from streamsoup.live.recalibration import recalibrate

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from mmap import PAGESIZE
 from pathlib import Path
@@ -265,17 +266,97 @@ def test_coefficients_of_each_tensor_are_in_the_plan(tmp_path: Path) -> None:
     assert 20_000_000 < peak - plain <= counted[0] - counted[1]
 
 
-@pytest.mark.parametrize("said", ["x" * 20_000_000, "\U0001f372" + "x" * 8_000_000])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tags": "x" * 25_000_000},
+        {"tags": "\U0001f372" + "x" * 25_000_000},
+        {"tags": '"' * 12_500_000},
+        {f"{i:0250}": "\U0001f372" for i in range(90_000)},
+    ],
+    ids=["ascii", "wide", "escapes", "keys"],
+)
 @pytest.mark.parametrize("geometry", [False, True])
-def test_metadata_is_in_the_plan(said: str, geometry: bool, tmp_path: Path) -> None:
+def test_metadata_is_in_the_plan(metadata: dict[str, str], geometry: bool, tmp_path: Path) -> None:
     """What trainers write into headers by the megabyte is read, checked and let go."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    text = json.dumps({"__metadata__": {"tags": said}, "t": entry}, ensure_ascii=False)
+    text = json.dumps({"__metadata__": metadata, "t": entry}, ensure_ascii=False)
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(raw(text.encode(), bytes(4)))
     peak, planned = measure(tmp_path, folder, 8, geometry=geometry, in_numpy=geometry)
-    assert 50_000_000 < peak <= planned
+    assert 25_000_000 < peak <= planned < 150_000_000
+
+
+OPENED = """
+import sys
+from streamsoup.errors import CorruptFileError
+from streamsoup.formats.stored import open_stored
+
+try:
+    open_stored(sys.argv[1])
+except CorruptFileError as error:
+    print(str(error)[-160:])
+print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+TINY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+MANY = b",".join(b'"%07x":%b' % (i, TINY) for i in range(320_000))
+BACK = b",".join(
+    b'"%07x":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}' % (i, i, i + 1)
+    for i in reversed(range(270_000))
+)
+REFUSED = {
+    "a tensor at the end": (b"{%b,%b}" % (MANY, b'"z":1'), "exactly"),
+    "one name twice": (b'{%b,"0000007":%b}' % (MANY, TINY), "twice"),
+    "unsorted, with an overlap": (
+        b'{%b,"z":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}' % BACK,
+        "overlaps",
+    ),
+    "a shape without end": (b'{"a":{"shape":[%b0]}}' % (b"0," * 10_000_000), "65536"),
+    "nested": (b'{"a":' + b"[" * 20_000_000, "nested"),
+    "metadata of many keys": (
+        b'{"__metadata__":{%b}}' % b",".join(b'"%x":""' % i for i in range(1_700_000)),
+        "entries in __metadata__",
+    ),
+    "metadata that ends wrong": (b'{"__metadata__":{"a":"%b"},}' % (b"x" * 20_000_000), "JSON"),
+    "a long name": (b'{"%b":1}' % (b"x" * 20_000_000), "a key of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_header_takes_little_more_than_its_text(case: str, tmp_path: Path) -> None:
+    """Whatever 20 MB of header say before the mistake, at most 36 MB more are held, numpy included.
+
+    So 100 MB, the most that is read, take at most 260.
+    """
+    text, phrase = REFUSED[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(text))
+    ran = subprocess.run(
+        [sys.executable, "-c", OPENED, path], capture_output=True, text=True, check=True
+    )
+    assert phrase in ran.stdout
+    peak = 1024 * int(ran.stdout.split()[-2])
+    (tmp_path / "plain.safetensors").write_bytes(raw(b"{}"))
+    ran = subprocess.run(
+        [sys.executable, "-c", OPENED, tmp_path / "plain.safetensors"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    plain = 1024 * int(ran.stdout.split()[-2])
+    assert 0.9 * len(text) <= peak - plain <= 20_000_000 + 36_000_000
+
+
+def test_a_json_reader_would_take_more() -> None:
+    """Planted fault: decoding the whole header first takes many times its text."""
+    text = REFUSED["a tensor at the end"][0]
+    tracemalloc.start()
+    json.loads(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak > 5 * len(text)
 
 
 @pytest.mark.parametrize(

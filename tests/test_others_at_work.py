@@ -21,7 +21,7 @@ import pytest
 from checkpoints import content, random_model, save, tensor
 
 from streamsoup.errors import OutputError, OutputExistsError
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.methods.fixed import uniform
 from streamsoup.options import Options
 from streamsoup.output import staging

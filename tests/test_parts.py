@@ -12,7 +12,7 @@ from streamsoup import Options, geometry, mix, uniform, verify
 from streamsoup.engine.plan import LEAF, MixPlan, plan_mix
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import MismatchError
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.recipe import Coefficients, Recipe
 
 Model = dict[str, tuple[str, tuple[int, ...]]]

@@ -23,7 +23,10 @@ from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, MismatchError, RecipeError
 from streamsoup.formats.header import parse_header
-from streamsoup.formats.shards import Identity, Ingredient, Layout, Shard, open_ingredients
+from streamsoup.formats.ingredients import Ingredient, open_ingredients
+from streamsoup.formats.layout import Layout
+from streamsoup.formats.shards import Attributes, Identity, Shard
+from streamsoup.formats.stored import Stored
 from streamsoup.live.running import plan_sums
 from streamsoup.options import Options
 from streamsoup.output.make import order
@@ -48,9 +51,12 @@ def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingre
         header = parse_header(text, 8 + len(text) + offset)
         places |= {key: (number, spec) for key, spec in header.tensors.items()}
         path = f"/nowhere/{name}/{number}.safetensors"
-        made.append(Shard(path, Identity(0, number, offset, 0), header, 8 + len(text), 0, 0))
+        attributes = Attributes(0, 1, 0, 0, 0)
+        identity = Identity(0, number, offset, 0)
+        made.append(Shard(path, identity, header, 8 + len(text), attributes, b"", 0))
     layout = Layout(tuple(shard.header for shard in made), places)
-    return Ingredient(name, f"/nowhere/{name}", tuple(made), layout, "model.safetensors.index.json")
+    index = "model.safetensors.index.json"
+    return Ingredient(Stored(name, f"/nowhere/{name}", made, layout, index), layout)
 
 
 def planned(*ingredients: Ingredient, **more: object) -> MixPlan:

@@ -24,7 +24,7 @@ from streamsoup.engine.stream import Nowhere
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats import files
 from streamsoup.formats.files import Descriptors, Window, on_network, open_shard
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.running import plan_sums
 from streamsoup.output.make import order
@@ -154,7 +154,9 @@ def test_without_the_checks_a_change_would_pass(
     with pytest.raises(ChangedIngredientError):
         opened[0].check_unchanged()
     monkeypatch.setattr("streamsoup.formats.shards.Shard.check_unchanged", lambda self: None)
-    monkeypatch.setattr("streamsoup.formats.files.Identity.of", lambda _: opened[0].shards[0])
+    monkeypatch.setattr(
+        "streamsoup.formats.files.Identity.of", lambda _: opened[0].source.shards[0]
+    )
     opened[0].check_unchanged()
 
 
@@ -162,7 +164,7 @@ def test_a_file_that_ends_early_is_an_error_not_a_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads that come back empty, or fail, become errors that name the shard and the byte."""
-    paths = [save(tmp_path / f"m{i}", MODEL) for i in range(2)]
+    paths = open_ingredients([save(tmp_path / f"m{i}", MODEL) for i in range(2)])
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
     with pytest.raises(ChangedIngredientError, match=r"m0/model\.safetensors: ended at byte"):
         uniform(paths, output=tmp_path / "out", options=Options(io="read", threads=1))
@@ -307,7 +309,7 @@ def test_descriptors_are_few_and_closed(tmp_path: Path) -> None:
     (opened,) = open_ingredients([folder])
     before = len(os.listdir("/proc/self/fd"))
     files = Descriptors(3)
-    for shard in [*opened.shards, *opened.shards]:
+    for shard in [*opened.source.shards, *opened.source.shards]:
         files.reading(shard)
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     files.close()
@@ -326,7 +328,7 @@ def test_mappings_go_with_their_last_view(tmp_path: Path) -> None:
     path = save(tmp_path / "m", MODEL) / "model.safetensors"
     (opened,) = open_ingredients([path])
     before = len(os.listdir("/proc/self/fd"))
-    window = Window(opened.shards[0], 5000, 9000)
+    window = Window(opened.source.shards[0], 5000, 9000)
     assert len(os.listdir("/proc/self/fd")) == before
     assert window.covers(5000, 9000)
     assert not window.covers(4000, 9000)
@@ -380,7 +382,7 @@ def test_windows_share_what_may_be_mapped(tmp_path: Path) -> None:
             [model] * k, Linear(Coefficients.uniform(k)), method="uniform", options=options
         )
         memory = replace(planned.memory, threads=2)
-        found[k] = read.MappedReader(planned.plan, memory)._window
+        found[k] = read.Reader(planned.plan, memory, mapped=True)._window
     assert found == {2: 1 << 25, 8: 1 << 24, 12: (1 << 28) // 24, 64: 1 << 23}
 
 
@@ -390,7 +392,7 @@ def test_a_replaced_shard_is_not_opened(tmp_path: Path) -> None:
     (opened,) = open_ingredients([path])
     replaced(path)
     with pytest.raises(ChangedIngredientError, match="was replaced"):
-        open_shard(opened.shards[0])
+        open_shard(opened.source.shards[0])
 
 
 def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
@@ -419,8 +421,8 @@ def test_what_is_kept_is_mapped_once_and_within_bounds(tmp_path: Path) -> None:
     opened = open_ingredients(paths)
     nbytes = paths[0].stat().st_size
     kept = read.Kept(2 * nbytes + 1)
-    windows = [kept.of(each.shards[0]) for each in opened]
-    assert windows[0] is kept.of(opened[0].shards[0])
+    windows = [kept.of(each.source.shards[0]) for each in opened]
+    assert windows[0] is kept.of(opened[0].source.shards[0])
     assert windows[1] is not None
     assert windows[2] is None
     assert mapped_nbytes(paths[0]) >= nbytes
@@ -434,14 +436,14 @@ def test_what_cannot_be_mapped_whole_is_not_kept(
 ) -> None:
     """As under `ulimit -v`: then windows go on moving, and no more is tried."""
     paths = [save(tmp_path / f"m{i}", MODEL) / "model.safetensors" for i in range(2)]
-    first, second = (each.shards[0] for each in open_ingredients(paths))
+    first, second = (each.source.shards[0] for each in open_ingredients(paths))
     kept = read.Kept()
     assert kept.of(first) is not None
 
     def failing(*arguments: Any) -> None:
         raise FormatError("cannot be mapped")
 
-    monkeypatch.setattr(read, "Window", failing)
+    monkeypatch.setattr(files, "Window", failing)
     assert kept.of(second) is None
     monkeypatch.undo()
     assert kept.of(second) is None
@@ -480,4 +482,4 @@ def test_files_on_a_network_are_read_unless_told(
         assert will_map(opened, "auto") is not remote
         assert will_map(opened, "mmap")
         assert not will_map(opened, "read")
-    assert asked == [[shard.path for shard in opened[0].shards]] * 2
+    assert asked == [[*opened[0].source.files]] * 2

@@ -15,8 +15,8 @@ from checkpoints import as_hub_snapshot, command, save, tensor
 from streamsoup import Options, uniform
 from streamsoup.errors import FormatError, MismatchError
 from streamsoup.formats import configs, side_files
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.formats.meaning import check_quantised
-from streamsoup.formats.shards import open_ingredients
 from streamsoup.formats.side_files import gather_side_files
 from streamsoup.tensors import DTYPES
 
@@ -218,8 +218,8 @@ def test_strange_side_files_never_hang(tmp_path: Path) -> None:
     assert warnings == [
         f"{a}: left out what may be weights of another model; if the soup needs it, copy it there, "
         "or a soup of it: self",
-        f"{a}: left out what is neither a plain file nor a link to one; if the "
-        "soup needs it, copy it there: 1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
+        f"{a}: left out what is neither a plain file nor a link to one in this folder; "
+        "if the soup needs it, copy it there: 1_Pooling, gone, pipe.txt, zero, sub/tokenizer.json",
         f"side files of {b} differ from those of {a}, which are used: config.json, x.txt",
     ]
 

@@ -14,7 +14,7 @@ from checkpoints import random_model, save
 import streamsoup
 from streamsoup import CompareOptions, LearningOptions, Options, SearchOptions, uniform
 from streamsoup.errors import RecipeError, StreamsoupError
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.sizes import nbytes_text, parse_nbytes
 
 

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 import streamsoup
 from streamsoup import Options, SearchOptions
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
-from streamsoup.formats.memory import MemoryShard, _elements, _version
-from streamsoup.formats.shards import open_ingredients
+from streamsoup.formats.ingredients import open_ingredients
+from streamsoup.formats.memory import _elements, _version, sharing
 
 
 @pytest.mark.parametrize("io", ["mmap", "read"])
@@ -149,14 +149,13 @@ def test_memory_may_be_shared_from_the_middle_on() -> None:
     """What overwrites a byte of an ingredient shares memory with it, wherever its own begins."""
     memory = np.arange(24, dtype=np.float32)
     (opened,) = open_ingredients([{"w": torch.from_numpy(memory[8:16])}])
-    (shard,) = opened.shards
-    assert isinstance(shard, MemoryShard)
+    tensors = opened.source.memory
     for begin, end, shares in [(0, 8, False), (16, 24, False), (15, 24, True), (0, 9, True)]:
         others = [torch.zeros(0), torch.zeros(100), torch.from_numpy(memory[begin:end])]
-        assert shard.memory.sharing(others) == (["w"] if shares else [])
-    assert shard.memory.sharing([torch.from_numpy(memory)])
-    assert shard.memory.sharing([torch.from_numpy(memory[10:12])])
-    assert not shard.memory.sharing([])
+        assert sharing(tensors, others) == (["w"] if shares else [])
+    assert sharing(tensors, [torch.from_numpy(memory)])
+    assert sharing(tensors, [torch.from_numpy(memory[10:12])])
+    assert not sharing(tensors, [])
 
 
 def test_little_is_copied_of_what_does_not_lie_in_order() -> None:
@@ -242,15 +241,15 @@ def test_each_leaf_looks_at_its_own_tensor(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_change_is_seen_at_its_tensor_and_at_the_end() -> None:
-    """Whether the tensor at an offset was changed, or any of all."""
+    """A look at one tensor sees its own change only; a look at all sees any."""
     state = {name: torch.zeros(2) for name in "abc"}
-    ((shard,),) = (each.shards for each in open_ingredients([state]))
+    (opened,) = open_ingredients([state])
     state["b"].add_(1)
-    for begin in (0, 16):
-        shard.check_unchanged(begin)
-    for at in (8, None):
+    for name in ("a", "c"):
+        opened.check_unchanged(name)
+    for at in ("b", None):
         with pytest.raises(ChangedIngredientError):
-            shard.check_unchanged(at)
+            opened.check_unchanged(at)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -463,24 +463,23 @@ def in_words(error: Exception) -> str:
 
 def _explain(number: int, started: float, paths: Sequence[str], after: str) -> str:
     """Say why the child died, of which shard if it died of one, and what comes `after`."""
-    from streamsoup.formats.shards import Shard, open_ingredients
+    from streamsoup.formats.ingredients import open_ingredients
 
     if number == signal.SIGBUS:
-        shards: list[Shard] = []
+        times: dict[str, int] = {}
         for path in paths:
             try:
                 (ingredient,) = open_ingredients([path])
+                times |= {file: os.stat(file).st_mtime_ns for file in ingredient.source.files}
             except (StreamsoupError, OSError) as error:
                 return f"an ingredient shrank while it was being read: {error}"
-            shards += ingredient.shards
         # A time in the future was given to a file, and says nothing.
         since = range(int((started - 1) * 1e9), int((time.time() + 1) * 1e9))
-        rewritten = [shard for shard in shards if shard.identity.mtime_ns in since]
+        rewritten = [file for file, time_ns in times.items() if time_ns in since]
         if rewritten:
-            newest = max(rewritten, key=lambda shard: shard.identity.mtime_ns)
             return (
-                f"{printable(newest.path)}: was rewritten while it was being read; nothing was "
-                "written. Run again once nobody writes to it"
+                f"{printable(max(rewritten, key=times.__getitem__))}: was rewritten while it was "
+                "being read; nothing was written. Run again once no other process writes to it"
             )
         return (
             "a mapped ingredient could not be read (SIGBUS): its disk failed, or it was truncated "

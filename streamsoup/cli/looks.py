@@ -63,7 +63,7 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
     """Show what a checkpoint holds, from its headers alone."""
-    from streamsoup.formats.shards import open_ingredients
+    from streamsoup.formats.ingredients import open_ingredients
     from streamsoup.study.inspection import describe_ingredient, record_ingredient
 
     (ingredient,) = open_ingredients([checkpoint])

@@ -18,7 +18,6 @@ from streamsoup.tensors import DType
 __all__ = [
     "COMPILER_NBYTES",
     "LARGEST_BLOCK",
-    "READ_GROUP",
     "SMALLEST_BLOCK",
     "MemoryPlan",
     "check_opening",
@@ -26,6 +25,7 @@ __all__ = [
     "memory_budget",
     "opening_nbytes",
     "plan_memory",
+    "plan_reading",
 ]
 
 LARGEST_BLOCK = 1 << 19
@@ -43,7 +43,7 @@ WORKING_NBYTES = 26_000_000
 21 MB."""
 
 READ_GROUP = 4
-"""Ingredients whose blocks are held at once when files are read rather than mapped."""
+"""Ingredients whose blocks are held at once when they are read rather than viewed."""
 
 NUMPY_NBYTES = 2**20
 """What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
@@ -83,6 +83,31 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """Whether there is room to compile a kernel; where not, only those in the cache are used."""
 
 
+class ReadingPlan(msgspec.Struct, frozen=True):
+    """What a thread holds in order to read."""
+
+    group: int
+    """Ingredients whose blocks it is given at once: all where each is viewed, few otherwise."""
+    unit_nbytes: int
+    """Bytes for each element of a block: those of the group, and what a source holds meanwhile."""
+    session_nbytes: int
+    """Bytes that its cursors hold."""
+
+
+def plan_reading(plan: MixPlan, *, mapped: bool, at_once: bool = False) -> ReadingPlan:
+    """Ask the sources what a thread holds to read blocks of them; `at_once` of all together."""
+    k = len(plan.ingredients)
+    widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    costs = [ingredient.source.cost(mapped=mapped) for ingredient in plan.ingredients]
+    n_read = sum(not cost.views for cost in costs)
+    group = k if at_once or n_read == 0 else min(k, READ_GROUP)
+    return ReadingPlan(
+        group,
+        min(n_read, group) * widest + max(cost.unit_nbytes for cost in costs),
+        sum(cost.cursor_nbytes for cost in costs),
+    )
+
+
 def plan_memory(
     plan: MixPlan, *, mapped: bool, threads: int, budget: int, times: int = 1
 ) -> MemoryPlan:
@@ -93,27 +118,27 @@ def plan_memory(
     """
     if not isinstance(plan.recipe.rule, Linear):
         return _plan_blocks(plan, mapped=mapped, threads=threads, budget=budget)
-    k = len(plan.ingredients)
     widest = max((t.unit_nbytes for t in plan.tensors), default=1)
     widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
-    group = k if mapped else min(k, READ_GROUP)
+    reading = plan_reading(plan, mapped=mapped)
     # Each element of a block: its sum, its result, and what looking for the cause of a NaN makes of
-    # it, or comparing float64 with the first; when files are read rather than mapped, the group's
-    # inputs too. Numpy makes more, of a part of a block at a time.
-    per_element = 8 + widest + (16 if widest_in == 8 else 8) + (0 if mapped else group * widest_in)
+    # it, or comparing float64 with the first; and what is read rather than viewed. Numpy makes
+    # more, of a part of a block at a time.
+    per_element = 8 + widest + (16 if widest_in == 8 else 8) + reading.unit_nbytes
+    held = NUMPY_NBYTES + reading.session_nbytes
     pairs = {(s.dtype, t.dtype) for t in plan.reduced for s in t.sources}
     kernels = sorted(_kernel_nbytes(source, output) for source, output in pairs)
     compiler = COMPILER_NBYTES + sum(kernels[:-1])
     fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
     # So many tensors that little is left for the rest: better slower than not at all.
-    compiles = fixed + NUMPY_NBYTES + SMALLEST_BLOCK * per_element <= budget
+    compiles = fixed + held + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else compiler
     block = times * LARGEST_BLOCK
     threads = min(threads, max(1, plan.n_leaves))
-    while block > SMALLEST_BLOCK and fixed + threads * _held(block, per_element) > budget:
+    while block > SMALLEST_BLOCK and fixed + threads * (held + block * per_element) > budget:
         block //= 2
-    threads = max(1, min(threads, (budget - fixed) // _held(block, per_element)))
-    peak = fixed + threads * _held(block, per_element)
+    threads = max(1, min(threads, (budget - fixed) // (held + block * per_element)))
+    peak = fixed + threads * (held + block * per_element)
     if peak > budget:
         raise BudgetError(
             f"a memory budget of {nbytes_text(budget)} is too small: "
@@ -121,19 +146,19 @@ def plan_memory(
             f"above that"
         )
     peak = max(peak, check_opening(plan, budget))
-    return MemoryPlan(threads, block, group, peak, compiles)
+    return MemoryPlan(threads, block, reading.group, peak, compiles)
 
 
 def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> MemoryPlan:
     """Choose blocks for a rule that is given blocks of all ingredients at once."""
     k, held = len(plan.ingredients), rule_memory(plan)
+    reading = plan_reading(plan, mapped=mapped, at_once=True)
     widest = max((tensor.unit_nbytes for tensor in plan.tensors), default=1)
-    widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # Each element of a block: its result in float64 and rounded, what looking for the cause of a
-    # NaN makes of it, what the rule holds, and the inputs where they are read rather than mapped.
-    per_element = 8 + widest + 16 + held.per_element + (0 if mapped else k * widest_in)
+    # NaN makes of it, what the rule holds, and the inputs that are read rather than viewed.
+    per_element = 8 + widest + 16 + held.per_element + reading.unit_nbytes
     # Two states: a leaf that waits to be merged, and the one after it. Groups overlap.
-    each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group
+    each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group + reading.session_nbytes
     fixed = fixed_nbytes(plan) + held.per_group
 
     def peak(block: int, threads: int) -> int:
@@ -165,11 +190,6 @@ def memory_budget(plan: MixPlan, told: int | str | None) -> int:
     return max(DEFAULT_NBYTES, fixed_nbytes(plan) + WORKING_NBYTES, opening_nbytes(plan))
 
 
-def _held(block: int, per_element: int) -> int:
-    """Bytes that a thread holds."""
-    return NUMPY_NBYTES + block * per_element
-
-
 def _kernel_nbytes(source: DType, output: DType) -> int:
     """Bytes that compiling a kernel takes after the first."""
     return MEANS_NBYTES if source == output and source.nbits <= 16 else KERNEL_NBYTES
@@ -178,7 +198,7 @@ def _kernel_nbytes(source: DType, output: DType) -> int:
 def fixed_nbytes(plan: MixPlan) -> int:
     """Bound what the process holds beside its blocks: libraries, headers, plan, digests."""
     rows = 1 + len(plan.ingredients)
-    n_shards = sum(len(ingredient.shards) for ingredient in plan.ingredients)
+    n_shards = sum(len(ingredient.file_names) for ingredient in plan.ingredients)
     # Measured with 50,000 and 100,000 tensors: 1160 to 1350 bytes each, and 6 for each character
     # of a name, which is held as a key, in headers, and in the texts of index and provenance.
     specs = sum(1400 + 7 * len(name) for layout in plan.layouts for name in layout.places)
@@ -196,7 +216,8 @@ def rule_memory(plan: MixPlan) -> RuleMemory:
 
 def opening_nbytes(plan: MixPlan) -> int:
     """Bound what the process held while it opened the ingredients: metadata may take megabytes."""
-    return OPENING_NBYTES + max(ingredient.opening_nbytes for ingredient in plan.ingredients)
+    costs = (ingredient.source.cost(mapped=True) for ingredient in plan.ingredients)
+    return OPENING_NBYTES + max(cost.opening_nbytes for cost in costs)
 
 
 def check_opening(plan: MixPlan, budget: int) -> int:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from streamsoup.engine.budget import (
-    READ_GROUP,
     SMALLEST_BLOCK,
     MemoryPlan,
     fixed_nbytes,
     memory_budget,
     opening_nbytes,
+    plan_reading,
 )
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.reduce import Engine, Mix, MixWorker, OnePass
@@ -101,8 +101,7 @@ def plan_device(
     largest = max((tensor.n_units for tensor in plan.tensors), default=1)
     block = min(LARGEST_DEVICE_BLOCK, 1 << max(largest - 1, SMALLEST_BLOCK - 1).bit_length())
     lanes = max(1, min(threads, MOST_LANES))
-    group = len(plan.ingredients) if mapped else min(len(plan.ingredients), READ_GROUP)
-    widest_in = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
+    reading = plan_reading(plan, mapped=mapped)
     widest_out = max((t.unit_nbytes for t in plan.tensors), default=1)
 
     def of(block: int, lanes: int) -> DevicePlan:
@@ -118,9 +117,11 @@ def plan_device(
         on_device, pinned = held_nbytes(shape, lanes)
         # A thread copies tensors that are not averaged, widens and narrows float8, reads a group.
         each = block * (widest_out + (32 if any(d.nbits == 8 for d in sources) else 0))
-        each += 0 if mapped else group * widest_in * block
+        each += reading.unit_nbytes * block + reading.session_nbytes
         peak = max(fixed_nbytes(plan) + pinned + lanes * each, opening_nbytes(plan))
-        return DevicePlan(device, shape, MemoryPlan(lanes, block, group, peak), on_device, pinned)
+        return DevicePlan(
+            device, shape, MemoryPlan(lanes, block, reading.group, peak), on_device, pinned
+        )
 
     def fits(chosen: DevicePlan) -> bool:
         return chosen.device_nbytes + beside <= budget and chosen.memory.peak_nbytes <= memory

@@ -15,9 +15,10 @@ import xxhash
 from streamsoup.engine.plan import MixPlan
 from streamsoup.formats.side_files import pieces
 
-__all__ = ["Digests", "digest_bytes", "digest_file"]
+__all__ = ["SIZE", "Digests", "digest_bytes", "digest_file"]
 
 SIZE = 16
+"""Bytes of a digest."""
 
 
 def digest_bytes(content: bytes) -> str:

@@ -27,6 +27,7 @@ from streamsoup.engine.budget import (
     MemoryPlan,
     check_opening,
     fixed_nbytes,
+    plan_reading,
 )
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.reduce import OnePass, compiled
@@ -77,13 +78,13 @@ def plan_inner_memory(
     even so; says how much would.
     """
     k = len(plan.ingredients)
-    widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     # A thread's rows of one grain, and as many numbers while numpy multiplies them (compiled, it is
     # less: `kernels.inner.Products.held_nbytes`); its leaf's sums. Beside them the sums of every
     # tensor, and those of leaves that wait for an earlier one.
     held = fixed_nbytes(plan) + 8 * n_values * (len(plan.tensors) + 1)
-    each = 8 * GRAIN * (2 * k + 8) + 24 * n_values
-    per_element = 8 * n_values / GRAIN + (0 if mapped else k * widest)
+    reading = plan_reading(plan, mapped=mapped, at_once=True)
+    each = 8 * GRAIN * (2 * k + 8) + 24 * n_values + reading.session_nbytes
+    per_element = 8 * n_values / GRAIN + reading.unit_nbytes
     smallest = each + int(SMALLEST_BLOCK * per_element)
     compiles = held - SPARED_NBYTES + smallest <= budget
     fixed = held - (SPARED_NBYTES if compiles else COMPILER_NBYTES)

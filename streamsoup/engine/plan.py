@@ -15,12 +15,13 @@ import msgspec
 from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import MismatchError
+from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
+from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.layout import Layout
 from streamsoup.formats.parts import ADAPTER_FILE, factors_in, parts_of
-from streamsoup.formats.shards import Ingredient, Layout
 from streamsoup.recipe import Recipe
 from streamsoup.rule import Rule
 from streamsoup.tensors import DType, TensorSpec, float_dtype
@@ -31,9 +32,9 @@ __all__ = [
     "FilePlan",
     "Leaf",
     "MixPlan",
+    "Place",
     "PlannedFile",
     "PlannedTensor",
-    "Source",
     "plan_files",
     "plan_mix",
 ]
@@ -47,8 +48,8 @@ NOTES = 256
 Operation = Literal["mix", "same", "first", "code"]
 
 
-class Source(msgspec.Struct, frozen=True):
-    """Where one layout keeps one tensor."""
+class Place(msgspec.Struct, frozen=True):
+    """Where one layout keeps one tensor, and in which dtype its bytes come."""
 
     shard: int
     offset: int
@@ -67,7 +68,7 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     ``code``: as ``same``, for a part of a quantised weight, whatever is told of other integers."""
     n_units: int
     """Elements of a float, averaged or not; bytes of what is never averaged."""
-    sources: tuple[Source, ...]
+    sources: tuple[Place, ...]
     """By layout number."""
     first_leaf: int
 
@@ -246,7 +247,7 @@ def plan_files(plan: MixPlan) -> FilePlan:
         groups = _mirrored(layout)
         names = list(plan.ingredients[0].file_names)
         index = plan.ingredients[0].index_name
-        if plan.ingredients[0].folder is None:
+        if plan.ingredients[0].folder is None and len(names) == 1:
             names = ["model.safetensors"]
     else:
         groups = _cut(plan, plan.recipe.shard_size)
@@ -279,9 +280,14 @@ def _plan_tensor(
     is_coded: bool,
 ) -> PlannedTensor:
     found = [layout.places[name] for layout in layouts]
-    sources = tuple(Source(shard, each.begin, each.dtype) for shard, each in found)
+    sources = tuple(Place(shard, each.begin, each.comes_as) for shard, each in found)
     n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
     if is_coded:
+        if any(each.delivered for _, each in found):
+            raise MismatchError(
+                f"{printable(name)}: is a part of a quantised weight, which is copied, but a "
+                "source delivers it in another dtype; have it delivered as it is stored"
+            )
         return PlannedTensor(name, spec.dtype, spec.shape, "code", n_units, sources, first_leaf)
     if spec.dtype.averaged:
         return PlannedTensor(

@@ -1,36 +1,26 @@
-"""Blocks of ingredients for a thread at work: mapped, or read into its own few buffers.
+"""Blocks of ingredients for a thread at work: viewed where they lie, or read into its buffers.
 
-A *session* belongs to one thread. It gives the same block of several ingredients as raw bytes,
-valid until its next call, and lets go of what the stream has passed.
+A *session* belongs to one thread and holds a cursor of each ingredient's source. It gives the same
+block of several ingredients as raw bytes, valid until its next call.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-import threading
 from collections.abc import Sequence
 from mmap import PAGESIZE
-from typing import Literal, Protocol
+from typing import Literal
 
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import MixPlan, PlannedTensor
-from streamsoup.errors import ChangedIngredientError, FormatError, check_choice, printable
-from streamsoup.formats.files import Descriptors, Window, on_network
-from streamsoup.formats.memory import MemoryShard
-from streamsoup.formats.shards import Ingredient, Shard
+from streamsoup.errors import FormatError, check_choice
+from streamsoup.formats.files import Access, Kept, on_network
+from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.source import Cursor
 from streamsoup.system.buffers import Bytes, buffer
 
-__all__ = [
-    "Kept",
-    "MappedReader",
-    "PlainReader",
-    "Reader",
-    "Session",
-    "mapped_nbytes",
-    "open_reader",
-    "will_map",
-]
+__all__ = ["Kept", "Reader", "Session", "mapped_nbytes", "open_reader", "will_map"]
 
 WINDOW = 1 << 23
 """Bytes of an ingredient that a thread maps at once, at least: small enough for any number of
@@ -44,21 +34,16 @@ WINDOWS = 1 << 28
 """Bytes of all windows of a run, as long as none is narrower than it may be."""
 
 
-KEPT_NBYTES = 1 << 32
-"""Bytes of ingredients that stay mapped from one run to the next: 8 MiB of page tables."""
-
-
 def will_map(ingredients: Sequence[Ingredient], io: Literal["auto", "mmap", "read"]) -> bool:
-    """Whether to map shards rather than read them.
+    """Return True if files are to be mapped rather than read.
 
-    Left to us, local files are mapped, and files on a network are read: there a mapping fetches
-    page by page (safetensors#562, vllm#24469). Raises `RecipeError` for any other word.
+    With ``auto``, local files are mapped, and files on a network are read: there a mapping fetches
+    page by page (safetensors#562, vllm#24469). Raise `RecipeError` for any other word.
     """
     check_choice("io", io, ("auto", "mmap", "read"))
     if io != "auto":
         return io == "mmap"
-    shards = [shard for each in ingredients for shard in each.shards if not shard.in_memory]
-    return not on_network([shard.path for shard in shards])
+    return not on_network([path for each in ingredients for path in each.source.files])
 
 
 def window_nbytes(plan: MixPlan, memory: MemoryPlan) -> int:
@@ -78,7 +63,7 @@ def mapped_nbytes(plan: MixPlan, memory: MemoryPlan, *, mapped: bool) -> int:
     window = window_nbytes(plan, memory)
     nbytes = 0
     for ingredient in plan.ingredients:
-        sizes = [s.identity.size for s in ingredient.shards if not isinstance(s, MemoryShard)]
+        sizes = [os.path.getsize(path) for path in ingredient.source.files]
         if sizes:  # each thread has a window of its own, rounded to pages at both ends
             nbytes += memory.threads * (min(max(sizes), window) + 2 * PAGESIZE)
     return nbytes
@@ -87,179 +72,79 @@ def mapped_nbytes(plan: MixPlan, memory: MemoryPlan, *, mapped: bool) -> int:
 def open_reader(
     plan: MixPlan, memory: MemoryPlan, *, mapped: bool, kept: Kept | None = None
 ) -> Reader:
-    """Give the reader of a run; what is mapped may be `kept` for others."""
-    return MappedReader(plan, memory, kept) if mapped else PlainReader(plan, memory)
+    """Return the reader of a run; what is mapped may be `kept` for others."""
+    return Reader(plan, memory, mapped=mapped, kept=kept)
 
 
-class Kept:
-    """Whole shards that stay mapped from one run to the next, as many as are within some bytes.
+class Reader:
+    """What the threads of a run read with."""
 
-    Mapping pages, and letting go of them, takes as long as summing them. What stays costs page
-    tables: a 512th of its bytes. Several threads may use it at once.
-    """
-
-    def __init__(self, nbytes: int = KEPT_NBYTES) -> None:
-        """Map nothing yet, and never more than `nbytes`."""
-        self._left = nbytes
-        self._windows: dict[str, Window] = {}
-        self._lock = threading.Lock()
-
-    def of(self, shard: Shard) -> Window | None:
-        """Give a shard's window; None if there is no more room for it."""
-        window = self._windows.get(shard.path)
-        if window is not None:
-            return window
-        with self._lock:
-            if shard.path not in self._windows and shard.identity.size <= self._left:
-                try:
-                    self._windows[shard.path] = Window(shard, 0, shard.identity.size)
-                except FormatError:  # no address space is left, and small windows may still do
-                    self._left = 0
-                    return None
-                self._left -= shard.identity.size
-            return self._windows.get(shard.path)
-
-
-class Session(Protocol):
-    """What one thread reads with."""
-
-    def block(
-        self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
-    ) -> list[Bytes]:
-        """Give units `start` to `start + n_units` of ingredients `first` to `last - 1`."""
-
-    def close(self) -> None:
-        """Give back what the session holds."""
-
-
-class Reader(Protocol):
-    """What a run reads with."""
-
-    def session(self) -> Session:
-        """Give a thread its own session."""
-
-
-class MappedReader:
-    """Ingredients read by touching mapped memory: nothing is copied, nothing allocated."""
-
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, kept: Kept | None = None) -> None:
-        """Map nothing yet: shards are mapped when first touched."""
-        self._plan, self._kept = plan, kept
+    def __init__(
+        self, plan: MixPlan, memory: MemoryPlan, *, mapped: bool, kept: Kept | None = None
+    ) -> None:
+        """Open nothing yet."""
+        self._plan, self._memory, self._mapped, self._kept = plan, memory, mapped, kept
         self._window = window_nbytes(plan, memory)
 
-    def session(self) -> _MappedSession:
-        """Give a thread its own windows."""
-        return _MappedSession(self._plan, self._window, self._kept)
-
-
-class _MappedSession:
-    """A window into each ingredient, which moves along with the stream."""
-
-    def __init__(self, plan: MixPlan, window: int, kept: Kept | None) -> None:
-        self._plan, self._nbytes, self._kept = plan, window, kept
-        self._windows: dict[int, tuple[int, Window]] = {}
-
-    def block(
-        self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
-    ) -> list[Bytes]:
-        """Give views of the mapped shards."""
-        blocks = []
-        for i in range(first, last):
-            number, begin, end = _range(self._plan, tensor, i, start, n_units)
-            shard = self._plan.ingredients[i].shards[number]
-            if isinstance(shard, MemoryShard):
-                blocks.append(shard.memory[begin:end])
-                continue
-            if self._kept is not None and (whole := self._kept.of(shard)) is not None:
-                blocks.append(whole.view(begin, end))
-                continue
-            at, window = self._windows.get(i, (-1, None))
-            if window is None or at != number or not window.covers(begin, end):
-                # The former one goes first.
-                self._windows.pop(i, None)
-                window = None
-                stop = min(max(end, begin + self._nbytes), shard.identity.size)
-                window = Window(shard, begin, stop)
-                self._windows[i] = number, window
-            blocks.append(window.view(begin, end))
-        return blocks
-
-    def close(self) -> None:
-        """Let go of the windows."""
-        self._windows.clear()
-
-
-class PlainReader:
-    """Ingredients read into small buffers that are used again and again."""
-
-    def __init__(self, plan: MixPlan, memory: MemoryPlan) -> None:
-        """Open nothing yet."""
-        self._plan = plan
-        self._memory = memory
-
-    def session(self) -> _PlainSession:
-        """Give a thread its own buffers and descriptors."""
+    def session(self) -> Session:
+        """Return a session for one thread."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3 // self._memory.threads
-        return _PlainSession(self._plan, self._memory, Descriptors(min(64, limit)))
+        access = Access(
+            mapped=self._mapped,
+            n_descriptors=min(64, limit),
+            window_nbytes=self._window,
+            kept=self._kept,
+        )
+        return Session(self._plan, self._memory, access)
 
 
-class _PlainSession:
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, files: Descriptors) -> None:
-        self._plan = plan
-        self._files = files
+class Session:
+    """What one thread reads with: a cursor for each ingredient, and buffers for a group of them."""
+
+    def __init__(self, plan: MixPlan, memory: MemoryPlan, access: Access) -> None:
+        """Open a cursor of each source; they open files when they are first asked."""
+        self._plan, self._access = plan, access
+        self._cursors: list[Cursor] = [
+            ingredient.source.cursor(access) for ingredient in plan.ingredients
+        ]
         widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
-        self._buffers = [buffer(memory.block * max(1, widest)) for _ in range(memory.group)]
+        self._nbytes = memory.block * max(1, widest)
+        self._buffers: list[Bytes] = []
 
     def block(
         self, tensor: PlannedTensor, first: int, last: int, start: int, n_units: int
     ) -> list[Bytes]:
-        """Read each ingredient's range with one large read."""
+        """Return units `start` to `start + n_units` of ingredients `first` to `last - 1`."""
         blocks = []
-        for own, i in zip(self._buffers, range(first, last), strict=False):
-            number, begin, end = _range(self._plan, tensor, i, start, n_units)
-            shard = self._plan.ingredients[i].shards[number]
-            block = own[: end - begin]
-            if isinstance(shard, MemoryShard):
-                block[:] = shard.memory[begin:end]
-                blocks.append(block)
-                continue
-            try:
-                _read_into(self._files.reading(shard), block, begin)
-            except EOFError:
-                shard.check_unchanged()
-                raise ChangedIngredientError(
-                    f"{printable(shard.path)}: ended at byte {begin}, before its header says; run "
-                    "again once nobody writes to it"
-                ) from None
-            except OSError as error:
+        n_read = 0
+        layout_of = self._plan.layout_of
+        for i in range(first, last):
+            dtype = tensor.sources[layout_of[i]].dtype
+            size = dtype.itemsize if dtype.averaged else 1
+            begin, end = start * size, (start + n_units) * size
+            cursor = self._cursors[i]
+            block = cursor.view(tensor.name, begin, end)
+            if block is None:
+                block = self._buffer(n_read)[: end - begin]
+                cursor.read(tensor.name, begin, block)
+                n_read += 1
+            elif len(block) != end - begin:
                 raise FormatError(
-                    f"{printable(shard.path)}: cannot be read at byte {begin}: {error.strerror}; "
-                    "mend that, or restore the file"
-                ) from error
+                    f"{self._plan.ingredients[i].where(tensor.name)}: its source returned "
+                    f"{len(block)} bytes from byte {begin} on, expected {end - begin}; its cursor "
+                    "is wrong"
+                )
             blocks.append(block)
         return blocks
 
     def close(self) -> None:
-        """Close the descriptors."""
-        self._files.close()
+        """Close the cursors and what they share."""
+        for cursor in self._cursors:
+            cursor.close()
+        self._access.close()
 
-
-def _range(
-    plan: MixPlan, tensor: PlannedTensor, i: int, start: int, n_units: int
-) -> tuple[int, int, int]:
-    """Locate units of a tensor in ingredient `i`: shard number, first byte, end."""
-    source = tensor.sources[plan.layout_of[i]]
-    size = source.dtype.itemsize if source.dtype.averaged else 1
-    data_begin = plan.ingredients[i].shards[source.shard].data_begin
-    begin = data_begin + source.offset + start * size
-    return source.shard, begin, begin + n_units * size
-
-
-def _read_into(descriptor: int, block: Bytes, offset: int) -> None:
-    """Fill `block` from `offset`, however short each read comes back."""
-    while block:
-        n = os.preadv(descriptor, [block], offset)
-        if n == 0:
-            raise EOFError
-        block = block[n:]
-        offset += n
+    def _buffer(self, number: int) -> Bytes:
+        """Return one of the thread's own buffers: there are as many as were ever needed at once."""
+        while len(self._buffers) <= number:
+            self._buffers.append(buffer(self._nbytes))
+        return self._buffers[number]

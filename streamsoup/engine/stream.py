@@ -24,6 +24,7 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.read import Reader, Session
 from streamsoup.engine.reduce import MeasuringWorker, Reducer, Worker
 from streamsoup.engine.schedule import Task
+from streamsoup.engine.unchanged import check_read
 from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, option, printable
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
@@ -148,9 +149,9 @@ def run(
     result. An exception in the calling thread, such as KeyboardInterrupt, stops the threads within
     a block. Holds `memory.peak_nbytes` at most.
     """
-    pass_ = _Pass(
-        plan, memory, reader, reducer, sink, ledger, plan.leaves() if leaves is None else leaves
-    )
+    chosen = None if leaves is None else list(leaves)
+    todo = plan.leaves() if chosen is None else chosen
+    pass_ = _Pass(plan, memory, reader, reducer, sink, ledger, todo)
     started = time.monotonic()
     if memory.threads == 1 and plan.nbytes_read <= ALONE_NBYTES:
         pass_.work()
@@ -160,8 +161,10 @@ def run(
         # Frames of threads that are gone hold on to buffers, on the host and on devices.
         traceback.clear_frames(pass_.errors[0].__traceback__)
         raise pass_.errors[0]
-    for ingredient in plan.ingredients:
-        ingredient.check_unchanged()
+    # Another ledger need not keep them, and what a rule has measured has none.
+    known: Digests | None = getattr(ledger, "digests", None)
+    digests = None if pass_.measured else known
+    check_read(plan, memory, reader, chosen, digests)
     if on_event is not None:
         on_event(Progress(plan.nbytes_read, plan.nbytes_read, time.monotonic() - started))
 
@@ -251,6 +254,8 @@ class _Pass:
         self.ended = threading.Event()
         self.errors: list[BaseException] = []
         self.nbytes_done = 0
+        self.measured = False
+        """Whether a rule saw leaves before it made them; those have no digests."""
         self.n_working = memory.threads
         self.kept: dict[int, bool] = {}
         """Tensors that are not finite, by number: whether they are kept, see `masks.is_kept`."""
@@ -292,14 +297,14 @@ class _Pass:
     def check_unchanged(self, leaf: Leaf) -> None:
         """Raise `ChangedIngredientError` if a file that holds a part of the leaf has changed."""
         tensor = self.plan.tensors[leaf.tensor]
-        for i, layout in enumerate(self.plan.layout_of):
-            source = tensor.sources[layout]
-            self.plan.ingredients[i].shards[source.shard].check_unchanged(source.offset)
+        for ingredient in self.plan.ingredients:
+            ingredient.check_unchanged(tensor.name)
 
     def measure_leaf(self, task: Task, reading: Session, worker: Worker) -> None:
         """Show one leaf to a rule that has to see all of them before it makes any."""
         assert isinstance(worker, MeasuringWorker)
         leaf, k = task.leaf, len(self.plan.ingredients)
+        self.measured = True
         tensor = self.plan.tensors[leaf.tensor]
         self.check_unchanged(leaf)
         worker.begin(leaf)

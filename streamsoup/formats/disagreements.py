@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import count, option, printable, some
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["differing", "disagreements", "in_words"]

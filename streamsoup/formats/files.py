@@ -1,7 +1,8 @@
 """Files of an ingredient, opened again while the stream passes: mapped, or by plain reads.
 
-Each is opened by its path and must still be the file whose header was read. Mappings hold no
-descriptor (Python's own `mmap` keeps one each, and 64 ingredients of 200 shards would run out).
+Each is opened by its path and must still be the file whose header was read. `Access` is what the
+cursors of one thread share: whether to map, and the few descriptors. Mappings hold no descriptor
+(Python's own `mmap` keeps one each, and 64 ingredients of 200 shards would run out).
 """
 
 from __future__ import annotations
@@ -10,18 +11,28 @@ import ctypes
 import mmap
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from streamsoup.errors import ChangedIngredientError, FormatError, option, printable
+from streamsoup.errors import FormatError, option, printable
 from streamsoup.formats.shards import Identity, Shard
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.folders import Folder
 from streamsoup.system.libc import map_file, unmap
 from streamsoup.system.regular import close_read
 
-__all__ = ["Descriptors", "Window", "is_mounted", "on_network", "open_shard"]
+__all__ = [
+    "Access",
+    "Descriptors",
+    "Kept",
+    "Window",
+    "is_mounted",
+    "on_network",
+    "open_shard",
+    "read_into",
+]
 
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
 """Beginnings of the names of network file systems, where mapping reads page by page.
@@ -34,8 +45,12 @@ _MOUNTS = "/proc/self/mounts"
 """See proc_mounts(5). psutil reads it, too: to import it would take an eighth of a small soup."""
 
 
+KEPT_NBYTES = 1 << 32
+"""Bytes of ingredients that stay mapped from one run to the next: 8 MiB of page tables."""
+
+
 def open_shard(shard: Shard) -> int:
-    """Open a shard for reading. Raises `ChangedIngredientError` if it is another file now."""
+    """Open a shard for reading. Raise `ChangedIngredientError` if it is another file now."""
     try:
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -48,15 +63,12 @@ def open_shard(shard: Shard) -> int:
         raise
     except OSError as error:
         raise FormatError(
-            f"{printable(shard.path)}: cannot be opened: {error.strerror}; mend that, and run again"
+            f"{printable(shard.path)}: cannot be opened: {error.strerror}; fix that and run again"
         ) from None
     if found != shard.identity:
         close_read(descriptor)
         shard.check_unchanged()
-        raise ChangedIngredientError(
-            f"{printable(shard.path)}: changed while it was being read; run again once nobody "
-            "writes to it"
-        )
+        raise shard.changed("changed")
     return descriptor
 
 
@@ -99,12 +111,41 @@ class Window:
         self._content = memoryview(window).cast("B")
 
     def covers(self, begin: int, end: int) -> bool:
-        """Whether bytes `begin` to `end` of the shard are in it."""
+        """Return True if bytes `begin` to `end` of the shard are in it."""
         return self._begin <= begin and end <= self._end
 
     def view(self, begin: int, end: int) -> Bytes:
-        """Give bytes `begin` to `end` of the shard."""
+        """Return bytes `begin` to `end` of the shard."""
         return self._content[begin - self._begin : end - self._begin]
+
+
+class Kept:
+    """Whole shards that stay mapped from one run to the next, as many as are within some bytes.
+
+    Mapping pages, and letting go of them, takes as long as summing them. What stays costs page
+    tables: a 512th of its bytes. Several threads may use it at once.
+    """
+
+    def __init__(self, nbytes: int = KEPT_NBYTES) -> None:
+        """Map nothing yet, and never more than `nbytes`."""
+        self._left = nbytes
+        self._windows: dict[str, Window] = {}
+        self._lock = threading.Lock()
+
+    def of(self, shard: Shard) -> Window | None:
+        """Return a shard's window, or None if there is no more room for it."""
+        window = self._windows.get(shard.path)
+        if window is not None:
+            return window
+        with self._lock:
+            if shard.path not in self._windows and shard.identity.size <= self._left:
+                try:
+                    self._windows[shard.path] = Window(shard, 0, shard.identity.size)
+                except FormatError:  # no address space is left, and small windows may still do
+                    self._left = 0
+                    return None
+                self._left -= shard.identity.size
+            return self._windows.get(shard.path)
 
 
 class Descriptors:
@@ -117,7 +158,7 @@ class Descriptors:
         self._close: Callable[[int], None] = close_read
 
     def reading(self, shard: Shard) -> int:
-        """Give a descriptor to read `shard` with."""
+        """Return a descriptor to read `shard` with."""
         found = self._get(shard.path)
         return self._keep(shard.path, open_shard(shard)) if found is None else found
 
@@ -148,17 +189,50 @@ class Descriptors:
         return descriptor
 
 
-def read_bytes(descriptor: int, offset: int, nbytes: int) -> bytes:
-    """Read from `offset` on, however short each read comes back; less only at the file's end."""
-    parts: list[bytes] = []
-    while nbytes > 0 and (part := os.pread(descriptor, nbytes, offset)):
-        parts.append(part)
-        offset, nbytes = offset + len(part), nbytes - len(part)
-    return b"".join(parts)
+class Access:
+    """What the cursors of one thread share to read files with.
+
+    Cursors of sources that open no files of their own pass it on to the sources they read from.
+    """
+
+    def __init__(
+        self,
+        *,
+        mapped: bool,
+        n_descriptors: int = 1,
+        window_nbytes: int = 1 << 23,
+        kept: Kept | None = None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            mapped: Whether files are mapped rather than read.
+            n_descriptors: How many files are kept open to be read at once.
+            window_nbytes: Bytes of a file that are mapped at once, at least.
+            kept: Shards that stay mapped from one run to the next.
+        """
+        self.mapped = mapped
+        self.window_nbytes = window_nbytes
+        self.kept = kept
+        self.descriptors = Descriptors(n_descriptors)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self.descriptors.close()
+
+
+def read_into(descriptor: int, block: Bytes, offset: int) -> None:
+    """Fill `block` from `offset`, however short each read is. Raise `EOFError` at the end."""
+    while block:
+        n = os.preadv(descriptor, [block], offset)
+        if n == 0:
+            raise EOFError
+        block = block[n:]
+        offset += n
 
 
 def on_network(paths: Sequence[str]) -> bool:
-    """Whether any of `paths` lies on a network file system, or may, as nobody knows."""
+    """Return True if any of `paths` lies on a network file system, or that cannot be told."""
     try:
         mounts = _mounts()
     except OSError:  # a sandbox without /proc
@@ -173,14 +247,14 @@ def on_network(paths: Sequence[str]) -> bool:
 
 
 def is_mounted(folder: str) -> bool:
-    """Whether something is mounted at a folder, be it another folder of the same disk."""
+    """Return True if something is mounted at a folder, be it another folder of the same disk."""
     with suppress(OSError):
         return os.path.realpath(folder) in _mounts()
     return os.path.ismount(folder)
 
 
 def _mounts() -> dict[str, str]:
-    """Give the kind of file system at each place where one is mounted."""
+    """Return the kind of file system at each place where one is mounted."""
     with open(_MOUNTS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         rows = [line.split(" ") for line in file]
     return {re.sub(r"\\([0-7]{3})", _character, row[1]): row[2].lower() for row in rows}

@@ -109,7 +109,7 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
                 text = file.read(status.st_size)
     except OSError as error:
         raise FormatError(
-            f"{where}: cannot be read: {error.strerror}; mend that, and run again"
+            f"{where}: cannot be read: {error.strerror}; fix that and run again"
         ) from None
     known = recognise(text[:1000])
     if known is not None and not text.startswith(b"{"):
@@ -120,7 +120,7 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
             text.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str
         )
     except CorruptFileError as error:
-        raise CorruptFileError(f"{where}: {error}") from None
+        raise CorruptFileError(f"{where}: {error.text}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where}: is not JSON: {printable(error)}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from streamsoup.errors import FormatError, MismatchError, count, option, printable, some
 from streamsoup.formats.configs import changes, is_config, quantised_by, read_config
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.parts import coded_in
-from streamsoup.formats.shards import Ingredient
 from streamsoup.formats.side_files import is_equal
 from streamsoup.formats.vocabularies import compare_vocabularies, is_vocabulary
 
@@ -20,13 +20,12 @@ __all__ = ["check_meaning", "check_quantised", "folder_of"]
 
 
 def folder_of(ingredient: Ingredient) -> str | None:
-    """Return the folder in which an ingredient's configuration lies; None for what is in memory.
+    """Return the folder in which an ingredient's configuration lies; None if it has none.
 
     Of a lone file, that of the file, though its side files are not taken along.
     """
-    if ingredient.shards and ingredient.shards[0].in_memory:
-        return None
-    return ingredient.folder or os.path.dirname(ingredient.path)
+    lone = ingredient.source.path if len(ingredient.source.files) == 1 else None
+    return ingredient.folder or (None if lone is None else os.path.dirname(lone))
 
 
 def check_quantised(ingredients: Sequence[Ingredient]) -> None:

@@ -1,4 +1,4 @@
-"""State dicts and live modules as ingredients: the bytes of their tensors, as if in one file.
+"""State dicts and live modules as sources: the bytes of their tensors, where they are.
 
 Nothing is copied but the block that is asked for, whatever device it comes from, or the rows that
 hold it where a tensor's elements do not lie one after the other. What the tensors
@@ -10,97 +10,160 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import xxhash
 
 from streamsoup.errors import ChangedIngredientError, FormatError, printable, some
+from streamsoup.formats.files import Access
 from streamsoup.formats.header import SURROGATE, make_header
 from streamsoup.formats.released import is_pretrained, released, side_files_of
-from streamsoup.formats.shards import Identity, Ingredient, Pantry, Shard
+from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor
 from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["MemoryShard", "open_state", "plain_name", "unwrapped"]
+__all__ = ["StateDict", "open_state", "plain_name", "sharing", "unwrapped"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
 
 
-class Memory:
-    """Tensors one after the other, to be sliced like the bytes of a file."""
+class StateDict(Source):
+    """The tensors of a state dict, or of a module, read where they are."""
 
-    def __init__(self, tensors: Mapping[str, Any], begins: list[int]) -> None:
-        """Take tensors by name, and the offsets of their first bytes, in order."""
-        self._names, self._tensors = list(tensors), list(tensors.values())
-        self._begins = begins
-        self._versions = [_version(tensor) for tensor in self._tensors]
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        dtypes: Mapping[str, str],
+        side_files: Mapping[str, bytes],
+    ) -> None:
+        """Read all tensors once, for their digest.
 
-    def __getitem__(self, place: slice) -> Bytes:
-        """Give bytes that lie in one tensor."""
-        import torch
+        Args:
+            tensors: The tensors by name.
+            dtypes: Their dtypes as safetensors calls them.
+            side_files: What belongs beside them: a model's configuration.
+        """
+        self._side_files = side_files
+        self._tensors = dict(tensors)
+        self._specs = {
+            name: SourceTensor(dtypes[name], tuple(t.shape)) for name, t in tensors.items()
+        }
+        self._versions = {name: _version(tensor) for name, tensor in tensors.items()}
+        self._in_place = {name for name, tensor in tensors.items() if _lies_in_order(tensor)}
+        self._name = f"state dict {self._digest()}"
 
-        begin, end = int(place.start), int(place.stop)
-        if end == begin:
-            return buffer(0)
-        i = bisect.bisect_right(self._begins, begin) - 1
-        tensor = self._tensors[i].detach()
-        size = tensor.element_size()
-        first, last = begin - self._begins[i], end - self._begins[i]
-        elements = _elements(tensor, first // size, -(-last // size))
-        elements = elements.cpu().resolve_conj().resolve_neg()
-        elements = elements.contiguous()
-        elements = elements.as_strided(elements.shape, (1,))  # a single one may have any stride
-        raw: Bytes = elements.view(torch.uint8).numpy().data
-        skip = first % size
-        return raw[skip : skip + last - first]
+    def _digest(self) -> str:
+        """Digest the header that a file of these tensors would have, and the tensors."""
+        rows = [
+            (name, self._specs[name].dtype, tuple(t.shape), t.numel() * t.element_size())
+            for name, t in self._tensors.items()
+        ]
+        digest = xxhash.xxh3_128(make_header(rows))
+        for name, _, _, nbytes in rows:
+            for begin in range(0, nbytes, _PIECE):
+                digest.update(_bytes_of(self._tensors[name], begin, min(begin + _PIECE, nbytes)))
+        return digest.hexdigest()
 
     @property
-    def tensors(self) -> dict[str, Any]:
-        """The tensors by name."""
-        return dict(zip(self._names, self._tensors, strict=True))
+    def name(self) -> str:
+        """Its digest, in words."""
+        return self._name
 
-    def is_unchanged(self, begin: int | None = None) -> bool:
-        """Whether no tensor was changed in place, or not that at `begin`, as far as torch knows."""
-        if begin is not None:
-            i = bisect.bisect_right(self._begins, begin) - 1
-            return self._versions[i] == _version(self._tensors[i])
-        return self._versions == [_version(tensor) for tensor in self._tensors]
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Its tensors, in the order given."""
+        return self._specs
 
-    def sharing(self, others: Iterable[Any]) -> list[str]:
-        """Name the tensors whose storage and one of `others` have a byte in common."""
-        begins: list[int] = []
-        ends: list[int] = []
-        for begin, nbytes in sorted({_storage(tensor) for tensor in others if tensor.numel()}):
-            if ends and begin < ends[-1]:
-                ends[-1] = max(ends[-1], begin + nbytes)
-            else:
-                begins.append(begin)
-                ends.append(begin + nbytes)
-        found: list[str] = []
-        for name, tensor in zip(self._names, self._tensors, strict=True):
-            begin, nbytes = _storage(tensor)
-            i = bisect.bisect_left(begins, begin + nbytes) - 1
-            if tensor.numel() and i >= 0 and begin < ends[i]:
-                found.append(name)
-        return found
+    @property
+    def fingerprint(self) -> str:
+        """Its digest."""
+        return self._name
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """The tensors themselves."""
+        return self._tensors
+
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        """The configuration of a live model."""
+        return self._side_files
+
+    def cursor(self, access: Access) -> Cursor:
+        """Return a cursor that views tensors where they are, and copies from other devices."""
+        return _Tensors(self._tensors, self._in_place)
+
+    def check_unchanged(self, tensor: str | None = None) -> None:
+        """Raise `ChangedIngredientError` if torch knows that a tensor was changed in place."""
+        for name in self._tensors if tensor is None else (tensor,):
+            if _version(self._tensors[name]) != self._versions[name]:
+                raise ChangedIngredientError(
+                    f"{self._name}: its tensors were changed while they were being read; give "
+                    "copies"
+                )
+
+    def cost(self, *, mapped: bool) -> ReadingCost:
+        """Nothing, unless a tensor lies elsewhere or out of order: then copies of what is asked."""
+        copied = [t for name, t in self._tensors.items() if name not in self._in_place]
+        # As it is gathered, and as it comes from a device; a row more at either end.
+        widest = max((2 * tensor.element_size() for tensor in copied), default=0)
+        return ReadingCost(views=not copied, unit_nbytes=widest)
 
 
-class MemoryShard(Shard, frozen=True):
-    """The tensors of a state dict, in place of a file."""
+class _Tensors(Cursor):
+    def __init__(self, tensors: Mapping[str, Any], in_place: Set[str]) -> None:
+        self._tensors, self._in_place = tensors, in_place
 
-    in_memory: ClassVar[bool] = True
-    memory: Memory
-    side_files: tuple[tuple[str, bytes], ...] = ()
-    """Names and contents of what belongs beside the tensors: a model's configuration."""
+    def view(self, tensor: str, begin: int, end: int) -> Bytes | None:
+        if tensor not in self._in_place:
+            return None
+        return _bytes_of(self._tensors[tensor], begin, end)
 
-    def check_unchanged(self, begin: int | None = None) -> None:
-        """Raise `ChangedIngredientError` if a tensor was changed in place since it was opened."""
-        if not self.memory.is_unchanged(begin):
-            raise ChangedIngredientError(
-                f"{self.path}: its tensors were changed while they were being read; give copies"
-            )
+    def read(self, tensor: str, begin: int, block: Bytes) -> None:
+        block[:] = _bytes_of(self._tensors[tensor], begin, begin + len(block))
+
+
+def _lies_in_order(tensor: Any) -> bool:
+    """Return True if the bytes of a tensor can be had without a copy."""
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return bool(plain and not tensor.is_conj() and not tensor.is_neg())
+
+
+def _bytes_of(tensor: Any, begin: int, end: int) -> Bytes:
+    """Return bytes of a tensor in C order, copied only where they do not lie so."""
+    import torch
+
+    if end == begin:
+        return buffer(0)
+    size = tensor.element_size()
+    elements = _elements(tensor.detach(), begin // size, -(-end // size))
+    elements = elements.cpu().resolve_conj().resolve_neg()
+    elements = elements.contiguous()
+    elements = elements.as_strided(elements.shape, (1,))  # a single one may have any stride
+    raw: Bytes = elements.view(torch.uint8).numpy().data
+    skip = begin % size
+    return raw[skip : skip + end - begin]
+
+
+def sharing(tensors: Mapping[str, Any], others: Iterable[Any]) -> list[str]:
+    """Return the names of tensors whose storage has a byte in common with one of `others`."""
+    begins: list[int] = []
+    ends: list[int] = []
+    for begin, nbytes in sorted({_storage(tensor) for tensor in others if tensor.numel()}):
+        if ends and begin < ends[-1]:
+            ends[-1] = max(ends[-1], begin + nbytes)
+        else:
+            begins.append(begin)
+            ends.append(begin + nbytes)
+    found: list[str] = []
+    for name, tensor in tensors.items():
+        begin, nbytes = _storage(tensor)
+        i = bisect.bisect_left(begins, begin + nbytes) - 1
+        if tensor.numel() and i >= 0 and begin < ends[i]:
+            found.append(name)
+    return found
 
 
 def _elements(tensor: Any, first: int, last: int) -> Any:
@@ -122,12 +185,12 @@ def _storage(tensor: Any) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
-def open_state(given: Any, pantry: Pantry) -> Ingredient:
-    """Open a state dict, or the one of a module, as an ingredient.
+def open_state(given: Any) -> StateDict:
+    """Open a state dict, or the one of a module, as a source.
 
     What wraps a module puts prefixes into its names: those are left out; not those of a state dict.
     A model of transformers has the names, and the forms, of its checkpoints, and its configuration.
-    Raises `FormatError` for entries that are no plain dense tensors. Reads all of it once, for
+    Raise `FormatError` for entries that are not plain dense tensors. Reads all of it once, for
     its digest; copies nothing but what `released` has to.
     """
     import torch
@@ -152,27 +215,9 @@ def open_state(given: Any, pantry: Pantry) -> Ingredient:
             f"a state dict holds {some(strange) or 'nothing'}, where plain dense tensors were "
             "expected; leave out what is no weight"
         )
-    tensors = dict(state)
-    text = make_header(
-        [
-            (name, names[t.dtype], tuple(t.shape), t.numel() * t.element_size())
-            for name, t in tensors.items()
-        ]
-    )
-    nbytes = len(text) + sum(t.numel() * t.element_size() for t in tensors.values())
-    header = pantry.header(text[8:], nbytes)
-    order = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
-    memory = Memory({n: tensors[n] for n in order}, [header.tensors[n].begin for n in order])
-    digest = xxhash.xxh3_128(text)
-    for name in order:
-        spec = header.tensors[name]
-        for begin in range(spec.begin, spec.begin + spec.nbytes, _PIECE):
-            digest.update(memory[begin : min(begin + _PIECE, spec.begin + spec.nbytes)])
-    label = f"state dict {digest.hexdigest()}"
-    identity = Identity(-1, int(digest.hexdigest()[:15], 16), nbytes, 0)
-    beside = () if isinstance(given, Mapping) else _side_files(given)
-    shard = MemoryShard(printable(label), identity, header, 0, 0, 0, memory, beside)
-    return Ingredient(label, None, (shard,), pantry.layout((shard,), label), None)
+    beside = {} if isinstance(given, Mapping) else _side_files(given)
+    dtypes = {name: names[tensor.dtype] for name, tensor in state.items()}
+    return StateDict(state, dtypes, beside)
 
 
 def unwrapped(module: Any) -> Any:
@@ -213,10 +258,10 @@ def _state_of(module: Any) -> Mapping[str, Any]:
     return released(inner, state) if is_pretrained(inner) else state
 
 
-def _side_files(module: Any) -> tuple[tuple[str, bytes], ...]:
+def _side_files(module: Any) -> Mapping[str, bytes]:
     """Return what belongs beside the tensors of a module."""
     inner = unwrapped(module)
-    return side_files_of(inner) if is_pretrained(inner) else ()
+    return dict(side_files_of(inner)) if is_pretrained(inner) else {}
 
 
 def _tied_names(module: Any, state: Mapping[str, Any]) -> set[str]:

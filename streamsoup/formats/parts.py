@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import in_words
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DType, TensorSpec
 

@@ -2,7 +2,8 @@
 
 A model folder that lost one of these still loads, and works worse without a word (mergekit#275),
 so everything is copied but what is known to be weights, training state, or about another model.
-Only regular files are ever opened, by small pieces: a folder may come from anywhere.
+Only regular files are ever opened, by small pieces, and no link is followed out of the folder: it
+may come from anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import msgspec
 
 from streamsoup.errors import FormatError, printable, some
 from streamsoup.formats.configs import changes, read_config
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.links import real_inside
 from streamsoup.formats.weights import PICKLES, names_in
 from streamsoup.system.regular import reading
 from streamsoup.tensors import TORCH_NAMES, DType
@@ -87,8 +89,9 @@ def gather_side_files(
     if first is None and (held := _held(ingredients[0])):
         return [_with_dtype(file, dtype) for file in held] if dtype is not None else held, []
     if first is None:
-        beside = os.path.join(os.path.dirname(ingredients[0].path), "config.json")
-        if ingredients[0].shards[0].in_memory or not os.path.isfile(beside):
+        weights = ingredients[0].source.files
+        beside = os.path.join(os.path.dirname(weights[0]), "config.json") if weights else ""
+        if not os.path.isfile(beside):
             return [], []
         return [], [
             f"{printable(ingredients[0].name)}: is a lone file, so what lies beside it, such as "
@@ -111,8 +114,8 @@ def gather_side_files(
         )
     if strange:
         warnings.append(
-            f"{printable(first)}: left out what is neither a plain file nor a link to one; if the "
-            f"soup needs it, copy it there: {some(strange)}"
+            f"{printable(first)}: left out what is neither a plain file nor a link to one in this "
+            f"folder; if the soup needs it, copy it there: {some(strange)}"
         )
     for name in [name for name in names if _size(os.path.join(first, name)) > LARGEST]:
         names.remove(name)
@@ -125,7 +128,8 @@ def gather_side_files(
             f"{printable(first)}: has Git LFS pointers, whose content was never fetched; run "
             f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
         )
-    files = [SideFile(name, os.path.join(first, name), None) for name in names]
+    # As links lead now, so that what they lead to later is not copied.
+    files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
     if dtype is not None:
         files = [_with_dtype(file, dtype) for file in files]
     for other in ingredients[1:]:
@@ -164,9 +168,9 @@ def _difference(name: str, first: str, other: str) -> str | None:
 
 
 def _held(ingredient: Ingredient) -> list[SideFile]:
-    """List the side files of a live model: its configuration."""
-    files = getattr(ingredient.shards[0], "side_files", ())
-    return [SideFile(name, ingredient.path, content) for name, content in files]
+    """List the side files that a source holds itself: those of a live model."""
+    files = ingredient.source.side_files
+    return [SideFile(name, ingredient.path, content) for name, content in files.items()]
 
 
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
@@ -197,8 +201,14 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
                 if name.lower().endswith(_WEIGHTS) and not _matches(name, _FAMILIAR):
                     heavy.append(relative)
                 continue
-            (names if _is_regular(path) else strange).append(_checked(relative, path))
+            fits = _is_regular(path) and _is_inside(path, folder)
+            (names if fits else strange).append(_checked(relative, path))
     return names, strange, heavy
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Return False for a link that leads out of the ingredient: see `formats.links`."""
+    return not os.path.islink(path) or real_inside(path, folder) is not None
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -208,7 +218,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _refuse_unlisted(error: OSError) -> NoReturn:
     path = printable(os.fsdecode(error.filename))
     raise FormatError(
-        f"{path}: cannot be listed: {error.strerror}; mend that, and run again"
+        f"{path}: cannot be listed: {error.strerror}; fix that and run again"
     ) from None
 
 
@@ -219,7 +229,7 @@ def _is_regular(path: str) -> bool:
         if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
             return False
         raise FormatError(
-            f"{printable(path)}: cannot be read: {error.strerror}; mend that, and run again"
+            f"{printable(path)}: cannot be read: {error.strerror}; fix that and run again"
         ) from None
 
 
@@ -242,9 +252,9 @@ def _holds_weights(path: str) -> bool:
     return any(file.lower().endswith(_WEIGHTS) for file in files)
 
 
-def pieces(path: str) -> Iterator[bytes]:
-    """Give the content of a regular file, a piece at a time. Raises `OSError` for all others."""
-    with reading(path) as (descriptor, _):
+def pieces(path: str, *, follows: bool = True) -> Iterator[bytes]:
+    """Yield the content of a regular file, a piece at a time. Raise `OSError` for all others."""
+    with reading(path, follows=follows) as (descriptor, _):
         while piece := os.read(descriptor, 1 << 20):
             yield piece
 

@@ -24,7 +24,7 @@ def names_in(folder: str) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError as error:
         raise FormatError(
-            f"{printable(folder)}: cannot be listed: {error.strerror}; mend that, and run again"
+            f"{printable(folder)}: cannot be listed: {error.strerror}; fix that and run again"
         ) from None
 
 

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from streamsoup.engine.budget import LARGEST_BLOCK
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.stream import Nowhere, Sink, SinkSession
-from streamsoup.formats.memory import MemoryShard
 from streamsoup.system.buffers import Bytes
 
 __all__ = ["Apart", "Pieces", "join", "pieces_of"]
@@ -25,11 +24,10 @@ def join(plan: MixPlan) -> MixPlan:
     """Join the averaged tensors of `plan` that follow one another in the files of all ingredients.
 
     Each has the name of the first that went into it, and is one-dimensional. Gives the plan as it
-    is where an ingredient is no file: state dicts have gaps. Results have the same bits; `Apart`
+    is where an ingredient's source has gaps between tensors. Results have the same bits; `Apart`
     takes them apart. No tensor grows beyond a block, so that threads still have work to share.
     """
-    shards = (shard for ingredient in plan.ingredients for shard in ingredient.shards)
-    if any(isinstance(shard, MemoryShard) for shard in shards):
+    if not all(ingredient.source.contiguous for ingredient in plan.ingredients):
         return plan
     joined: list[PlannedTensor] = []
     for tensor in plan.tensors:

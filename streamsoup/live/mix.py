@@ -23,7 +23,7 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import may_be_negative
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, RecipeError, option, some
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.kernels.device import open_device, our_errors
 from streamsoup.kernels.pipeline import Lane, taken_nbytes
 from streamsoup.kernels.torch_blocks import torch_dtype
@@ -132,7 +132,7 @@ def mix_into(
     """
     check_options(options, Options)
     if coefficients is None:
-        ingredients = open_ingredients(ingredients)
+        ingredients = listed(ingredients)
         coefficients = Linear(Coefficients.uniform(len(ingredients)))
     else:
         told = take("bool", "normalize", normalize)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.errors import MismatchError, TaskError, printable, some
-from streamsoup.formats.files import Descriptors, read_bytes
-from streamsoup.formats.memory import MemoryShard
+from streamsoup.formats.files import Access
+from streamsoup.formats.memory import sharing
 from streamsoup.formats.overlaps import is_apart, overlaps
 from streamsoup.formats.released import Part
 from streamsoup.live.causes import misfit
@@ -155,12 +155,11 @@ class ModelSink:
         """
         own = [tensor for tensor in self._match.tensors.values() if type(tensor) in PLAIN]
         for ingredient in self.plan.ingredients:
-            for shard in ingredient.shards:
-                if isinstance(shard, MemoryShard) and shard.memory.sharing(own):
-                    raise MismatchError(
-                        f"{ingredient.name}: shares memory with the model that candidates are put "
-                        "into, which would overwrite it; give a copy, or another model"
-                    )
+            if sharing(ingredient.source.memory, own):
+                raise MismatchError(
+                    f"{ingredient.name}: shares memory with the model that candidates are put "
+                    "into, which would overwrite it; give a copy, or another model"
+                )
         self._apart = True
 
     def check_in_place(self) -> None:
@@ -173,16 +172,13 @@ class ModelSink:
             name: tensor for name, tensor in self._match.tensors.items() if type(tensor) in PLAIN
         }
         for ingredient in self.plan.ingredients:
-            for shard in ingredient.shards:
-                if not isinstance(shard, MemoryShard):
-                    continue
-                tensors = shard.memory.tensors
-                for name in shard.memory.sharing(own.values()):
-                    if met := self._met(own, name, tensors[name]):
-                        raise MismatchError(
-                            f"{ingredient.name}: {printable(name)} lies in the memory of "
-                            f"{printable(met)} of the model, which would overwrite it; give a copy"
-                        )
+            tensors = ingredient.source.memory
+            for name in sharing(tensors, own.values()):
+                if met := self._met(own, name, tensors[name]):
+                    raise MismatchError(
+                        f"{ingredient.name}: {printable(name)} lies in the memory of "
+                        f"{printable(met)} of the model, which would overwrite it; give a copy"
+                    )
 
     def _met(self, own: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:
         """Name a tensor of the model that an ingredient's lies in, without being the same one."""
@@ -364,24 +360,21 @@ def _problem(planned: PlannedTensor, parts: tuple[Part, ...]) -> str | None:
 
 
 def _are_equal(plan: MixPlan, i: int, first: PlannedTensor, second: PlannedTensor) -> bool:
-    """Return True if ingredient `i` holds the same bytes for two tensors; reads both."""
+    """Return True if ingredient `i` holds the same bytes for two tensors; read till they differ."""
     layout = plan.layout_of[i]
-    sources = first.sources[layout], second.sources[layout]
-    if sources[0].dtype != sources[1].dtype:
+    if first.sources[layout].dtype != second.sources[layout].dtype:
         return False
-    shards = [plan.ingredients[i].shards[source.shard] for source in sources]
-    begins = [s.data_begin + source.offset for s, source in zip(shards, sources, strict=True)]
     end = first.nbytes_in(layout)
-    with closing(Descriptors(2)) as files:
+    one, other = (memoryview(bytearray(min(_PIECE, end))) for _ in range(2))
+    with (
+        closing(Access(mapped=False)) as access,
+        closing(plan.ingredients[i].source.cursor(access)) as cursor,
+    ):
         for at in range(0, end, _PIECE):
             n = min(_PIECE, end - at)
-            one, other = (
-                bytes(shard.memory[begin + at : begin + at + n])
-                if isinstance(shard, MemoryShard)
-                else read_bytes(files.reading(shard), begin + at, n)
-                for shard, begin in zip(shards, begins, strict=True)
-            )
-            if one != other:
+            cursor.read(first.name, at, one[:n])
+            cursor.read(second.name, at, other[:n])
+            if one[:n] != other[:n]:
                 return False
     return True
 

@@ -14,7 +14,7 @@ from streamsoup.engine.read import Kept, open_reader
 from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.stream import Ledger, Sink, run
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options, check_options
 from streamsoup.output.coefficients import AnyRule, find_rule
 from streamsoup.output.make import order

@@ -26,8 +26,8 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, count, printable
+from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.formats.parts import refuse_codes
-from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
 from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients, Recipe
 

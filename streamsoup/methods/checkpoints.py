@@ -20,7 +20,7 @@ import msgspec
 
 from streamsoup.errors import FormatError, RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.index import is_index, n_shards
-from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed
 from streamsoup.formats.side_files import pieces
 from streamsoup.formats.weights import PICKLES
 from streamsoup.options import take
@@ -294,7 +294,7 @@ def _described(given: Sequence[AnyIngredient], warnings: list[str]) -> list[Chec
 
 def _path_of(given: AnyIngredient) -> str | None:
     if isinstance(given, Ingredient):
-        return None if given.shards[0].in_memory else given.path
+        return given.source.path
     if not isinstance(given, (str, bytes, os.PathLike)):
         return None
     return str(os.fsdecode(given))

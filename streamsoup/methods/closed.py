@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, count, option, printable, some
-from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.methods.checkpoints import By, Given, choose
 from streamsoup.options import Options, check_options, take

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
@@ -38,6 +38,8 @@ def uniform(
 ) -> Soup:
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
+    An ingredient is a safetensors file, a folder that holds a checkpoint, a state dict, a module,
+    a `streamsoup.Source`, or one already open.
     The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
     the sum.
 
@@ -66,6 +68,9 @@ def uniform(
     if choice is not None:
         warnings = [*ordered.warnings, *choice.warnings]
         ordered = replace(ordered, report=choice.report, warnings=warnings)
+    given = listed(ingredients)
+    equal = Linear(Coefficients.uniform(len(given)))
+    ordered = order(given, equal, method="uniform", options=options)
     return make(ordered, output=output, options=options)
 
 

@@ -16,7 +16,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.files import is_mounted
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.weights import PICKLES
 from streamsoup.output.belongings import strange_files
 from streamsoup.recipe import PROVENANCE_NAME
@@ -121,17 +121,15 @@ def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
     inside = _ids_inside(folder)
     seen: dict[str, set[_Id]] = {}
     for ingredient in ingredients:
-        for shard in ingredient.shards:
-            if shard.in_memory:
-                continue
-            file = (shard.identity.device, shard.identity.inode)
-            for path in (shard.path, os.path.realpath(shard.path)):
+        for file in ingredient.source.files:
+            ids = _ids([file])
+            for path in (file, os.path.realpath(file)):
                 above = os.path.dirname(path)
                 if above not in seen:
                     seen[above] = _ids_above(above)
-                if file == here or file in inside or here in seen[above]:
+                if here in ids or ids & inside or here in seen[above]:
                     raise OutputError(
-                        f"{printable(folder)}: holds the ingredient {printable(shard.path)}; "
+                        f"{printable(folder)}: holds the ingredient {printable(file)}; "
                         "choose another folder"
                     )
 

@@ -6,6 +6,8 @@ ingredients share, what is zero, and what the soup holds twice.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
@@ -14,8 +16,8 @@ from streamsoup.engine.digest import Digests
 from streamsoup.engine.plan import LEAF, MixPlan, PlannedTensor
 from streamsoup.errors import count, printable, some
 from streamsoup.formats.configs import says_tied
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.meaning import folder_of
-from streamsoup.formats.shards import Ingredient
 from streamsoup.recipe import Provenance
 
 __all__ = ["after", "before"]
@@ -82,9 +84,11 @@ def _twice(ingredients: Sequence[Ingredient]) -> Iterator[str]:
 
 
 def _identity(ingredient: Ingredient) -> object:
-    if ingredient.shards[0].in_memory:
-        return ingredient.name
-    return tuple((shard.identity.device, shard.identity.inode) for shard in ingredient.shards)
+    source = ingredient.source
+    if source.path is None:  # as the name of a state dict is its digest, or what it is derived from
+        return json.dumps([source.name, source.fingerprint])
+    found = [os.stat(path) for path in source.files]
+    return tuple((status.st_dev, status.st_ino) for status in found)
 
 
 def _zero(plan: MixPlan, digests: Digests) -> Iterator[str]:

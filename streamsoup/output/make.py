@@ -31,8 +31,8 @@ from streamsoup.errors import (
     printable,
     some,
 )
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.meaning import check_meaning, check_quantised
-from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options, check_options
 from streamsoup.output import doubts
@@ -162,7 +162,8 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     side_files, warnings = gather_side_files(opened, dtype)
     warnings += doubts.before(plan)
     mixed = plan.reduced
-    narrowed = [t for t in mixed if max(s.dtype.nbits for s in t.sources) > t.dtype.nbits]
+    stored = [(t, [layout.places[t.name][1].dtype.nbits for layout in plan.layouts]) for t in mixed]
+    narrowed = [tensor for tensor, nbits in stored if max(nbits) > tensor.dtype.nbits]
     if 0 < len(narrowed) < len(mixed):
         warnings.append(
             f"{option('dtype')} makes {some([t.name for t in narrowed])} narrower, and not the "
@@ -393,7 +394,7 @@ def digest_beside(ordered: Order) -> str:
 def _content(file: SideFile) -> Iterator[bytes]:
     """Give what a side file is to hold, a piece at a time."""
     try:
-        yield from pieces(file.path) if file.content is None else [file.content]
+        yield from pieces(file.path, follows=False) if file.content is None else [file.content]
     except OSError as error:
         raise FormatError(
             f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run again"

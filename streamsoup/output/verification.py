@@ -25,8 +25,10 @@ from streamsoup.errors import (
     count,
     printable,
 )
-from streamsoup.formats.shards import AnyIngredient, Ingredient, Shard, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed, open_ingredients
+from streamsoup.formats.shards import Shard
 from streamsoup.formats.side_files import pieces
+from streamsoup.formats.stored import open_stored
 from streamsoup.options import Options, check_options, take
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, PROVENANCE_NAME, Provenance
 from streamsoup.rule import Rule
@@ -118,7 +120,7 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
         if digest != record.digest:
             problems.append(f"{printable(record.name)} has changed")
     try:
-        (soup,) = open_ingredients([folder])
+        soup = open_stored(folder)
     except (FormatError, MissingFileError) as error:
         problems.append(error.text)
         return 0

@@ -111,7 +111,7 @@ class FileLedger:
 
     def __init__(self, plan: MixPlan, sink: FileSink, journal: Journal, digests: Digests) -> None:
         """Read what earlier runs noted into `digests`."""
-        self._plan, self._sink, self._journal, self._digests = plan, sink, journal, digests
+        self._plan, self._sink, self._journal, self.digests = plan, sink, journal, digests
         self._lock = threading.Lock()
         self._finished: list[int] = []
         self._touched: set[int] = set()
@@ -131,7 +131,7 @@ class FileLedger:
         """Return the digests of a leaf that was noted, if its bytes still match them."""
         if not self._noted[leaf.number]:
             return None
-        digests = self._digests.get(leaf.number)
+        digests = self.digests.get(leaf.number)
         name, offset = self._sink.place(leaf, leaf.start)
         nbytes = leaf.n_units * self._sink.unit_nbytes(leaf)
         found = _digest(self._sink.folder, name, offset, nbytes)
@@ -140,7 +140,7 @@ class FileLedger:
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
         """Keep the digests of a leaf for the next note."""
         with self._lock:
-            self._digests.put(leaf.number, digests)
+            self.digests.put(leaf.number, digests)
             if not self._noted[leaf.number]:
                 self._finished.append(leaf.number)
                 self._touched.add(self._sink.file_of(leaf))
@@ -152,7 +152,7 @@ class FileLedger:
             touched, self._touched = self._touched, set()
         self._sink.sync(sorted(touched))
         for at in range(0, len(finished), NOTES):
-            notes = [[leaf, self._digests.get(leaf).hex()] for leaf in finished[at : at + NOTES]]
+            notes = [[leaf, self.digests.get(leaf).hex()] for leaf in finished[at : at + NOTES]]
             self._journal.append({"leaves": notes})
 
     def _read_notes(self) -> bytearray:
@@ -163,7 +163,7 @@ class FileLedger:
             for number, text in record.get("leaves", ()):
                 digests = bytes.fromhex(text)
                 if len(digests) == row and 0 <= number < self._plan.n_leaves:
-                    self._digests.put(number, digests)
+                    self.digests.put(number, digests)
                     noted[number] = 1
         return noted
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from streamsoup.errors import OutputBusyError, OutputError, ResumeError, option, printable, some
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.output.journal import Journal, named
 from streamsoup.system.closing import Closing
 from streamsoup.system.folders import Folder, stranger
@@ -135,14 +135,8 @@ class SearchFolder(Closing):
 
 
 def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
-    """Say which ingredients answers are about: real paths, and what tells their files."""
-    return [
-        [
-            each.name if each.shards[0].in_memory else os.path.realpath(each.path),
-            each.fingerprint,
-        ]
-        for each in ingredients
-    ]
+    """Return which ingredients answers are about: real paths, and what tells their sources."""
+    return [[each.real_path, each.fingerprint] for each in ingredients]
 
 
 def lock_folder(root: str, *, private: bool = False) -> tuple[Folder, Lock]:

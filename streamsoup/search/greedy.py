@@ -34,7 +34,7 @@ from streamsoup.engine.budget import memory_budget
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import OutputExistsError, RecipeError, printable, some
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
 from streamsoup.live.mix import put_into
 from streamsoup.options import Note, Options, check_options

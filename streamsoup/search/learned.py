@@ -32,7 +32,7 @@ from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import note_of
 from streamsoup.errors import OutputExistsError, RecipeError, printable
-from streamsoup.formats.shards import AnyIngredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.live.mix import put_into
 from streamsoup.options import Options, check_options
 from streamsoup.output.destination import check_output

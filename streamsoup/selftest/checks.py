@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.engine import read
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import BudgetError, StreamsoupError
+from streamsoup.errors import BudgetError, FormatError, StreamsoupError
+from streamsoup.formats.files import Access
 from streamsoup.formats.header import make_header
+from streamsoup.formats.ingredients import AnyIngredient
+from streamsoup.formats.source import Cursor
+from streamsoup.formats.stored import Stored, open_stored
 from streamsoup.kernels import blocks, reference
 from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
 from streamsoup.kernels.pipeline import Lane, LaneShape
@@ -97,7 +100,10 @@ def make_checkpoints(folder: str, k: int, n: int) -> list[str]:
 
 
 def order_on(
-    device: Accelerator | HostDevice, paths: Sequence[str], options: Options, n_slots: int = 3
+    device: Accelerator | HostDevice,
+    paths: Sequence[AnyIngredient],
+    options: Options,
+    n_slots: int = 3,
 ) -> Order:
     """Plan a uniform soup that is made by the pipeline on `device`; with the CPU's, on the CPU."""
     from msgspec.structs import replace
@@ -341,6 +347,27 @@ def _memory_of_cpu(groups: Sequence[Sequence[str]], room: str) -> Outcome:
     )
 
 
+class _Failing(Stored):
+    """A stored checkpoint whose seventh read fails."""
+
+    def __init__(self, of: Stored) -> None:
+        super().__init__(of.name, of.folder, of.shards, of.layout, of.index_name)
+        self.calls = itertools.count(1)
+
+    def cursor(self, access: Access) -> Cursor:
+        return _FailingCursor(super().cursor(access), self.calls)
+
+
+class _FailingCursor(Cursor):
+    def __init__(self, whole: Cursor, calls: Iterator[int]) -> None:
+        self._whole, self._calls = whole, calls
+
+    def read(self, tensor: str, begin: int, block: memoryview) -> None:
+        if next(self._calls) == 7:
+            raise FormatError("a failing read, made up for this test")
+        self._whole.read(tensor, begin, block)
+
+
 def _trouble(device: Accelerator | HostDevice, paths: Sequence[str], room: str) -> Outcome:
     """Out of memory, a failing read and Ctrl-C leave no output, and everything usable."""
     options = Options(io="read")
@@ -361,18 +388,8 @@ def _trouble(device: Accelerator | HostDevice, paths: Sequence[str], room: str) 
             Lane[Any, Any](device, LaneShape(size, 2, 2, 2, False))
 
     def unreadable() -> None:
-        whole, calls = read._read_into, itertools.count()
-
-        def failing(descriptor: int, block: memoryview, offset: int) -> None:
-            if next(calls) == 7:
-                raise OSError(5, "made up for this test")
-            whole(descriptor, block, offset)
-
-        read._read_into = failing
-        try:
-            make(order_on(device, paths, options), output=output, options=options)
-        finally:
-            read._read_into = whole
+        first, *others = map(open_stored, paths)
+        make(order_on(device, [_Failing(first), *others], options), output=output, options=options)
 
     def interrupt(progress: object) -> None:
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.engine.read import mapped_nbytes
 from streamsoup.errors import in_options, option, printable
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.sizes import nbytes_text
 
 if TYPE_CHECKING:

@@ -14,13 +14,16 @@ __all__ = ["close_read", "read_file", "read_whole", "reading"]
 
 
 @contextmanager
-def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Open a regular file, and give its descriptor and its status.
+def reading(path: str, *, follows: bool = True) -> Iterator[tuple[int, os.stat_result]]:
+    """Open a regular file, and yield its descriptor and its status.
 
-    Raises `OSError` for what cannot be opened, and for folders, FIFOs and devices.
+    Raise `OSError` for what cannot be opened, for folders, FIFOs and devices, and for a link unless
+    it `follows` one.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
-    with _regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path) as opened:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    flags |= 0 if follows else os.O_NOFOLLOW
+    with _regular(os.open(path, flags), path) as opened:
         yield opened
 
 

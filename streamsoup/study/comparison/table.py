@@ -27,7 +27,7 @@ from streamsoup.errors import (
     printable,
     some,
 )
-from streamsoup.formats.shards import AnyIngredient, Ingredient, listed
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed
 from streamsoup.options import Options, check_options, settle
 from streamsoup.output.destination import check_outside
 from streamsoup.recipe import Coefficients

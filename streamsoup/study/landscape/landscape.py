@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient
+from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.options import Options, take
 from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.plane import Plane

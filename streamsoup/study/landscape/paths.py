@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from streamsoup.errors import RecipeError
-from streamsoup.formats.shards import AnyIngredient
+from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.options import Options, take
 from streamsoup.search.trials import best_first
 from streamsoup.study.comparison.table import splits_of

@@ -29,7 +29,7 @@ from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import averaged_variances, may_be_negative
 from streamsoup.errors import Message, TaskError, count, option, some
-from streamsoup.formats.shards import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
@@ -319,8 +319,8 @@ class Bench:
             log.warning(
                 "%s",
                 Message(
-                    f"not scored, for a negative coefficient: {count(len(self._unscored), 'mixture')}; "
-                    f"BatchNorm variances are below zero ({some(names, 3)}), and every output "
+                    "not scored, for a negative coefficient: "
+                    f"{count(len(self._unscored), 'mixture')}; BatchNorm variances are below zero ({some(names, 3)}), and every output "
                     f"would be a NaN; {option('recalibrate', True)} measures them anew for each"
                 ),
             )

@@ -28,7 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamsoup.errors import OutputError
-from streamsoup.formats.shards import Ingredient
+from streamsoup.formats.ingredients import Ingredient
 from streamsoup.output.journal import Journal, named
 from streamsoup.search.folder import lock_folder
 from streamsoup.study.measures.calibration import AnyFloats, Labels

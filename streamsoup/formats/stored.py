@@ -1,0 +1,375 @@
+"""Stored checkpoints: safetensors files, opened by their headers alone.
+
+One is a ``.safetensors`` file, a folder that holds one, or a folder whose
+``*.safetensors.index.json`` says which shard holds which tensor (the Hugging Face layout;
+the symlinked folders of its download cache included), or that index. Nothing but headers and the
+index is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from streamsoup.errors import (
+    ChangedIngredientError,
+    CorruptFileError,
+    FormatError,
+    MissingFileError,
+    UnsafePickleError,
+    printable,
+)
+from streamsoup.formats.conversions import of_hub_id, of_pickle
+from streamsoup.formats.files import Access, Window, read_into
+from streamsoup.formats.header import header_nbytes, opening_nbytes
+from streamsoup.formats.index import check_files, check_index, is_index, read_index
+from streamsoup.formats.layout import HeaderCache, Layout
+from streamsoup.formats.links import check_inside
+from streamsoup.formats.shards import Attributes, Identity, Shard
+from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor, Suspects
+from streamsoup.formats.weights import PICKLES, find_weights, names_in
+from streamsoup.system.buffers import Bytes
+from streamsoup.system.regular import reading
+from streamsoup.system.schemes import check_local
+
+__all__ = ["Stored", "open_stored"]
+
+
+class Stored(Source):
+    """A checkpoint in one or several safetensors files."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | None,
+        shards: Sequence[Shard],
+        layout: Layout,
+        index_name: str | None,
+        index_opening_nbytes: int = 0,
+    ) -> None:
+        """Hold what was opened.
+
+        Args:
+            name: The path as it was given.
+            folder: The folder whose side files belong to it; None for a lone file.
+            shards: Its files.
+            layout: Which tensor is in which of them.
+            index_name: File name of its index, if it has one.
+            index_opening_nbytes: Bytes held at most while its index was read.
+        """
+        self._name, self._folder, self._index_name = name, folder, index_name
+        self.shards = tuple(shards)
+        self.layout = layout
+        self._index_opening_nbytes = index_opening_nbytes
+        self._settled = [shard.attributes for shard in self.shards]
+        """As they were when each shard was last known to hold the bytes that were opened."""
+
+    @property
+    def name(self) -> str:
+        """The path as it was given."""
+        return self._name
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Its tensors, shard by shard, in file order."""
+        return {
+            name: SourceTensor(spec.dtype.name, spec.shape, None, number)
+            for name, (number, spec) in self.layout.places.items()
+        }
+
+    @property
+    def path(self) -> str:
+        """Its absolute path."""
+        return os.path.abspath(self._name)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder whose side files belong to it; None for a lone file."""
+        return self._folder
+
+    @property
+    def file_names(self) -> Sequence[str]:
+        """The names of its files, shard by shard."""
+        return tuple(os.path.basename(shard.path) for shard in self.shards)
+
+    @property
+    def index_name(self) -> str | None:
+        """File name of its index, if it has one."""
+        return self._index_name
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The paths of its files."""
+        return tuple(shard.path for shard in self.shards)
+
+    @property
+    def contiguous(self) -> bool:
+        """Tensors lie side by side: headers with holes are refused."""
+        return True
+
+    @property
+    def fingerprint(self) -> list[list[str | int]]:
+        """Path, inode, size and times of each file.
+
+        The device is left out, as its number may change when the machine starts anew.
+        """
+        return [
+            [
+                os.path.realpath(shard.path),
+                *(shard.identity.inode, shard.identity.size),
+                *(shard.identity.mtime_ns, shard.attributes.ctime_ns),
+            ]
+            for shard in self.shards
+        ]
+
+    def cursor(self, access: Access) -> Cursor:
+        """Return a cursor that maps the files or reads them, as `access` has it."""
+        return _Mapped(self, access) if access.mapped else _Read(self, access)
+
+    def check_unchanged(self, tensor: str | None = None) -> None:
+        """Look at the file of a tensor, or at all. See `Shard.check_unchanged`."""
+        if tensor is not None:
+            self.shards[self.layout.places[tensor][0]].check_unchanged()
+            return
+        for shard in self.shards:
+            shard.check_unchanged()
+
+    def cost(self, *, mapped: bool) -> ReadingCost:
+        """Mapped pages are the page cache's; what is read goes into the block itself."""
+        opening = max(self._index_opening_nbytes, *(shard.opening_nbytes for shard in self.shards))
+        return ReadingCost(views=mapped, opening_nbytes=opening)
+
+    def suspects(self, *, strict: bool) -> Suspects | None:
+        """Return the tensors of files whose change time moved though size and time stamp did not.
+
+        Such a file was written in place and given its old time stamp, or only linked, renamed,
+        chowned or the like; the digests of what was read tell which. Costs one `stat` a file, and
+        for each of those a read of its header, which raises `ChangedIngredientError` if it
+        differs. Without `strict`, a new link, mode or owner is taken as the reason.
+        """
+        state: dict[int, Attributes] = {}
+        for number, shard in enumerate(self.shards):
+            found = Attributes.of(shard.status())
+            if found == self._settled[number]:
+                continue
+            shard.check_unchanged()
+            shard.check_header()
+            if not strict and self._settled[number].explains(found):
+                self._settled[number] = found
+            else:
+                state[number] = found
+        names = [name for name, (number, _) in self.layout.places.items() if number in state]
+        return Suspects(names, state) if state else None
+
+    def settle(self, suspects: Suspects) -> None:
+        """Remember the attributes that the suspected files had by then."""
+        for number, attributes in suspects.state.items():
+            self._settled[number] = attributes
+
+    def where(self, tensor: str) -> str:
+        """Return the file that holds a tensor, and the tensor."""
+        number, _ = self.layout.places[tensor]
+        return f"{printable(self.shards[number].path)}: {printable(tensor)}"
+
+
+class _Mapped(Cursor):
+    """A window into the file that is being read, which moves along with the stream."""
+
+    def __init__(self, stored: Stored, access: Access) -> None:
+        self._places, self._shards = stored.layout.places, stored.shards
+        self._kept, self._nbytes = access.kept, access.window_nbytes
+        self._number = -1
+        self._window: Window | None = None
+
+    def view(self, tensor: str, begin: int, end: int) -> Bytes:
+        number, spec = self._places[tensor]
+        shard = self._shards[number]
+        at = shard.data_begin + spec.begin
+        begin, end = at + begin, at + end
+        if self._kept is not None and (whole := self._kept.of(shard)) is not None:
+            return whole.view(begin, end)
+        window = self._window
+        if window is None or number != self._number or not window.covers(begin, end):
+            self._window = window = None  # the former one goes first
+            stop = min(max(end, begin + self._nbytes), shard.identity.size)
+            self._window = window = Window(shard, begin, stop)
+            self._number = number
+        return window.view(begin, end)
+
+    def read(self, tensor: str, begin: int, block: Bytes) -> None:
+        block[:] = self.view(tensor, begin, begin + len(block))
+
+    def close(self) -> None:
+        self._window = None
+
+
+class _Read(Cursor):
+    """Large reads into the caller's block."""
+
+    def __init__(self, stored: Stored, access: Access) -> None:
+        self._places, self._shards = stored.layout.places, stored.shards
+        self._descriptors = access.descriptors
+
+    def read(self, tensor: str, begin: int, block: Bytes) -> None:
+        number, spec = self._places[tensor]
+        shard = self._shards[number]
+        at = shard.data_begin + spec.begin + begin
+        try:
+            read_into(self._descriptors.reading(shard), block, at)
+        except EOFError:
+            shard.check_unchanged()
+            raise ChangedIngredientError(
+                f"{printable(shard.path)}: ended at byte {at}, before its header says; run again "
+                "once no other process writes to it"
+            ) from None
+        except OSError as error:
+            raise FormatError(
+                f"{printable(shard.path)}: cannot be read at byte {at}: {error.strerror}; fix "
+                "that, or restore the file"
+            ) from error
+
+
+def open_stored(path: str | bytes | os.PathLike[Any], cache: HeaderCache | None = None) -> Stored:
+    """Open a stored checkpoint by its headers.
+
+    Args:
+        path: A safetensors file, a folder that holds a checkpoint, or its index.
+        cache: Headers parsed so far, to be shared by the ingredients of one soup.
+
+    Raises:
+        MissingFileError: There is no such file or folder.
+        FormatError: What is there is no checkpoint, names the file and what is wrong with it.
+    """
+    cache = HeaderCache() if cache is None else cache
+    try:
+        return _open(str(os.fsdecode(path)), cache)  # a str of numpy's is one, too
+    except CorruptFileError as error:
+        raise CorruptFileError(
+            f"{error.text}; download, copy or save the checkpoint again"
+        ) from None
+
+
+def _open(given: str, cache: HeaderCache) -> Stored:
+    _check_path(given)
+    try:
+        mode = os.stat(given).st_mode
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{printable(given)}: no such file or folder; check the path{_advice_for(given)}"
+        ) from None
+    except OSError as error:
+        raise FormatError(
+            f"{printable(given)}: cannot be opened: {error.strerror}; fix that and run again"
+        ) from None
+    if stat.S_ISDIR(mode):
+        name = find_weights(given)
+        if is_index(name):
+            return _open_index(given, given, name, cache)
+        shard = _open_shard(os.path.join(given, name), cache, within=given)
+        return _of_one(given, given, shard, cache)
+    folder, name = os.path.split(given)
+    if is_index(name):
+        return _open_index(given, folder or os.curdir, name, cache)
+    return _of_one(given, None, _open_shard(given, cache), cache)
+
+
+def _of_one(given: str, folder: str | None, shard: Shard, cache: HeaderCache) -> Stored:
+    layout = cache.layout([shard.header], [os.path.basename(shard.path)], given)
+    return Stored(given, folder, [shard], layout, None)
+
+
+def _open_index(given: str, folder: str, name: str, cache: HeaderCache) -> Stored:
+    """Open the shards that the index `name` of a folder lists."""
+    path = os.path.join(folder, name)
+    check_inside(path, folder)
+    weight_map, opening = read_index(path)
+    files = sorted(set(weight_map.values()))
+    shards = [_open_shard(os.path.join(folder, file), cache, within=folder) for file in files]
+    layout = cache.layout([shard.header for shard in shards], files, given)
+    held = {tensor: files[number] for tensor, (number, _) in layout.places.items()}
+    check_index(path, weight_map, held)
+    check_files(path, files, names_in(folder))
+    return Stored(given, folder, shards, layout, name, opening)
+
+
+def _open_shard(path: str, cache: HeaderCache, *, within: str | None = None) -> Shard:
+    """Read one header, with errors that name the file; it may lie `within` an ingredient."""
+    _check_path(path)
+    if within is not None:
+        check_inside(path, within)
+    if path.endswith(PICKLES):
+        raise UnsafePickleError(
+            f"{printable(path)}: is a PyTorch pickle, which could run code when opened; "
+            f"convert it to safetensors first: {printable(of_pickle(path), 800)}"
+        )
+    try:
+        with reading(path) as (descriptor, status):
+            head = _read(descriptor, 0, min(8, status.st_size))
+            length = header_nbytes(head, status.st_size)
+            text = _read(descriptor, 8, length)
+            header = cache.header(text, status.st_size)
+    except FormatError as error:
+        raise type(error)(f"{printable(path)}: {error.text}") from None
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{printable(path)}: no such file; the checkpoint is not complete, so download or "
+            "save it again"
+        ) from None
+    except OSError as error:
+        raise FormatError(
+            f"{printable(path)}: cannot be read: {error.strerror}; fix that and run again"
+        ) from None
+    digest = xxhash.xxh3_128(head)
+    digest.update(text)
+    return Shard(
+        path,
+        Identity.of(status),
+        header,
+        8 + length,
+        Attributes.of(status),
+        digest.digest(),
+        opening_nbytes(length, header),
+    )
+
+
+def _read(descriptor: int, offset: int, nbytes: int) -> bytearray:
+    block = bytearray(nbytes)
+    try:
+        read_into(descriptor, memoryview(block), offset)
+    except EOFError:
+        raise CorruptFileError("ended while its header was being read") from None
+    return block
+
+
+def _check_path(path: str) -> None:
+    """Refuse a path that no file can have, or that could not be noted in a provenance."""
+    check_local(path, MissingFileError)
+    try:
+        os.path.abspath(path).encode()
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{printable(path)}: cannot be found, as the folder we are in was removed; go to "
+            "another, or give the whole path"
+        ) from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{printable(path)}: its path is not Unicode; rename it") from None
+    if "\0" in path:
+        raise FormatError(f"{printable(path)}: a path holds no NUL character; check the path")
+
+
+def _advice_for(given: str) -> str:
+    """Return advice for a name that means something elsewhere: in a shell, or on the Hub."""
+    parts = given.split("/")
+    if parts[0] == "~":
+        return " (only a shell replaces ~, and only where it is not quoted)"
+    line = of_hub_id(given)
+    if line is not None and not os.path.exists(parts[0]):
+        return (
+            ", or if it is a model on the Hugging Face Hub, download it first and give its folder: "
+            f"{printable(line, 400)}"
+        )
+    return ""
