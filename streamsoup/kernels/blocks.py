@@ -1,8 +1,8 @@
-"""The arithmetic in numpy, a cache-sized block at a time.
+"""The arithmetic in numpy, a tile that fits a cache at a time.
 
-Eight (float32) to a hundred and more (float8) times slower than the compiled kernel, for what that
-is not there for: small jobs before a large one has had it compiled, old processors, and ingredients
-of several dtypes.
+Eight (float32) to a hundred and more (float8) times slower than compiled kernels. It is for what
+these are not there for: small jobs before a large one has had them compiled, and places where numba
+cannot or may not compile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.kernels.constants import NUMPY_TILE
 from streamsoup.tensors import DType
 
 __all__ = [
@@ -27,9 +28,6 @@ __all__ = [
 
 Array = NDArray[np.uint8]
 Floats = NDArray[np.float64]
-
-BLOCK = 1 << 14
-"""Elements at a time: their sums fill 128 KiB, and stay in a core's second cache."""
 
 
 def array_of(block: memoryview) -> Array:
@@ -120,8 +118,8 @@ def _accumulate(
     factors: Sequence[float],
     fresh: bool,
 ) -> None:
-    for begin in range(0, len(sums), BLOCK):
-        end = min(begin + BLOCK, len(sums))
+    for begin in range(0, len(sums), NUMPY_TILE):
+        end = min(begin + NUMPY_TILE, len(sums))
         part = sums[begin:end]
         for i, (data, dtype, factor) in enumerate(zip(inputs, dtypes, factors, strict=True)):
             values = widen(data[begin * dtype.itemsize : end * dtype.itemsize], dtype)
@@ -137,8 +135,8 @@ def finish(sums: Floats, divisor: float, dtype: DType, output: Array) -> bool:
     """Divide, round into `output`, and say whether a result is not finite."""
     spoiled = False
     with np.errstate(all="ignore"):
-        for begin in range(0, len(sums), BLOCK):
-            end = min(begin + BLOCK, len(sums))
+        for begin in range(0, len(sums), NUMPY_TILE):
+            end = min(begin + NUMPY_TILE, len(sums))
             part = sums[begin:end]
             if divisor != 1.0:
                 np.divide(part, divisor, out=part)

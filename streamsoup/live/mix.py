@@ -22,9 +22,9 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, RecipeError
 from streamsoup.formats.shards import AnyIngredient, open_ingredients
-from streamsoup.kernels.device import open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, taken_nbytes
-from streamsoup.kernels.torch_blocks import torch_dtype
+from streamsoup.kernels.accelerator.device import open_device, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, taken_nbytes
+from streamsoup.kernels.accelerator.torch_blocks import torch_dtype
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.model import ModelSink
 from streamsoup.live.running import Sums, SumsPlace, SumsPlan, can_carry

@@ -23,8 +23,8 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, StreamsoupError
 from streamsoup.formats.header import make_header
 from streamsoup.kernels import blocks, reference
-from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.kernels.accelerator.device import Accelerator, Device, HostDevice, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.options import Options
 from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.kernels import blocks
-from streamsoup.kernels.device import Device
-from streamsoup.kernels.torch_blocks import (
+from streamsoup.kernels.accelerator.device import Device
+from streamsoup.kernels.accelerator.torch_blocks import (
     Constants,
     Room,
     add_,

@@ -1,8 +1,8 @@
-"""What inner products are made of, in LLVM's own words: rows widened, and tiles multiplied.
+"""What inner products are made of, in LLVM's own words: rows are widened, and then multiplied.
 
 Numba has no vectors, and leaves it to LLVM to find some in loops. Here they are written down: that
-takes half the time to compile, and the sums of a *tile*, some rows by some others, some lanes at a
-time, are sure to stay in registers, where each number loaded is used several times.
+takes half the time to compile, and the sums of some rows by some others, some lanes at a time, are
+sure to stay in registers, where each number loaded is used several times.
 """
 
 # Numba's decorators and intrinsics change what functions take: their types cannot be stated.
@@ -18,11 +18,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from streamsoup.kernels.inner import LANES, STRIDE
-from streamsoup.kernels.vectors import widen_at
+from streamsoup.kernels.constants import LANES, ROW_PITCH
+from streamsoup.kernels.fast.vectors import widen_at
 from streamsoup.tensors import DType
 
-__all__ = ["difference", "tile"]
+__all__ = ["difference", "multiplier"]
 
 _NUMBER = ir.IntType(64)
 
@@ -39,12 +39,12 @@ def _load(builder: Any, pointer: Any) -> Any:
     return value
 
 
-def tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
-    """Make a function that multiplies a chunk of `rows` rows with one of `columns`.
+def multiplier(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
+    """Return a function that multiplies a tile of `rows` rows with one of `columns`.
 
     It takes the addresses of the first row of either side, and how many times `LANES` elements to
     multiply; the address of the sums of all lanes, and whether they begin at zero; and, for the
-    last chunk of a grain, where the first product goes, and how far those of a row are from those
+    last tile of a grain, where the first product goes, and how far those of a row are from those
     of the next, less one for each row that is passed; 0 before. With `diagonal` both sides are
     the same, and pairs are those of ``j >= i``.
     """
@@ -73,7 +73,7 @@ def tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
 
             def some(address: Any, count: int) -> list[Any]:
                 at = builder.add(address, begin)
-                places = [_at(builder, at, 8 * STRIDE * i, vector) for i in range(count)]
+                places = [_at(builder, at, 8 * ROW_PITCH * i, vector) for i in range(count)]
                 return [_load(builder, place) for place in places]
 
             xs = some(x_at, rows)
@@ -124,7 +124,7 @@ def tile(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
 
 
 def difference(dtype: DType, width: int) -> Any:
-    """Make a function that widens elements and takes others off; it counts what is not zero.
+    """Return a function that widens elements and takes others off; it counts what is not zero.
 
     It takes the addresses of raw elements, of a row of float64 to take off, and of the result;
     and how many elements there are.
