@@ -44,7 +44,7 @@ MOST = 64
 """Ingredients whose mean may be taken in float32: beyond, little would be exact."""
 
 SLOW_SUBNORMALS = not IS_ZEN
-"""Whether a subnormal quotient takes much longer than others: on Intel's processor 25 to 50 ns for
+"""True if a subnormal quotient takes much longer than others: on Intel's processor 25 to 50 ns for
 a vector with some. On AMD's it was not measured by itself; float16 at its full rate there had one
 in a quarter of all vectors."""
 
@@ -147,7 +147,7 @@ def _adder(dtype: DType) -> Any:
     always_near = _is_always_near(dtype)
     apart, _ = _conversions(dtype.nbits, dtype.fraction or 0)
 
-    @numba.njit(forceinline=True)
+    @numba.njit(inline="always")
     def add(x_at: int, k: int, sums: Any, high: Any, low: Any) -> Any:
         x: Any = load(x_at, words)
         if k > FORESEEN:

@@ -41,7 +41,7 @@ def compile_mix(source: DType, output: DType) -> tuple[str, bytes]:
     return object_file(lambda: _compile(source, output))
 
 
-@numba.njit(forceinline=True)
+@numba.njit(inline="always")
 def _divide(values: Any, divisor: float) -> None:
     """Divide truly. By a power of two, its reciprocal gives the same quotients, and faster."""
     reciprocal = 1.0 / divisor

@@ -68,7 +68,7 @@ def _move_to_mean(rows_at: int, mean_at: int, n_rows: int, n: int) -> None:
         first[i] += mean[i]
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _rows_with_room(top: int, n_rows: int, at_once: int, room: int) -> Any:
     """Return the end of the rows from `top` on whose pairs have room for their lanes, and how many.
 
@@ -89,7 +89,7 @@ def _filler(width: int) -> Any:
     """Return what widens a tile of every row, takes the reference off, and counts what differs."""
     f64, f32, bf16, f16, e5m2, e4m3 = (difference(DTYPES[name], width) for name in KINDS)
 
-    @numba.njit(error_model="numpy")
+    @numba.njit(inline="always")
     def subtract(kind: int, x_at: int, less_at: int, y_at: int, n: int) -> Any:
         if kind == 0:
             return f64(x_at, less_at, y_at, n)

@@ -32,7 +32,7 @@ def summer(source: DType) -> Any:
     doubles, wide = Vector(types.float64, WIDTH), widened(source, WIDTH)
     add_rest = adder(source)
 
-    @numba.njit(forceinline=True)
+    @numba.njit(inline="always")
     def sum_tile(
         addresses: Any, factors: Any, ones: bool, fresh: bool, start: int, n: int, sums_at: int
     ) -> None:

@@ -123,14 +123,14 @@ def digester(size: int, to_size: int) -> tuple[Any, Any, int]:
     if that is not 0.
     """
 
-    @numba.njit(forceinline=True)
+    @numba.njit(inline="always")
     def digest(table: Any, k: int, begin: int, end: int, states_at: int, secret_at: int) -> None:
         for i in range(len(table)):
             unit = size if i < k else to_size
             x_at, state_at = table[i], states_at + i * STATE_NBYTES
             _take(x_at + begin * unit, x_at + end * unit, state_at, secret_at)
 
-    @numba.njit(forceinline=True)
+    @numba.njit(inline="always")
     def digest_end(
         table: Any, k: int, begin: int, n: int, leaf: int, states_at: int, secret_at: int
     ) -> None:
