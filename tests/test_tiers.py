@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from streamsoup import Coefficients, Options, mix, uniform
 from streamsoup.engine import reduce
 from streamsoup.engine.reduce import Engine
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
 from streamsoup.kernels import cpu, inner, plain, reference, tiers
 from streamsoup.kernels.constants import MEAN_TILE, TILE
@@ -167,7 +168,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def tier_of(models: Sequence[Path], **options: Any) -> str:
     """Name the tier that an engine takes for a soup of some models."""
-    equal = Coefficients.uniform(len(models))
+    equal = Linear(Coefficients.uniform(len(models)))
     planned = order(list(models), equal, method="uniform", options=Options(**options))
     tensor = planned.plan.tensors[0]
     mixer = Engine(planned.plan).mixer([each.dtype for each in tensor.sources], tensor.dtype)

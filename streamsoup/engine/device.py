@@ -1,4 +1,4 @@
-"""Mixes on an accelerator: the reduction of `reduce.Mix`, by way of `kernels.pipeline`.
+"""Mixes on an accelerator: the reduction of `reduce.Mix`, by way of `kernels.accelerator`.
 
 Tensors that are averaged go through a lane, each thread its own; those that are only copied stay
 on the host. Results come back to the host for a sink that wants bytes, or go straight into tensors

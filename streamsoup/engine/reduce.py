@@ -113,9 +113,8 @@ class Engine:
         """Count the bytes of weights, of one ingredient, that no compiled kernel mixes."""
         return sum(
             tensor.n_units * tensor.unit_nbytes
-            for tensor in self._plan.tensors
-            if tensor.is_reduced
-            and self._ready([source.dtype for source in tensor.sources], tensor.dtype) is None
+            for tensor in self._plan.reduced
+            if self._ready([source.dtype for source in tensor.sources], tensor.dtype) is None
         )
 
     def load(self) -> None:
@@ -132,7 +131,8 @@ class Engine:
                     self._plain = made
                 else:
                     self._mixers[source.name, output.name] = made
-        if self._nbytes_left() * len(self._plan.ingredients) >= COMPILE_NBYTES:
+        left = self._nbytes_left()
+        if left and left * len(self._plan.ingredients) >= COMPILE_NBYTES:
             self._plain = compiled(plain_mixers)
 
     def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:

@@ -79,8 +79,8 @@ _FAILURES = (_UnforeseenError, LookupError, ValueError, struct.error)
 def link(code: bytes, name: str) -> Kernel | None:
     """Put an object file into memory; return its function `name`. Takes half a millisecond.
 
-    Returns None where it is of another kind of processor, or needs what is not done here. Raises `OSError`
-    where memory may not become executable, as some services are set up.
+    Returns None where it is of another kind of processor, or needs what is not done here. Raises
+    `OSError` where memory may not become executable, as some services are set up.
     """
     try:
         machine, sections = _sections(code)
