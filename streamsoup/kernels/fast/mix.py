@@ -54,12 +54,47 @@ def _divide(values: Any, divisor: float) -> None:
             values[j] /= divisor
 
 
+@numba.njit(inline="always")
+def _are_ones(factors: Any) -> bool:
+    ones = True
+    for factor in factors:
+        ones = ones and factor == 1.0
+    return ones
+
+
+def _finisher(source: DType, output: DType) -> Any:
+    """Return what makes elements of the result of finished sums."""
+    keeps_equal, round_all = source.name == "F64", rounder(output)
+
+    @numba.njit(inline="always")
+    def finish(
+        sums: Any,
+        divisor: float,
+        uniform: bool,
+        addresses: Any,
+        start: int,
+        scratch_at: int,
+        y: int,
+    ) -> bool:
+        """Return whether an element is not finite."""
+        _divide(sums, divisor)
+        if keeps_equal and uniform:
+            differ = numba.carray(pointer(scratch_at + 8 * TILE, types.uint64), sums.shape)
+            keep_equal(sums, addresses, start, differ)
+        return round_all(sums, y)
+
+    return finish
+
+
 def _compile(source: DType, output: DType) -> Any:
-    """Compile one kernel; what it closes over is constant to LLVM."""
+    """Compile one kernel; what it closes over is constant to LLVM.
+
+    Longer than 60 lines: its parameters take a line each, and the state of the loop (where it
+    stops, what is digested, when float32 is tried again) is shared by all of its steps.
+    """
     size, to_size = source.itemsize, output.itemsize
     small = source is output and size <= 2
-    keeps_equal = source.name == "F64"
-    sum_tile, round_all = summer(source), rounder(output)
+    sum_tile, finish = summer(source), _finisher(source, output)
     mean = mean_of(source) if small else no_mean
     digest, digest_end, digest_step = digester(size, to_size)
 
@@ -84,9 +119,7 @@ def _compile(source: DType, output: DType) -> Any:
         addresses = table[:k]
         factors = numba.carray(pointer(factors_at, types.float64), (k,))
         secret_at = scratch_at + 8 * SCRATCH
-        ones = True
-        for i in range(k):
-            ones = ones and factors[i] == 1.0
+        ones = _are_ones(factors)
         uniform = ones and divisor == k and fresh != 0 and output != 0
         in_float32 = small and uniform and k <= MOST
         # A first tile that is short, so that those after it begin with a cache line: as headers
@@ -116,12 +149,8 @@ def _compile(source: DType, output: DType) -> Any:
             sum_tile(addresses, factors, ones, fresh != 0, start, m, tile_at)
             if output != 0:
                 sums = numba.carray(pointer(tile_at, types.float64), (m,))
-                _divide(sums, divisor)
-                if keeps_equal and uniform:
-                    differ_at = scratch_at + 8 * TILE
-                    differ = numba.carray(pointer(differ_at, types.uint64), (m,))
-                    keep_equal(sums, addresses, start, differ)
-                spoiled |= round_all(sums, output + start * to_size)
+                y_at = output + start * to_size
+                spoiled |= finish(sums, divisor, uniform, addresses, start, scratch_at, y_at)
         if digests_at != 0:
             digest_end(table, k, n_digested, n, leaf, digests_at, secret_at)
         return spoiled

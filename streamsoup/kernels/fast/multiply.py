@@ -11,7 +11,7 @@ sure to stay in registers, where each number loaded is used several times.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -39,6 +39,83 @@ def _load(builder: Any, pointer: Any) -> Any:
     return value
 
 
+class _Shape(NamedTuple):
+    """Rows that are multiplied at once with others, and lanes in a register."""
+
+    rows: int
+    columns: int
+    width: int
+    diagonal: bool
+    """Both sides are the same, and pairs are those of ``j >= i``."""
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """List the pairs of rows, in the order in which their lanes lie in memory."""
+        return [
+            (i, j) for i in range(self.rows) for j in range(i if self.diagonal else 0, self.columns)
+        ]
+
+
+def _accumulate(shape: _Shape, builder: Any, args: Any, group: Any) -> None:
+    """Multiply the lanes of a group, as many as fit a register; their sums lie side by side."""
+    x_at, y_at, n, sums_at, fresh, _, _ = args
+    pairs, width = shape.pairs, shape.width
+    vector = ir.VectorType(ir.DoubleType(), width)
+    first = builder.add(sums_at, builder.mul(group, _NUMBER(8 * width * len(pairs))))
+    # Places on the stack, which LLVM turns into registers.
+    sums = [cgutils.alloca_once(builder, vector) for _ in pairs]
+    with builder.if_else(cgutils.is_null(builder, fresh)) as (then, otherwise):
+        with then:
+            for p, total in enumerate(sums):
+                before = _load(builder, _at(builder, first, 8 * width * p, vector))
+                builder.store(before, total)
+        with otherwise:
+            for total in sums:
+                builder.store(ir.Constant(vector, None), total)
+    with cgutils.for_range(builder, n) as row:
+        begin = builder.mul(group, _NUMBER(8 * width))
+        begin = builder.add(begin, builder.mul(row.index, _NUMBER(8 * LANES)))
+
+        def some(address: Any, count: int) -> list[Any]:
+            at = builder.add(address, begin)
+            places = [_at(builder, at, 8 * ROW_PITCH * i, vector) for i in range(count)]
+            return [_load(builder, place) for place in places]
+
+        xs = some(x_at, shape.rows)
+        ys = xs if shape.diagonal else some(y_at, shape.columns)
+        for (i, j), total in zip(pairs, sums, strict=True):
+            # Two roundings: LLVM fuses only what it is told to.
+            product = builder.fmul(xs[i], ys[j])
+            builder.store(builder.fadd(builder.load(total), product), total)
+    for p, total in enumerate(sums):
+        place = _at(builder, first, 8 * width * p, vector)
+        builder.store(builder.load(total), place).align = 8
+
+
+def _fold(shape: _Shape, builder: Any, args: Any) -> None:
+    """Add the upper half of the lanes of each pair onto the lower, until one is left."""
+    _, _, _, sums_at, _, out_at, pitch = args
+    pairs, width = shape.pairs, shape.width
+    vector = ir.VectorType(ir.DoubleType(), width)
+    for p, (i, j) in enumerate(pairs):
+        places = [8 * width * (len(pairs) * group + p) for group in range(LANES // width)]
+        lanes = [_load(builder, _at(builder, sums_at, place, vector)) for place in places]
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [builder.fadd(lanes[g], lanes[half + g]) for g in range(half)]
+        (left,), half = lanes, width // 2
+        while half:
+            mask = [
+                ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(n, n + half)))
+                for n in (0, half)
+            ]
+            lower, upper = (builder.shuffle_vector(left, left, each) for each in mask)
+            left, half = builder.fadd(lower, upper), half // 2
+        place = builder.add(out_at, builder.mul(pitch, _NUMBER(i)))
+        at = _at(builder, place, 8 * (j - i * (i - 1) // 2), ir.DoubleType())
+        builder.store(builder.extract_element(left, ir.IntType(32)(0)), at)
+
+
 def multiplier(rows: int, columns: int, width: int, *, diagonal: bool = False) -> Any:
     """Return a function that multiplies a tile of `rows` rows with one of `columns`.
 
@@ -48,74 +125,17 @@ def multiplier(rows: int, columns: int, width: int, *, diagonal: bool = False) -
     of the next, less one for each row that is passed; 0 before. With `diagonal` both sides are
     the same, and pairs are those of ``j >= i``.
     """
-    pairs = [(i, j) for i in range(rows) for j in range(i if diagonal else 0, columns)]
-    n_groups = LANES // width
-    vector = ir.VectorType(ir.DoubleType(), width)
-
-    def accumulate(builder: Any, args: Any, group: Any) -> None:
-        """Multiply the lanes of a group, whose sums lie side by side."""
-        x_at, y_at, n, sums_at, fresh, _, _ = args
-        first = builder.add(sums_at, builder.mul(group, _NUMBER(8 * width * len(pairs))))
-        zero = ir.Constant(vector, None)
-        # Places on the stack, which LLVM turns into registers.
-        sums = [cgutils.alloca_once(builder, vector) for _ in pairs]
-        with builder.if_else(cgutils.is_null(builder, fresh)) as (then, otherwise):
-            with then:
-                for p, total in enumerate(sums):
-                    before = _load(builder, _at(builder, first, 8 * width * p, vector))
-                    builder.store(before, total)
-            with otherwise:
-                for total in sums:
-                    builder.store(zero, total)
-        with cgutils.for_range(builder, n) as row:
-            begin = builder.mul(group, _NUMBER(8 * width))
-            begin = builder.add(begin, builder.mul(row.index, _NUMBER(8 * LANES)))
-
-            def some(address: Any, count: int) -> list[Any]:
-                at = builder.add(address, begin)
-                places = [_at(builder, at, 8 * ROW_PITCH * i, vector) for i in range(count)]
-                return [_load(builder, place) for place in places]
-
-            xs = some(x_at, rows)
-            ys = xs if diagonal else some(y_at, columns)
-            for (i, j), total in zip(pairs, sums, strict=True):
-                # Two roundings: LLVM fuses only what it is told to.
-                product = builder.fmul(xs[i], ys[j])
-                builder.store(builder.fadd(builder.load(total), product), total)
-        for p, total in enumerate(sums):
-            place = _at(builder, first, 8 * width * p, vector)
-            builder.store(builder.load(total), place).align = 8
-
-    def fold(builder: Any, args: Any) -> None:
-        """Add the upper half of the lanes of each pair onto the lower, until one is left."""
-        _, _, _, sums_at, _, out_at, pitch = args
-        for p, (i, j) in enumerate(pairs):
-            places = [8 * width * (len(pairs) * group + p) for group in range(n_groups)]
-            lanes = [_load(builder, _at(builder, sums_at, place, vector)) for place in places]
-            while len(lanes) > 1:
-                half = len(lanes) // 2
-                lanes = [builder.fadd(lanes[g], lanes[half + g]) for g in range(half)]
-            (left,), half = lanes, width // 2
-            while half:
-                mask = [
-                    ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(n, n + half)))
-                    for n in (0, half)
-                ]
-                lower, upper = (builder.shuffle_vector(left, left, each) for each in mask)
-                left, half = builder.fadd(lower, upper), half // 2
-            place = builder.add(out_at, builder.mul(pitch, _NUMBER(i)))
-            at = _at(builder, place, 8 * (j - i * (i - 1) // 2), ir.DoubleType())
-            builder.store(builder.extract_element(left, ir.IntType(32)(0)), at)
+    shape = _Shape(rows, columns, width, diagonal)
 
     @intrinsic
     def multiply(
         typing: Any, x_at: Any, y_at: Any, n: Any, sums_at: Any, fresh: Any, out_at: Any, pitch: Any
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            with cgutils.for_range(builder, _NUMBER(n_groups)) as group:
-                accumulate(builder, args, group.index)
+            with cgutils.for_range(builder, _NUMBER(LANES // width)) as group:
+                _accumulate(shape, builder, args, group.index)
             with builder.if_then(cgutils.is_not_null(builder, args[5])):
-                fold(builder, args)
+                _fold(shape, builder, args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
