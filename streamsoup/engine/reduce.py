@@ -17,7 +17,7 @@ from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.schedule import Schedule
-from streamsoup.errors import MismatchError, printable
+from streamsoup.errors import MismatchError
 from streamsoup.formats.disagreements import differing
 from streamsoup.kernels import tiers
 from streamsoup.kernels.constants import LEAST_NBYTES, SCRAMBLE_NBYTES, STRIPE_NBYTES
