@@ -8,7 +8,7 @@ import sys
 from benchmarks.checkpoints import SIZES, Case
 from benchmarks.peers import PEERS
 from benchmarks.rows import Session
-from benchmarks.tasks import gram, greedy, growth, kernels, learned, startup, uniform
+from benchmarks.tasks import gram, greedy, growth, kernels, learned, startup, tiers, uniform
 
 
 def main() -> None:
@@ -26,7 +26,16 @@ def main() -> None:
     one.add_argument("--peer-rounds", type=int, default=3)
     one.add_argument("--cold", action="store_true")
     one.add_argument("--no-peers", action="store_true")
-    for name in ("growth", "growth-sizes", "kernels", "startup", "greedy", "gram", "learned"):
+    for name in (
+        "growth",
+        "growth-sizes",
+        "kernels",
+        "tiers",
+        "startup",
+        "greedy",
+        "gram",
+        "learned",
+    ):
         commands.add_parser(name)
     commands.add_parser("report", help="make tables and pictures anew from the rows")
     asked = parser.parse_args()
@@ -55,7 +64,7 @@ QUICK = ("kernels", "startup", "uniform-125M")
 FULL = (
     *QUICK,
     *("uniform-125M-f16", "uniform-125M-f32", "uniform-1.1B", "uniform-1.1B-cold"),
-    *("growth", "growth-sizes", "greedy", "gram", "learned"),
+    *("tiers", "growth", "growth-sizes", "greedy", "gram", "learned"),
 )
 
 
@@ -63,6 +72,8 @@ def run(session: Session, task: str) -> None:
     """Run one task of the lists above."""
     if task == "kernels":
         kernels.run(session)
+    elif task == "tiers":
+        tiers.run(session, [Case("125M", 8, dtype) for dtype in ("BF16", "F16", "F32")])
     elif task == "startup":
         startup.run(session, first=Case("125M", 8))
     elif task == "uniform-125M":

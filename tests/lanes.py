@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.kernels import reference
-from streamsoup.kernels.device import Device
-from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.kernels.accelerator.device import Device
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.tensors import DTYPES, DType
 
 Bytes = NDArray[np.uint8]

@@ -37,7 +37,7 @@ class Stream:
 
 
 class SimulatedDevice:
-    """A `streamsoup.kernels.device.Device` over plain tensors."""
+    """A `streamsoup.kernels.accelerator.device.Device` over plain tensors."""
 
     name = "simulated"
 

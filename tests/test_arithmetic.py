@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,8 @@ from checkpoints import load, load_array, save, tensor
 from streamsoup import Options, mix, uniform
 from streamsoup.engine import reduce
 from streamsoup.errors import MismatchError, NonFiniteError
-from streamsoup.kernels import blocks, cpu, flags, means, objects, reference
+from streamsoup.kernels import blocks, constants, cpu, reference
+from streamsoup.kernels.fast import objects
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DTYPES, DType
 
@@ -458,7 +458,7 @@ def test_what_cancels_leaves_every_bit_of_the_rest(name: str) -> None:
         values = [256.0, x, -256.0]
         # A block of ordinary elements around it: so few wide ones are looked after one by one.
         one = [reference.narrow(1.0, dtype)]
-        rows = [[reference.narrow(v, dtype)] + one * means.STRETCH for v in values]
+        rows = [[reference.narrow(v, dtype)] + one * constants.MEAN_TILE for v in values]
         inputs = [np.array(row, np.uint16) for row in rows]
         found = in_numba(inputs, dtype, [1.0] * 3, 3.0, dtype)
         assert found[0] == reference.narrow(x / 3, dtype)
@@ -480,7 +480,7 @@ def test_the_last_bit_of_the_smallest_decides_a_tie(name: str) -> None:
             in_float32 += np.float32(value)
         n_lost += in_float32 == np.float32(sum(tie))
         values = [reference.narrow(value, dtype) for value in tie + tiny]
-        inputs = [np.full(2 * means.STRETCH, one, np.uint16) for _ in values]
+        inputs = [np.full(2 * constants.MEAN_TILE, one, np.uint16) for _ in values]
         for column, value in zip(inputs, values, strict=True):
             column[:7] = value
         assert (in_numba(inputs, dtype, [1.0] * 8, 8.0, dtype)[:7] == one + 1).all(), d
@@ -493,17 +493,17 @@ def relatives(dtype: DType, k: int) -> list[Bits]:
     The first has subnormal numbers only, the second the smallest normal ones as well, of any sign.
     """
     rng = np.random.default_rng(k)
-    n = 20 * means.STRETCH + 77
+    n = 20 * constants.MEAN_TILE + 77
     top = dtype.largest >> 1
     codes = rng.integers(top // 4, top, n) + rng.integers(-1, 2, (k, n))
     codes |= rng.integers(0, 2, n) << (dtype.nbits - 1)
     codes[:, ::5] = 0
     codes[:, ::7] = 1 << (dtype.nbits - 1)
-    some = slice(4 * means.STRETCH, 6 * means.STRETCH)
-    codes[:, some] = rng.integers(0, 1 << (dtype.fraction or 0), (k, 2 * means.STRETCH))
-    some = slice(6 * means.STRETCH, 9 * means.STRETCH)
-    codes[:, some] = rng.integers(0, 6 << (dtype.fraction or 0), (k, 3 * means.STRETCH))
-    codes[:, some] |= rng.integers(0, 2, (k, 3 * means.STRETCH)) << (dtype.nbits - 1)
+    some = slice(4 * constants.MEAN_TILE, 6 * constants.MEAN_TILE)
+    codes[:, some] = rng.integers(0, 1 << (dtype.fraction or 0), (k, 2 * constants.MEAN_TILE))
+    some = slice(6 * constants.MEAN_TILE, 9 * constants.MEAN_TILE)
+    codes[:, some] = rng.integers(0, 6 << (dtype.fraction or 0), (k, 3 * constants.MEAN_TILE))
+    codes[:, some] |= rng.integers(0, 2, (k, 3 * constants.MEAN_TILE)) << (dtype.nbits - 1)
     return list(codes.astype(WORDS[dtype.nbits]))
 
 
@@ -519,7 +519,7 @@ def test_means_of_relatives(name: str, k: int) -> None:
     ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
     assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
     # After some stretches that went well: largest values, with signs in turn, and what is beyond.
-    at = 10 * means.STRETCH + 3
+    at = 10 * constants.MEAN_TILE + 3
     for bad in (dtype.overflow, dtype.nan):
         for i in {0, k - 1}:
             for j, x in enumerate(inputs):
@@ -532,70 +532,18 @@ def test_means_of_relatives(name: str, k: int) -> None:
 @pytest.mark.parametrize("name", ["F16", "F8_E5M2", "F8_E4M3"])
 def test_kernels_for_other_processors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled otherwise for AMD's processors and for Intel's gives the same bits."""
-    from streamsoup.kernels import loops, sums, xxh3
+    from streamsoup.kernels.fast import means, mix, sums, xxh3
 
     dtype = DTYPES[name]
     monkeypatch.setattr(means, "SLOW_SUBNORMALS", not means.SLOW_SUBNORMALS)
     for room in (means, sums, xxh3):
         monkeypatch.setattr(room, "FORESEEN", 8 - room.FORESEEN)
-    kernel = cpu.Mixer(objects._load(*loops.compile_mix(dtype, dtype)))
+    kernel = cpu.Mixer(objects._load(*mix.compile_mix(dtype, dtype)))
     monkeypatch.setattr(cpu, "mixer", lambda *_: kernel)
     for k in (1, 2, 3, 8, 9, 33, 64):
         inputs = relatives(dtype, k)
         ours = in_numpy(inputs, dtype, [1.0] * k, float(k), dtype)
         assert (in_numba(inputs, dtype, [1.0] * k, float(k), dtype) == ours).all()
-
-
-@pytest.mark.skipif(not flags.CAN_TELL, reason="not known how, on this processor")
-def test_the_processor_tells_what_it_rounded() -> None:
-    """Sums that are exact, subnormal ones too, leave no flag; others do, until it is cleared."""
-
-    @numba.njit
-    def was_rounded(x: Any, y: Any, address: int) -> bool:
-        flags.forget(address)
-        total = np.empty(4, np.float32)
-        for i in range(4):
-            total[i] = x[i] + y[i]
-        return flags.rounded(address)
-
-    word = np.zeros(1, np.uint32)
-    small, large = 2.0**-149, float(np.finfo(np.float32).max)
-    for x, y, expected in (
-        (1.0, 2.0**-23, False),
-        (1.0, 2.0**-24, True),
-        (1.0, -(2.0**-24), False),
-        (1.0, -(2.0**-25), True),
-        (3 * small, small, False),
-        (1.0, small, True),
-        (large, -small, True),
-        (large, large, True),
-        (large, -large, False),
-        (np.inf, 1.0, False),
-    ):
-        xs, ys = np.ones(4, np.float32), np.ones(4, np.float32)
-        xs[2], ys[2] = x, y
-        assert was_rounded(xs, ys, word.ctypes.data) == expected, (x, y)
-
-
-@pytest.mark.skipif(not flags.CAN_TELL, reason="nobody asks")
-def test_a_processor_that_tells_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulators may leave the flag alone: sums are then looked at, as on other processors."""
-    from streamsoup.kernels import loops
-
-    dtype = DTYPES["BF16"]
-    monkeypatch.setattr(flags, "_INEXACT", 0)
-    anew = numba.njit(forceinline=True)(flags.is_believed.py_func)
-    monkeypatch.setattr(loops, "is_believed", anew)
-    kernel = cpu.Mixer(objects._load(*loops.compile_mix(dtype, dtype)))
-    # The last two lift the mean of eight above a tie, which is lost in float32.
-    values = [1.5] * 5 + [0.5 + 4 * 2.0**-7, 2.0**-16 * (1 + 2.0**-7), -(2.0**-16)]
-    inputs = [np.full(1024, reference.narrow(1.0, dtype), np.uint16) for _ in values]
-    for column, value in zip(inputs, values, strict=True):
-        column[:7] = reference.narrow(value, dtype)
-    found = np.empty(1024, np.uint16)
-    addresses = [column.ctypes.data for column in inputs]
-    kernel(0, addresses, [1.0] * 8, True, 8.0, found.ctypes.data, len(found))
-    assert (found == in_numpy(inputs, dtype, [1.0] * 8, 8.0, dtype)).all()
 
 
 def test_a_wrong_kernel_would_be_caught() -> None:

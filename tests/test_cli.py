@@ -20,7 +20,7 @@ from checkpoints import command, load_array, random_model, save, save_sharded, t
 import streamsoup
 from streamsoup.cli import cli, main
 from streamsoup.cli.common import _explain
-from streamsoup.kernels import processor
+from streamsoup.kernels.fast import processor
 from streamsoup.search.report import beyond_scoring
 
 HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")

@@ -27,9 +27,9 @@ from streamsoup.engine import read
 from streamsoup.engine.device import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
-from streamsoup.kernels import pipeline
-from streamsoup.kernels.device import Accelerator, HostDevice, open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
+from streamsoup.kernels.accelerator import pipeline
+from streamsoup.kernels.accelerator.device import Accelerator, HostDevice, open_device, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
 from streamsoup.live.mix import DeviceCandidates
 from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
@@ -363,7 +363,7 @@ def test_jobs_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     paths = make_half_checkpoints(tmp_path, 2)
     monkeypatch.setattr(HostDevice, "name", "cuda:0")
     monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 128 * 10**6)
-    for room in ("streamsoup.kernels.device", "streamsoup.live.mix"):
+    for room in ("streamsoup.kernels.accelerator.device", "streamsoup.live.mix"):
         monkeypatch.setattr(f"{room}.open_device", lambda name: HostDevice())
     coefficients = Coefficients.uniform(2)
     for told in (None, "16MB"):
@@ -519,7 +519,9 @@ def test_soups_say_where_they_were_summed_and_why(
         assert capfd.readouterr().out.endswith(f"; summed on {said}\n")
         assert cli([*command, "--overwrite", "--json"]) == 0
         assert json.loads(capfd.readouterr().out)["summed_on"] == said
-    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
+    monkeypatch.setattr(
+        "streamsoup.kernels.accelerator.device.open_device", lambda name: HostDevice()
+    )
     monkeypatch.setattr(HostDevice, "name", "cuda:0")
     soup = streamsoup.uniform(
         paths, output=tmp_path / "told", options=Options(device="cuda", memory="1GB")
@@ -555,7 +557,9 @@ def test_the_default_budget_is_a_small_share(
     """Without ``--device-memory``, an eighth of what is free on the device."""
     paths = make_checkpoints(tmp_path, 2, 3_000_000)
     plan = order(paths, Linear(Coefficients.uniform(2)), method="uniform", options=Options()).plan
-    monkeypatch.setattr("streamsoup.kernels.device.open_device", lambda name: HostDevice())
+    monkeypatch.setattr(
+        "streamsoup.kernels.accelerator.device.open_device", lambda name: HostDevice()
+    )
     monkeypatch.setattr(HostDevice, "free_nbytes", lambda self: 8 * 2 * 10**7)
     options = Options(device="cuda", memory="1GB")
     found = device_mix.find_device(plan, options, mapped=True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from lanes import COEFFICIENTS, FLOATS, random_ingredients, specified, through_lane
 
-from streamsoup.kernels import blocks, torch_blocks
-from streamsoup.kernels.device import HostDevice
+from streamsoup.kernels import blocks
+from streamsoup.kernels.accelerator import torch_blocks
+from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.tensors import DTYPES, DType
 
 
@@ -94,7 +95,7 @@ def test_bits_do_not_depend_on_vector_units(capability: str) -> None:
     """Torch chooses other loops for other processors: the bits stay."""
     code = """
 from lanes import *
-from streamsoup.kernels.device import HostDevice
+from streamsoup.kernels.accelerator.device import HostDevice
 import torch
 for source in FLOATS:
     for output in FLOATS:

@@ -29,8 +29,8 @@ import streamsoup
 from streamsoup.engine import read
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
-from streamsoup.kernels.device import Accelerator, open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
+from streamsoup.kernels.accelerator.device import Accelerator, open_device, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.live.mix import DeviceCandidates
 from streamsoup.live.model import ModelSink
 from streamsoup.options import Options

@@ -12,7 +12,7 @@ from lanes import WORDS, random_ingredients, specified, through_lane
 from simulated import KINDS, MOVES, SimulatedDevice, Stream, TimedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.tensors import DTYPES
 
 BLOCK = 16

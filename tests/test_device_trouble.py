@@ -23,8 +23,8 @@ from streamsoup.engine import read
 from streamsoup.engine.device import OnDevice
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError
-from streamsoup.kernels import device as kernels_device
-from streamsoup.kernels.device import HostDevice
+from streamsoup.kernels.accelerator import device as kernels_device
+from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.live import mix as live_mix
 from streamsoup.options import Options
 from streamsoup.output import write

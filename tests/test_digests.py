@@ -15,7 +15,8 @@ from streamsoup import Options, uniform, verify
 from streamsoup.engine import budget, reduce
 from streamsoup.errors import VerificationError
 from streamsoup.kernels import cpu
-from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
+from streamsoup.kernels.constants import LEAST_NBYTES, SCRAMBLE_NBYTES, STRIPE_NBYTES
+from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.tensors import DTYPES
 
 PAIRS = [
@@ -61,10 +62,12 @@ def test_kernels_digest_as_the_library_does(
     """Of any length from the least on, at any address, in any blocks, in groups or all at once."""
     size, to_size = DTYPES[source].itemsize, DTYPES[output].itemsize
     least = -(-LEAST_NBYTES // min(size, to_size))
-    block = STRIDE << data.draw(some.integers(0, 3), "block")
-    whole = data.draw(some.sampled_from([0, block, 3 * block, STRIDE // size, 64 // size]), "whole")
+    block = SCRAMBLE_NBYTES << data.draw(some.integers(0, 3), "block")
+    whole = data.draw(
+        some.sampled_from([0, block, 3 * block, SCRAMBLE_NBYTES // size, 64 // size]), "whole"
+    )
     n = max(least, whole + data.draw(some.integers(-70, 1100), "more"))
-    assume((n - 1) % block + 1 >= -(-STRIPE // min(size, to_size)))
+    assume((n - 1) % block + 1 >= -(-STRIPE_NBYTES // min(size, to_size)))
     k = data.draw(some.integers(1, 11), "k")
     group = data.draw(some.sampled_from([k, 1, 3]), "group")
     at = data.draw(some.integers(0, 70), "address")

@@ -20,7 +20,8 @@ from streamsoup.engine import inner, plan
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, MismatchError, NonFiniteError, RecipeError
-from streamsoup.kernels.inner import GRAIN, in_numpy
+from streamsoup.kernels.constants import GRAIN
+from streamsoup.kernels.inner import in_numpy
 from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.options import Options, Progress
 from streamsoup.tensors import DTYPES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
 import platform
@@ -22,17 +21,17 @@ from streamsoup import Options
 from streamsoup.engine import inner, reduce
 from streamsoup.engine.plan import MixPlan
 from streamsoup.kernels import blocks, cpu, reference
+from streamsoup.kernels import inner as kernels_inner
+from streamsoup.kernels.constants import GRAIN, LANES, PRODUCT_ROWS
+from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.kernels.inner import (
-    _ROOMS,
-    GRAIN,
-    LANES,
-    STRIP,
     Products,
     find_products,
+    has_products,
     in_numpy,
+    make_plain_products,
     make_products,
 )
-from streamsoup.kernels.objects import Kernel
 from streamsoup.methods.angles import plan_geometry
 from streamsoup.tensors import DTYPES, DType
 
@@ -46,9 +45,13 @@ WAYS = {"base": (0, False), "mean": (0, True), "dot": (1, False)}
 
 def compiled() -> Products:
     """Give the compiled kernel."""
-    found = find_products() or make_products()
-    assert found is not None
-    return found
+    return find_products() or make_products()
+
+
+@functools.cache
+def plain() -> Products:
+    """Give the plain kernel."""
+    return make_plain_products()
 
 
 @functools.cache
@@ -56,10 +59,10 @@ def of_another_width() -> Products:
     """Give the kernel for processors of the other kind: 16 registers of 4 lanes, or 32 of 8."""
     from llvmlite import binding as llvm
 
-    from streamsoup.kernels.products import compile_for
+    from streamsoup.kernels.fast.products import compile_for
 
     wide = llvm.get_host_cpu_features().get("avx512f")
-    kernel = compile_for(*((STRIP - 1, 4) if wide else (STRIP, 8)))
+    kernel = compile_for(*((PRODUCT_ROWS - 1, 4) if wide else (PRODUCT_ROWS, 8)))
     return Products(Kernel(kernel.address, kernel))
 
 
@@ -141,7 +144,7 @@ def test_all_kernels_add_up_in_the_order_specified(
     rng = np.random.default_rng(seed)
     data = [some(rng, dtype, length) for dtype in dtypes]
     law = expected([widened(*row) for row in zip(data, dtypes, strict=True)], way)
-    for kernel in (in_numpy, compiled(), of_another_width()):
+    for kernel in (in_numpy, plain(), compiled(), of_another_width()):
         assert found_by(kernel, data, dtypes, way, law.shape[1]).tobytes() == law.tobytes()
 
 
@@ -162,7 +165,7 @@ def test_all_kernels_agree_on_many_rows(n: int, way: str) -> None:
     dtypes = [FLOATS[i % 6] for i in range(n)]
     data = [some(rng, dtype, GRAIN + 100) for dtype in dtypes]
     n_values = n - 1 if way == "dot" else n * (n + 1) // 2 + n - 1
-    kernels = (in_numpy, compiled(), of_another_width())
+    kernels = (in_numpy, plain(), compiled(), of_another_width())
     bits = {found_by(kernel, data, dtypes, way, n_values).tobytes() for kernel in kernels}
     assert len(bits) == 1
 
@@ -182,7 +185,7 @@ def test_every_pattern_is_widened_exactly(dtype: DType) -> None:
     scales *= np.random.default_rng(1).integers(1, 1000, len(scales))
     data, dtypes = [scales.view(np.uint8), words.view(np.uint8)], [DTYPES["F64"], dtype]
     law = expected([scales, values], "dot")
-    for kernel in (in_numpy, compiled(), of_another_width()):
+    for kernel in (in_numpy, plain(), compiled(), of_another_width()):
         out = np.empty_like(law)
         kernel(data, dtypes, len(words), out, reference=1, to_mean=False)
         assert out.tobytes() == law.tobytes()
@@ -198,7 +201,7 @@ def test_what_is_not_finite_stays_so(dtype: DType, at: int) -> None:
     data = [each.view(np.uint8) for each in words]
     changed = np.stack([widened(row, dtype) != widened(data[0], dtype) for row in data[1:]])
     assert changed[0, at]
-    for kernel in (in_numpy, compiled(), of_another_width()):
+    for kernel in (in_numpy, plain(), compiled(), of_another_width()):
         out = found_by(kernel, data, [dtype] * 3, "base", 8)
         assert out[:, 6:].sum(axis=0).tolist() == changed.sum(axis=1).tolist()
         assert np.isfinite(out[at // GRAIN]).tolist() == [
@@ -254,11 +257,11 @@ def test_a_kept_kernel_needs_no_numba() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_old_processor_has_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the instruction that widens float16 nothing is loaded or compiled."""
-    monkeypatch.setattr(cpu, "has_kernel", lambda dtype: False)
+def test_an_old_processor_has_no_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the instruction that widens float16 no fast kernel is loaded."""
+    compiled()
+    monkeypatch.setattr(kernels_inner, "has_kernel", lambda dtype: False)
     assert find_products() is None
-    assert make_products() is None
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others have the instruction")
@@ -272,26 +275,7 @@ def test_where_numba_compiles_for_any_processor(
     monkeypatch.setenv(variable, value)
     assert not any(cpu.has_kernel(DTYPES[name]) for name in ("F16", "F8_E4M3", "F8_E5M2"))
     assert all(cpu.has_kernel(DTYPES[name]) for name in ("BF16", "F32", "F64"))
-    assert make_products() is None
-
-
-def rooms_below(room: str) -> set[str]:
-    """Give the rooms that a room of the kernels is made of, itself included."""
-    text = (Path(cpu.__file__).parent / f"{room}.py").read_text()
-    found = {room}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "streamsoup.kernels."
-        ):
-            below = str(node.module).split(".")[2]
-            found |= rooms_below(below) if below not in ("blocks", "linking", "objects") else set()
-    return found
-
-
-@pytest.mark.parametrize(("room", "rooms"), [("loops", cpu._ROOMS), ("products", _ROOMS)])
-def test_a_kernel_is_known_by_all_it_is_made_of(room: str, rooms: tuple[str, ...]) -> None:
-    """A cache from before a change would otherwise be believed after it."""
-    assert {f"{each}.py" for each in rooms_below(room)} == set(rooms)
+    assert not has_products()
 
 
 def small_plan(folder: Path) -> MixPlan:
@@ -351,3 +335,5 @@ def test_the_kernel_is_chosen_by_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     assert inner.fastest_products(plan, 10**9, compiles=True) is in_numpy
     cache[0] = kept
     assert inner.fastest_products(plan, 10**9, compiles=True) is kept
+    monkeypatch.setenv("STREAMSOUP_KERNELS", "numpy")
+    assert inner.fastest_products(plan, 10**9, compiles=True) is in_numpy

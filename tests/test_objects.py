@@ -17,7 +17,8 @@ from checkpoints import load, save, tensor
 
 import streamsoup
 from streamsoup.engine import reduce
-from streamsoup.kernels import cpu, linking, objects, processor
+from streamsoup.kernels import cpu
+from streamsoup.kernels.fast import linking, objects, processor
 from streamsoup.system import buffers, versions
 from streamsoup.system.folders import Folder
 from streamsoup.tensors import DTYPES
@@ -28,7 +29,7 @@ x86_alone = pytest.mark.skipif(not processor.is_x86(), reason="others are left t
 @pytest.fixture(scope="module")
 def smallest() -> tuple[str, bytes]:
     """Compile the smallest of our kernels: its symbol, and its object file."""
-    from streamsoup.kernels.loops import compile_mix
+    from streamsoup.kernels.fast.mix import compile_mix
 
     return compile_mix(DTYPES["F64"], DTYPES["F64"])
 
@@ -36,7 +37,7 @@ def smallest() -> tuple[str, bytes]:
 @x86_alone
 def test_a_kernel_linked_by_us_is_the_one_of_llvm() -> None:
     """The same object file, put into memory in both ways, computes the same."""
-    from streamsoup.kernels.loops import compile_mix
+    from streamsoup.kernels.fast.mix import compile_mix
 
     name, code = compile_mix(DTYPES["BF16"], DTYPES["BF16"])
     linked = linking.link(code, name)
@@ -107,7 +108,7 @@ def test_where_memory_may_not_be_code_numpy_does(
         "    sys.exit(77)\n"
         "import streamsoup\n"
         "from streamsoup.engine import reduce\n"
-        "from streamsoup.kernels import objects\n"
+        "from streamsoup.kernels.fast import objects\n"
         "logging.basicConfig()\n"
         "reduce.COMPILE_NBYTES = 1\n"
         f"if not {ours}:\n"
@@ -154,7 +155,7 @@ def test_a_name_that_nobody_has_is_not_called(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A later numba may call what we know nothing of: numpy does the work then, with a warning."""
+    """A later numba may call functions that are not there: plain loops stand in, with a warning."""
     name, code = smallest
     unknown = code.replace(b"\0PyErr_Clear\0", b"\0PyErr_Clean\0")
     assert "PyErr_Clean" in linking.needed(unknown)
@@ -162,11 +163,11 @@ def test_a_name_that_nobody_has_is_not_called(
     with pytest.raises(ImportError, match="numba calls PyErr_Clean, which is nowhere"):
         objects._load_by_llvm(name, unknown)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("streamsoup.kernels.loops.compile_mix", lambda *_: (name, unknown))
+    monkeypatch.setattr("streamsoup.kernels.fast.mix.compile_mix", lambda *_: (name, unknown))
     monkeypatch.setattr(reduce, "COMPILE_NBYTES", 1)
     model = save(tmp_path / "m", {"t": tensor(np.ones(1000))})
     streamsoup.uniform([model, model], output=tmp_path / "out")
-    assert "numba calls PyErr_Clean, which is nowhere; numpy makes the same sums" in caplog.text
+    assert "numba calls PyErr_Clean, which is nowhere; plain ones make the same" in caplog.text
     assert not list(tmp_path.glob("cache/streamsoup/*"))
 
 
@@ -297,12 +298,12 @@ def test_a_full_disk_leaves_nothing_in_the_cache(
 
 def test_what_numba_is_told_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels compiled under other settings, in any of numba's variables, are other kernels."""
-    names = {objects._cache_name("mix", ["loops.py"])}
+    names = {objects._cache_name("mix", ["fast/mix.py"])}
     for variable, value in (("NUMBA_OPT", "0"), ("NUMBA_LOOP_VECTORIZE", "\udcff")):
         monkeypatch.setenv(variable, value)
-        names.add(objects._cache_name("mix", ["loops.py"]))
+        names.add(objects._cache_name("mix", ["fast/mix.py"]))
     monkeypatch.setenv("NUMBER", "7")
-    names.add(objects._cache_name("mix", ["loops.py"]))
+    names.add(objects._cache_name("mix", ["fast/mix.py"]))
     assert len(names) == 3
 
 
@@ -330,8 +331,8 @@ def test_without_a_home_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Mo
 def test_kernels_are_found_in_any_locale() -> None:
     """Their name is made of our sources, which no locale needs to be able to say."""
     script = (
-        "from streamsoup.kernels.objects import _cache_name\n"
-        "print(_cache_name('x', ['means.py', 'sums.py']))"
+        "from streamsoup.kernels.fast.objects import _cache_name\n"
+        "print(_cache_name('x', ['fast/means.py', 'fast/sums.py']))"
     )
     found = [
         subprocess.run(

@@ -11,8 +11,8 @@ from checkpoints import needs
 
 from streamsoup import selftest
 from streamsoup.cli import cli
-from streamsoup.kernels import torch_blocks
-from streamsoup.kernels.device import HostDevice
+from streamsoup.kernels.accelerator import torch_blocks
+from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.selftest import checks, rates
 
 

@@ -46,7 +46,7 @@ READ_GROUP = 4
 """Ingredients whose blocks are held at once when they are read rather than viewed."""
 
 NUMPY_NBYTES = 2**20
-"""What the numpy kernel makes of `kernels.blocks.BLOCK` elements: eight arrays of float64."""
+"""What the numpy kernel holds of `constants.NUMPY_TILE` elements: eight arrays of float64."""
 
 PROCESS_NBYTES = 108 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler and one kernel included.

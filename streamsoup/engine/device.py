@@ -1,4 +1,4 @@
-"""Mixes on an accelerator: the reduction of `reduce.Mix`, by way of `kernels.pipeline`.
+"""Mixes on an accelerator: the reduction of `reduce.Mix`, by way of `kernels.accelerator`.
 
 Tensors that are averaged go through a lane, each thread its own; those that are only copied stay
 on the host. Results come back to the host for a sink that wants bytes, or go straight into tensors
@@ -30,8 +30,8 @@ from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.reduce import Engine, Mix, MixWorker, OnePass
 from streamsoup.errors import BudgetError, StreamsoupError, option, printable
 from streamsoup.kernels import blocks
-from streamsoup.kernels.pipeline import Lane, LaneShape, held_nbytes
-from streamsoup.kernels.torch_blocks import carried
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape, held_nbytes
+from streamsoup.kernels.accelerator.torch_blocks import carried
 from streamsoup.options import Options
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.system.buffers import Bytes
@@ -39,7 +39,7 @@ from streamsoup.system.buffers import Bytes
 if TYPE_CHECKING:
     import torch
 
-    from streamsoup.kernels.device import Device
+    from streamsoup.kernels.accelerator.device import Device
 
 __all__ = [
     "DeviceMix",
@@ -173,7 +173,7 @@ def find_device(
     See `plan_device` for the rest. Raises `DeviceError` if it is not there, `RecipeError` if there
     is no such thing, and `BudgetError` if it has too little memory.
     """
-    from streamsoup.kernels.device import open_device
+    from streamsoup.kernels.accelerator.device import open_device
 
     device = open_device(str(options.device))
     chosen = plan_device(
@@ -191,7 +191,7 @@ def find_device(
 
 def device_budget(device: Device[Any, Any], options: Options) -> int:
     """Give the bytes that may be taken on `device`: as told, or a share of what is free there."""
-    from streamsoup.kernels.device import our_errors
+    from streamsoup.kernels.accelerator.device import our_errors
 
     budget = options.device_memory
     if budget is None:
@@ -249,7 +249,7 @@ class DeviceMix(OnePass):
 
     def worker(self) -> DeviceWorker:
         """Give a thread its own worker, with a lane. Raises `BudgetError` when there is no room."""
-        from streamsoup.kernels.device import our_errors
+        from streamsoup.kernels.accelerator.device import our_errors
 
         # One after the other: what torch takes from the driver depends on the order.
         with self._lock, our_errors(self.asked):
@@ -293,7 +293,7 @@ class DeviceWorker:
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
     ) -> None:
         """Begin a block of `n_units` of `tensor`."""
-        from streamsoup.kernels.device import our_errors
+        from streamsoup.kernels.accelerator.device import our_errors
 
         mix = self._mix
         self._tensor, self._start, self._n = tensor, start, n_units
@@ -318,7 +318,7 @@ class DeviceWorker:
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Add the blocks of ingredients `first` and following, in order."""
-        from streamsoup.kernels.device import our_errors
+        from streamsoup.kernels.accelerator.device import our_errors
 
         if not self._averages:
             self._copies.add(first, inputs)
@@ -338,7 +338,7 @@ class DeviceWorker:
 
     def result(self) -> Bytes:
         """Give the raw bytes of the oldest block; none if it went to its place on the device."""
-        from streamsoup.kernels.device import our_errors
+        from streamsoup.kernels.accelerator.device import our_errors
 
         if not self._waiting.popleft():
             self.spoiled = False
@@ -351,7 +351,7 @@ class DeviceWorker:
 
     def close(self) -> None:
         """Wait for the device, whatever became of it, so that memory can be given back."""
-        from streamsoup.kernels.device import our_errors
+        from streamsoup.kernels.accelerator.device import our_errors
 
         sound = self._whole and not any(self._waiting)
         try:

@@ -33,7 +33,16 @@ from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.reduce import OnePass, compiled
 from streamsoup.errors import BudgetError, option
 from streamsoup.kernels import blocks
-from streamsoup.kernels.inner import GRAIN, find_products, in_numpy, make_products, spend_in_numpy
+from streamsoup.kernels.constants import GRAIN
+from streamsoup.kernels.inner import (
+    find_products,
+    has_products,
+    in_numpy,
+    make_plain_products,
+    make_products,
+    spend_in_numpy,
+)
+from streamsoup.kernels.tiers import tier
 from streamsoup.sizes import nbytes_text
 from streamsoup.system.buffers import Bytes
 from streamsoup.tensors import DType
@@ -129,15 +138,17 @@ def fastest_products(plan: MixPlan, n_products: int, *, compiles: bool) -> Produ
     It is worth it once this job (`n_products` of each element of the plan) and those that earlier
     runs did in numpy together take longer than compiling. Without `compiles`, or where numba
     cannot, nothing is compiled. The bits are the same. Takes milliseconds; seconds for the run that
-    compiles, once on a machine.
+    compiles, once on a machine. Raises `RecipeError` for an unknown tier (`kernels.tiers.tier`).
     """
-    found = find_products()
-    if found is None and compiles:
+    fastest = tier()
+    found = find_products() if fastest == "fast" else None
+    if found is None and compiles and fastest != "numpy":
         n_elements = sum(tensor.n_units for tensor in plan.tensors)
         # Measured, with 2 to 64 rows: Python's part of a grain, and each product's.
         in_numpy_s = n_elements * (0.25e-3 / GRAIN + 2e-9 * n_products)
         if spend_in_numpy(in_numpy_s) >= COMPILE_S:
-            found = compiled(make_products)
+            fast = [make_products] if fastest == "fast" and has_products() else []
+            found = compiled(*fast, make_plain_products)
     return found or in_numpy
 
 

@@ -8,7 +8,6 @@ any number of ingredients; `engine.apply.Apply` serves any other rule.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
@@ -18,10 +17,19 @@ from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.schedule import Schedule
-from streamsoup.errors import MismatchError, printable
+from streamsoup.errors import MismatchError
 from streamsoup.formats.disagreements import differing
-from streamsoup.kernels.cpu import Mixer, find_mixer, has_kernel, mixer
-from streamsoup.kernels.leaf_digests import LEAST_NBYTES, STRIDE, STRIPE, LeafDigests
+from streamsoup.kernels import tiers
+from streamsoup.kernels.constants import LEAST_NBYTES, SCRAMBLE_NBYTES, STRIPE_NBYTES
+from streamsoup.kernels.cpu import (
+    Mixer,
+    PlainMixers,
+    find_mixer,
+    has_kernel,
+    mixer,
+    plain_mixers,
+)
+from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.system.buffers import Bytes, address_of, buffer, is_same
 from streamsoup.system.cgroup import memory_limit
 from streamsoup.tensors import DType
@@ -42,10 +50,8 @@ __all__ = [
     "copy",
 ]
 
-log = logging.getLogger("streamsoup")
-
 COMPILE_NBYTES = 1_000_000_000
-"""Bytes to read from which compiling one pays, before the work: some seconds, once.
+"""Bytes to read from which compiling a kernel pays, before the work: some seconds, once.
 
 Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
 
@@ -61,66 +67,84 @@ Noted = Callable[[Leaf], bool]
 """Returns True for a leaf that an earlier run has noted as finished."""
 
 
-def compiled(make: Callable[[], K]) -> K | None:
-    """Make a kernel, if numba may: nobody has switched it off, and there is room for it.
+def compiled(*makes: Callable[[], K]) -> K | None:
+    """Return what the first of some functions that can compiles: the plain one comes last.
 
-    Where what it takes is broken, a warning says so, and there is none.
+    None where numba is switched off, in a memory group too small for it, or where it is broken: a
+    warning says so (`tiers.first_compiled`).
     """
     is_off = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
     if is_off or memory_limit() < COMPILE_ROOM:
         return None
-    try:
-        return make()
-    except (ImportError, OSError) as error:
-        log.warning(
-            "kernels cannot be compiled: %s; numpy makes the same sums, more slowly. "
-            "Install numba anew, or grant more memory",
-            printable(error),
-        )
-        return None
+    return tiers.first_compiled(*makes)
 
 
 class Engine:
-    """The fastest kernel that is ready: compiled if it was before, or the job is worth it.
+    """The fastest kernels that are ready: compiled if they were before, or if the job is worth it.
 
-    Numpy does the rest, with the same bits, so a run may change to a kernel at any block.
+    Which tier may be used is asked of `tiers.tier` once. Numpy does the rest, with the same bits,
+    so a run may change to a kernel at any block.
     """
 
     def __init__(self, plan: MixPlan, *, compiles: bool = True) -> None:
         """Load compiled kernels; for a large job, compile missing ones.
 
-        Without `compiles`, in a memory cgroup too small for it, or where numba is switched off
-        (``NUMBA_DISABLE_JIT``), numpy does what is not in the cache.
+        Without `compiles`, in a memory group too small for it, or where numba is switched off
+        (``NUMBA_DISABLE_JIT``), numpy does what is not in the cache. Raises `RecipeError` for a
+        tier that is unknown.
         """
+        self._tier = tiers.tier()
         self._mixers: dict[tuple[str, str], Mixer] = {}
-        self._pairs = {
+        self._plain: PlainMixers | None = None
+        self._plan = plan
+        pairs = {
             (tensor.sources[0].dtype, tensor.dtype)
             for tensor in plan.tensors
             if tensor.is_reduced and len({s.dtype for s in tensor.sources}) == 1
         }
-        self._pairs = {pair for pair in self._pairs if has_kernel(pair[0])}
+        self._pairs = [pair for pair in pairs if self._tier == "fast" and has_kernel(pair[0])]
         for source, output in self._pairs:
             if (found := find_mixer(source, output)) is not None:
                 self._mixers[source.name, output.name] = found
-        missing = len(self._mixers) < len(self._pairs)
-        worth = missing and plan.nbytes_read >= COMPILE_NBYTES
-        if compiles and worth:
+        if compiles and plan.nbytes_read >= COMPILE_NBYTES and self._nbytes_left():
             self.load()
+
+    def _nbytes_left(self) -> int:
+        """Count the bytes of weights, of one ingredient, that no compiled kernel mixes."""
+        return sum(
+            tensor.n_units * tensor.unit_nbytes
+            for tensor in self._plan.reduced
+            if self._ready([source.dtype for source in tensor.sources], tensor.dtype) is None
+        )
 
     def load(self) -> None:
         """Compile what is missing now, where it can be: seconds, the first time on a machine."""
+        if self._tier == "numpy":
+            return
         for source, output in self._pairs:
-            if (source.name, output.name) not in self._mixers:
-                made = compiled(partial(mixer, source, output))
+            if (source.name, output.name) not in self._mixers and self._plain is None:
+                fast: Callable[[], Mixer | PlainMixers] = partial(mixer, source, output)
+                made = compiled(fast, plain_mixers)
                 if made is None:
                     return
-                self._mixers[source.name, output.name] = made
+                if isinstance(made, PlainMixers):
+                    self._plain = made
+                else:
+                    self._mixers[source.name, output.name] = made
+        left = self._nbytes_left()
+        if left and left * len(self._plan.ingredients) >= COMPILE_NBYTES:
+            self._plain = compiled(plain_mixers)
 
     def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:
-        """Give the compiled kernel for these dtypes, or None while numpy has to do."""
-        if any(source is not sources[0] for source in sources):
-            return None
-        return self._mixers.get((sources[0].name, output.name))
+        """Return the compiled kernel for these dtypes, or None while numpy has to do."""
+        return self._ready(sources, output)
+
+    def _ready(self, sources: Sequence[DType], output: DType) -> Mixer | None:
+        if all(source is sources[0] for source in sources):
+            fast = self._mixers.get((sources[0].name, output.name))
+            if fast is not None:
+                return fast
+        return None if self._plain is None else self._plain.of(sources, output)
 
 
 class Worker(Protocol):
@@ -240,13 +264,20 @@ class Mix(OnePass):
         return not all(self.is_compiled(tensor) for tensor in self.plan.reduced)
 
     def is_compiled(self, tensor: PlannedTensor) -> bool:
-        """Whether compiled kernels make all of a tensor: numpy takes no part."""
-        if not tensor.is_reduced:
-            return False
+        """Return whether compiled kernels make all of a tensor: numpy takes no part."""
+        return self._whole_mixer(tensor) is not None
+
+    def is_digested(self, tensor: PlannedTensor) -> bool:
+        """Return whether compiled kernels also make the digests of a tensor."""
+        mixer = self._whole_mixer(tensor)
+        return mixer is not None and mixer.makes_digests
+
+    def _whole_mixer(self, tensor: PlannedTensor) -> Mixer | None:
+        """Return the kernel that makes all of a tensor, if there is one."""
         cut = self.memory.group < len(self.plan.ingredients)
-        sources = [source.dtype for source in tensor.sources]
-        has_kernel = self.engine.mixer(sources, tensor.dtype) is not None
-        return has_kernel and not (cut and self.keeps_equal(tensor))
+        if not tensor.is_reduced or (cut and self.keeps_equal(tensor)):
+            return None
+        return self.engine.mixer([source.dtype for source in tensor.sources], tensor.dtype)
 
     def worker(self) -> MixWorker:
         """Return a thread's own worker."""
@@ -276,17 +307,17 @@ class MixWorker:
         """Whether the last result holds a NaN or an Inf."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
-        """Give the digests of a leaf of which compiled kernels make all blocks.
+        """Return the digests of a leaf of which compiled kernels make all blocks.
 
-        Not if it is too small, or its last block is: see `LEAST_NBYTES` and `STRIPE`.
+        None if the leaf or its last block is too small: see `LEAST_NBYTES` and `STRIPE_NBYTES`.
         """
         mix, self._digests = self._mix, None
         self._leaf = self._left = n_units
         least = min(tensor.sources[0].dtype.itemsize, tensor.unit_nbytes)
         block = mix.memory.block
         last = (n_units - 1) % block + 1
-        can = block % STRIDE == 0 and last * least >= STRIPE and n_units * least >= LEAST_NBYTES
-        if can and mix.is_compiled(tensor):
+        is_whole = block % SCRAMBLE_NBYTES == 0 and last * least >= STRIPE_NBYTES
+        if is_whole and n_units * least >= LEAST_NBYTES and mix.is_digested(tensor):
             self._digests = LeafDigests(len(mix.plan.ingredients))
         return self._digests
 

@@ -1,8 +1,8 @@
-"""The arithmetic in numpy, a cache-sized block at a time.
+"""The arithmetic in numpy, a tile that fits a cache at a time.
 
-Eight (float32) to a hundred and more (float8) times slower than the compiled kernel, for what that
-is not there for: small jobs before a large one has had it compiled, old processors, and ingredients
-of several dtypes.
+Eight (float32) to a hundred and more (float8) times slower than compiled kernels. It is for what
+these are not there for: small jobs before a large one has had them compiled, and places where numba
+cannot or may not compile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.kernels.constants import NUMPY_TILE
 from streamsoup.tensors import DType
 
 __all__ = [
@@ -28,17 +29,14 @@ __all__ = [
 Array = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-BLOCK = 1 << 14
-"""Elements at a time: their sums fill 128 KiB, and stay in a core's second cache."""
-
 
 def array_of(block: memoryview) -> Array:
-    """Give the bytes of a block as an array, without a copy."""
+    """Return the bytes of a block as an array, without a copy."""
     return np.frombuffer(block, np.uint8)
 
 
 def floats_of(block: memoryview) -> Floats:
-    """Give the float64 that a block holds as an array, without a copy."""
+    """Return the float64 that a block holds as an array, without a copy."""
     return np.frombuffer(block, np.float64)
 
 
@@ -46,11 +44,11 @@ class BlockSums:
     """The sums of one block after the other, in memory where a compiled kernel may go on."""
 
     def __init__(self, memory: memoryview) -> None:
-        """Take the memory of as many float64 as a block has at most."""
+        """Use memory of as many float64 as a block has at most."""
         self._sums = floats_of(memory)
 
     def of(self, n: int) -> Floats:
-        """Give the sums of a block ``(n,)``."""
+        """Return the sums of a block ``(n,)``."""
         return self._sums[:n]
 
     def add(
@@ -77,7 +75,7 @@ class BlockSums:
     def finish(
         self, n: int, divisor: float, dtype: DType, output: memoryview, *, watched: bool
     ) -> bool:
-        """Divide, round into `output`, and say whether a result is not finite.
+        """Divide, round into `output`, and return whether a result is not finite.
 
         Of a block that was `watched`, the common value stands where all were equal.
         """
@@ -91,7 +89,7 @@ class BlockSums:
 
 
 def first_non_finite(block: memoryview, dtype: DType) -> tuple[int, float] | None:
-    """Give the first NaN or Inf of a block, and its place; None if there is none."""
+    """Return the first NaN or Inf of a block, and its place; None if there is none."""
     with np.errstate(invalid="ignore"):  # signalling NaNs
         values = widen(array_of(block), dtype)
     bad = np.flatnonzero(~np.isfinite(values))
@@ -120,8 +118,8 @@ def _accumulate(
     factors: Sequence[float],
     fresh: bool,
 ) -> None:
-    for begin in range(0, len(sums), BLOCK):
-        end = min(begin + BLOCK, len(sums))
+    for begin in range(0, len(sums), NUMPY_TILE):
+        end = min(begin + NUMPY_TILE, len(sums))
         part = sums[begin:end]
         for i, (data, dtype, factor) in enumerate(zip(inputs, dtypes, factors, strict=True)):
             values = widen(data[begin * dtype.itemsize : end * dtype.itemsize], dtype)
@@ -134,11 +132,11 @@ def _accumulate(
 
 
 def finish(sums: Floats, divisor: float, dtype: DType, output: Array) -> bool:
-    """Divide, round into `output`, and say whether a result is not finite."""
+    """Divide, round into `output`, and return whether a result is not finite."""
     spoiled = False
     with np.errstate(all="ignore"):
-        for begin in range(0, len(sums), BLOCK):
-            end = min(begin + BLOCK, len(sums))
+        for begin in range(0, len(sums), NUMPY_TILE):
+            end = min(begin + NUMPY_TILE, len(sums))
             part = sums[begin:end]
             if divisor != 1.0:
                 np.divide(part, divisor, out=part)
@@ -148,7 +146,7 @@ def finish(sums: Floats, divisor: float, dtype: DType, output: Array) -> bool:
 
 
 def widen(data: Array, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32]:
-    """Give the values of raw little-endian `data`, exactly, as float64 or float32."""
+    """Return the values of raw little-endian `data`, exactly, as float64 or float32."""
     if dtype.name == "F64":
         return data.view(np.float64)
     if dtype.name == "F32":
@@ -168,7 +166,7 @@ def widen(data: Array, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32
 
 
 def narrow(values: Floats, dtype: DType, output: Array) -> bool:
-    """Round float64 `values` into raw `output`; say whether a result is not finite."""
+    """Round float64 `values` into raw `output`; return whether a result is not finite."""
     if dtype.name == "F64":
         floats = output.view(np.float64)
         floats[:] = values

@@ -1,6 +1,7 @@
-"""The compiled loops over all ingredients of a block: from the cache, or compiled once per machine.
+"""Compiled kernels for the blocks of a soup, of either tier, wrapped so that Python can call them.
 
-`objects` keeps and loads them; `loops` is what is compiled, and numba is imported only then.
+`mixer` makes those of the fast tier, one for each pair of dtypes; `plain_mixers` that of the plain
+tier, which is for all. Numba is imported only to compile, or to load what is plain.
 """
 
 from __future__ import annotations
@@ -10,41 +11,47 @@ import os
 import threading
 from collections.abc import Sequence
 
-from streamsoup.kernels import objects, processor
+from streamsoup.kernels.constants import KINDS, SCRATCH
+from streamsoup.kernels.fast import objects, processor
+from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.kernels.leaf_digests import SECRET
-from streamsoup.kernels.linking import Kernel
 from streamsoup.system.buffers import address_of, buffer
 from streamsoup.tensors import DType
 
-__all__ = ["AT_ONCE", "BLOCK", "SCRATCH", "Mixer", "find_mixer", "has_kernel", "mixer"]
+__all__ = ["Mixer", "PlainMixers", "find_mixer", "has_kernel", "mixer", "plain_mixers"]
 
-BLOCK = 256
-"""Elements at a time. Small: every ingredient's stream moves on often enough for the processor to
-see it coming, and what many of them hold at the same place of a page still fits the first cache."""
-
-AT_ONCE = 8
-"""Ingredients at a time: more streams than this no processor foresees. Their sums wait in the first
-cache for the next ones, and what those will read is asked for a block ahead."""
-
-SCRATCH = 3 * BLOCK
-"""Numbers of float64 that a kernel may use as it likes. After them is what xxh3 calls a secret."""
+_FUNCTION = ctypes.CFUNCTYPE(
+    ctypes.c_int64, *[ctypes.c_int64] * 6, ctypes.c_double, *[ctypes.c_int64] * 4
+)
 
 _ROOMS = (
-    *("bits.py", "cpu.py", "flags.py", "leaf_digests.py", "loops.py", "means.py", "sums.py"),
-    *("vectors.py", "xxh3.py"),
+    *("constants.py", "plain.py", "fast/means.py", "fast/mix.py", "fast/prefetching.py"),
+    *("fast/sums.py", "fast/vectors.py", "fast/xxh3.py"),
 )
-"""What the kernels are compiled from."""
+"""What the kernels of the fast tier are compiled from."""
 
 
 class Mixer:
     """A compiled kernel, to be called by many threads at once. It runs without the GIL."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        """Wrap a kernel, which lives as long as this does."""
-        parameters = [ctypes.c_int64] * 6 + [ctypes.c_double] + [ctypes.c_int64] * 4
-        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *parameters)(kernel.address)
-        self._kernel = kernel
-        self._own = threading.local()
+    def __init__(
+        self, kernel: Kernel, kinds: Sequence[int] = (), own: threading.local | None = None
+    ) -> None:
+        """Wrap a kernel, which lives as long as this does.
+
+        Args:
+            kernel: one of the fast tier, or the plain one.
+            kinds: the dtypes of ingredients and result, for the plain kernel alone.
+            own: scratch of each thread, if it is shared with other mixers.
+        """
+        self._call = _FUNCTION(kernel.address)
+        self._kernel, self._kinds = kernel, kinds
+        self._own = own or threading.local()
+
+    @property
+    def makes_digests(self) -> bool:
+        """Return whether the kernel digests what it reads and writes: those of the fast tier do."""
+        return not self._kinds
 
     def __call__(
         self,
@@ -58,22 +65,30 @@ class Mixer:
         digests: int = 0,
         leaf: int = 0,
     ) -> bool:
-        """Mix blocks of `n` elements, and say whether a result is not finite.
+        """Mix blocks of `n` elements, and return whether a result is not finite.
 
-        `sums` is the address of ``(n,) float64``, or 0 to keep sums within the call, which then
-        has to be both fresh and finished. `addresses` ``(ingredient,)`` are of the blocks,
-        `factors` ``(ingredient,)`` theirs. With `fresh` the sums start anew. `output` is the
-        address of the result, or 0 to leave the sums unfinished for a later call. `digests` is the
-        address (`LeafDigests.address`) of the state of the first of these ingredients, or 0; `leaf`
-        the elements of the leaf that this block ends, or 0: then `n` is a multiple of `STRIDE`. A
-        leaf has `LEAST_NBYTES` and its last block `STRIPE` bytes or more, in the result as well.
         Reads and writes raw memory: the caller keeps the blocks alive, and of the size it says.
+
+        Args:
+            sums: address of ``(n,) float64``, or 0 to keep sums within the call, which then has to
+                be both fresh and finished.
+            addresses: ``(ingredient,)``, those of the blocks.
+            factors: ``(ingredient,)``, theirs.
+            fresh: the sums start anew.
+            divisor: what the sums are divided by, once they are finished.
+            output: address of the result, or 0 to leave the sums unfinished for a later call.
+            n: elements of each block. If there are digests and this block does not end the leaf, a
+                multiple of `SCRAMBLE_NBYTES`.
+            digests: address (`LeafDigests.address`) of the state of the first of these
+                ingredients, or 0.
+            leaf: elements of the leaf that this block ends, or 0. A leaf has `LEAST_NBYTES`, and
+                its last block `STRIPE_NBYTES` or more, in the result as well.
         """
         if not hasattr(self._own, "scratch"):
             self._own.scratch = buffer(8 * SCRATCH + len(SECRET))
             self._own.scratch[8 * SCRATCH :] = SECRET
         k = len(addresses)
-        table = (ctypes.c_int64 * (k + 1))(*addresses, output)
+        table = (ctypes.c_int64 * (k + 1 + len(self._kinds)))(*addresses, output, *self._kinds)
         multipliers = (ctypes.c_double * k)(*factors)
         spoiled = self._call(
             sums,
@@ -91,10 +106,24 @@ class Mixer:
         return bool(spoiled)
 
 
-def has_kernel(source: DType) -> bool:
-    """Whether this processor can do it: small floats are widened by an instruction of 2012.
+class PlainMixers:
+    """The plain kernel, which mixes blocks of any dtypes."""
 
-    Nor can it where numba was told to compile for any processor, old ones too.
+    def __init__(self, kernel: Kernel) -> None:
+        """Wrap the kernel, which lives as long as the mixers do."""
+        self._kernel, self._own = kernel, threading.local()
+
+    def of(self, sources: Sequence[DType], output: DType) -> Mixer:
+        """Return what mixes ingredients of these dtypes into another. Takes microseconds."""
+        kinds = [KINDS.index(dtype.name) for dtype in (*sources, output)]
+        return Mixer(self._kernel, kinds, self._own)
+
+
+def has_kernel(source: DType) -> bool:
+    """Return whether the fast tier can be compiled for a dtype on this processor.
+
+    Small floats are widened by an instruction of 2012, which others do not have; nor may it be
+    used where numba was told to compile for any processor, old ones too.
     """
     small = source.name in ("F16", "F8_E4M3", "F8_E5M2")
     if not (small and processor.is_x86()):
@@ -105,19 +134,33 @@ def has_kernel(source: DType) -> bool:
 
 
 def find_mixer(source: DType, output: DType) -> Mixer | None:
-    """Give the kernel for these dtypes if it is in the cache, or None. Takes a millisecond."""
+    """Return the fast kernel for these dtypes if it is in the cache. Takes a millisecond."""
     found = objects.find(_label(source, output), _ROOMS)
     return None if found is None else Mixer(found)
 
 
 def mixer(source: DType, output: DType) -> Mixer:
-    """Give the kernel for these dtypes, compiled if it must be: some seconds, once."""
+    """Return the fast kernel for these dtypes, compiled if it must be: some seconds, once.
+
+    Raises whatever numba does where it is broken, or other than the fast tier knows it.
+    """
     found = find_mixer(source, output)
     if found is not None:
         return found
-    from streamsoup.kernels.loops import compile_mix
+    from streamsoup.kernels.fast.mix import compile_mix
 
     return Mixer(objects.make(_label(source, output), _ROOMS, lambda: compile_mix(source, output)))
+
+
+def plain_mixers() -> PlainMixers:
+    """Return the plain kernel: half a second if numba has it in its cache, else some seconds.
+
+    Raises whatever numba does where it is broken.
+    """
+    from streamsoup.kernels.plain import compile_mix
+
+    kernel = compile_mix()
+    return PlainMixers(Kernel(kernel.address, kernel))
 
 
 def _label(source: DType, output: DType) -> str:

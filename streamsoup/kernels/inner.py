@@ -4,8 +4,8 @@ The order is part of the law: a grain of 4096 elements is cut into 128 rows of 3
 adds its products up row by row, each product rounded and then added; then the lanes are folded,
 the upper half onto the lower, until one is left. So a sum depends on neither threads nor blocks.
 
-`Products` is compiled (`products`), and forty times as fast as `in_numpy`. Both give the same bits:
-as lanes begin at +0, none is ever -0, and rows of zeros change nothing.
+`Products` is compiled: if it is of the fast tier, it is forty times as fast as `in_numpy`. All give
+the same bits: as lanes begin at +0, none is ever -0, and rows of zeros change nothing.
 """
 
 from __future__ import annotations
@@ -13,26 +13,31 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.kernels import blocks
+from streamsoup.kernels.constants import (
+    GRAIN,
+    KINDS,
+    LANES,
+    PRODUCT_PAIRS,
+    PRODUCT_ROWS,
+    PRODUCT_TILE,
+    ROW_PITCH,
+)
+from streamsoup.kernels.cpu import has_kernel
+from streamsoup.kernels.fast import objects
+from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.tensors import DTYPES, DType
 
-if TYPE_CHECKING:
-    from streamsoup.kernels.linking import Kernel
-
 __all__ = [
-    "CHUNK",
-    "GRAIN",
-    "KINDS",
-    "LANES",
-    "STRIDE",
     "Products",
     "find_products",
+    "has_products",
     "in_numpy",
+    "make_plain_products",
     "make_products",
     "multiply",
     "spend_in_numpy",
@@ -41,31 +46,11 @@ __all__ = [
 Array = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-GRAIN = 1 << 12
-"""Elements that are added up before anything else is: `budget.SMALLEST_BLOCK`, so that every block
-holds whole grains, but for the last of a tensor, which is filled up with zeros."""
-
-LANES = 32
-"""Sums kept at once: enough to hide the time that an addition takes."""
-
-CHUNK = 16 * LANES
-"""Elements of a grain that are widened before they are multiplied: those of a tile fit a first
-cache, and those of 64 ingredients a second one. Whole grains are slower by a tenth."""
-
-STRIDE = CHUNK + 16
-"""Distance of widened rows, in elements: a power of two would have them compete for few lines."""
-
-KINDS = ("F64", "F32", "BF16", "F16", "F8_E5M2", "F8_E4M3")
-"""Dtypes, by the number that the compiled kernel knows them by."""
-
-SUMS = 1 << 12
-"""Pairs whose lanes are held at once: 1 MiB of them, as much as all of 90 ingredients have."""
-
-STRIP = 4
-"""Rows that are multiplied at once, at most: lanes are held for as many with all rows at least."""
-
-_ROOMS = ("bits.py", "inner.py", "products.py", "tiles.py", "vectors.py")
-"""What the kernel is compiled from."""
+_ROOMS = (
+    *("constants.py", "plain.py", "fast/multiply.py", "fast/prefetching.py", "fast/products.py"),
+    "fast/vectors.py",
+)
+"""What the kernel of the fast tier is compiled from."""
 
 
 def multiply(left: Floats, right: Floats, triangle: bool, out: Floats) -> None:
@@ -138,15 +123,16 @@ class Products:
 
     def __init__(self, kernel: Kernel) -> None:
         """Wrap a kernel, which lives as long as this does."""
-        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 9)(kernel.address)
+        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 8)(kernel.address)
         self._kernel = kernel
         self._own = threading.local()
 
     @staticmethod
     def held_nbytes(n_rows: int) -> int:
-        """Give the bytes of scratch that a thread holds."""
-        n_sums = min(n_rows * (n_rows + 1) // 2, max(SUMS, STRIP * n_rows))
-        return 8 * (2 * CHUNK + n_rows * (STRIDE + 1) + LANES * n_sums + 8)
+        """Return the bytes of scratch that a thread holds: those of either tier's kernel."""
+        n_pairs = min(n_rows * (n_rows + 1) // 2, max(PRODUCT_PAIRS, PRODUCT_ROWS * n_rows))
+        fast = 2 * PRODUCT_TILE + n_rows * ROW_PITCH + LANES * n_pairs + 8
+        return 8 * max(fast, GRAIN * (n_rows + 2))
 
     def __call__(
         self,
@@ -187,37 +173,43 @@ class Products:
             to_mean,
             n,
             scratch.ctypes.data,
-            max(SUMS, STRIP * n_rows),
             out.ctypes.data,
             out.shape[1],
         )
 
 
-def find_products() -> Products | None:
-    """Give the compiled kernel if it is in the cache, or None. Takes milliseconds."""
-    from streamsoup.kernels import objects
-    from streamsoup.kernels.cpu import has_kernel
+def has_products() -> bool:
+    """Return whether the fast tier's kernel can be compiled on this processor: see `has_kernel`."""
+    return has_kernel(DTYPES["F16"])
 
-    if not has_kernel(DTYPES["F16"]):
-        return None
-    found = objects.find("inner", _ROOMS)
+
+def find_products() -> Products | None:
+    """Return the fast kernel if it is in the cache, or None. Takes milliseconds."""
+    found = objects.find("inner", _ROOMS) if has_products() else None
     return None if found is None else Products(found)
 
 
 def spend_in_numpy(seconds: float) -> float:
     """Note seconds spent for want of the compiled kernel; return those of all runs so far."""
-    from streamsoup.kernels import objects
-
     return objects.spend("inner", _ROOMS, seconds)
 
 
-def make_products() -> Products | None:
-    """Compile the kernel, and keep it; None where this processor can not do it. Seconds, once."""
-    from streamsoup.kernels import objects
-    from streamsoup.kernels.cpu import has_kernel
+def make_products() -> Products:
+    """Compile the fast kernel, and keep it: seconds, once.
 
-    if not has_kernel(DTYPES["F16"]):
-        return None
-    from streamsoup.kernels.products import compile_products
+    Raises whatever numba does where it is broken, or other than the fast tier knows it.
+    """
+    from streamsoup.kernels.fast.products import compile_products
 
     return Products(objects.make("inner", _ROOMS, compile_products))
+
+
+def make_plain_products() -> Products:
+    """Return the plain kernel: half a second if numba has it in its cache, else some seconds.
+
+    Raises whatever numba does where it is broken.
+    """
+    from streamsoup.kernels.plain import compile_products
+
+    kernel = compile_products()
+    return Products(Kernel(kernel.address, kernel))

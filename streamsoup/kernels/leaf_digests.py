@@ -7,21 +7,10 @@ from memory a second time: that took a quarter to a third of a soup on Intel.
 
 from __future__ import annotations
 
+from streamsoup.kernels.constants import SECRET_NBYTES, STATE_NBYTES
 from streamsoup.system.buffers import address_of
 
-__all__ = ["LEAST_NBYTES", "SECRET", "STATE_NBYTES", "STRIDE", "STRIPE", "LeafDigests"]
-
-STRIDE = 1024
-"""Bytes that xxh3 takes between two scrambles. All blocks but a leaf's last have whole ones."""
-
-LEAST_NBYTES = 241
-"""Less is digested in other ways, which are left to the library."""
-
-STRIPE = 64
-"""Bytes that it takes at once. A leaf's last block has as many, or more."""
-
-STATE_NBYTES = 64
-"""Of one digest: eight sums, and in the end the digest."""
+__all__ = ["SECRET", "LeafDigests"]
 
 SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
@@ -31,7 +20,9 @@ SECRET = bytes.fromhex(
     "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
     "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
-"""What xxh3 mixes into its input where nobody gives it another secret (its specification)."""
+"""What xxh3 mixes into its input where no other secret is given (its specification)."""
+
+assert len(SECRET) == SECRET_NBYTES
 
 _START = b"".join(
     word.to_bytes(8, "little")
@@ -46,21 +37,21 @@ _SIZE = 16
 
 
 class LeafDigests:
-    """One for each ingredient, and one for the soup."""
+    """The digests of one leaf: one for each ingredient, and one for the soup."""
 
     def __init__(self, k: int) -> None:
-        """Begin those of `k` ingredients."""
+        """Begin the digests of `k` ingredients, and of the soup."""
         self._states = memoryview(bytearray(_START * (k + 1)))
 
     def address(self, i: int) -> int:
-        """Give the address of the state of ingredient `i`; those of the others follow.
+        """Return the address of the state of ingredient `i`; those of the others follow.
 
         The soup's is that after the last ingredient's, which comes last in whatever call ends it.
         """
         return address_of(self._states[STATE_NBYTES * i :])
 
     def joined(self) -> bytes:
-        """Give the digests, once all bytes were taken: the soup's first, then each ingredient's."""
+        """Return the digests once all bytes were digested: the soup's, then each ingredient's."""
         begins = range(0, len(self._states), STATE_NBYTES)
         # A digest is written with its highest byte first.
         *taken, made = (bytes(self._states[at : at + _SIZE])[::-1] for at in begins)

@@ -20,7 +20,7 @@ __all__ = ["mix", "narrow", "widen"]
 
 
 def widen(bits: int, dtype: DType) -> float:
-    """Give the value of a bit pattern, exactly.
+    """Return the value of a bit pattern, exactly.
 
     >>> from streamsoup.tensors import DTYPES
     >>> widen(0x3FC0, DTYPES["BF16"])

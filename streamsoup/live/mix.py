@@ -24,9 +24,9 @@ from streamsoup.engine.statistics import may_be_negative
 from streamsoup.engine.stream import run
 from streamsoup.errors import BudgetError, RecipeError, option, some
 from streamsoup.formats.ingredients import AnyIngredient, listed
-from streamsoup.kernels.device import open_device, our_errors
-from streamsoup.kernels.pipeline import Lane, taken_nbytes
-from streamsoup.kernels.torch_blocks import torch_dtype
+from streamsoup.kernels.accelerator.device import open_device, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, taken_nbytes
+from streamsoup.kernels.accelerator.torch_blocks import torch_dtype
 from streamsoup.live.candidates import Candidates
 from streamsoup.live.model import ModelSink
 from streamsoup.live.recalibration import negative_variances

@@ -17,7 +17,12 @@ from typing import Any
 import msgspec
 
 from streamsoup.errors import OutputError, StreamsoupError, option, printable
-from streamsoup.kernels.device import Accelerator, HostDevice, accelerator_type, open_device
+from streamsoup.kernels.accelerator.device import (
+    Accelerator,
+    HostDevice,
+    accelerator_type,
+    open_device,
+)
 from streamsoup.system.schemes import check_local
 from streamsoup.system.versions import versions
 

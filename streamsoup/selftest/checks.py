@@ -26,8 +26,8 @@ from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.formats.source import Cursor
 from streamsoup.formats.stored import Stored, open_stored
 from streamsoup.kernels import blocks, reference
-from streamsoup.kernels.device import Accelerator, Device, HostDevice, our_errors
-from streamsoup.kernels.pipeline import Lane, LaneShape
+from streamsoup.kernels.accelerator.device import Accelerator, Device, HostDevice, our_errors
+from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.options import Options
 from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients

@@ -22,7 +22,7 @@ from streamsoup.engine.read import open_reader
 from streamsoup.engine.reduce import Engine, Mix
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.stream import Nowhere, run
-from streamsoup.kernels.device import Accelerator, HostDevice
+from streamsoup.kernels.accelerator.device import Accelerator, HostDevice
 from streamsoup.options import Options
 from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients

@@ -66,7 +66,7 @@ def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
     where = "cpu, on the way to disk"
     if sink is not None:
         from streamsoup.engine.device import device_budget
-        from streamsoup.kernels.device import open_device
+        from streamsoup.kernels.accelerator.device import open_device
         from streamsoup.live.mix import DeviceCandidates, device_of, device_text
 
         name = device_of(sink, work.options)

