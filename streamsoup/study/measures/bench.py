@@ -320,8 +320,9 @@ class Bench:
                 "%s",
                 Message(
                     "not scored, for a negative coefficient: "
-                    f"{count(len(self._unscored), 'mixture')}; BatchNorm variances are below zero "
-                    f"({some(names, 3)}), and every output would be a NaN; {option('recalibrate', True)} measures them anew for each"
+                    f"{count(len(self._unscored), 'mixture')}; BatchNorm variances are below "
+                    f"zero ({some(names, 3)}), and every output would be a NaN; "
+                    f"{option('recalibrate', True)} measures them anew for each"
                 ),
             )
             self._unscored = {}
