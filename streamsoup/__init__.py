@@ -13,6 +13,7 @@ from streamsoup.version import __version__ as __version__
 _HOMES = {
     "Access": "formats.files",
     "Block": "rule",
+    "CheckpointRecord": "output.records",
     "Coefficients": "recipe",
     "Leaf": "engine.plan",
     "Ledger": "engine.stream",
@@ -28,6 +29,7 @@ _HOMES = {
     "Note": "options",
     "Options": "options",
     "Progress": "options",
+    "PlanRecord": "output.records",
     "Provenance": "recipe",
     "ReadingCost": "formats.source",
     "Recipe": "recipe",
@@ -52,6 +54,7 @@ _HOMES = {
     "ema": "methods.closed",
     "geometry": "methods.angles",
     "greedy_soup": "search.greedy",
+    "inspect": "output.records",
     "interpolate": "methods.fixed",
     "landscape": "study.landscape.landscape",
     "lawa": "methods.closed",
@@ -60,6 +63,7 @@ _HOMES = {
     "mix_into": "live.mix",
     "mix_to": "live.streams",
     "open_ingredients": "formats.ingredients",
+    "plan": "output.records",
     "recalibrate": "live.recalibration",
     "slerp": "methods.closed",
     "stock": "methods.closed",
@@ -110,6 +114,10 @@ if TYPE_CHECKING:
     from streamsoup.options import Progress as Progress
     from streamsoup.options import Step as Step
     from streamsoup.output.make import Soup as Soup
+    from streamsoup.output.records import CheckpointRecord as CheckpointRecord
+    from streamsoup.output.records import PlanRecord as PlanRecord
+    from streamsoup.output.records import inspect as inspect
+    from streamsoup.output.records import plan as plan
     from streamsoup.output.verification import verify as verify
     from streamsoup.recipe import Coefficients as Coefficients
     from streamsoup.recipe import Provenance as Provenance

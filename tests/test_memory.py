@@ -25,8 +25,8 @@ from streamsoup.formats.files import Window
 from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.methods.fixed import find_coefficients
 from streamsoup.output.make import order
+from streamsoup.output.records import record_of
 from streamsoup.recipe import Coefficients
-from streamsoup.study.inspection import record_order
 from streamsoup.system.cgroup import memory_limit
 from streamsoup.tensors import DTYPES
 
@@ -101,7 +101,7 @@ def test_no_more_is_mapped_than_is_planned(
     for io in ("mmap", "read"):
         options = Options(threads=threads, io=io, overwrite=True)  # type: ignore[arg-type]
         ordered = order(paths, Linear(Coefficients.uniform(k)), method="mix", options=options)
-        found[io] = record_order(ordered)["mapped_nbytes"]
+        found[io] = record_of(ordered).mapped_nbytes
         assert found[io] == read.mapped_nbytes(ordered.plan, ordered.memory, mapped=io == "mmap")
         peaks.clear()
         uniform(paths, output=tmp_path / "out", options=options)

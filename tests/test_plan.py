@@ -9,6 +9,7 @@ import struct
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -449,3 +450,22 @@ def test_a_shard_may_be_exactly_as_large_as_asked(tmp_path: Path) -> None:
             options=Options(shard_size=size),
         )
         assert [len(file.tensors) for file in planned.files.files] == groups
+
+
+def test_verbs_that_look_say_what_the_command_line_says(tmp_path: Path) -> None:
+    """`plan` and `inspect` in the library return the records that --json prints."""
+    import streamsoup
+
+    paths = [
+        str(save(tmp_path / f"m{i}", {"t": tensor(np.full(9, i, np.float32))})) for i in range(2)
+    ]
+    ran = command("inspect", paths[0], "--json", "--tensors")
+    told = streamsoup.inspect(paths[0], tensors=True)
+    assert json.loads(ran.stdout) == json.loads(msgspec.json.encode(told))
+    assert told.tensors["t"].shape == (9,)
+    planned_too = json.loads(msgspec.json.encode(streamsoup.plan(paths)))
+    printed = json.loads(command("plan", *paths, "--json").stdout)
+    for record in (printed, planned_too):
+        record.pop("free_nbytes")
+    assert printed == planned_too
+    assert (printed["n_passes"], printed["nbytes_read"]) == (1, 72)

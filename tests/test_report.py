@@ -20,7 +20,6 @@ import streamsoup
 from streamsoup.cli.compare import _table
 from streamsoup.errors import OutputError
 from streamsoup.search.trials import best_first
-from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.landscape import Landscape, Mark
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.landscape.plane import Plane
@@ -34,6 +33,7 @@ from streamsoup.study.measures.rows import (
     Row,
     Splits,
 )
+from streamsoup.study.names import short_names
 from streamsoup.study.plot import plot_coefficients, plot_geometry
 from streamsoup.study.report import charts, figures
 from streamsoup.study.report.comparison import verdict, write_report

@@ -83,7 +83,7 @@ def write_json(found: Geometry, file: TextIO) -> None:
 
 def describe(found: Geometry, width: int) -> list[str]:
     """Say how each ingredient lies to the base and to the others; a matrix too, if it fits."""
-    from streamsoup.study.inspection import short_names
+    from streamsoup.study.names import short_names
 
     labels = short_names(found.names, max(12, min(32, width - 64)))
     total = found.total

@@ -124,7 +124,7 @@ def learned(
         if plot is not None:
             import numpy as np
 
-            from streamsoup.study.inspection import short_names
+            from streamsoup.study.names import short_names
             from streamsoup.study.plot import plot_coefficients
 
             names = short_names(soup.recipe.ingredients, 24)
@@ -142,7 +142,7 @@ def learned(
 def describe(soup: LearnedSoup) -> list[str]:
     """Say what was learned, and what it took."""
     from streamsoup.sizes import nbytes_text
-    from streamsoup.study.inspection import short_names
+    from streamsoup.study.names import short_names
 
     first, best = soup.looks[0], soup.looks[soup.best]
     report = soup.report

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
-from streamsoup.errors import StreamsoupError, count, printable
+from streamsoup.errors import StreamsoupError, count, in_options, printable
+from streamsoup.sizes import nbytes_text
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
+    from streamsoup.output.records import CheckpointRecord, PlanRecord
 
 
 @click.command()
@@ -36,8 +38,8 @@ def plan(
     from streamsoup.engine.rules.linear import Linear
     from streamsoup.output.coefficients import doubtful_sums, find_coefficients
     from streamsoup.output.make import order
+    from streamsoup.output.records import record_of
     from streamsoup.recipe import Coefficients
-    from streamsoup.study.inspection import describe_order, record_order
 
     if normalize and coefficients is None:
         raise click.UsageError("--normalize goes with --coefficients")
@@ -50,10 +52,9 @@ def plan(
     )
     if coefficients is not None:
         ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(given)])
-    if as_json:
-        common.tell([json.dumps(record_order(ordered))])
-    else:
-        common.print_description(describe_order(ordered))
+    record = record_of(ordered)
+    record = replace(record, warnings=tuple(map(in_options, ordered.warnings)))
+    common.tell([_json(record)]) if as_json else common.print_description(_of_plan(record))
     return 0
 
 
@@ -63,14 +64,10 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
     """Show what a checkpoint holds, from its headers alone."""
-    from streamsoup.formats.ingredients import open_ingredients
-    from streamsoup.study.inspection import describe_ingredient, record_ingredient
+    from streamsoup.output.records import inspect
 
-    (ingredient,) = open_ingredients([checkpoint])
-    if as_json:
-        common.tell([json.dumps(record_ingredient(ingredient, tensors=tensors))])
-    else:
-        common.print_description(describe_ingredient(ingredient, tensors=tensors))
+    record = inspect(checkpoint, tensors=tensors)
+    common.tell([_json(record)]) if as_json else common.print_description(_of_checkpoint(record))
     return 0
 
 
@@ -119,3 +116,73 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
     if quick and ingredients:
         raise click.UsageError("--quick looks at the soup alone; leave out --ingredient")
     return common.supervise(work, "verify", paths, settings)
+
+
+def _json(record: CheckpointRecord | PlanRecord) -> str:
+    import msgspec
+
+    return msgspec.json.encode(record).decode()
+
+
+def _of_checkpoint(record: CheckpointRecord) -> dict[str, Any]:
+    """Return what a checkpoint holds in words, line by line."""
+    described: dict[str, Any] = {
+        "checkpoint": printable(record.checkpoint),
+        "files": [printable(name) for name in record.files],
+        "tensors": record.n_tensors,
+        "parameters": record.n_parameters,
+        "dtypes": ", ".join(f"{name} {n}" for name, n in record.dtypes.items()),
+        "size": _bytes(record.nbytes),
+    }
+    if record.tensors:
+        described["tensor_list"] = [
+            f"{printable(name)}  {each.dtype}  {list(each.shape)}  {printable(each.file)}"
+            for name, each in record.tensors.items()
+        ]
+    return described
+
+
+_OPERATIONS = {
+    "mix": "averaged",
+    "same": "copied if equal",
+    "first": "copied from the first",
+    "code": "copied if equal, as parts of quantised weights",
+}
+
+
+def _of_plan(record: PlanRecord) -> dict[str, Any]:
+    """Return what a planned soup would take in words, line by line."""
+    tensors = (f"{n} {_OPERATIONS[name]}" for name, n in record.operations.items())
+    passes = f", up to {record.n_passes} times" if record.n_passes > 1 else ""
+    mapped = "nothing: files are read into buffers, which the peak counts"
+    if record.mapped_nbytes:
+        mapped = (
+            f"{_bytes(record.mapped_nbytes, 'bytes of files at most')} besides, which the system "
+            "can take back; for a job limit that counts them: --io read"
+        )
+    device = record.summed_on
+    if record.device_nbytes:
+        device += (
+            f": {_bytes(record.device_nbytes, 'bytes at most')}, {record.pinned_nbytes} pinned on "
+            "the host; torch and the driver hold their own beside that"
+        )
+    return {
+        "ingredients": [printable(name) for name in record.ingredients],
+        "tensors": ", ".join(tensors),
+        "reads": f"{_bytes(record.nbytes_read)}{passes}",
+        "writes": _bytes(record.nbytes_written),
+        "files": [f"{printable(name)}  {nbytes_text(n)}" for name, n in record.files.items()],
+        "side_files": [printable(name) for name in record.side_files] or "none",
+        "peak_memory": f"{_bytes(record.peak_nbytes, 'bytes at most')}, of anonymous memory",
+        "mapped": mapped,
+        "running_sum": f"{nbytes_text(record.running_sum_nbytes)} more, where a search keeps one",
+        "threads": record.threads,
+        "device": device,
+        "input": "mapped" if record.io == "mmap" else "read",
+        "free_here": nbytes_text(record.free_nbytes),
+        "warnings": list(record.warnings) or "none",
+    }
+
+
+def _bytes(nbytes: int, words: str = "bytes") -> str:
+    return f"{nbytes} {words} ({nbytes_text(nbytes)})"

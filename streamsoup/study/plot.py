@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import OutputError, RecipeError, printable
-from streamsoup.study.inspection import short_names
+from streamsoup.study.names import short_names
 from streamsoup.system.folders import replacing
 from streamsoup.system.schemes import check_local
 

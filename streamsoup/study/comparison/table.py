@@ -37,7 +37,6 @@ from streamsoup.study.comparison.curves import choose_counts, draw_curves, value
 from streamsoup.study.comparison.learning import learn, why_not
 from streamsoup.study.comparison.pairs import choose_pairs, look_between
 from streamsoup.study.comparison.selection import Ensemble, grow_ensemble, grow_soup
-from streamsoup.study.inspection import short_names
 from streamsoup.study.measures.bench import AVERAGED, EQUAL, Bench, Mixture
 from streamsoup.study.measures.bootstrap import interval, resampled_means
 from streamsoup.study.measures.cache import Cache
@@ -50,6 +49,7 @@ from streamsoup.study.measures.calibration import (
     fit_beta,
 )
 from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Gain, Pair, Row, Splits
+from streamsoup.study.names import short_names
 from streamsoup.system.schemes import check_local
 from streamsoup.task import AnyTask, Task, load_task
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from streamsoup.errors import RecipeError
 from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.options import Options, take
-from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.plane import Plane
 from streamsoup.study.measures.bench import Bench, Mixture
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.rows import to_line
+from streamsoup.study.names import short_names
 from streamsoup.task import AnyTask, load_task
 
 __all__ = ["Landscape", "Mark", "landscape"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from streamsoup.errors import printable
-from streamsoup.study.inspection import short_names
 from streamsoup.study.landscape.landscape import Landscape
 from streamsoup.study.landscape.paths import Sweep
+from streamsoup.study.names import short_names
 from streamsoup.study.report.figures import GREY, new_figure, place_names, plain, save
 from streamsoup.study.report.page import Block, Code, Heading, Page, Picture, Table, Text
 
