@@ -73,13 +73,14 @@ def test_a_planted_option_is_found() -> None:
         parse(planted)
 
 
-def test_the_rooms_of_the_readme_exist() -> None:
-    """The picture of the floors names all rooms, and no other."""
-    picture = README.split("Imports go down the floors only.")[1].split("```")[1]
+def test_the_rooms_that_the_documentation_shows_exist() -> None:
+    """The table of rooms names all of them, and no other."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    table = page.split("| room | holds |")[1].split("\n\n")[0]
     named = {
         word
-        for line in picture.strip().splitlines()
-        for word in re.split(r"\s{3,}", line[3:].strip())[0].split()
+        for line in table.splitlines()[2:]
+        for word in re.findall(r"`(\w+)`", line.split("|")[1])
     }
     package = ROOT / "streamsoup"
     rooms = {
@@ -88,6 +89,14 @@ def test_the_rooms_of_the_readme_exist() -> None:
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert named == rooms - {"__init__", "__main__"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Every relative link in the README and the documentation is a file that exists."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_the_targets_of_the_readme_exist() -> None:
