@@ -13,23 +13,25 @@ from streamsoup.version import __version__ as __version__
 _HOMES = {
     "Access": "formats.files",
     "Block": "rule",
+    "Candidate": "search.scoring.scorer",
     "CheckpointRecord": "output.records",
     "Coefficients": "recipe",
-    "Leaf": "engine.plan",
-    "Ledger": "engine.stream",
-    "Linear": "engine.rules.linear",
     "CompareOptions": "study.comparison.table",
     "Cursor": "formats.source",
     "Geometry": "methods.angles",
+    "GreedySettings": "search.trials",
     "GreedySoup": "search.greedy",
     "Ingredient": "formats.ingredients",
+    "Leaf": "engine.plan",
+    "LearnedSettings": "search.learning.settings",
     "LearnedSoup": "search.learned",
-    "LearningOptions": "search.learning.descending",
+    "Ledger": "engine.stream",
+    "Linear": "engine.rules.linear",
     "MixPlan": "engine.plan",
     "Note": "options",
     "Options": "options",
-    "Progress": "options",
     "PlanRecord": "output.records",
+    "Progress": "options",
     "Provenance": "recipe",
     "ReadingCost": "formats.source",
     "Recipe": "recipe",
@@ -37,7 +39,7 @@ _HOMES = {
     "Reduction": "rule",
     "Rule": "rule",
     "RuleMemory": "rule",
-    "SearchOptions": "search.greedy",
+    "Scorer": "search.scoring.scorer",
     "Sink": "engine.stream",
     "SinkSession": "engine.stream",
     "Soup": "output.make",
@@ -47,18 +49,18 @@ _HOMES = {
     "StreamsoupError": "errors",
     "Suspects": "formats.source",
     "TensorSpec": "tensors",
-    "Trial": "search.greedy",
+    "Trial": "search.trials",
     "apply": "methods.fixed",
     "arithmetic": "methods.closed",
     "compare": "study.comparison.table",
     "ema": "methods.closed",
     "geometry": "methods.angles",
-    "greedy_soup": "search.greedy",
+    "greedy": "search.greedy",
     "inspect": "output.records",
     "interpolate": "methods.fixed",
     "landscape": "study.landscape.landscape",
     "lawa": "methods.closed",
-    "learned_soup": "search.learned",
+    "learned": "search.learned",
     "mix": "methods.fixed",
     "mix_into": "live.mix",
     "mix_to": "live.streams",
@@ -67,8 +69,8 @@ _HOMES = {
     "recalibrate": "live.recalibration",
     "slerp": "methods.closed",
     "stock": "methods.closed",
-    "sweep": "study.landscape.paths",
     "stream_mix": "live.streams",
+    "sweep": "study.landscape.paths",
     "uniform": "methods.fixed",
     "verify": "output.verification",
     "write_report": "study.report.comparison",
@@ -127,12 +129,14 @@ if TYPE_CHECKING:
     from streamsoup.rule import Rule as Rule
     from streamsoup.rule import RuleMemory as RuleMemory
     from streamsoup.search.greedy import GreedySoup as GreedySoup
-    from streamsoup.search.greedy import SearchOptions as SearchOptions
-    from streamsoup.search.greedy import Trial as Trial
-    from streamsoup.search.greedy import greedy_soup as greedy_soup
+    from streamsoup.search.greedy import greedy as greedy
     from streamsoup.search.learned import LearnedSoup as LearnedSoup
-    from streamsoup.search.learned import learned_soup as learned_soup
-    from streamsoup.search.learning.descending import LearningOptions as LearningOptions
+    from streamsoup.search.learned import learned as learned
+    from streamsoup.search.learning.settings import LearnedSettings as LearnedSettings
+    from streamsoup.search.scoring.scorer import Candidate as Candidate
+    from streamsoup.search.scoring.scorer import Scorer as Scorer
+    from streamsoup.search.trials import GreedySettings as GreedySettings
+    from streamsoup.search.trials import Trial as Trial
     from streamsoup.study.comparison.table import CompareOptions as CompareOptions
     from streamsoup.study.comparison.table import compare as compare
     from streamsoup.study.landscape.landscape import landscape as landscape

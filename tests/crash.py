@@ -299,13 +299,13 @@ def plant_fault(name: str) -> None:
             lambda self, leaf: self._digests.get(leaf.number) if self.noted(leaf) else None
         )
     elif name == "notes no scores":
-        import streamsoup.search.scoring.scorebook as scorebook
+        import streamsoup.search.scoring.journal as scorebook
 
         def faulty_put(self: Any, members: Any, outcome: Any, to_beat: Any) -> None:
             self.scores[members] = outcome
             self.paid.append(outcome)
 
-        scorebook.Scorebook.put = faulty_put  # type: ignore[method-assign]
+        scorebook.ScoreJournal.put = faulty_put  # type: ignore[method-assign]
     elif name == "no exchange":
         rename = staging.rename
 

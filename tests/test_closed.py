@@ -171,9 +171,9 @@ def test_a_callback_stops_a_run(paths: list[str], tmp_path: Path) -> None:
 
     options = streamsoup.Options(on_event=stop_at_a_trial)
     with pytest.raises(Stop):
-        streamsoup.greedy_soup(paths[:2], score, model=model, output=searched, options=options)
+        streamsoup.greedy(paths[:2], score, model=model, output=searched, options=options)
     assert (len(n_scored), searched.exists()) == (1, False)
-    soup = streamsoup.greedy_soup(paths[:2], score, model=model, output=searched)
+    soup = streamsoup.greedy(paths[:2], score, model=model, output=searched)
     assert soup.report["n_resumed"] == 1
 
 

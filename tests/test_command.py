@@ -11,9 +11,9 @@ from pathlib import Path
 import networks
 import pytest
 
-from streamsoup import SearchOptions, greedy_soup
+from streamsoup import GreedySettings, greedy
 from streamsoup.errors import TaskError
-from streamsoup.task import Score, command, family
+from streamsoup.task import Score, command, processes
 from streamsoup.task.command import command_task
 
 
@@ -30,7 +30,7 @@ def test_a_script_that_changes_as_it_is_used(tmp_path: Path, paths: list[str]) -
     helper.write_text("")
     task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
     with pytest.raises(TaskError, match=r"ev\.py, or what it imports, changed as it was used"):
-        greedy_soup(paths, task, output=tmp_path / "out")
+        greedy(paths, task, output=tmp_path / "out")
 
 
 def test_a_command_may_tidy_up(tmp_path: Path, paths: list[str]) -> None:
@@ -41,7 +41,7 @@ def test_a_command_may_tidy_up(tmp_path: Path, paths: list[str]) -> None:
     for number, end in enumerate(("", f"; ln -s {mine} {{checkpoint}}")):
         line = "test -e {checkpoint}/model.safetensors && echo 1; rm -r {checkpoint}" + end
         task = command_task(line, main=None, timeout=60)
-        soup = greedy_soup(paths, task, output=tmp_path / f"out{number}")
+        soup = greedy(paths, task, output=tmp_path / f"out{number}")
         assert len(soup.members) == len(paths)
         assert [path.name for path in mine.iterdir()] == ["work"]
         assert not (tmp_path / f"out{number}.search").exists()
@@ -51,9 +51,9 @@ def test_the_time_of_a_search_holds_for_its_command(tmp_path: Path, paths: list[
     """A command without a limit of its own has that of the search."""
     task = command_task("sleep 60; : {checkpoint}", main=None, timeout=None)
     for jobs in (1, 2):
-        search = SearchOptions(timeout=0.2, jobs=jobs)
+        search = GreedySettings(timeout=0.2, jobs=jobs)
         with pytest.raises(TaskError, match=r"took longer than 0\.2 s"):
-            greedy_soup(paths, task, output=tmp_path / "out", search=search)
+            greedy(paths, task, output=tmp_path / "out", settings=search)
 
 
 def run_command(command: str, timeout: float | None = 20.0, main: str | None = None) -> Score:
@@ -244,7 +244,7 @@ def test_a_command_scores_fresh_candidates(tmp_path: Path, paths: list[str]) -> 
     )
     before = [Path(path, "model.safetensors").read_bytes() for path in paths]
     task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
-    soup = greedy_soup(paths, task, output=tmp_path / "out")
+    soup = greedy(paths, task, output=tmp_path / "out")
     found = [trial.score.value for trial in (*soup.singles, *soup.runs[0].trials)]
     trials = [trial.members for trial in (*soup.singles, *soup.runs[0].trials)]
     assert found == [networks.mean_score(paths, members) for members in trials]
@@ -261,7 +261,7 @@ def test_what_ended_while_we_were_stopped_counts(monkeypatch: pytest.MonkeyPatch
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(["sleep", "0.2"], **pipes) as process:
         deadline = time.monotonic() + 0.5
-        assert command._follow(process, deadline, family.Tail(), family.Tail()) == 0
+        assert command._follow(process, deadline, processes.Tail(), processes.Tail()) == 0
 
 
 def test_signals_without_a_name(tmp_path: Path) -> None:
@@ -269,4 +269,4 @@ def test_signals_without_a_name(tmp_path: Path) -> None:
     task = command_task("kill -40 $$; echo {checkpoint}", main=None, timeout=9)
     paths = networks.ingredients(tmp_path / "in", 2)
     with pytest.raises(TaskError, match="was killed by signal 40"):
-        greedy_soup(paths, task, output=tmp_path / "out")
+        greedy(paths, task, output=tmp_path / "out")

@@ -202,9 +202,9 @@ def test_another_average_would_be_seen(
 
 
 def test_greedy_soup_is_that_of_the_search(folders: list[str], tmp_path: Path) -> None:
-    """The comparison and `greedy_soup` choose the same members."""
+    """The comparison and `greedy` choose the same members."""
     found = by_name(compare(folders, Counting(), output=tmp_path / "out", settings=SMALL))
-    soup = streamsoup.greedy_soup(folders, Counting(), output=tmp_path / "soup")
+    soup = streamsoup.greedy(folders, Counting(), output=tmp_path / "soup")
     assert found["greedy soup"].members == soup.members
 
 
@@ -597,14 +597,14 @@ def test_learning_that_was_killed(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A learned search that was killed is no obstacle to one over other ingredients."""
-    from streamsoup.search.learning.descending import Search
+    from streamsoup.search.learning.search import LearnedSearch
 
     def killed(search: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
     settings = replace(SMALL, learned=("global",))
     with monkeypatch.context() as patch:
-        patch.setattr(Search, "run", killed)
+        patch.setattr(LearnedSearch, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
     with monkeypatch.context() as patch:

@@ -35,7 +35,7 @@ from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
 from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients
-from streamsoup.search.scoring.serving import Work, candidates_of
+from streamsoup.search.scoring.work import Work, candidates_of
 
 
 def make_checkpoints(folder: Path, k: int, n: int) -> list[Path]:

@@ -37,7 +37,7 @@ from streamsoup.options import Options
 from streamsoup.output.make import make, order
 from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.backward import _vector
-from streamsoup.search.learning.mixture import make_mixture
+from streamsoup.search.learning.parametrisation import parametrise
 from streamsoup.search.learning.slopes import Slopes
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.task import load_task
@@ -561,7 +561,7 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         model = Model(paths[0]).to(device)
         sink = ModelSink(model, ordered.plan)
-        mixture = make_mixture(
+        mixture = parametrise(
             ["a", "b"], {}, 3, granularity="tensor", constraint="softmax", temperature=False
         )
         slopes = Slopes(
@@ -575,7 +575,7 @@ def test_slopes_of_a_model_on_the_device(tmp_path: Path) -> None:
             mapped=True,
             options=Options(memory="2GB"),
         )
-        looked = slopes.look(mixture.start(), backward=True)
+        looked = slopes.evaluate(mixture.start(), backward=True)
         found.append((looked.slopes.tobytes(), raw(model.a), raw(model.b)))
     assert found[0] == found[1]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import streamsoup
-from streamsoup import LearningOptions, Options
+from streamsoup import LearnedSettings, Options
 from streamsoup.engine import budget
 from streamsoup.errors import FormatError, MismatchError
 from streamsoup.formats.tracing import Trace
@@ -200,7 +200,7 @@ def test_searches_score_in_place(tmp_path: Path) -> None:
         return score(model)
 
     singles = [score_of([path]) for path in paths]
-    soup = streamsoup.greedy_soup(paths, score, model=fake.WithHead(), output=tmp_path / "soup")
+    soup = streamsoup.greedy(paths, score, model=fake.WithHead(), output=tmp_path / "soup")
     assert soup.score >= max(singles)
     assert soup.score == score_of([paths[i] for i in soup.members])
 
@@ -225,14 +225,14 @@ def test_gradients_reach_the_stored_tensors(tmp_path: Path, live: torch.dtype) -
     task = SimpleNamespace(
         loss=loss, build=lambda: fake.WithHead().to(live), score=lambda model: 0.0, splits=["val"]
     )
-    learning = LearningOptions(evaluations=4)
+    learning = LearnedSettings(evaluations=4)
     found = []
     for name, ones in (("stored", states), ("plain", plain)):
-        soup = streamsoup.learned_soup(
+        soup = streamsoup.learned(
             write(tmp_path / name, ones),
             task,
             output=tmp_path / f"{name}-soup",
-            learning=learning,
+            settings=learning,
         )
         found.append(torch.tensor(soup.recipe.rule.coefficients.values, dtype=torch.float64))
     assert (found[0] - 1 / 3).abs().max() > 1e-3  # it went somewhere

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamsoup.task import code, load_task
+from streamsoup.task import load_task
 from streamsoup.task.code import digest_model
 from streamsoup.task.command import command_task
 
@@ -75,19 +72,48 @@ def test_a_task_in_a_package_has_what_lies_beside_it(tmp_path: Path) -> None:
     assert [each.score(None, "val").value for each in (first, second)] == [1, 1000]
 
 
-def test_a_helper_is_imported_anew_when_it_has_changed(tmp_path: Path) -> None:
-    """Of a folder without `__init__.py`, too; one that is as it was keeps its classes."""
+def test_each_loading_executes_the_text_as_it_is(tmp_path: Path) -> None:
+    """A helper rewritten within a second, at the same size, is what scores and what is digested."""
     task = tmp_path / "task.py"
     (tmp_path / "kit").mkdir()
     deep = tmp_path / "kit" / "deep.py"
-    deep.write_text("class Net: pass\nV = 1\n")
-    task.write_text("from kit import deep\nNet = deep.Net\ndef score(model): return deep.V\n")
-    first, same = load_task(task), load_task(task)
-    assert first.source.Net is same.source.Net
-    deep.write_text("class Net: pass\nV = 1000\n")
-    changed = load_task(task)
-    assert [each.score(None, "val").value for each in (first, changed)] == [1, 1000]
-    assert changed.fingerprint != first.fingerprint
+    task.write_text("from kit import deep\ndef score(model): return deep.V\n")
+    loaded = []
+    for value in (1, 2, 1):
+        deep.write_text(f"class Net: pass\nV = {value}\n")
+        os.utime(deep, (1, 1))
+        loaded.append(load_task(task))
+    assert [each.score(None, "val").value for each in loaded] == [1, 2, 1]
+    assert loaded[0].fingerprint == loaded[2].fingerprint != loaded[1].fingerprint
+    assert not (tmp_path / "kit" / "__pycache__").exists()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import os, helper",
+        "from helper import (\n    V,\n)",
+        "from \\\n    helper import V",
+        "if True: import helper as h",
+        "def late():\n    import helper",
+        "import json; import helper",
+        "try: import helper\nexcept ImportError: pass",
+        "from . import helper",
+        "from kit.deep import V",
+    ],
+)
+def test_however_an_import_is_written(tmp_path: Path, statement: str) -> None:
+    """Every form of an import statement names its files; prose in a docstring names none."""
+    (tmp_path / "kit").mkdir()
+    for name in ("helper.py", "kit/deep.py", "prose.py"):
+        (tmp_path / name).write_text("V = 1\n")
+    task = tmp_path / "task.py"
+    task.write_text(f'"""A word of prose."""\n{statement}\ndef score(model): return 1\n')
+    before = load_task(task).fingerprint
+    (tmp_path / "prose.py").write_text("V = 2\n")
+    assert load_task(task).fingerprint == before
+    (tmp_path / ("kit/deep.py" if "kit" in statement else "helper.py")).write_text("V = 2\n")
+    assert load_task(task).fingerprint != before
 
 
 def test_libraries_are_not_read_through(tmp_path: Path) -> None:
@@ -109,7 +135,8 @@ def test_what_a_task_imports_by_name_counts(tmp_path: Path) -> None:
     """Not by statements alone: whatever of its folder was imported as it was loaded."""
     task, plugin = tmp_path / "task.py", tmp_path / "plugin.py"
     task.write_text(
-        "import importlib\nV = importlib.import_module('plugin').V\ndef score(model): return V\n"
+        "import importlib\nV = importlib.import_module('plug' + 'in').V\n"
+        "def score(model): return V\n"
     )
     known = set()
     for text in ("V = 1\n", "V = 22\n", "V = 1\n"):
@@ -289,53 +316,6 @@ def test_what_a_command_runs_in_other_ways(tmp_path: Path, monkeypatch: pytest.M
             (tmp_path / file).write_text(text)
             known.add(command_task(line, main=None, timeout=None).fingerprint)
         assert len(known) == 2, line
-
-
-def test_threads_parse_one_at_a_time() -> None:
-    """Python 3.11 fails where two threads build syntax trees, and one lets the other go on."""
-
-    def digest() -> None:
-        for _ in range(5):
-            found.append(digest_model(model))
-
-    model, found = torch.nn.Sequential(torch.nn.Linear(2, 2)), list[str]()
-    gc.callbacks.append(let_go := lambda *_: time.sleep(0))
-    try:
-        threads = [threading.Thread(target=digest) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        gc.callbacks.remove(let_go)
-    assert found == [digest_model(model)] * 15
-
-
-def test_a_fork_waits_for_a_thread_that_parses(tmp_path: Path) -> None:
-    """In the child that thread is not there to let go."""
-    path = tmp_path / "task.py"
-    path.write_text("def score(model): return 1.0\n")
-    parsing = threading.Event()
-
-    def parse() -> None:
-        with code._PARSING:
-            parsing.set()
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=parse)
-    thread.start()
-    assert parsing.wait(10)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if load_task(path).fingerprint else 1)
-    deadline = time.monotonic() + 20
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if ended[0] == 0:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    thread.join()
-    assert ended == (child, 0)
 
 
 def test_a_setting_that_holds_itself() -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import streamsoup
-from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
+from streamsoup import GreedySettings, GreedySoup, Options, greedy
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import (
     MismatchError,
@@ -39,11 +39,12 @@ from streamsoup.live.candidates import Candidates, Moved
 from streamsoup.live.running import plan_sums
 from streamsoup.output.journal import Journal
 from streamsoup.search.folder import SearchFolder, lock_folder
-from streamsoup.search.scoring.candidate import Outcome, contained
-from streamsoup.search.scoring.scorebook import Scorebook
+from streamsoup.search.scoring.journal import ScoreJournal
+from streamsoup.search.scoring.scorer import Outcome
 from streamsoup.search.trials import search
 from streamsoup.study.measures.cache import Cache
 from streamsoup.task import Score, load_task
+from streamsoup.task.running import contained
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,12 @@ def test_the_same_as_in_memory(tmp_path: Path, dtype: torch.dtype, sums: Any) ->
         by_score(alone), lambda m: networks.mean_score(paths, m), strict=False, gain=0.0
     )
     model = networks.build().to(dtype)
-    soup = greedy_soup(
+    soup = greedy(
         paths,
         networks.score,
         model=model,
         output=tmp_path / "out",
-        search=SearchOptions(sums=sums),
+        settings=GreedySettings(sums=sums),
     )
     assert list(soup.members) == kept
     assert len(kept) > 2, "the search has to add something up"
@@ -159,9 +160,9 @@ def test_random_orders_and_elimination(tmp_path: Path, paths: list[str]) -> None
     def score_of(members: Sequence[int]) -> float:
         return networks.mean_score(paths, members)
 
-    search = SearchOptions(order="random", n_orders=3, seed=7)
+    search = GreedySettings(order="random", n_orders=3, seed=7)
     model = networks.build()
-    soup = greedy_soup(paths, networks.score, model=model, output=tmp_path / "r", search=search)
+    soup = greedy(paths, networks.score, model=model, output=tmp_path / "r", settings=search)
     for number, run in enumerate(soup.runs):
         kept, best = networks.plain_greedy(
             networks.shuffled(6, 7 + number), score_of, strict=False, gain=0.0
@@ -169,8 +170,8 @@ def test_random_orders_and_elimination(tmp_path: Path, paths: list[str]) -> None
         assert (list(run.members), run.score.value) == (kept, best)
     assert soup.score == max(run.score.value for run in soup.runs)
 
-    search = SearchOptions(direction="backward")
-    soup = greedy_soup(paths, networks.score, model=model, output=tmp_path / "b", search=search)
+    search = GreedySettings(direction="backward")
+    soup = greedy(paths, networks.score, model=model, output=tmp_path / "b", settings=search)
     order = by_score([single.score.value for single in soup.singles])
     assert (list(soup.members), soup.score) == networks.plain_backward(order, score_of)
 
@@ -221,12 +222,12 @@ def test_rules(tmp_path: Path, search: dict[str, Any], expected: tuple[int, ...]
     ingredients = marks(tmp_path / "in", 4)
     scores = {(0,): 0.5, (2,): 0.4, (1,): 0.3, (0, 2): 0.4, (0, 1): 0.5, (0, 1, 2): 0.5}
     scores |= {(1, 2): 0.35, (0, 1, 3): 0.1, (0, 1, 2, 3): 0.2, (3,): 0.01}
-    rules = SearchOptions(**search)
+    rules = GreedySettings(**search)
     if "scores" in search:
         ingredients = ingredients[:3]
-        rules = SearchOptions(scores=[0.1, 0.2, 0.3])
-    soup = greedy_soup(
-        ingredients, table(scores), model=Marks(4), output=tmp_path / "out", search=rules
+        rules = GreedySettings(scores=[0.1, 0.2, 0.3])
+    soup = greedy(
+        ingredients, table(scores), model=Marks(4), output=tmp_path / "out", settings=rules
     )
     assert soup.members == expected
 
@@ -269,10 +270,10 @@ def test_the_choice_of_the_papers_script() -> None:
             return Outcome(Score(value), None, Moved(0, 0, 0.0), 0.0), False
 
         order, chosen, best = the_papers_script(singles, score_of)
-        (run,) = search(given, ask, SearchOptions(ties="reject")).runs
+        (run,) = search(given, ask, GreedySettings(ties="reject")).runs
         assert [given[i] for i in run.order] == order
         assert ([given[i] for i in run.members], run.score.value) == (chosen, best)
-        (kept,) = search(given, ask, SearchOptions()).runs
+        (kept,) = search(given, ask, GreedySettings()).runs
         n_tied += kept.members != run.members
     assert n_tied > 50
 
@@ -282,30 +283,30 @@ def test_nan_never_wins(tmp_path: Path) -> None:
     nan = float("nan")
     ingredients = marks(tmp_path / "in", 3)
     scores = {(0,): nan, (1,): 0.5, (2,): 0.4, (1, 2): nan, (0, 1): 0.6}
-    soup = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
+    soup = greedy(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
     assert soup.members == (1, 0)
     with pytest.raises(TaskError, match="every score is NaN"):
-        greedy_soup(ingredients, table({}, nan), model=Marks(3), output=tmp_path / "nan")
+        greedy(ingredients, table({}, nan), model=Marks(3), output=tmp_path / "nan")
 
 
 def test_why_one(tmp_path: Path) -> None:
     """When only one is kept, the report says why and what to look at."""
     ingredients = marks(tmp_path / "in", 3)
     scores = {(0,): 0.9, (1,): 0.8, (0, 1): 0.7, (0, 2): 0.1}
-    soup = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
+    soup = greedy(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
     assert soup.members == (0,)
     advice = str(soup.report["advice"])
     assert "0.7 against 0.9" in advice
     assert "geometry" in advice
     assert "milder rule" not in advice
-    rules = [SearchOptions(min_gain=0.5), SearchOptions(direction="backward")]
+    rules = [GreedySettings(min_gain=0.5), GreedySettings(direction="backward")]
     for rule, said in zip(rules, ["scored well enough better", "from dropping"], strict=True):
-        soup = greedy_soup(
+        soup = greedy(
             ingredients,
             table(scores),
             model=Marks(3),
             output=tmp_path / rule.direction,
-            search=rule,
+            settings=rule,
         )
         assert soup.members == (0,)
         assert said in str(soup.report["advice"])
@@ -316,7 +317,7 @@ def test_stopping_early_changes_no_decision(tmp_path: Path) -> None:
     """A bound below the score to beat leaves the outcome as it is; one above is refused."""
     ingredients = marks(tmp_path / "in", 3)
     scores = {(0,): 0.5, (1,): 0.4, (2,): 0.3, (0, 1): 0.45, (0, 2): 0.6}
-    whole = greedy_soup(ingredients, table(scores), model=Marks(3), output=tmp_path / "whole")
+    whole = greedy(ingredients, table(scores), model=Marks(3), output=tmp_path / "whole")
 
     def early(model: nn.Module, split: str, to_beat: float | None) -> Any:
         score = table(scores)(model, split)
@@ -324,11 +325,11 @@ def test_stopping_early_changes_no_decision(tmp_path: Path) -> None:
             return {"at_most": (score + to_beat) / 2 - 1e-9}
         return score
 
-    soup = greedy_soup(ingredients, early, model=Marks(3), output=tmp_path / "early")
+    soup = greedy(ingredients, early, model=Marks(3), output=tmp_path / "early")
     assert (soup.members, soup.score) == (whole.members, whole.score)
     assert [trial.score.stopped for trial in soup.runs[0].trials] == [False, True, False]
     with pytest.raises(TaskError, match="out of reach"):
-        greedy_soup(
+        greedy(
             ingredients,
             lambda model, to_beat: 0.5 if to_beat is None else {"at_most": to_beat},
             model=Marks(3),
@@ -349,15 +350,13 @@ def test_paired_comparison(tmp_path: Path) -> None:
         results = right.get(found, [0] * 8)
         return {"acc": sum(results) / 8, "examples": results}
 
-    plain = greedy_soup(ingredients, task, model=Marks(3), output=tmp_path / "plain")
+    plain = greedy(ingredients, task, model=Marks(3), output=tmp_path / "plain")
     assert plain.members == (0, 1)
-    search = SearchOptions(z=1.5)
-    soup = greedy_soup(ingredients, task, model=Marks(3), output=tmp_path / "z", search=search)
+    search = GreedySettings(z=1.5)
+    soup = greedy(ingredients, task, model=Marks(3), output=tmp_path / "z", settings=search)
     assert soup.members == (0, 2)
     with pytest.raises(TaskError, match="examples"):
-        greedy_soup(
-            ingredients, table({}, 0.5), model=Marks(3), output=tmp_path / "n", search=search
-        )
+        greedy(ingredients, table({}, 0.5), model=Marks(3), output=tmp_path / "n", settings=search)
 
 
 class Killed(BaseException):
@@ -375,7 +374,7 @@ def test_killed_at_every_record(
         calls.append(1)
         return networks.score(model)
 
-    whole = greedy_soup(paths[:4], task, model=networks.build(), output=tmp_path / "whole")
+    whole = greedy(paths[:4], task, model=networks.build(), output=tmp_path / "whole")
     n_scores = len(calls)
     append = Journal.append
     for kill_at in range(n_scores + 1):
@@ -400,9 +399,9 @@ def test_killed_at_every_record(
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "append", dying)
             with pytest.raises(Killed):
-                greedy_soup(paths[:4], task, model=networks.build(), output=output)
+                greedy(paths[:4], task, model=networks.build(), output=output)
         assert not output.exists()
-        soup = greedy_soup(paths[:4], task, model=networks.build(), output=output)
+        soup = greedy(paths[:4], task, model=networks.build(), output=output)
         assert len(calls) == n_scores + (torn and kill_at > 0)
         assert soup.members == whole.members
         assert weights(soup.path) == weights(whole.path)
@@ -419,7 +418,7 @@ def interrupted(paths: list[str], output: Path) -> Path:
         return networks.score(model)
 
     with pytest.raises(TaskError, match="ValueError: no more"):
-        greedy_soup(paths, task, model=networks.build(), output=output)
+        greedy(paths, task, model=networks.build(), output=output)
     return Path(f"{output}.search") / "journal"
 
 
@@ -441,12 +440,12 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
     output = tmp_path / "out"
 
     def again(task: Any = networks.score, **search: Any) -> Any:
-        options = SearchOptions(**search)
-        return greedy_soup(own, task, model=networks.build(), output=output, search=options)
+        options = GreedySettings(**search)
+        return greedy(own, task, model=networks.build(), output=output, settings=options)
 
     def start() -> None:
         calls: list[int] = []
-        put = Scorebook.put
+        put = ScoreJournal.put
 
         def failing(self: Any, *rest: Any) -> None:
             calls.append(1)
@@ -455,7 +454,7 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
             put(self, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Scorebook, "put", failing)
+            patch.setattr(ScoreJournal, "put", failing)
             with pytest.raises(TaskError, match="enough"):
                 again()
 
@@ -463,7 +462,7 @@ def test_damage_and_changes_are_refused_by_name(tmp_path: Path, paths: list[str]
     with pytest.raises(ResumeError, match=r"the task changed.*restart=True"):
         again(task_of_two)
     with pytest.raises(ResumeError, match="the list of ingredients changed"):
-        greedy_soup(own[:2], networks.score, model=networks.build(), output=output)
+        greedy(own[:2], networks.score, model=networks.build(), output=output)
     shutil.copy(Path(paths[3]) / "model.safetensors", Path(own[1]) / "model.safetensors")
     with pytest.raises(ResumeError, match=r"the ingredient .*run1 changed"):
         again()
@@ -487,7 +486,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_scored(
     shutil.copy(Path(paths[0]) / "model.safetensors", output)
     shutil.copytree(output, tmp_path / "out.partial")
     with pytest.raises(OutputExistsError, match="overwrite=True replaces it"):
-        greedy_soup(paths, failing, model=networks.build(), output=output)
+        greedy(paths, failing, model=networks.build(), output=output)
     assert not (tmp_path / "out.search").exists()
 
 
@@ -517,8 +516,8 @@ def test_what_a_task_forks_holds_no_lock(tmp_path: Path, paths: list[str]) -> No
 
     try:
         with pytest.raises(TaskError, match="transient"):
-            greedy_soup(paths, score, output=tmp_path / "soup", model=networks.build())
-        greedy_soup(paths, score, output=tmp_path / "soup", model=networks.build())
+            greedy(paths, score, output=tmp_path / "soup", model=networks.build())
+        greedy(paths, score, output=tmp_path / "soup", model=networks.build())
     finally:
         os.close(writing)
         os.waitpid(children[0], 0)
@@ -536,7 +535,7 @@ def test_a_fork_during_a_score_may_search(tmp_path: Path, paths: list[str]) -> N
         return networks.score(model)
 
     thread = threading.Thread(
-        target=greedy_soup,
+        target=greedy,
         args=(paths[:2], score),
         kwargs={"output": tmp_path / "a", "model": networks.build()},
     )
@@ -566,7 +565,7 @@ def test_searches_in_threads_leave_the_generators_alone(tmp_path: Path, paths: l
         return random.random() + float(torch.rand(1))
 
     def search(name: str, model: nn.Module) -> None:
-        found.append(greedy_soup(paths, score, output=tmp_path / name, model=model))
+        found.append(greedy(paths, score, output=tmp_path / name, model=model))
 
     found: list[Any] = []
     models = [("a", networks.build()), ("b", networks.build())]
@@ -600,7 +599,7 @@ def test_an_older_soup_of_the_same_is_not_the_one_under_way(
     def search() -> GreedySoup:
         options = Options(overwrite=True)
         model = networks.build()
-        return greedy_soup(paths, score, model=model, output=tmp_path / "out", options=options)
+        return greedy(paths, score, model=model, output=tmp_path / "out", options=options)
 
     before = search()
     data["sign"], left[0] = -1.0, 4
@@ -627,9 +626,9 @@ def test_scores_belong_to_the_files_beside_the_weights(tmp_path: Path) -> None:
         return networks.score(model)
 
     def search(**more: Any) -> GreedySoup:
-        rules = SearchOptions(**more)
+        rules = GreedySettings(**more)
         out = tmp_path / "out"
-        return greedy_soup(paths, score, model=networks.build(), output=out, search=rules)
+        return greedy(paths, score, model=networks.build(), output=out, settings=rules)
 
     with pytest.raises(KeyboardInterrupt):
         search()
@@ -658,10 +657,10 @@ def test_where_one_stands_does_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
         paths = [f"{prefix}{i}" for i in range(3)]
         if number == 0:
             with pytest.raises(TaskError):
-                greedy_soup(paths, name, output=tmp_path / "out")
+                greedy(paths, name, output=tmp_path / "out")
             left.write_text("99")
         else:
-            assert greedy_soup(paths, name, output="../out").report["n_resumed"] == 2
+            assert greedy(paths, name, output="../out").report["n_resumed"] == 2
 
 
 def test_scores_belong_to_the_model_that_was_given(tmp_path: Path, paths: list[str]) -> None:
@@ -684,9 +683,9 @@ def test_scores_belong_to_the_model_that_was_given(tmp_path: Path, paths: list[s
 
     seen: list[nn.Module] = []
     with pytest.raises(KeyboardInterrupt):
-        greedy_soup(paths, stops, model=networks.build(), output=tmp_path / "out")
+        greedy(paths, stops, model=networks.build(), output=tmp_path / "out")
     with pytest.raises(ResumeError, match="since then the model changed"):
-        greedy_soup(paths, stops, model=other, output=tmp_path / "out")
+        greedy(paths, stops, model=other, output=tmp_path / "out")
 
 
 def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:
@@ -694,10 +693,10 @@ def test_one_search_at_a_time(tmp_path: Path, paths: list[str]) -> None:
 
     def task(model: nn.Module) -> float:
         with pytest.raises(OutputBusyError):
-            greedy_soup(paths[:2], networks.score, model=networks.build(), output=tmp_path / "out")
+            greedy(paths[:2], networks.score, model=networks.build(), output=tmp_path / "out")
         return networks.score(model)
 
-    greedy_soup(paths[:1], task, model=networks.build(), output=tmp_path / "out")
+    greedy(paths[:1], task, model=networks.build(), output=tmp_path / "out")
 
 
 def test_scores_of_a_report_are_trusted_only_if_nothing_changed(
@@ -706,26 +705,24 @@ def test_scores_of_a_report_are_trusted_only_if_nothing_changed(
     """The report of an earlier search gives the single scores; another task's does not."""
     calls: list[int] = []
 
-    first = greedy_soup(paths, networks.score, model=networks.build(), output=tmp_path / "first")
+    first = greedy(paths, networks.score, model=networks.build(), output=tmp_path / "first")
     text = json.loads((tmp_path / "first" / "streamsoup.json").read_text())
-    search = SearchOptions(scores=text["report"])
-    again = greedy_soup(
-        paths, networks.score, model=networks.build(), output=tmp_path / "again", search=search
+    search = GreedySettings(scores=text["report"])
+    again = greedy(
+        paths, networks.score, model=networks.build(), output=tmp_path / "again", settings=search
     )
     assert again.members == first.members
     assert all(single.known for single in again.singles)
     with pytest.raises(RecipeError, match="code changed since"):
-        greedy_soup(
-            paths, task_of_two, model=networks.build(), output=tmp_path / "x", search=search
-        )
+        greedy(paths, task_of_two, model=networks.build(), output=tmp_path / "x", settings=search)
     assert not calls
 
 
 def test_jobs_change_nothing(tmp_path: Path, paths: list[str]) -> None:
     """Two processes find what one finds: every trial, its score, and the soup's bytes."""
     task, _ = networks.task_file(tmp_path)
-    alone = greedy_soup(paths, task, output=tmp_path / "one")
-    both = greedy_soup(paths, task, output=tmp_path / "two", search=SearchOptions(jobs=2))
+    alone = greedy(paths, task, output=tmp_path / "one")
+    both = greedy(paths, task, output=tmp_path / "two", settings=GreedySettings(jobs=2))
     assert [trial.score for trial in both.runs[0].trials] == [
         trial.score for trial in alone.runs[0].trials
     ]
@@ -736,8 +733,8 @@ def test_jobs_change_nothing(tmp_path: Path, paths: list[str]) -> None:
 def test_statistics_are_scored_both_ways(tmp_path: Path, paths: list[str]) -> None:
     """Recalibrated, a mean is scored with both statistics; a single one as its file is."""
     task, _ = networks.task_file(tmp_path)
-    search = SearchOptions(recalibrate=True)
-    soup = greedy_soup(paths[:2], task, output=tmp_path / "out", search=search)
+    search = GreedySettings(recalibrate=True)
+    soup = greedy(paths[:2], task, output=tmp_path / "out", settings=search)
     for i in (0, 1):
         assert soup.singles[i].averaged is None
         assert soup.singles[i].score.value == networks.mean_score(paths, [i])
@@ -768,7 +765,7 @@ def test_scores_do_not_depend_on_what_was_scored_before(tmp_path: Path, paths: l
     model = networks.build().train()
     before, folder = torch.get_rng_state(), os.getcwd()
     errors = np.geterr()
-    greedy_soup(paths[:3], task, model=model, output=tmp_path / "out")
+    greedy(paths[:3], task, model=model, output=tmp_path / "out")
     assert len(set(seen)) == 1
     assert torch.equal(before, torch.get_rng_state())
     assert torch.get_default_dtype() == torch.float32
@@ -785,7 +782,7 @@ def test_a_diverged_ingredient_is_named(tmp_path: Path) -> None:
 
     save_file({"w": torch.tensor([1.0, float("nan")])}, ingredients[1])
     with pytest.raises(NonFiniteError, match=r"1\.safetensors"):
-        greedy_soup(ingredients, table({}, 0.5), model=Marks(2), output=tmp_path / "out")
+        greedy(ingredients, table({}, 0.5), model=Marks(2), output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -794,14 +791,14 @@ def test_a_diverged_ingredient_is_named(tmp_path: Path) -> None:
         ({"scores": [1.0]}, "1 score for 6 ingredients"),
         ({"scores": [float("nan")] * 6}, "every score given is NaN"),
         ({"n_orders": 2}, "order='random'"),
-        ({"jobs": 0}, "jobs 0 is below 1"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"min_gain": -1.0}, "0 or more"),
         ({"min_gain": float("inf")}, "finite"),
         ({"z": float("inf")}, "finite"),
         ({"z": 1.0, "scores": [0.5] * 6}, "leave out the scores"),
         ({"timeout": float("inf")}, "leave it out"),
-        ({"scores": {"bound_to": {}}}, "no whole report"),
-        ({"scores": {"bound_to": {"ingredients": [3]}, "singles": [{}]}}, "no whole report"),
+        ({"scores": {"bound_to": {}}}, "not a whole report"),
+        ({"scores": {"bound_to": {"ingredients": [3]}, "singles": [{}]}}, "not a whole report"),
         ({"timeout": 0.0}, "no time"),
         ({"timeout": 5.0}, "a given model is scored in this process"),
     ],
@@ -811,12 +808,12 @@ def test_refused_options(
 ) -> None:
     """Options that make no sense are refused before anything is made."""
     with pytest.raises(RecipeError, match=message):
-        greedy_soup(
+        greedy(
             paths,
             networks.score,
             model=networks.build(),
             output=tmp_path / "out",
-            search=SearchOptions(**search),
+            settings=GreedySettings(**search),
         )
     assert os.listdir(tmp_path) == []
 
@@ -828,9 +825,9 @@ def test_a_model_that_is_an_ingredient_is_refused(tmp_path: Path) -> None:
         other.get_parameter("0.weight").add_(0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(MismatchError, match="shares memory with the model"):
-        greedy_soup([other, model], networks.score, model=model, output=tmp_path / "out")
+        greedy([other, model], networks.score, model=model, output=tmp_path / "out")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    soup = greedy_soup([other, before], networks.score, model=model, output=tmp_path / "out")
+    soup = greedy([other, before], networks.score, model=model, output=tmp_path / "out")
     assert soup.singles[1].score.value == 1.0
 
 
@@ -843,12 +840,12 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
     model = Marks(2)
 
     def search(ties: Any, overwrite: bool = False) -> Any:
-        return greedy_soup(
+        return greedy(
             ingredients,
             table(scores),
             model=model,
             output=tmp_path / "out",
-            search=SearchOptions(ties=ties),
+            settings=GreedySettings(ties=ties),
             options=Options(overwrite=overwrite),
         )
 
@@ -856,7 +853,7 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorebook, "finish", killed)
+        patch.setattr(ScoreJournal, "finish", killed)
         with pytest.raises(Killed):
             search("accept")
     with pytest.raises(OutputExistsError):
@@ -866,7 +863,7 @@ def test_a_finished_soup_of_other_rules_is_not_taken_for_this_one(
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], made[name]) for name in made)
     with monkeypatch.context() as patch:
-        patch.setattr(Scorebook, "finish", killed)
+        patch.setattr(ScoreJournal, "finish", killed)
         with pytest.raises(Killed):
             search("accept", overwrite=True)
     assert search("reject", overwrite=True).members == (0,)
@@ -887,14 +884,14 @@ def test_scores_of_a_file_written_in_place_are_not_trusted(tmp_path: Path) -> No
         return 1 / (2 - n_scored)
 
     with pytest.raises(TaskError):
-        greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
+        greedy(ingredients, score, model=Marks(2), output=tmp_path / "out")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     with open(file, "r+b") as opened:
         opened.write(content)
     os.utime(file, (1, 1))
     with pytest.raises(ResumeError, match=r"the ingredient .* changed"):
-        greedy_soup(ingredients, score, model=Marks(2), output=tmp_path / "out")
+        greedy(ingredients, score, model=Marks(2), output=tmp_path / "out")
 
 
 def test_a_search_without_a_score_may_change(tmp_path: Path) -> None:
@@ -905,12 +902,12 @@ def test_a_search_without_a_score_may_change(tmp_path: Path) -> None:
 
     ingredients = marks(tmp_path / "in", 2)
     with pytest.raises(TaskError, match="prnt"):
-        greedy_soup(ingredients, slip, model=Marks(2), output=tmp_path / "out")
+        greedy(ingredients, slip, model=Marks(2), output=tmp_path / "out")
     assert not (tmp_path / "out.search").exists()
     killed = SearchFolder(str(tmp_path / "out"), {"ingredients": []}, restart=False)
     killed._unlock()
     assert (tmp_path / "out.search" / "journal").exists()
-    soup = greedy_soup(ingredients, lambda model: 1.0, model=Marks(2), output=tmp_path / "out")
+    soup = greedy(ingredients, lambda model: 1.0, model=Marks(2), output=tmp_path / "out")
     assert soup.members == (0, 1)
 
 
@@ -943,10 +940,10 @@ def test_scores_may_be_infinite(tmp_path: Path) -> None:
     """Minus infinity is the worst of scores, and no error; the report is JSON all the same."""
     ingredients = marks(tmp_path / "in", 3)
     worst = float("-inf")
-    search = SearchOptions(order="random", n_orders=2)
+    search = GreedySettings(order="random", n_orders=2)
     scores = {(0,): worst, (1,): worst, (2,): worst, (1, 2): 0.5}
-    soup = greedy_soup(
-        ingredients, table(scores, worst), model=Marks(3), output=tmp_path / "out", search=search
+    soup = greedy(
+        ingredients, table(scores, worst), model=Marks(3), output=tmp_path / "out", settings=search
     )
     assert soup.score in (0.5, worst)
     text = (tmp_path / "out" / "streamsoup.json").read_text()

@@ -16,7 +16,7 @@ import networks
 import pytest
 import torch
 
-from streamsoup import SearchOptions, greedy_soup
+from streamsoup import GreedySettings, greedy
 from streamsoup.errors import TaskError
 from streamsoup.task import load_task
 from streamsoup.task.harness import FEWSHOT_SEED, HarnessTask, pick
@@ -95,7 +95,7 @@ def test_tasks_and_groups_count_once_each(tmp_path: Path, double: SimpleNamespac
     """The score is the mean over tasks and groups; tasks in a group count as their group does."""
     paths = networks.ingredients(tmp_path / "in", 3)
     task = HarnessTask(("mine", "sized", "plain"), 7, None, "4", paths[0])
-    soup = greedy_soup(paths, task, output=tmp_path / "out")
+    soup = greedy(paths, task, output=tmp_path / "out")
     for single in soup.singles:
         acc = networks.mean_score(paths, single.members)
         metrics = single.score.metrics
@@ -196,9 +196,9 @@ def test_the_real_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = write_task(tmp_path)
     paths = [save_model(tmp_path / f"run{i}", i) for i in range(3)]
-    search = SearchOptions(order="given", isolate=True)
+    search = GreedySettings(order="given", isolate=True)
     task = HarnessTask((str(file),), 20, None, "4", paths[0])
-    soup = greedy_soup(paths, task, output=tmp_path / "out", search=search)
+    soup = greedy(paths, task, output=tmp_path / "out", settings=search)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     group = tmp_path / "group.yaml"
     group.write_text(
@@ -206,7 +206,7 @@ def test_the_real_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "  - metric: acc\n    weight_by_size: true\n"
     )
     grouped = HarnessTask((str(group),), 20, None, "8", paths[0])
-    found = greedy_soup(paths, grouped, output=tmp_path / "grouped", search=search)
+    found = greedy(paths, grouped, output=tmp_path / "grouped", settings=search)
     assert found.score == pytest.approx(soup.score)
     assert found.members == soup.members
     states = [transformers.AutoModelForCausalLM.from_pretrained(p).state_dict() for p in paths]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamsoup import GreedySoup, Options, SearchOptions, greedy_soup
+from streamsoup import GreedySettings, GreedySoup, Options, greedy
 from streamsoup.errors import TaskError
 from streamsoup.task.command import command_task
 
@@ -62,9 +62,9 @@ def search(marks: list[Path], *, jobs: int, **task: Any) -> GreedySoup:
     folder = marks[0].parent
     file = folder / "task.py"
     file.write_text(TASK.format(**{"scores": SCORES, "poison": None, "body": "pass"} | task))
-    search = SearchOptions(order="given", jobs=jobs, isolate=True, passes=2, restart=True)
-    return greedy_soup(
-        marks, file, output=folder / "out", search=search, options=Options(overwrite=True)
+    search = GreedySettings(order="given", jobs=jobs, isolate=True, passes=2, restart=True)
+    return greedy(
+        marks, file, output=folder / "out", settings=search, options=Options(overwrite=True)
     )
 
 
@@ -111,15 +111,15 @@ def test_what_one_would_try_fails_alike(marks: list[Path]) -> None:
 
 def test_a_task_of_the_script_itself_is_refused(marks: list[Path], tmp_path: Path) -> None:
     """Its workers could not import it, which is said before one is started."""
-    call = f"greedy_soup({[str(path) for path in marks]}, score, output='out', search=search)"
-    script = "from streamsoup import SearchOptions, greedy_soup\n"
-    script += "def score(model): return 1\nsearch = SearchOptions(jobs=2)\n"
+    call = f"greedy({[str(path) for path in marks]}, score, output='out', settings=search)"
+    script = "from streamsoup import GreedySettings, greedy\n"
+    script += "def score(model): return 1\nsearch = GreedySettings(jobs=2)\n"
     script += f"try: {call}\nexcept ValueError as error: print(error)\n"
     ran = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "known to it alone); give a task file" in ran.stdout
+    assert "in its process alone); give a task file" in ran.stdout
 
 
 def test_commands_run_at_once(tmp_path: Path, marks: list[Path]) -> None:
@@ -133,7 +133,7 @@ def test_commands_run_at_once(tmp_path: Path, marks: list[Path]) -> None:
     )
     task = command_task(f"{sys.executable} {script} {{checkpoint}}", main=None, timeout=60)
     soups = [
-        greedy_soup(marks, task, output=tmp_path / f"out{jobs}", search=SearchOptions(jobs=jobs))
+        greedy(marks, task, output=tmp_path / f"out{jobs}", settings=GreedySettings(jobs=jobs))
         for jobs in (1, 2)
     ]
     assert trials(soups[0]) == trials(soups[1])
@@ -150,9 +150,9 @@ def test_a_failing_command_says_the_same_and_leaves_nothing(tmp_path: Path) -> N
     task = command_task("echo why >&2; exit 3; {checkpoint}", main=None, timeout=60)
     said = []
     for jobs in (1, 2):
-        search = SearchOptions(jobs=jobs)
+        search = GreedySettings(jobs=jobs)
         with pytest.raises(TaskError, match=r"ended with status 3.*\n  \| why") as error:
-            greedy_soup(paths, task, output=tmp_path / "out", search=search)
+            greedy(paths, task, output=tmp_path / "out", settings=search)
         said.append(str(error.value))
         assert os.listdir(tmp_path) == ["in"]
     assert said[0] == said[1]

@@ -27,12 +27,13 @@ from streamsoup.live.model import ModelSink
 from streamsoup.options import Options
 from streamsoup.output.make import order
 from streamsoup.recipe import Coefficients
-from streamsoup.search.learned import learned_soup
+from streamsoup.search.learned import learned
 from streamsoup.search.learning.backward import _vector
-from streamsoup.search.learning.descending import LearningOptions, Look
 from streamsoup.search.learning.descent import AdamW, lbfgs
-from streamsoup.search.learning.mixture import make_mixture
-from streamsoup.search.learning.notebook import Notebook
+from streamsoup.search.learning.journal import LearningJournal
+from streamsoup.search.learning.parametrisation import parametrise
+from streamsoup.search.learning.search import Losses
+from streamsoup.search.learning.settings import LearnedSettings
 from streamsoup.search.learning.slopes import Slopes, find_equal
 from streamsoup.study.plot import plot_coefficients
 from streamsoup.task import load_task
@@ -144,7 +145,7 @@ def make_slopes(
     equal, _ = find_equal(plan, mapped=mapped, options=opts)
     assert equal["blocks.0.1.weight"] == equal["blocks.1.1.weight"] == (0,) * len(paths)
     names = [tensor.name for tensor in plan.tensors if tensor.operation == "mix"]
-    mixture = make_mixture(names, sink.tied, len(paths), **mixture_kind)
+    mixture = parametrise(names, sink.tied, len(paths), **mixture_kind)
     return Slopes(
         loaded,
         sink,
@@ -214,11 +215,11 @@ def test_slopes_are_those_of_autograd(paths: list[str], kind: dict[str, Any]) ->
     """Streamed gradients equal autograd through the in-memory sum, to float64 accuracy."""
     batches = make_batches()
     slopes = make_slopes(paths, task_of(batches), kind)
-    mixture = slopes._mixture
+    mixture = slopes._parametrisation
     reference = InMemory(paths, mixture)
     raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
     for _ in range(2):  # the second time, gradients are taken as they become ready
-        seen = slopes.look(raw, backward=True)
+        seen = slopes.evaluate(raw, backward=True)
         loss, gradient = reference.gradient(raw, batches)
         assert seen.loss == pytest.approx(loss, rel=1e-13)
         ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
@@ -233,10 +234,10 @@ def test_a_wrong_slope_is_seen(paths: list[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         slopes, "products", lambda v: (p for p in products(v) if p[0] != "blocks.0.0.bias")
     )
-    raw = slopes._mixture.start()
-    seen = slopes.look(raw, backward=True)
-    _, gradient = InMemory(paths, slopes._mixture).gradient(raw, make_batches())
-    ours = slopes._mixture.gradient(raw, seen.slopes, 0.0)
+    raw = slopes._parametrisation.start()
+    seen = slopes.evaluate(raw, backward=True)
+    _, gradient = InMemory(paths, slopes._parametrisation).gradient(raw, make_batches())
+    ours = slopes._parametrisation.gradient(raw, seen.slopes, 0.0)
     assert not np.allclose(ours, gradient, rtol=1e-6)
 
 
@@ -252,8 +253,8 @@ def test_many_batches_of_a_narrow_model_add_up(tmp_path: Path, dtype: torch.dtyp
     found = []
     for n in (1, 600):
         slopes = make_slopes(paths, task_of([batch] * n, dtype), kind)
-        raw = slopes._mixture.start()
-        found += [slopes.look(raw, backward=True).slopes for _ in range(2)]
+        raw = slopes._parametrisation.start()
+        found += [slopes.evaluate(raw, backward=True).slopes for _ in range(2)]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
 
@@ -266,10 +267,10 @@ def test_slopes_do_not_depend_on_how_they_are_read(
     kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
     first = make_slopes(paths, task_of(make_batches()), kind)
     other = make_slopes(paths, task_of(make_batches()), kind, **options)
-    raw = first._mixture.start()
-    ours, theirs = first.look(raw, backward=True), other.look(raw, backward=True)
+    raw = first._parametrisation.start()
+    ours, theirs = first.evaluate(raw, backward=True), other.evaluate(raw, backward=True)
     assert np.array_equal(ours.slopes, theirs.slopes)
-    again = first.look(raw, backward=True)
+    again = first.evaluate(raw, backward=True)
     assert np.array_equal(ours.slopes, again.slopes)
 
 
@@ -277,10 +278,10 @@ def test_what_is_common_is_read_once(paths: list[str]) -> None:
     """Bytes read are those predicted; tensors that all share are not among them."""
     kind = {"granularity": "global", "constraint": "softmax", "temperature": False}
     slopes = make_slopes(paths, task_of(make_batches()), kind)
-    raw = slopes._mixture.start()
-    slopes.look(raw, backward=True)
+    raw = slopes._parametrisation.start()
+    slopes.evaluate(raw, backward=True)
     first = slopes.nbytes_read
-    slopes.look(raw, backward=True)
+    slopes.evaluate(raw, backward=True)
     state = make_state(0)
     learned = {n: t for n, t in state.items() if "running" not in n and t.is_floating_point()}
     moved = sum(
@@ -312,11 +313,11 @@ def test_what_some_share_is_multiplied_once(
     batches = make_batches()
     kind = {"granularity": granularity, "constraint": constraint, "temperature": False}
     slopes = make_slopes(paths, task_of(batches), kind)
-    mixture = slopes._mixture
+    mixture = slopes._parametrisation
     raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
-    slopes.look(raw, backward=True)
+    slopes.evaluate(raw, backward=True)
     before = slopes.nbytes_read
-    seen = slopes.look(raw, backward=True)
+    seen = slopes.evaluate(raw, backward=True)
     loss, gradient = InMemory(paths, mixture).gradient(raw, batches)
     assert seen.loss == pytest.approx(loss, rel=1e-13)
     ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
@@ -357,7 +358,7 @@ def test_the_model_is_left_as_it_was(paths: list[str]) -> None:
     model.train()
     mark = torch.ones_like(model.embed.weight)
     model.embed.weight.grad = mark
-    slopes.look(slopes._mixture.start(), backward=True)
+    slopes.evaluate(slopes._parametrisation.start(), backward=True)
     assert model.training
     assert model.blocks[0].training
     assert not model.table.requires_grad
@@ -374,8 +375,8 @@ def test_adamw_goes_where_the_in_memory_one_goes(paths: list[str], constraint: s
     kind = {"granularity": "tensor", "constraint": constraint, "temperature": True}
     batches = make_batches()
     slopes = make_slopes(paths, task_of(batches), kind)
-    mixture = slopes._mixture
-    slopes.look(mixture.start(), backward=False)
+    mixture = slopes._parametrisation
+    slopes.evaluate(mixture.start(), backward=False)
     state, raw = AdamW(0.05), mixture.start()
 
     def advance(raw: np.ndarray, seen: Any) -> np.ndarray:
@@ -425,11 +426,11 @@ def test_lbfgs_finds_the_bottom() -> None:
 def learn(paths: list[str], output: Path, task: Any = None, **learning: Any) -> Any:
     """Learn a soup of all."""
     options = Options(non_float="first", threads=1)
-    return learned_soup(
+    return learned(
         paths,
         task or task_of(make_batches(10)),
         output=output,
-        learning=LearningOptions(**learning),
+        settings=LearnedSettings(**learning),
         options=options,
     )
 
@@ -443,8 +444,8 @@ def test_a_learned_soup_is_better_where_it_learned(
     soup = learn(
         paths, tmp_path / "soup", granularity=granularity, constraint=constraint, evaluations=12
     )
-    assert soup.looks[soup.best].guard <= soup.looks[0].guard
-    assert min(look.loss for look in soup.looks) < soup.looks[0].loss
+    assert soup.evaluations[soup.best].guard <= soup.evaluations[0].guard
+    assert min(each.loss for each in soup.evaluations) < soup.evaluations[0].loss
     assert soup.recipe.method == "learned"
     assert streamsoup.verify(soup.path).rederived
     rows = np.array(soup.rows)
@@ -473,7 +474,7 @@ def test_quasi_newton_reaches_the_in_memory_minimum(paths: list[str], tmp_path: 
         tolerance=1e-10,
         evaluations=80,
     )
-    reference = InMemory(paths, make_slopes(paths, task_of(batches), KINDS[1])._mixture)
+    reference = InMemory(paths, make_slopes(paths, task_of(batches), KINDS[1])._parametrisation)
     leaf = torch.full((K,), 1 / K, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([leaf], max_iter=60, line_search_fn="strong_wolfe")
 
@@ -484,8 +485,8 @@ def test_quasi_newton_reaches_the_in_memory_minimum(paths: list[str], tmp_path: 
         return loss
 
     optimizer.step(closure)
-    assert soup.looks[soup.best].loss == pytest.approx(closure().item(), abs=1e-7)
-    assert len(soup.looks) < 40
+    assert soup.evaluations[soup.best].loss == pytest.approx(closure().item(), abs=1e-7)
+    assert len(soup.evaluations) < 40
 
 
 class Stop(BaseException):
@@ -497,7 +498,7 @@ def test_a_search_that_was_stopped_goes_on(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after any number of batches, the same call ends with the same bits."""
-    monkeypatch.setattr("streamsoup.search.learning.descending.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.search.learning.search.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
     batches = make_batches(10)
     whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
@@ -522,7 +523,9 @@ def test_a_search_that_was_stopped_goes_on(
             n_stops += 1
     assert n_stops >= 2
     assert soup.rows == whole.rows
-    assert [(a.loss, a.guard) for a in soup.looks] == [(a.loss, a.guard) for a in whole.looks]
+    assert [(a.loss, a.guard) for a in soup.evaluations] == [
+        (a.loss, a.guard) for a in whole.evaluations
+    ]
     assert soup.provenance.tensors == whole.provenance.tensors
     # All that led to a note is counted, in whichever run; each run reads some things anew.
     report, expected = soup.report, whole.report
@@ -542,13 +545,13 @@ def test_a_kill_while_tidying_up_is_mended(
 ) -> None:
     """With the soup in place, and a trace of its making left, the same call finds it finished."""
 
-    def finish(self: Notebook) -> None:
+    def finish(self: LearningJournal) -> None:
         raise Stop
 
     task = task_of(make_batches(4))
     settings = {"evaluations": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(Notebook, "finish", finish)
+        patch.setattr(LearningJournal, "finish", finish)
         with pytest.raises(Stop):
             learn(paths, tmp_path / "soup", task, **settings)
     (tmp_path / "soup.partial").mkdir()
@@ -564,19 +567,19 @@ def test_a_finished_soup_in_other_shards_is_not_taken_for_this_one(
     """Killed when the soup was in place, and asked for smaller shards: those are made."""
 
     def search(**options: Any) -> Any:
-        return learned_soup(
+        return learned(
             paths,
             task_of(make_batches(4)),
             output=tmp_path / "soup",
-            learning=LearningOptions(evaluations=3),
+            settings=LearnedSettings(evaluations=3),
             options=Options(non_float="first", overwrite=True, **options),
         )
 
-    def finish(self: Notebook) -> None:
+    def finish(self: LearningJournal) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Notebook, "finish", finish)
+        patch.setattr(LearningJournal, "finish", finish)
         with pytest.raises(Stop):
             search()
     assert not search(shard_size=300).finished
@@ -588,7 +591,7 @@ def test_a_batch_of_nothing_teaches_nothing(
     paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch without examples, whose loss is a NaN, is passed over, after a kill as well."""
-    monkeypatch.setattr("streamsoup.search.learning.descending.NOTE_S", 0.0)
+    monkeypatch.setattr("streamsoup.search.learning.search.NOTE_S", 0.0)
     settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 4, "guard_every": 0}
     batches = make_batches(4)
     none = batches[0][0][:0], batches[0][1][:0]
@@ -608,7 +611,7 @@ def test_a_batch_of_nothing_teaches_nothing(
         learn(paths, tmp_path / "soup", task, **settings)
     soup = learn(paths, tmp_path / "soup", task, **settings)
     assert soup.rows == whole.rows
-    assert [look.loss for look in soup.looks] == [look.loss for look in whole.looks]
+    assert [each.loss for each in soup.evaluations] == [each.loss for each in whole.evaluations]
 
 
 def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path) -> None:
@@ -624,9 +627,9 @@ def test_the_guard_stops_a_search_that_overfits(paths: list[str], tmp_path: Path
     task = task_of(batches)
     task.loss = loss
     soup = learn(paths, tmp_path / "soup", task, patience=3, constraint="affine")
-    assert soup.report["ended"].startswith("the watched loss has not fallen")
+    assert soup.report["ended"].startswith("the validation loss has not fallen")
     assert soup.best == 0
-    assert len(soup.looks) == 4
+    assert len(soup.evaluations) == 4
     uniform = streamsoup.uniform(paths, output=tmp_path / "u", options=Options(non_float="first"))
     assert soup.provenance.tensors == uniform.provenance.tensors
 
@@ -645,12 +648,12 @@ def test_what_a_loss_changes_is_put_back(paths: list[str], tmp_path: Path) -> No
         task = task_of(make_batches())
         task.loss = loss
         model = Net().double()
-        soup = learned_soup(
+        soup = learned(
             paths,
             task,
             model=model,
             output=tmp_path / name,
-            learning=LearningOptions(evaluations=3, epochs=1, **learning),
+            settings=LearnedSettings(evaluations=3, epochs=1, **learning),
             options=Options(non_float="first", threads=1),
         )
         made = load_file(tmp_path / name / "model.safetensors")
@@ -660,7 +663,7 @@ def test_what_a_loss_changes_is_put_back(paths: list[str], tmp_path: Path) -> No
 
     soup = search("lbfgs")
     again = search("once", optimizer="adamw")
-    assert again.looks[0].loss == soup.looks[0].loss
+    assert again.evaluations[0].loss == soup.evaluations[0].loss
     assert again.report["ended"] == "1 epochs"
 
 
@@ -723,12 +726,12 @@ def test_the_grad_mode_does_not_matter(paths: list[str], tmp_path: Path) -> None
 def test_a_mixture_that_cannot_be_watched_is_no_better() -> None:
     """NaN and ∞ where others watched beat nothing; where nothing watches, the loss decides."""
     nan, inf = math.nan, math.inf
-    watched = Look(1.0, 1.1)
-    for other in (Look(0.9, nan), Look(0.9, inf), Look(nan, 1.0), Look(0.9, 1.2), watched):
+    watched = Losses(1.0, 1.1)
+    for other in (Losses(0.9, nan), Losses(0.9, inf), Losses(nan, 1.0), Losses(0.9, 1.2), watched):
         assert not other.beats(watched)
-    assert Look(0.9, 1.0).beats(watched)
-    assert Look(0.9, nan).beats(Look(1.0, nan))
-    assert not Look(nan, nan).beats(Look(1.0, nan))
+    assert Losses(0.9, 1.0).beats(watched)
+    assert Losses(0.9, nan).beats(Losses(1.0, nan))
+    assert not Losses(nan, nan).beats(Losses(1.0, nan))
 
 
 def test_looks_come_back_from_the_notes_as_they_were(paths: list[str], tmp_path: Path) -> None:
@@ -747,7 +750,7 @@ def test_looks_come_back_from_the_notes_as_they_were(paths: list[str], tmp_path:
     task.loss = loss
     number[:] = [0, -1]
     whole = learn(paths, tmp_path / "whole", task, evaluations=8)
-    assert not math.isfinite(whole.looks[2].guard)
+    assert not math.isfinite(whole.evaluations[2].guard)
     number[:] = [0, 6]
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "soup", task, evaluations=8)
@@ -790,11 +793,11 @@ def test_an_older_soup_of_the_same_is_not_the_one_under_way(
             yield nn.functional.cross_entropy(model(x), y), len(y)
 
     def search() -> Any:
-        return learned_soup(
+        return learned(
             paths,
             task,
             output=tmp_path / "soup",
-            learning=LearningOptions(evaluations=4),
+            settings=LearnedSettings(evaluations=4),
             options=Options(non_float="first", overwrite=True),
         )
 
@@ -834,8 +837,8 @@ def ce(model: nn.Module, batch: Any) -> torch.Tensor:
 ODD: list[tuple[str, Any, str]] = [
     ("a float", lambda m, b: [(1.0, 1)], "gave a float where .* scalar tensor"),
     ("a row", lambda m, b: [ce(m, b[0]).repeat(3)], r"Tensor of shape \[3\] where"),
-    ("one loss", lambda m, b: ce(m, b[0]), "gave one Tensor; yield"),
-    ("nothing", lambda m, b: None, "gave one NoneType; yield"),
+    ("one loss", lambda m, b: ce(m, b[0]), "returned one Tensor; yield"),
+    ("nothing", lambda m, b: None, "returned one NoneType; yield"),
     ("no batch", lambda m, b: [], "no batch to learn from"),
     ("a triple", lambda m, b: [(ce(m, b[0]), 1, 2)], "or a pair of it"),
     ("no number", lambda m, b: [(ce(m, b[0]), None)], "or a pair of it"),
@@ -848,7 +851,7 @@ ODD: list[tuple[str, Any, str]] = [
     (
         "a NaN that watches",
         lambda m, b: [ce(m, x) * (math.nan if i == 4 else 1) for i, x in enumerate(b)],
-        "watched loss of the uniform soup is nan",
+        "validation loss of the uniform soup is nan",
     ),
     (
         "a slope that is none",
@@ -877,8 +880,8 @@ def test_an_empty_batch_weighs_nothing(paths: list[str], tmp_path: Path) -> None
     softly = {"evaluations": 2, "guard_every": 0}
     soup = learn(paths, tmp_path / "soup", task_of([empty, *batches, empty]), **softly)
     without = learn(paths, tmp_path / "without", task_of(batches), **softly)
-    assert [look.loss for look in soup.looks] == pytest.approx(
-        [look.loss for look in without.looks]
+    assert [each.loss for each in soup.evaluations] == pytest.approx(
+        [each.loss for each in without.evaluations]
     )
 
 
@@ -899,7 +902,7 @@ def test_a_step_too_far_is_taken_back(paths: list[str], tmp_path: Path) -> None:
     with pytest.raises(TaskError):
         learn(paths, tmp_path / "soup", task, constraint="affine", evaluations=8)
     soup = learn(paths, tmp_path / "soup", task, constraint="affine", evaluations=8)
-    assert math.isnan(soup.looks[1].loss)
+    assert math.isnan(soup.evaluations[1].loss)
     assert soup.best > 1
 
 
@@ -929,13 +932,13 @@ def test_notes_are_kept_on_disk_alone(tmp_path: Path) -> None:
     """A long search takes notes every ten seconds, each as large as all it learns."""
     target = str(tmp_path / "soup")
     tracemalloc.start()
-    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+    with LearningJournal(target, {"of": "this"}, restart=False) as notebook:
         for number in range(200):
             notebook.put({"adamw": 0, "done": number, "raw": [0.1 + number] * 1000})
         held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 300_000
-    with Notebook(target, {"of": "this"}, restart=False) as notebook:
+    with LearningJournal(target, {"of": "this"}, restart=False) as notebook:
         found = notebook.find("adamw")
     assert found is not None
     assert found["done"] == 199

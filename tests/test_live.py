@@ -451,11 +451,11 @@ def test_batches_that_were_used_up_end_a_search(tmp_path: Path) -> None:
             return self.batches
 
     with pytest.raises(TaskError, match="a generator that was used up has no more"):
-        streamsoup.greedy_soup(
+        streamsoup.greedy(
             networks.ingredients(tmp_path / "in", 3),
             Once(),
             output=tmp_path / "soup",
-            search=streamsoup.SearchOptions(recalibrate=True),
+            settings=streamsoup.GreedySettings(recalibrate=True),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from checkpoints import random_model, save
 
 import streamsoup
-from streamsoup import CompareOptions, LearningOptions, Options, SearchOptions, uniform
+from streamsoup import CompareOptions, GreedySettings, LearnedSettings, Options, uniform
 from streamsoup.errors import RecipeError, StreamsoupError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -62,24 +62,24 @@ def test_options_take_whole_numbers(tmp_path: Path) -> None:
 
 def test_numbers_of_other_libraries_are_numbers() -> None:
     """Options hold Python's own, whoever's were given; what is no number is refused by name."""
-    whole = SearchOptions(seed=np.int64(3), jobs=torch.tensor(2), z=np.float32(0.5))  # type: ignore[arg-type]
-    assert whole == SearchOptions(seed=3, jobs=2, z=0.5)
+    whole = GreedySettings(seed=np.int64(3), jobs=torch.tensor(2), z=np.float32(0.5))  # type: ignore[arg-type]
+    assert whole == GreedySettings(seed=3, jobs=2, z=0.5)
     assert {type(whole.seed), type(whole.jobs), type(whole.z)} == {int, float}
-    learning = LearningOptions(evaluations=np.int32(3), lr=1)  # type: ignore[arg-type]
+    learning = LearnedSettings(evaluations=np.int32(3), lr=1)  # type: ignore[arg-type]
     assert (type(learning.evaluations), type(learning.lr)) == (int, float)
     assert type(CompareOptions(seed=np.uint8(3)).seed) is int  # type: ignore[arg-type]
-    assert LearningOptions(temperature=np.True_).temperature is True  # type: ignore[arg-type]
-    assert SearchOptions(timeout=None).timeout is None
+    assert LearnedSettings(temperature=np.True_).temperature is True  # type: ignore[arg-type]
+    assert GreedySettings(timeout=None).timeout is None
     assert Options(device=torch.device("cuda:1")).device == "cuda:1"
     wrong: list[tuple[Any, str, Any]] = [
-        (SearchOptions, "seed", 1.5),
-        (SearchOptions, "jobs", None),
-        (SearchOptions, "timeout", "1"),
-        (LearningOptions, "lr", None),
-        (LearningOptions, "tolerance", np.ones(2)),
-        (SearchOptions, "z", torch.ones(2)),
-        (SearchOptions, "min_gain", b"1"),
-        (LearningOptions, "temperature", "no"),
+        (GreedySettings, "seed", 1.5),
+        (GreedySettings, "jobs", None),
+        (GreedySettings, "timeout", "1"),
+        (LearnedSettings, "lr", None),
+        (LearnedSettings, "tolerance", np.ones(2)),
+        (GreedySettings, "z", torch.ones(2)),
+        (GreedySettings, "min_gain", b"1"),
+        (LearnedSettings, "temperature", "no"),
         (CompareOptions, "curve", [8]),
         (Options, "threads", np.float64(2)),
     ]
@@ -98,7 +98,7 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
     wrong: list[tuple[Any, str]] = [
         (lambda: uniform([a], output=out, options=None), "None is no streamsoup.Options"),
         (lambda: uniform([a], output=out, options={}), "{} is no streamsoup.Options"),
-        (lambda: streamsoup.geometry([a], options=SearchOptions()), "is no streamsoup.Options"),
+        (lambda: streamsoup.geometry([a], options=GreedySettings()), "is no streamsoup.Options"),
         (lambda: uniform([a, 3], output=out), "3 is no ingredient; give a path"),
         (lambda: uniform([torch.nn.Linear], output=out), "a state dict holds nothing"),
         (lambda: uniform(np.array(3), output=out), "a list of ingredients is wanted"),
@@ -115,12 +115,12 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: streamsoup.slerp([a, b], "11", output=out), "a list of weights is wanted"),
         (lambda: streamsoup.arithmetic([], 0.5, base=a, output=out), "at least one ingredient"),
         (lambda: streamsoup.arithmetic([a], ["x"], base=b, output=out), "scale: 'x' is no number"),
-        (lambda: SearchOptions(scores=["x"]), "scores: 'x' is no number"),
-        (lambda: SearchOptions(scores=3), "are no list of numbers"),
-        (lambda: SearchOptions(jobs=10**9).check(2), "more processes than any machine"),
-        (lambda: SearchOptions(ties=np.array(["accept"])).check(2), "none of accept, reject"),
+        (lambda: GreedySettings(scores=["x"]), "scores: 'x' is no number"),
+        (lambda: GreedySettings(scores=3), "are not a list of numbers"),
+        (lambda: GreedySettings(jobs=10**9).check(2), "more processes than any machine"),
+        (lambda: GreedySettings(ties=np.array(["accept"])).check(2), "none of accept, reject"),
         (lambda: Options(on_event="x"), "on_event: 'x' cannot be called"),
-        (lambda: LearningOptions(evaluations=10**400), "evaluations: 1"),
+        (lambda: LearnedSettings(evaluations=10**400), "evaluations: 1"),
         (lambda: CompareOptions(orders=-1), "orders -1 is below 0"),
     ]
     for call, message in wrong:

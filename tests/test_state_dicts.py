@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 import streamsoup
-from streamsoup import Options, SearchOptions
+from streamsoup import GreedySettings, Options
 from streamsoup.errors import ChangedIngredientError, FormatError, RecipeError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.formats.memory import _elements, _version, sharing
@@ -206,22 +206,22 @@ def test_greedy_over_state_dicts(tmp_path: Path) -> None:
     """A search over state dicts finds what one over files finds; changed ones are not trusted."""
     paths = networks.ingredients(tmp_path / "in", 4)
     states = [load_file(Path(path) / "model.safetensors") for path in paths]
-    files = streamsoup.greedy_soup(
+    files = streamsoup.greedy(
         paths, networks.score, model=networks.build(), output=tmp_path / "files"
     )
-    soup = streamsoup.greedy_soup(
+    soup = streamsoup.greedy(
         states, networks.score, model=networks.build(), output=tmp_path / "states"
     )
     assert (soup.members, soup.score) == (files.members, files.score)
-    search = SearchOptions(scores=soup.report)
-    again = streamsoup.greedy_soup(
-        states, networks.score, model=networks.build(), output=tmp_path / "again", search=search
+    search = GreedySettings(scores=soup.report)
+    again = streamsoup.greedy(
+        states, networks.score, model=networks.build(), output=tmp_path / "again", settings=search
     )
     assert again.members == soup.members
     states[2]["0.bias"] += 1
     with pytest.raises(RecipeError, match="changed since"):
-        streamsoup.greedy_soup(
-            states, networks.score, model=networks.build(), output=tmp_path / "x", search=search
+        streamsoup.greedy(
+            states, networks.score, model=networks.build(), output=tmp_path / "x", settings=search
         )
 
 

@@ -176,8 +176,8 @@ def test_one_rule_for_greedy_and_compare(paths: list[str], tmp_path: Path) -> No
         orders=0, curve=0, pairs=0, theory=False, learned=(), recalibrate=True
     )
     compared = streamsoup.compare(paths, Scores(), output=tmp_path / "compare", settings=settings)
-    search = streamsoup.SearchOptions(recalibrate=True, split="val")
-    soup = streamsoup.greedy_soup(paths, Scores(), output=tmp_path / "greedy", search=search)
+    search = streamsoup.GreedySettings(recalibrate=True, split="val")
+    soup = streamsoup.greedy(paths, Scores(), output=tmp_path / "greedy", settings=search)
     singles = [row for row in compared.rows if row.kind == "ingredient"]
     model = build().eval()
     for path, row, trial in zip(paths, singles, soup.singles, strict=True):

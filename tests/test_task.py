@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from streamsoup import SearchOptions, greedy_soup, sweep
+from streamsoup import GreedySettings, greedy, sweep
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
@@ -59,7 +59,7 @@ def test_a_number_is_a_score(answer: Any) -> None:
         ({}, r"the metrics \(none\)"),
         ({"a": 1, "b": 2}, "a, b, and which one counts is not clear; name it"),
         ({"a": "x"}, "'a': answered with str"),
-        ({"acc": 1, "examples": [[1]]}, "'examples' is no list"),
+        ({"acc": 1, "examples": [[1]]}, "'examples' is not a list"),
         (float("inf"), "answered with inf, which no other score could beat"),
         (torch.tensor(float("inf")), "answered with inf"),
         ({"acc": np.float32("inf"), "loss": 1}, "answered with inf"),
@@ -131,7 +131,7 @@ def test_training_mode_is_said_once(
         return
     caplog.clear()
     with caplog.at_level(logging.WARNING, "streamsoup"):
-        greedy_soup(paths, Trains(), output=tmp_path / "soup")
+        greedy(paths, Trains(), output=tmp_path / "soup")
     assert caplog.text.count("score on 'val': the model was in training mode") == 1
 
 
@@ -158,8 +158,28 @@ def test_what_is_missing_is_asked_for_with_an_example(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=rf"{name} is missing; add, .*\n    def {name}\("):
             task.need(name)
     assert task.check_split(None) == "val"
-    with pytest.raises(TaskError, match="no split 'dev', only val, test"):
+    with pytest.raises(
+        TaskError,
+        match=r"no split 'dev', only val, test; .*\n    splits = \['val', 'test', 'dev'\]$",
+    ):
         task.check_split("dev")
+    with pytest.raises(
+        TaskError,
+        match=r"splits is missing, so val is .*not 'test'.*\n    splits = \['val', 'test'",
+    ):
+        load_task(len).check_split("test")
+
+
+@pytest.mark.parametrize("has", ["loss", "predictions"])
+def test_score_is_asked_for_only_where_it_is_used(
+    tmp_path: Path, paths: list[str], has: str
+) -> None:
+    """A task of a loss or of predictions alone is a task; a search by score says what it lacks."""
+    path = tmp_path / "task.py"
+    path.write_text(f"def {has}(model, split): yield 1\ndef build(): ...\n")
+    assert load_task(path).has(has)
+    with pytest.raises(TaskError, match=r"score is missing; add"):
+        greedy(paths, path, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -167,9 +187,9 @@ def test_what_is_missing_is_asked_for_with_an_example(tmp_path: Path) -> None:
     [
         ("def f(:", "cannot be loaded: SyntaxError"),
         ("import not_there_at_all", "ModuleNotFoundError"),
-        ("import sys; sys.exit(3)", "SystemExit: 3"),
-        ("score = 3", "score is no function"),
-        ("splits = 'val'\ndef score(m): ...", "splits is empty or no list"),
+        ("import sys; sys.exit(3)", r"it called sys.exit\(3\)"),
+        ("score = 3", "score is not a function"),
+        ("splits = 'val'\ndef score(m): ...", "splits is empty or not a list"),
     ],
 )
 def test_task_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
@@ -209,11 +229,11 @@ def test_hostile_tasks_in_a_process(
     tmp_path: Path, paths: list[str], body: str, message: str
 ) -> None:
     """Whatever scoring does to its process, it is named with its output; the search survives."""
-    search = SearchOptions(isolate=True, timeout=3.0)
+    search = GreedySettings(isolate=True, timeout=3.0)
     task = hostile(tmp_path, body)
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(TaskError, match=f"(?s)task.py: .*{message}"):
-        greedy_soup(paths, task, output=tmp_path / "out", search=search)
+        greedy(paths, task, output=tmp_path / "out", settings=search)
     assert not (tmp_path / "out").exists()
     assert set(psutil.Process().children(recursive=True)) <= before
 
@@ -247,18 +267,18 @@ def test_whatever_a_task_does_to_the_connection(
 ) -> None:
     """Garbage where answers are expected, or nothing any more, is told at once, without a clock."""
     task = hostile(tmp_path, INTO_SOCKETS.format(does=does, then=then))
-    search = SearchOptions(isolate=True)
+    search = GreedySettings(isolate=True)
     started = time.monotonic()
     with pytest.raises(TaskError, match=f"task.py: score: {message} that is not its own"):
-        greedy_soup(paths, task, output=tmp_path / "out", search=search)
+        greedy(paths, task, output=tmp_path / "out", settings=search)
     assert time.monotonic() - started < 50
 
 
 def test_a_fork_does_not_answer_twice(tmp_path: Path, paths: list[str]) -> None:
     """The child of a task that forked is not taken for the task."""
-    search = SearchOptions(isolate=True)
+    search = GreedySettings(isolate=True)
     task = hostile(tmp_path, "os.fork()\n    return networks.score(model)")
-    soup = greedy_soup(paths, task, output=tmp_path / "out", search=search)
+    soup = greedy(paths, task, output=tmp_path / "out", settings=search)
     assert soup.singles[0].score.value == networks.mean_score(paths, [0])
 
 
@@ -305,7 +325,7 @@ def test_daemons_do_not_outlive_the_scoring(tmp_path: Path, paths: list[str]) ->
     mark = tmp_path / "task"
     task = hostile(tmp_path, f"exec({DAEMON.format(mark=str(mark))!r})\n    os._exit(3)")
     with pytest.raises(TaskError, match="ended itself with status 3"):
-        greedy_soup(paths, task, output=tmp_path / "out", search=SearchOptions(isolate=True))
+        greedy(paths, task, output=tmp_path / "out", settings=GreedySettings(isolate=True))
     assert not is_alive(mark.read_text())
 
 
@@ -352,7 +372,7 @@ def test_the_table_fits_the_terminal(
         str(shutil.copytree(path, tmp_path / ("long" * 20) / f"run{i}"))
         for i, path in enumerate(paths)
     ]
-    soup = greedy_soup(long, networks.score, model=networks.build(), output=tmp_path / "out")
+    soup = greedy(long, networks.score, model=networks.build(), output=tmp_path / "out")
     for columns in (40, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
         rows = lines(soup)[: len(long) + 1]
@@ -402,3 +422,26 @@ def test_the_command_line(tmp_path: Path, paths: list[str]) -> None:
     there = streamsoup("greedy", *paths, "--task", "task.py", "-o", "out", cwd=tmp_path)
     assert there.returncode == 1
     assert "--overwrite" in there.stderr
+
+
+@pytest.mark.parametrize("command", ["greedy", "learned", "compare", "interpolate"])
+def test_traceback_shows_every_frame(tmp_path: Path, paths: list[str], command: str) -> None:
+    """Without it one line names the last line of the user's own; with it, all frames are there."""
+    (tmp_path / "helper.py").write_text("import json\ndef parse(): return json.loads('{')\n")
+    path, _ = networks.task_file(tmp_path)
+    path.write_text(
+        f"{path.read_text()}\nimport helper\ndef score(model, split): return helper.parse()\n"
+        "def loss(model, split): yield helper.parse()\n"
+    )
+    arguments = [command, *paths, "--task", "task.py", "-o", "out"]
+    arguments += ["--alphas", "0,1"] if command == "interpolate" else []
+    traced = streamsoup(*arguments, "--traceback", cwd=tmp_path)
+    assert traced.returncode == 1
+    (line,) = [line for line in traced.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"JSONDecodeError: .* \(line 2 of .*helper\.py, in parse\)", line)
+    if command == "greedy":
+        plain = streamsoup(*arguments, cwd=tmp_path)
+        assert line in plain.stderr.splitlines()
+        assert "Traceback" not in plain.stderr
+    for frame in ("in raw_decode", "in parse", f'File "{tmp_path}/helper.py", line 2'):
+        assert frame in traced.stderr

@@ -22,9 +22,10 @@ from checkpoints import save, tensor
 
 from streamsoup.cli import terminal
 from streamsoup.cli.terminal import Watcher, summary
+from streamsoup.live.candidates import Moved
 from streamsoup.options import Note, Progress, Step
-from streamsoup.search.scoring.candidate import Moved, Outcome
-from streamsoup.search.trials import SearchOptions, Trial, search
+from streamsoup.search.scoring.scorer import Outcome
+from streamsoup.search.trials import GreedySettings, Trial, search
 from streamsoup.task import Score
 
 
@@ -253,15 +254,15 @@ def test_a_line_now_and_then_without_a_terminal(
 @pytest.mark.parametrize(
     ("options", "n_steps"),
     [
-        (SearchOptions(), 7),
-        (SearchOptions(order="given"), 4),
-        (SearchOptions(order="random", n_orders=3), 12),
-        (SearchOptions(direction="backward"), 9),
-        (SearchOptions(passes=2), None),
+        (GreedySettings(), 7),
+        (GreedySettings(order="given"), 4),
+        (GreedySettings(order="random", n_orders=3), 12),
+        (GreedySettings(direction="backward"), 9),
+        (GreedySettings(passes=2), None),
     ],
 )
 def test_a_search_says_how_many_trials_there_are(
-    options: SearchOptions, n_steps: int | None
+    options: GreedySettings, n_steps: int | None
 ) -> None:
     """The first event holds the total; each trial counts once; the last says that all are done."""
     events: list[object] = []

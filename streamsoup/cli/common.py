@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -102,6 +103,9 @@ COEFFICIENTS = click.option(
     "-c",
     metavar="C,C,…|SOUP",
     help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
+)
+TRACEBACK = click.option(
+    "--traceback", is_flag=True, help="Where a task fails, print every frame of it."
 )
 NORMALIZE = click.option("--normalize", is_flag=True, help="Divide by the sum of the coefficients.")
 REPORTING = stack(
@@ -401,6 +405,7 @@ def supervise(
     from streamsoup.cli.terminal import clear_line
 
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
+    with_traceback = settings.pop("traceback", False)
 
     def child() -> int:
         from streamsoup.cli.terminal import Watcher, fitted, show_warnings
@@ -413,6 +418,8 @@ def supervise(
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:
             watcher.close()
+            if with_traceback:
+                traceback.print_exception(error)
             print(fitted(f"error: {in_options(error.text)}", sys.stderr), file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:

@@ -53,6 +53,7 @@ RECALIBRATE = click.option(
 @RECALIBRATE
 @common.CONFIG
 @common.RUNNING
+@common.TRACEBACK
 @common.REPORTING
 def compare(
     ingredients: tuple[str, ...],
@@ -130,6 +131,7 @@ def compare(
 @RECALIBRATE
 @common.CONFIG
 @common.RUNNING
+@common.TRACEBACK
 @common.REPORTING
 def landscape(
     base: str,

@@ -82,6 +82,7 @@ def mix(
 @common.WRITING
 @common.MAKING
 @common.RUNNING
+@common.TRACEBACK
 @common.REPORTING
 def interpolate(
     base: str,

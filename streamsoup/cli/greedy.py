@@ -19,7 +19,7 @@ from streamsoup.system.schemes import check_local
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
-    from streamsoup.search.greedy import GreedySoup, SearchOptions, Trial
+    from streamsoup.search.greedy import GreedySettings, GreedySoup, Trial
 
 REPORT_LIMIT = 500_000_000
 """Bytes of a report that are read: as of a provenance, which may hold one."""
@@ -99,6 +99,7 @@ RULES = (
 @common.WRITING
 @common.MAKING
 @common.RUNNING
+@common.TRACEBACK
 @common.REPORTING
 def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Add checkpoints to a soup, best first, each only if the score does not suffer."""
@@ -120,13 +121,13 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
 
-        from streamsoup.search.greedy import greedy_soup
+        from streamsoup.search.greedy import greedy
 
         task = _make_task(told, rules["timeout"], ingredients[0])
-        search = _search_options(told["split"], rules)
+        search = _settings(told["split"], rules)
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
         options = replace(options, on_event=watch)
-        soup = greedy_soup(ingredients, task, output=output, search=search, options=options)
+        soup = greedy(ingredients, task, output=output, settings=search, options=options)
         watcher.close()
         if as_json:
             found = common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}
@@ -138,7 +139,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 
 
 def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> Any:
-    """Make the task out of what the options say."""
+    """Return the task that the options name."""
     if told["command"] is not None:
         from streamsoup.task.command import command_task
 
@@ -157,12 +158,12 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
     return told["task"]
 
 
-def _search_options(split: str | None, rules: Mapping[str, Any]) -> SearchOptions:
-    from streamsoup.search.greedy import SearchOptions
+def _settings(split: str | None, rules: Mapping[str, Any]) -> GreedySettings:
+    from streamsoup.search.greedy import GreedySettings
 
     rules = dict(rules)
     rules["direction"] = "backward" if rules.pop("backward") else "forward"
-    return SearchOptions(
+    return GreedySettings(
         **rules,
         split=split,
         isolate=True,
@@ -214,7 +215,7 @@ def _line(trial: Trial) -> str:
 
 
 def lines(soup: GreedySoup) -> list[str]:
-    """Tell what a search found: a table of what was kept and left out, and what it took."""
+    """Describe a search: a table of what was kept and left out, and what it cost."""
     from streamsoup.search.report import beyond_scoring
     from streamsoup.sizes import nbytes_text
 

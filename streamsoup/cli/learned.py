@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=click.Choice(["lbfgs", "adamw"]),
     default="lbfgs",
     show_default=True,
-    help="Few looks at all batches, or the paper's minibatches.",
+    help="Few evaluations of all batches, or the paper's minibatches.",
 )
 @click.option(
     "--evaluations",
@@ -52,23 +52,28 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=common.Integer(), default=5, show_default=True, help="For adamw.")
 @click.option("--lr", type=common.Number(), default=0.05, show_default=True, help="For adamw.")
 @click.option(
-    "--patience", type=common.Integer(), default=6, show_default=True, help="Looks without gain."
+    "--patience",
+    type=common.Integer(),
+    default=6,
+    show_default=True,
+    help="Evaluations without gain.",
 )
 @click.option("--split", metavar="NAME", help="To learn on; default: the task's first.")
-@click.option("--guard", metavar="NAME", help="A split that watches for overfitting.")
+@click.option("--guard", metavar="NAME", help="A split to validate on.")
 @click.option(
     "--guard-every",
     type=common.Integer(),
     default=5,
     show_default=True,
     metavar="N",
-    help="Or: every Nth batch watches; 0 for none.",
+    help="Or: hold out every Nth batch to validate; 0 for none.",
 )
 @click.option("--restart", is_flag=True, help="Forget an unfinished search.")
 @click.option("--plot", metavar="PNG", help="Draw the coefficients.")
 @common.WRITING
 @common.MAKING
 @common.RUNNING
+@common.TRACEBACK
 @common.REPORTING
 def learned(
     ingredients: tuple[str, ...],
@@ -95,8 +100,7 @@ def learned(
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
 
-        from streamsoup.search.learned import learned_soup
-        from streamsoup.search.learning.descending import LearningOptions
+        from streamsoup.search.learned import LearnedSettings, learned
 
         if plot is not None:
             from streamsoup.output.destination import check_outside
@@ -104,7 +108,7 @@ def learned(
 
             check_plot(plot)
             check_outside(plot, ingredients)
-        learning = LearningOptions(
+        search = LearnedSettings(
             granularity=granularity,
             constraint=constraint,
             temperature=temperature,
@@ -119,7 +123,7 @@ def learned(
             restart=restart,
         )
         options = replace(options, on_event=common.telling_notes(watcher, quiet=quiet))
-        soup = learned_soup(ingredients, task, output=output, learning=learning, options=options)
+        soup = learned(ingredients, task, output=output, settings=search, options=options)
         watcher.close()
         if plot is not None:
             import numpy as np
@@ -144,7 +148,7 @@ def describe(soup: LearnedSoup) -> list[str]:
     from streamsoup.sizes import nbytes_text
     from streamsoup.study.names import short_names
 
-    first, best = soup.looks[0], soup.looks[soup.best]
+    first, best = soup.evaluations[0], soup.evaluations[soup.best]
     report = soup.report
     names = short_names(soup.recipe.ingredients, 40)
     lines = []
@@ -158,13 +162,13 @@ def describe(soup: LearnedSoup) -> list[str]:
     if report["temperature"]:
         lines.append(f"factor of the logits {soup.beta:.4f} (not in the files)")
     watched = (
-        "" if first.guard != first.guard else f", watched {first.guard:.5g} to {best.guard:.5g}"
+        "" if first.guard != first.guard else f", validation {first.guard:.5g} to {best.guard:.5g}"
     )
     lines += [
         f"loss {first.loss:.5g} (uniform) to {best.loss:.5g}{watched}; {report['ended']}",
         f"learned soup of {len(names)} in {printable(soup.path)}: "
-        f"{count(len(soup.looks), 'look')}, {count(report['n_passes'], 'pass')} (at most "
-        f"{report['predicted']['passes']} predicted), "
+        f"{count(len(soup.evaluations), 'evaluation')}, {count(report['n_passes'], 'pass')} "
+        f"(at most {report['predicted']['passes']} predicted), "
         f"{nbytes_text(report['nbytes_read'])} read in {report['elapsed_s']:.2f} s"
         + (f" of {report['n_runs']} runs" if report["n_runs"] > 1 else ""),
     ]

@@ -155,12 +155,12 @@ def mix_greedy(ingredients: Sequence[Path], parts: Parts, output: Path) -> Greed
     def score(model: Network) -> float:
         return float((network.predict(model, val.images).argmax(1) == val.labels).double().mean())
 
-    return streamsoup.greedy_soup(
+    return streamsoup.greedy(
         ingredients,
         score,
         output=output,
         model=network.build(seed=0),
-        search=streamsoup.SearchOptions(restart=True),
+        settings=streamsoup.GreedySettings(restart=True),
         options=streamsoup.Options(overwrite=True),
     )
 
@@ -173,12 +173,12 @@ def mix_learned(ingredients: Sequence[Path], parts: Parts, output: Path) -> Lear
         for images, labels in zip(val.images.split(BATCH), val.labels.split(BATCH), strict=True):
             yield functional.cross_entropy(model(images), labels), len(labels)
 
-    return streamsoup.learned_soup(
+    return streamsoup.learned(
         ingredients,
         SimpleNamespace(score=lambda model: 0.0, loss=loss),
         output=output,
         model=network.build(seed=0),
-        learning=streamsoup.LearningOptions(granularity="layer", constraint="affine", restart=True),
+        settings=streamsoup.LearnedSettings(granularity="layer", constraint="affine", restart=True),
         options=streamsoup.Options(overwrite=True),
     )
 
@@ -213,9 +213,10 @@ def _told(soup: GreedySoup) -> str:
 
 def _learned(soup: LearnedSoup) -> str:
     """Say what learning took and gave."""
-    report, first, best = soup.report, soup.looks[0], soup.looks[soup.best]
+    report, first, best = soup.report, soup.evaluations[0], soup.evaluations[soup.best]
     return (
-        f"Learned, by layer: loss {first.loss:.4f} to {best.loss:.4f} in {len(soup.looks)} looks, "
+        f"Learned, by layer: loss {first.loss:.4f} to {best.loss:.4f} in "
+        f"{len(soup.evaluations)} evaluations, "
         f"{report['n_passes']} passes over the ingredients (predicted: at most "
         f"{report['predicted']['passes']}), {report['elapsed_s']:.2f} s."
     )

@@ -8,13 +8,13 @@ Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, Recipe 1::
         if score(mean(kept + [ingredient])) >= score(mean(kept)):
             kept += [ingredient]
 
-The paper keeps an ingredient at equal score, its code asks for more; `SearchOptions.ties`.
+The paper keeps an ingredient at equal score, its code asks for more; `GreedySettings.ties`.
 Backward elimination (pruned soups, Bargiela et al. 2023, https://arxiv.org/abs/2301.10092) starts
 from all, and drops one after the other, the worst first, where the score does not suffer.
 
 However it was found, the soup is the uniform one of what was kept, in the order in which it was
-kept, and is written by the same pass. The search itself is in `soups.search`; here is what it
-takes: somebody who scores, scores that are remembered, and the soup at the end.
+kept, and the same pass writes it. The search itself is in `trials`, who scores in `scoring.choice`,
+and what every search does around its question in `run`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from streamsoup.engine.budget import memory_budget
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import OutputExistsError, RecipeError, printable, some
+from streamsoup.errors import RecipeError, printable, some
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
-from streamsoup.live.mix import put_into
-from streamsoup.options import Note, Options, check_options
-from streamsoup.output.destination import check_output
-from streamsoup.output.make import Order, Soup, digest_beside, make, order
-from streamsoup.output.verification import read_provenance
+from streamsoup.options import Options, check_options
+from streamsoup.output.make import Order, Soup, digest_beside, order
 from streamsoup.recipe import Coefficients
 from streamsoup.search.folder import bound_ingredients
 from streamsoup.search.report import RULES, report_of
-from streamsoup.search.scoring.candidate import FolderScorer, LiveScorer, Outcome, contained
-from streamsoup.search.scoring.scorebook import Members, Scorebook
-from streamsoup.search.scoring.serving import Work, candidates_of
-from streamsoup.search.scoring.workers import Alone, Crew, Scorers
-from streamsoup.search.trials import Ask, Run, SearchOptions, Trial, backward, best_run, forward
+from streamsoup.search.run import SearchRun
+from streamsoup.search.scoring.asking import Asking
+from streamsoup.search.scoring.choice import choose_scorer
+from streamsoup.search.scoring.journal import ScoreJournal
+from streamsoup.search.scoring.scorer import Members, Outcome, Scorer
+from streamsoup.search.trials import Ask, GreedySettings, Run, Trial, best_run
 from streamsoup.search.trials import search as go_through
-from streamsoup.task import AnyTask, Score, Task, load_task
+from streamsoup.task import AnyTask, Score
 from streamsoup.task.code import digest_model
 from streamsoup.task.command import CommandTask
 from streamsoup.task.loading import place_of
@@ -58,7 +55,7 @@ from streamsoup.task.loading import place_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["GreedySoup", "Run", "SearchOptions", "Trial", "backward", "forward", "greedy_soup"]
+__all__ = ["GreedySettings", "GreedySoup", "Run", "Trial", "greedy"]
 
 
 class GreedySoup(Soup, frozen=True):
@@ -77,119 +74,157 @@ class GreedySoup(Soup, frozen=True):
     """All of it as plain JSON; also in the soup's ``streamsoup.json``."""
 
 
-def greedy_soup(
+def greedy(
     ingredients: Iterable[AnyIngredient],
-    task: AnyTask | CommandTask,
+    task: AnyTask | CommandTask | Scorer,
     *,
     output: str | os.PathLike[str],
     model: nn.Module | None = None,
-    search: SearchOptions = SearchOptions(),  # noqa: B008 - frozen
+    settings: GreedySettings = GreedySettings(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> GreedySoup:
-    """Find out which ingredients belong in the soup, and write the soup into the folder `output`.
+    """Find out which ingredients belong in the soup, and write the soup into a folder.
 
-    `task` is a task file, ``module:object``, an object or function (see `streamsoup.task`), or a
-    `CommandTask`. `model` is the live model to score in; else the task builds one. It is left with
-    the soup in it. Every candidate has the bits of `uniform` over the same ingredients.
+    Each score is on disk before the next one is, in a folder ``OUT.search`` beside the output that
+    is removed at the end: the same call, made again after a kill, resumes. Every candidate has the
+    bits of `uniform` over the same ingredients.
 
-    Each score is on disk before the next is, in a folder ``OUT.search`` beside the output that is
-    removed at the end: the same call, made again after a kill, goes on from there. Most trials read
-    one ingredient and the running sum; where no sum is kept (`running`), and backward, all that is
-    kept. Holds the model, blocks, and the running sum if it fits `options.memory`.
+    Args:
+        ingredients: Checkpoints, in the order that decides between equal scores.
+        task: A task file, ``module:object``, an object or a function (see `streamsoup.task`); a
+            `CommandTask`; or a `Scorer`.
+        output: The folder to make.
+        model: The live model to score in; else the task builds one. It is left with the soup in it.
+        settings: How to search, and where to score.
+        options: How to make candidates and the soup.
 
-    Raises `TaskError` if the task fails, `MismatchError` if the model does not fit, and the errors
-    of `make` and `Scorebook`.
+    Returns:
+        The soup, with every trial and its decision.
+
+    Raises:
+        TaskError: If the task fails, or lacks what is needed.
+        MismatchError: If the ingredients do not fit together, or not with the model.
+        ResumeError: If an unfinished search of the same output was about something else.
+        OutputError: If the output cannot be written, or exists.
+
+    Cost: most trials read one ingredient and the running sum; where no sum is kept
+    (`GreedySettings.sums`), and backward, all that is kept. Holds the model, blocks, and the
+    running sum if it fits `Options.memory`.
     """
     started = time.monotonic()
-    check_options(search, SearchOptions)
+    check_options(settings, GreedySettings)
     opened = open_ingredients(ingredients)
-    search.check(len(opened))
-    ordered = order(
-        opened, Linear(Coefficients.uniform(len(opened))), method="greedy", options=options
-    )
-    target = os.path.realpath(os.fsdecode(output))
-    resumed = os.path.lexists(target + ".search") and not search.restart
-    if not resumed:
-        check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=False)
-    kitchen = _Kitchen(ordered, task, model, search, options, target)
-    try:
-        bound_to = kitchen.bound_to()
-        given = _given_scores(search, bound_to)
-        rules = [getattr(search, name) for name in RULES if name != "jobs"]
-        about = [bound_to, rules, repr(search.scores), ordered.plan.recipe.shard_size]
-        identity = digest_bytes(json.dumps(about, sort_keys=True).encode())
-        with Scorebook(target, bound_to, restart=search.restart) as book, closing(kitchen):
-            finished = _finished(target, identity, book) if resumed else None
-            if finished is not None:
-                put_into(model, finished, options)
-                book.finish()
-                return finished
-            check_output(os.fsdecode(output), opened, overwrite=options.overwrite, resumes=resumed)
-            scorers = kitchen.open(book)
-            ask = _asking(scorers, book, search, given)
-            names = [ingredient.name for ingredient in opened]
-            found = go_through(names, ask, search, options.on_event)
-            best = best_run(found.runs)
-            report: dict[str, Any] = {**kitchen.described, "split": kitchen.split}
-            report |= report_of(found, search, paid=book.paid, n_resumed=len(book.resumed))
-            report["seconds"]["before"] = time.monotonic() - started - found.elapsed_s
-            report |= {"search": identity, "run": book.run, "bound_to": bound_to}
-            kitchen.leave(best.members)
-            kitchen.close()
+    settings.check(len(opened))
+    equal = Linear(Coefficients.uniform(len(opened)))
+    everything = order(opened, equal, method="greedy", options=options)
+    run = SearchRun(output, opened, restart=settings.restart, options=options)
+    scorer = choose_scorer(task, everything, model, settings, options, folder=run.folder)
+    with closing(scorer):
+        bound_to = _bound_to(everything, scorer, task, model, settings)
+        given = _given_scores(settings, bound_to)
+        identity = _identity(bound_to, settings, everything)
+        found: list[Any] = []
+
+        def search(journal: ScoreJournal) -> Order:
+            asking = Asking(scorer, journal, everything.plan.recipe)
+            with closing(asking):
+                ask = _asker(asking, journal, settings, given)
+                names = [each.name for each in opened]
+                result = go_through(names, ask, settings, options.on_event)
+            best = best_run(result.runs)
+            report: dict[str, Any] = {"task": scorer.name, "code": scorer.fingerprint}
+            report["split"] = scorer.split
+            report |= report_of(result, settings, paid=journal.paid, n_resumed=len(journal.resumed))
+            report["seconds"]["before"] = time.monotonic() - started - result.elapsed_s
+            report |= {"search": identity, "run": journal.run, "bound_to": bound_to}
+            found.extend([best, result])
             chosen = [opened[i] for i in best.members]
-            coefficients = Coefficients.uniform(len(chosen))
-            final = order(chosen, Linear(coefficients), method="greedy", options=options)
-            try:
-                soup = make(replace(final, report=report), output=output, options=options)
-            except OutputExistsError:
-                # Where a kill came as `make` tidied up, only the soup itself says whose it is.
-                finished = _finished(target, identity, book) if resumed else None
-                if finished is None:
-                    raise
-                book.finish()
-                return finished
-            book.finish()
-    finally:
-        kitchen.close()
+            mean = Linear(Coefficients.uniform(len(chosen)))
+            final = order(chosen, mean, method="greedy", options=options)
+            return replace(final, report=report)
+
+        soup = run.soup(
+            lambda: ScoreJournal(run.target, bound_to, restart=settings.restart),
+            identity,
+            search,
+            model,
+        )
+    if soup.finished or not found:
+        return _from_report(soup)
+    best, result = found
     return GreedySoup(
         **msgspec.structs.asdict(soup),
         members=best.members,
         score=best.score.value,
-        singles=found.singles,
-        runs=found.runs,
-        report=report,
+        singles=result.singles,
+        runs=result.runs,
+        report=soup.provenance.report,
     )
 
 
-def _asking(
-    scorers: Scorers, book: Scorebook, search: SearchOptions, given: Sequence[float] | None
+def _bound_to(
+    ordered: Order,
+    scorer: Scorer,
+    task: object,
+    model: nn.Module | None,
+    settings: GreedySettings,
+) -> dict[str, Any]:
+    """Return what the scores depend on, as plain JSON."""
+    recipe = ordered.plan.recipe
+    return {
+        "ingredients": bound_ingredients(ordered.plan.ingredients),
+        "task": place_of(scorer.name),
+        "code": scorer.fingerprint,
+        "model": "" if model is None else digest_model(model),
+        "side_files": digest_beside(ordered),
+        "split": scorer.split,
+        "metric": task.main if isinstance(task, CommandTask) else None,
+        # Not True: scores of earlier versions are those of single ingredients measured anew.
+        "recalibrate": "several" if settings.recalibrate else False,
+        "dtype": recipe.dtype,
+        "non_float": recipe.non_float,
+        "non_finite": recipe.non_finite,
+    }
+
+
+def _identity(bound_to: Mapping[str, Any], settings: GreedySettings, ordered: Order) -> str:
+    """Return a digest that is equal for searches that find the same soup."""
+    rules = [getattr(settings, name) for name in RULES if name != "jobs"]
+    about = [bound_to, rules, repr(settings.scores), ordered.plan.recipe.shard_size]
+    return digest_bytes(json.dumps(about, sort_keys=True).encode())
+
+
+def _asker(
+    asking: Asking,
+    journal: ScoreJournal,
+    settings: GreedySettings,
+    given: Sequence[float] | None,
 ) -> Ask:
-    """Give what a search asks: given scores, those in the book, or else the scorers."""
-    keep = search.direction == "forward"
-    asked = set(book.resumed)
+    """Return what a search asks: given scores, those of the journal, or else the scorer's."""
+    asked = set(journal.resumed)
 
     def ask(wanted: Sequence[Members], to_beat: float | None) -> tuple[Outcome, bool]:
         members = wanted[0]
         if len(members) == 1 and given is not None:
             return Outcome(Score(float(given[members[0]])), None, Moved(0, 0, 0.0), 0.0), True
-        # Not what jobs have scored ahead: that is paid for here, and used for the first time.
-        known = members in asked and book.get(members, to_beat) is not None
+        # What was scored ahead is measured in this run, and used for the first time.
+        known = members in asked and journal.get(members, to_beat) is not None
         asked.add(members)
-        return scorers.ask(wanted, to_beat, keep=keep), known
+        return asking.ask(wanted, to_beat), known
 
     return ask
 
 
-def _given_scores(search: SearchOptions, bound_to: Mapping[str, Any]) -> list[float] | None:
-    """Take the given scores; those of a report only where they are about the same things."""
-    report = search.scores
+def _given_scores(settings: GreedySettings, bound_to: Mapping[str, Any]) -> list[float] | None:
+    """Return the given scores; those of a report only if they are about the same things."""
+    report = settings.scores
     if report is None:
         return None
     if not isinstance(report, Mapping):
         return [float(score) for score in report]
     about = report.get("bound_to")
     if not isinstance(about, Mapping):
-        raise RecipeError("the scores are no report of a greedy search; give a number for each")
+        raise RecipeError("the scores are not a report of a greedy search; give a number for each")
     changed = [k for k in bound_to if k != "ingredients" and about.get(k) != bound_to[k]]
     try:
         known = {
@@ -198,7 +233,7 @@ def _given_scores(search: SearchOptions, bound_to: Mapping[str, Any]) -> list[fl
         }
     except (KeyError, TypeError, ValueError):
         raise RecipeError(
-            "the scores are no whole report of a greedy search: it lacks ingredients or their "
+            "the scores are not a whole report of a greedy search: it lacks ingredients or their "
             "scores; give a number for each"
         ) from None
     scores: list[float] = []
@@ -216,168 +251,12 @@ def _given_scores(search: SearchOptions, bound_to: Mapping[str, Any]) -> list[fl
     return scores
 
 
-class _Kitchen:
-    """The task, and who scores for it: this process or others."""
-
-    def __init__(
-        self,
-        ordered: Order,
-        task: AnyTask | CommandTask,
-        model: nn.Module | None,
-        search: SearchOptions,
-        options: Options,
-        target: str,
-    ) -> None:
-        self.ordered = ordered
-        self.options = options
-        self.search = search
-        self._model = model
-        self._target = target
-        self._scorers: Scorers | None = None
-        self._live: LiveScorer | None = None
-        self._crew: Crew | None = None
-        self._command = task if isinstance(task, CommandTask) else None
-        if self._command is not None and self._command.timeout is None:
-            self._command = replace(self._command, timeout=search.timeout)
-        self._task: Task | None = None
-        n_jobs = search.jobs
-        isolated = n_jobs > 1 or search.timeout is not None or search.isolate
-        if self._command is not None:
-            if search.recalibrate:
-                raise RecipeError("a command cannot recalibrate; give a task file")
-            self.split = self._command.check_split(search.split)
-            self.described = {"task": self._command.name, "code": self._command.fingerprint}
-            if n_jobs > 1:
-                self._crew = self._start(self._command, timeout=None)  # it has one of its own
-        elif isolated:
-            if model is not None:
-                raise RecipeError(
-                    "a given model is scored in this process: leave out jobs, timeout and isolate, "
-                    "or let the task build it"
-                )
-            self._crew = self._start(task, timeout=search.timeout)
-            self.split = self._crew.task["split"]
-            self.described = {name: self._crew.task[name] for name in ("task", "code")}
-        else:
-            self._task = load_task(task)
-            self.split = self._task.check_split(search.split)
-            if model is None:
-                self._task.need("build")
-            if search.recalibrate:
-                self._task.need("recalibration")
-            self.described = {"task": self._task.name, "code": self._task.fingerprint}
-
-    def bound_to(self) -> dict[str, Any]:
-        """Say what the scores depend on."""
-        recipe = self.ordered.plan.recipe
-        return {
-            "ingredients": bound_ingredients(self.ordered.plan.ingredients),
-            **self.described,
-            "task": place_of(self.described["task"]),
-            "model": "" if self._model is None else digest_model(self._model),
-            "side_files": digest_beside(self.ordered),
-            "split": self.split,
-            "metric": self._command.main if self._command is not None else None,
-            # Not True: scores of earlier versions are those of single ingredients measured anew.
-            "recalibrate": "several" if self.search.recalibrate else False,
-            "dtype": recipe.dtype,
-            "non_float": recipe.non_float,
-            "non_finite": recipe.non_finite,
-        }
-
-    def open(self, book: Scorebook) -> Scorers:
-        """Build the model, or say to others that they may."""
-        names = [ingredient.name for ingredient in self.ordered.plan.ingredients]
-        if self._crew is not None:
-            self._crew.use(book)
-            self._scorers = self._crew
-            return self._crew
-        if self._command is not None:
-            candidates = candidates_of(self._work(None, 0), None)
-            folder = FolderScorer(
-                self._command, self.ordered, candidates, split=self.split, folder=book.root
-            )
-            self._scorers = Alone(folder, book, names)
-            return self._scorers
-        from streamsoup.live.model import ModelSink
-
-        assert self._task is not None
-        model = self._model
-        if model is None:
-            self._note_building()
-            with contained(self._task, "build"):
-                model = self._task.build()
-        sink = ModelSink(model, self.ordered.plan)
-        self._live = LiveScorer(
-            self._task,
-            sink,
-            candidates_of(self._work(None, 0), sink),
-            split=self.split,
-            recalibrate=self.search.recalibrate,
-        )
-        self._scorers = Alone(self._live, book, names)
-        return self._scorers
-
-    def leave(self, members: Members) -> None:
-        """Put the soup into a model that was given."""
-        if self._model is not None and self._live is not None:
-            self._live.put(members)
-
-    def close(self) -> None:
-        """Stop all that is still running; a second time does nothing."""
-        if self._scorers is not None:
-            self._scorers.close()
-        elif self._crew is not None:
-            self._crew.close()
-        self._scorers = self._crew = None
-
-    def _note_building(self) -> None:
-        if self.options.on_event is not None:
-            self.options.on_event(Note("building the model"))
-
-    def _start(self, task: Any, *, timeout: float | None) -> Crew:
-        if not isinstance(task, CommandTask):
-            self._note_building()
-        works = [self._work(task, number) for number in range(self.search.jobs)]
-        names = [ingredient.name for ingredient in self.ordered.plan.ingredients]
-        return Crew(works, timeout=timeout, names=names)
-
-    def _work(self, task: Any, number: int) -> Work:
-        nbytes = memory_budget(self.ordered.plan, self.options.memory)
-        return Work(
-            task,
-            self.search.split,
-            self.search.recalibrate,
-            self.ordered,
-            self.options,
-            self.search.sums,
-            nbytes,
-            os.path.join(self._target + ".search", f"sum-{number}"),
-            self.search.jobs,
-        )
-
-
-def _finished(target: str, identity: str, book: Scorebook) -> GreedySoup | None:
-    """Give the soup of this very search, if an earlier run had put it in place before a kill."""
-    if os.path.lexists(target + ".partial"):
-        return None  # `make` knows more
-    try:
-        provenance = read_provenance(target)
-    except RecipeError:
-        return None
-    report = provenance.report
-    # One search of these very things may have been over long ago, and another be under way.
-    if report.get("search") != identity or not book.is_of(report.get("run")):
-        return None
+def _from_report(soup: Soup) -> GreedySoup:
+    """Add what a soup's report says, where an earlier run had put it in place."""
+    report: Mapping[str, Any] = soup.provenance.report
     members, score = report.get("members"), report.get("score")
     return GreedySoup(
-        target,
-        provenance.recipe,
-        provenance,
-        nbytes_read=0,
-        nbytes_written=0,
-        elapsed_s=0.0,
-        finished=True,
+        **msgspec.structs.asdict(soup),
         members=tuple(members) if isinstance(members, (list, tuple)) else (),
         score=float(score) if isinstance(score, (int, float, str)) else math.nan,
         report=report,

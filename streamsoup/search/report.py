@@ -1,4 +1,4 @@
-"""What a search has to say for itself: every trial, and what it took, as plain JSON."""
+"""The report of a greedy search: every trial, and what it cost, as plain JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import printable
-from streamsoup.search.scoring.candidate import Outcome
-from streamsoup.search.trials import Found, Run, SearchOptions, Trial, best_run
+from streamsoup.search.scoring.scorer import Outcome
+from streamsoup.search.trials import Found, GreedySettings, Run, Trial, best_run
 from streamsoup.task import Score
 
 __all__ = ["RULES", "beyond_scoring", "report_of"]
@@ -18,20 +18,20 @@ RULES = (
     *("ties", "min_gain", "z", "order", "n_orders", "seed", "direction", "passes"),
     *("recalibrate", "jobs"),
 )
-"""The options that say how a search decided."""
+"""The settings that decide the outcome of a search, and what it costs."""
 
 
 def report_of(
-    found: Found, options: SearchOptions, *, paid: Sequence[Outcome], n_resumed: int
+    found: Found, settings: GreedySettings, *, paid: Sequence[Outcome], n_resumed: int
 ) -> dict[str, Any]:
-    """Put all that was found out into plain JSON.
+    """Return the result of a search as plain JSON.
 
-    `paid` is every candidate that was scored, also those that several jobs scored ahead and nobody
-    asked for; `n_resumed` is the number of scores that an earlier run had paid for.
+    `paid` is every candidate that was scored, including those that several jobs scored ahead and
+    that were not needed; `n_resumed` is the number of scores that an earlier run had measured.
     """
     best = best_run(found.runs)
     report: dict[str, Any] = {
-        "rules": {name: getattr(options, name) for name in RULES},
+        "rules": {name: getattr(settings, name) for name in RULES},
         "ingredients": list(found.names),
         "members": list(best.members),
         "kept": [found.names[i] for i in best.members],
@@ -61,7 +61,7 @@ def report_of(
     if len(scores) > 1 and all(map(math.isfinite, scores)):
         report["over_orders"] = {"mean": statistics.fmean(scores), "sd": statistics.stdev(scores)}
     if len(best.members) == 1 and len(found.names) > 1:
-        report["advice"] = _why_one(found, best, options)
+        report["advice"] = _why_one(found, best, settings)
     return report
 
 
@@ -100,16 +100,16 @@ def _trial_record(trial: Trial) -> dict[str, Any]:
     return record
 
 
-def _why_one(found: Found, best: Run, options: SearchOptions) -> str:
-    """Say why a soup of one happens, and what to look at."""
-    strict = options.min_gain > 0 or options.z > 0 or options.ties == "reject"
-    demand = "well enough better" if options.min_gain > 0 or options.z > 0 else "better"
+def _why_one(found: Found, best: Run, settings: GreedySettings) -> str:
+    """Explain a soup of one ingredient, and what to look at."""
+    strict = settings.min_gain > 0 or settings.z > 0 or settings.ties == "reject"
+    demand = "well enough better" if settings.min_gain > 0 or settings.z > 0 else "better"
     tried = [trial for trial in best.trials if trial.decision == "left out"]
     finite = [trial for trial in tried if math.isfinite(trial.score.value)]
     text = (
         f"only {printable(found.names[best.members[0]])} is left: the score did not suffer from "
         "dropping any of the others. "
-        if options.direction == "backward"
+        if settings.direction == "backward"
         else f"only {printable(found.names[best.members[0]])} was kept: no mean with another "
         f"ingredient scored {demand if strict else 'as well'}. "
     )

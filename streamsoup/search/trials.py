@@ -1,7 +1,7 @@
-"""The search itself: which candidates are tried, in which order, and what is kept.
+"""The greedy search itself: which candidates are tried, in which order, and which are kept.
 
 It asks for scores, and knows nothing of models, files or processes. Each search is a fixed function
-of the scores it asks for, so it is resumed by running it again with the scores that are known.
+of the scores it asks for, so it resumes by running again with the scores that are known.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from streamsoup.errors import RecipeError, TaskError, check_choice, count, print
 from streamsoup.live.candidates import Moved
 from streamsoup.live.running import SumsPlace
 from streamsoup.options import Step, settle, take
-from streamsoup.search.scoring.candidate import Outcome
-from streamsoup.search.scoring.scorebook import Members
+from streamsoup.search.scoring.scorer import Members, Outcome
 from streamsoup.task import Score
 
 __all__ = [
     "Ask",
     "Found",
+    "GreedySettings",
     "Run",
-    "SearchOptions",
     "Trial",
     "backward",
     "best_first",
@@ -42,26 +41,26 @@ JOBS = 1000
 """Most workers of a search."""
 
 
-class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a search goes about it."""
+class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a greedy search tries ingredients, and how it scores them."""
 
     ties: Literal["accept", "reject"] = "accept"
-    """Keep an ingredient at equal score (the paper), or only for a better one (its code)."""
+    """Accept a candidate at equal score (the paper), or only at a better one (its code)."""
     min_gain: float = 0.0
-    """How much better the score has to get."""
+    """How much the score has to improve."""
     z: float = 0.0
     """Keep only if the mean paired difference of the examples is this many standard errors above
-    `min_gain`; needs a task that gives ``examples``. 0 asks for nothing."""
+    `min_gain`; needs a task that returns ``examples``. 0 turns this off."""
     order: Literal["scores", "given", "random"] = "scores"
     """Best first, as given, or at random."""
     n_orders: int = 1
     """Random orders to try; the soup with the best score is made."""
     seed: int = 0
-    """Of the random orders."""
+    """Seed of the random orders."""
     direction: Literal["forward", "backward"] = "forward"
-    """Add to nothing, or drop from all."""
+    """Start from nothing and add, or from all and drop."""
     passes: int = 1
-    """Times to go through those left out (or those kept, backward), as long as it helps."""
+    """Most passes over those left out (backward: those kept); none follows one without effect."""
     scores: Sequence[float] | Mapping[str, Any] | None = None
     """Scores of the single ingredients, where they are known; else they are measured. A number
     for each, believed as they are; or the report of an earlier search, believed only if its task
@@ -69,32 +68,34 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     split: str | None = None
     """The split to search on; None for the first of the task."""
     recalibrate: bool = False
-    """Measure BatchNorm statistics of each candidate of several ingredients on the task's batches,
-    and go by that. A single one keeps its own, so it scores as its file does."""
+    """Measure BatchNorm statistics of each candidate of several ingredients on the task's batches
+    before it is scored. A single one keeps its own, so it scores as its file does."""
     jobs: int = 1
     """Candidates scored at the same time, each in a process with a model of its own, with
     `Options.memory` for the blocks and the running sum of each."""
     timeout: float | None = None
-    """Seconds that building the model, or one score, may take; needs a process to kill."""
+    """Seconds that building the model, or one score, may take; scores in other processes."""
     isolate: bool = False
-    """Score in another process even for one job: no task can harm this one."""
+    """Score in another process even for one job, so that a task cannot harm this one."""
     sums: SumsPlace | None = None
-    """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is that
-    of the device, where candidates are made on one."""
+    """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is the
+    device's, if candidates are made on one."""
     restart: bool = False
     """Forget the scores of an unfinished search of the same output."""
 
     def __post_init__(self) -> None:
-        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        """Convert numbers of other libraries to Python's. Raises `RecipeError`."""
         settle(self)
         if self.scores is not None and not isinstance(self.scores, Mapping):
             if isinstance(self.scores, (str, bytes)) or not isinstance(self.scores, Iterable):
-                raise RecipeError(f"scores: {printable(repr(self.scores))} are no list of numbers")
+                raise RecipeError(
+                    f"scores: {printable(repr(self.scores))} are not a list of numbers"
+                )
             scores = tuple(take("float", "scores", score) for score in self.scores)
             msgspec.structs.force_setattr(self, "scores", scores)
 
     def check(self, n_ingredients: int) -> None:
-        """Raise `RecipeError` for options that make no sense."""
+        """Raise `RecipeError` for settings that contradict each other or the ingredients."""
         given = self.scores if not isinstance(self.scores, Mapping) else None
         if given is not None and len(given) != n_ingredients:
             raise RecipeError(
@@ -105,7 +106,7 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise RecipeError("every score given is NaN, so no ingredient can be the first")
         if not 0 <= self.min_gain < math.inf or not 0 <= self.z < math.inf:
             raise RecipeError(
-                f"min_gain {self.min_gain} and z {self.z} are to be 0 or more, and finite"
+                f"min_gain and z must be 0 or more, and finite, got {self.min_gain} and {self.z}"
             )
         if self.scores is not None and self.z > 0:
             raise RecipeError(
@@ -114,7 +115,7 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         for name in ("jobs", "passes", "n_orders"):
             if getattr(self, name) < 1:
-                raise RecipeError(f"{name} {getattr(self, name)} is below 1")
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.jobs > JOBS:
             raise RecipeError(f"{self.jobs} jobs are more processes than any machine has room for")
         check_choice("ties", self.ties, ("accept", "reject"))
@@ -131,7 +132,7 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One candidate, its score, and what became of it."""
+    """One candidate, its score, and the decision."""
 
     ingredient: str
     """The one that was added, or dropped; or the single one that was scored."""
@@ -144,13 +145,13 @@ class Trial(msgspec.Struct, frozen=True):
     decision: str
     """``scored``, ``kept``, ``left out`` or ``dropped``."""
     known: bool
-    """Whether the score was known: given, or paid for before, in this run or an earlier one."""
+    """True if the score was known: given, or measured before, in this run or an earlier one."""
     moved: Moved
     scoring_s: float
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One search in one order."""
+    """The search in one order."""
 
     order: Members
     members: Members
@@ -160,7 +161,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """All that a search found out."""
+    """The result of a search."""
 
     singles: tuple[Trial, ...]
     runs: tuple[Run, ...]
@@ -169,17 +170,17 @@ class Found(msgspec.Struct, frozen=True):
 
 
 Ask = Callable[[Sequence[Members], float | None], tuple[Outcome, bool]]
-"""Gives the outcome of the first candidate of a list, given the score to beat, and whether it was
-known; the others may be wanted next."""
+"""Returns the outcome of the first candidate of a list, given the score to beat, and True if it was
+known; the others may be asked for next."""
 
 Noter = Callable[[int, Any, Members, Outcome, float | None, str, bool], Trial]
-"""Makes a `Trial`, and tells whoever listens."""
+"""Makes a `Trial`, and calls `Options.on_event` with it."""
 
 
 def search(
     names: Sequence[str],
     ask: Ask,
-    options: SearchOptions,
+    settings: GreedySettings,
     on_event: Callable[[Any], None] | None = None,
 ) -> Found:
     """Score the single ingredients if their scores decide the order; then search in each order.
@@ -188,12 +189,12 @@ def search(
     """
     started = time.monotonic()
     n = len(names)
-    n_trials = _count_trials(n, options)
+    n_trials = _count_trials(n, settings)
     n_done = n_paid = 0
 
     def report(text: str) -> None:
         if on_event is not None:
-            at_most = options.passes > 1 or options.direction == "backward"
+            at_most = settings.passes > 1 or settings.direction == "backward"
             elapsed_s = time.monotonic() - started
             n_steps = max(n_trials, n_done)
             on_event(Step("trial", n_done, n_steps, n_paid, elapsed_s, at_most, text))
@@ -221,7 +222,7 @@ def search(
         )
         nonlocal n_done, n_paid
         # The first ingredient of a run is a candidate that was scored alone already.
-        n_done += not (kind == "add" and len(members) == 1 and options.order == "scores")
+        n_done += not (kind == "add" and len(members) == 1 and settings.order == "scores")
         n_paid += not known
         if on_event is not None:
             on_event(trial)
@@ -231,43 +232,43 @@ def search(
     report("")
     singles: list[Trial] = []
     orders = [list(range(n))]
-    if options.order == "scores":
+    if settings.order == "scores":
         for i in range(n):
             outcome, known = ask([(j,) for j in range(i, n)], None)
             singles.append(note(i, "single", (i,), outcome, None, "scored", known))
         orders = [best_first([single.score.value for single in singles])]
-    elif options.order == "random":
-        orders = _random_orders(n, options)
-    go = forward if options.direction == "forward" else backward
-    runs = tuple(go(order, ask, note, options) for order in orders)
+    elif settings.order == "random":
+        orders = _random_orders(n, settings)
+    go = forward if settings.direction == "forward" else backward
+    runs = tuple(go(order, ask, note, settings) for order in orders)
     n_trials = n_done
     report("")
     return Found(tuple(singles), runs, tuple(names), time.monotonic() - started)
 
 
-def _count_trials(n: int, options: SearchOptions) -> int:
+def _count_trials(n: int, settings: GreedySettings) -> int:
     """Return how many trials a search takes at most; exactly, with one pass forward."""
-    alone = n if options.order == "scores" else 0
+    alone = n if settings.order == "scores" else 0
     # Forward, the first was scored alone; backward, all together are scored first.
-    first = n + 1 if options.direction == "backward" else n - bool(alone)
-    return alone + options.n_orders * (first + n * (options.passes - 1))
+    first = n + 1 if settings.direction == "backward" else n - bool(alone)
+    return alone + settings.n_orders * (first + n * (settings.passes - 1))
 
 
-def forward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions) -> Run:
-    """Search as Recipe 1 does, with further passes over those left out. Pure but for `ask`."""
+def forward(order: Sequence[int], ask: Ask, note: Noter, settings: GreedySettings) -> Run:
+    """Search as Recipe 1 does, with further passes over those left out. Pure except for `ask`."""
     kept: Members = ()
     best: Score | None = None
     trials: list[Trial] = []
     left_out_at: dict[int, int] = {}
-    for _ in range(options.passes):
+    for _ in range(settings.passes):
         before = len(kept)
         queue = [i for i in order if i not in kept]
         for place, i in enumerate(queue):
             if left_out_at.get(i) == len(kept):
                 continue  # the same candidate as before
-            to_beat = None if best is None else best.value + options.min_gain
+            to_beat = None if best is None else best.value + settings.min_gain
             outcome, known = ask([(*kept, j) for j in queue[place:]], to_beat)
-            accepted = _accepts(outcome.score, best, options)
+            accepted = _accepts(outcome.score, best, settings)
             decision = "kept" if accepted else "left out"
             trials.append(note(i, "add", (*kept, i), outcome, to_beat, decision, known))
             if accepted:
@@ -281,24 +282,24 @@ def forward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions)
     return Run(tuple(order), kept, best, tuple(trials))
 
 
-def backward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions) -> Run:
-    """Start from all, and drop one after the other, the worst first. Pure but for `ask`."""
+def backward(order: Sequence[int], ask: Ask, note: Noter, settings: GreedySettings) -> Run:
+    """Start from all, and drop one after the other, the worst first. Pure except for `ask`."""
     kept: Members = tuple(order)
     outcome, known = ask([kept], None)
     best = outcome.score
     trials = [note(kept[-1], "all", kept, outcome, None, "kept", known)]
     kept_at: dict[int, int] = {}
-    for _ in range(options.passes):
+    for _ in range(settings.passes):
         before = len(kept)
         queue = list(reversed(kept))
         for place, i in enumerate(queue):
             if len(kept) == 1 or kept_at.get(i) == len(kept):
                 continue
-            to_beat = None if math.isnan(best.value) else best.value + options.min_gain
+            to_beat = None if math.isnan(best.value) else best.value + settings.min_gain
             wanted = [tuple(m for m in kept if m != j) for j in queue[place:]]
             outcome, known = ask(wanted, to_beat)
             reference = None if math.isnan(best.value) else best
-            accepted = _accepts(outcome.score, reference, options)
+            accepted = _accepts(outcome.score, reference, settings)
             decision = "dropped" if accepted else "kept"
             trials.append(note(i, "drop", wanted[0], outcome, to_beat, decision, known))
             if accepted:
@@ -313,23 +314,23 @@ def backward(order: Sequence[int], ask: Ask, note: Noter, options: SearchOptions
 
 
 def best_run(runs: Sequence[Run]) -> Run:
-    """Choose the run with the best score; the first of equals."""
+    """Return the run with the best score; the first of equals."""
     return max(runs, key=lambda run: run.score.value)
 
 
-def _accepts(score: Score, best: Score | None, options: SearchOptions) -> bool:
-    """Decide about a candidate. NaN never wins."""
+def _accepts(score: Score, best: Score | None, settings: GreedySettings) -> bool:
+    """Return True if a candidate is accepted. NaN never is."""
     if math.isnan(score.value) or score.stopped:
         return False
     if best is None:
         return True
-    to_beat = best.value + options.min_gain
-    if not (score.value >= to_beat if options.ties == "accept" else score.value > to_beat):
+    to_beat = best.value + settings.min_gain
+    if not (score.value >= to_beat if settings.ties == "accept" else score.value > to_beat):
         return False
-    return options.z == 0 or _is_significant(score, best, options)
+    return settings.z == 0 or _is_significant(score, best, settings)
 
 
-def _is_significant(score: Score, best: Score, options: SearchOptions) -> bool:
+def _is_significant(score: Score, best: Score, settings: GreedySettings) -> bool:
     """Compare example by example: d̄ - min_gain ≥ z · s/√n, with s² the variance of d."""
     ours, theirs = score.examples, best.examples
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
@@ -339,11 +340,11 @@ def _is_significant(score: Score, best: Score, options: SearchOptions) -> bool:
         )
     difference = ours - theirs
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    return bool(float(np.mean(difference)) - options.min_gain >= options.z * error)
+    return bool(float(np.mean(difference)) - settings.min_gain >= settings.z * error)
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """Give the numbers of `scores` from the largest down; equals in the order given, NaN last.
+    """Return the indices of `scores` from the largest down; equals in the order given, NaN last.
 
     >>> best_first([0.5, float("nan"), 0.7, 0.7])
     [2, 3, 0, 1]
@@ -351,14 +352,14 @@ def best_first(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i]))
 
 
-def _random_orders(n: int, options: SearchOptions) -> list[list[int]]:
-    return [random_order(n, options.seed + number) for number in range(options.n_orders)]
+def _random_orders(n: int, settings: GreedySettings) -> list[list[int]]:
+    return [random_order(n, settings.seed + number) for number in range(settings.n_orders)]
 
 
 def random_order(n: int, seed: int) -> list[int]:
-    """Draw an order of `n`, all alike likely, in which one more only finds its place.
+    """Draw a uniformly random order of `n` numbers; one more number is only inserted into it.
 
-    So what was scored on the way to its place is known, if the fewer were searched before.
+    So with one more ingredient, the trials before its place are known from the earlier search.
 
     >>> random_order(5, seed=0), random_order(6, seed=0)
     ([2, 0, 3, 1, 4], [2, 0, 3, 5, 1, 4])

@@ -1,76 +1,84 @@
 """A digest of the code that scores, so that scores of other code are not taken for its own.
 
-What has a source file is known by the whole file, and by the files beside it that it imports, and
-those that they import; libraries are not looked at. Code without a file, of a notebook or a
-prompt, is known by what Python compiled it to, and by the functions, classes and plain values that
-it names. Either way a function's own code counts, with its default arguments and what it encloses:
-a file may hold several, and one that is wrapped by another's decorator is not in the file of its
-wrapper.
+Code in a file is known by the text of the file, and by the text of the files of its own project
+that its import statements may name, and so on from there. Installed libraries are not read. Code
+without a file, from a notebook or a prompt, is known by its compiled form, and by the functions,
+classes and plain values that it names. Either way a function's own code counts, with its defaults
+and what it encloses: a file may hold several functions, and a decorator from elsewhere hides the
+file of what it wraps.
 
-Data is not looked at.
+Too many files may count, never too few: a name in an import statement is looked up in every folder
+of the project that was named so far. A score that cannot be told to be valid is measured again.
+Data is not read.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import inspect
 import os
 import re
 import sysconfig
-import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["digest_code", "digest_model", "digest_scripts"]
+__all__ = ["digest_code", "digest_model", "digest_scripts", "is_installed"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
-"""Values whose `repr` says all, and the same in each process."""
+"""Types whose `repr` is complete, and the same in every process."""
 
 _COLLECTIONS = (tuple, list, dict, set)
 
-_INSTALLED = ("site-packages", "dist-packages")
-"""Folders of libraries."""
+_MOST_FILES = 500
+"""Files of one project that are read, the nearest first."""
 
-_MOST = 500
-"""Files that are looked at for imports, the nearest first: libraries may lie beside a project."""
+_MOST_ENTRIES = 1000
+"""Largest collection that counts as a setting; larger ones are data."""
 
-_SMALL = 1000
-"""Entries up to which a collection is a setting, and not data."""
+_IMPORT = re.compile(rb"\b(?:from|import)\b(?:[^\n;\\(]|\\\r?\n|\([^)]*\))*")
+"""An import statement, on one line or continued by a backslash or parentheses."""
 
-_PARSING = threading.Lock()
-"""Two threads that parse confuse Python 3.11 (a `SystemError`, python/cpython#106905), and leave
-each other's filters of warnings behind."""
-
-# A child forked meanwhile would wait for a thread that it does not have.
-os.register_at_fork(
-    before=_PARSING.acquire,
-    after_in_parent=_PARSING.release,
-    after_in_child=_PARSING.release,
-)
+_NAME = re.compile(rb"[^\W\d]\w*|[\x80-\xff\w]+")
 
 
 def digest_code(
-    parts: Iterable[Any], *, version: str, settings: Mapping[str, Any] | None = None
+    parts: Iterable[Any],
+    *,
+    version: str,
+    settings: Mapping[str, Any] | None = None,
+    files: Iterable[str] = (),
 ) -> str:
     """Digest functions, classes and modules with all that they are made of.
 
-    `version` is digested too: what else the scores depend on; and `settings`, as far as they are
-    plain values. Reads source files; runs nothing.
+    Reads source files and runs nothing.
+
+    Args:
+        parts: Functions, classes, modules, and objects that are called.
+        version: What else the scores depend on.
+        settings: Attributes of a task object; those with plain public values count.
+        files: Source files that count besides, with what they import.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
     """
-    code = _Code()
-    code.note(version)
-    code.add_settings(settings or {})
+    digest = _CodeDigest()
+    digest.note(version)
+    for name in sorted(settings or {}):
+        value = (settings or {})[name]
+        if not name.startswith("_") and isinstance(value, (*_PLAIN, tuple, dict)):
+            digest.note(name)
+            digest.add_value(value)
     for part in parts:
-        code.add(part)
-    return code.digest.hexdigest()
+        digest.add(part)
+    for path in files:
+        digest.add_file(path)
+    return digest.hexdigest()
 
 
 def digest_model(model: Any) -> str:
-    """Digest what a module computes, weights apart: how it prints itself, and its classes."""
+    """Digest what a module computes, weights apart: its `repr`, and the code of its classes."""
     kinds = {type(module) for module in model.modules()}
     by_name = sorted(kinds, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
     return digest_code(by_name, version=re.sub(r"\b0x[0-9a-f]+", "", repr(model)))
@@ -78,36 +86,43 @@ def digest_model(model: Any) -> str:
 
 def digest_scripts(paths: Iterable[str], *, version: str) -> str:
     """Digest source files with what they import of their own projects. See `digest_code`."""
-    code = _Code()
-    code.note(version)
-    for path in paths:
-        code.add_file(os.path.abspath(path))
-    return code.digest.hexdigest()
+    return digest_code((), version=version, files=map(os.path.abspath, paths))
 
 
-class _Code:
-    """A digest in the making; each file, function and class is taken in once."""
+def is_installed(path: str) -> bool:
+    """Return True for a source file of Python's own library or of an installed package."""
+    folders = os.path.abspath(path).split(os.sep)[:-1]
+    if "site-packages" in folders or "dist-packages" in folders:
+        return True
+    return os.path.abspath(path).startswith(sysconfig.get_path("stdlib") + os.sep)
+
+
+class _CodeDigest:
+    """A digest in the making; each file, function and class is added once."""
 
     def __init__(self) -> None:
-        self.digest = hashlib.sha256()
+        self._hash = hashlib.sha256()
         self._seen: set[Any] = set()
         self._within: set[int] = set()
-        """Collections that are being taken in: one may hold itself."""
-        self._n_files = 0
+        """Collections that are being added: one may hold itself."""
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
 
     def note(self, text: str) -> None:
         content = text.encode("utf-8", "surrogatepass")
-        self.digest.update(b"%d:" % len(content) + content)
+        self._hash.update(b"%d:" % len(content) + content)
 
-    def add_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take in values by name: those that a user would set, and that do not change by use."""
-        for name in sorted(settings):
-            if not name.startswith("_") and isinstance(settings[name], (*_PLAIN, tuple, dict)):
-                self.note(name)
-                self._add_value(settings[name])
+    def add_file(self, path: str) -> None:
+        """Add a source file, and those of its own project that it may import."""
+        for name in _project_files(path):
+            if name not in self._seen:
+                self._seen.add(name)
+                self.note(os.path.relpath(name, path))
+                self._hash.update(_read(name))
 
     def add(self, part: Any) -> None:
-        """Take in a part, of whatever kind."""
+        """Add code of any kind; of other objects, their class."""
         if isinstance(part, _PLAIN):
             self.note(repr(part))
         elif isinstance(part, tuple):
@@ -115,40 +130,55 @@ class _Code:
             for each in part:
                 self.add(each)
         elif isinstance(part, frozenset):
-            self.note(repr(sorted(map(repr, part))))  # its order is another in each process
+            self.note(repr(sorted(map(repr, part))))  # its order differs between processes
         elif isinstance(part, CodeType):
-            self._add_code(part)
+            self._hash.update(part.co_code)
+            self.add((part.co_names, part.co_varnames, part.co_freevars, part.co_consts))
         elif isinstance(part, ModuleType):
-            self.note(part.__name__)
-            self._add_file(part)
+            if not self._add_file_of(part):
+                self.note(part.__name__)
         elif isinstance(part, functools.partial):
             self.add(part.func)
-            self._add_value((part.args, part.keywords))
+            self.add_value((part.args, part.keywords))
         elif isinstance(part, MethodType):
             self.add((part.__func__, type(part.__self__)))
         elif isinstance(part, (FunctionType, type)):
-            self.note(f"{part.__module__}:{part.__qualname__}")
-            if id(part) not in self._seen:
-                self._seen.add(id(part))
-                has_file = self._add_file(part)
-                if isinstance(part, type):
-                    self._add_class(part, has_file)
-                else:
-                    self._add_function(part, has_file)
+            self._add_definition(part)
         elif isinstance(part, BuiltinFunctionType):
             self.note(part.__qualname__)
         else:
             self.add(type(part))
-            # As `functools.cache` wraps.
-            self.add(getattr(part, "__dict__", {}).get("__wrapped__"))
+            self.add(getattr(part, "__dict__", {}).get("__wrapped__"))  # as functools.cache wraps
 
-    def _add_named(self, parts: Mapping[str, Any]) -> None:
-        for name in sorted(parts):
-            self.note(name)
-            self._add_value(parts[name])
+    def add_value(self, part: Any) -> None:
+        """Add a default or a setting: small collections, too."""
+        if id(part) in self._within:
+            self.note("a collection that it is in")
+        elif isinstance(part, _COLLECTIONS) and len(part) <= _MOST_ENTRIES:
+            self._within.add(id(part))
+            entries = part.items() if isinstance(part, dict) else part
+            self.note(f"{type(part).__name__} of {len(part)}")
+            for entry in sorted(entries, key=repr) if isinstance(part, (dict, set)) else entries:
+                self.add_value(entry)
+            self._within.discard(id(part))
+        else:
+            self.add(part)
 
-    def _add_file(self, part: Any) -> bool:
-        """Take in the file that a part is in, and say whether it has one."""
+    def _add_definition(self, part: FunctionType | type) -> None:
+        self.note(part.__qualname__)
+        if id(part) in self._seen:
+            return
+        self._seen.add(id(part))
+        has_file = self._add_file_of(part)
+        if not has_file:
+            self.note(part.__module__)
+        if isinstance(part, type):
+            self._add_class(part, has_file)
+        else:
+            self._add_function(part, has_file)
+
+    def _add_file_of(self, part: Any) -> bool:
+        """Add the source file of a part, and return True if it has one."""
         try:
             path = inspect.getsourcefile(part)
         except (TypeError, OSError):
@@ -158,36 +188,19 @@ class _Code:
         self.add_file(os.path.abspath(path))
         return True
 
-    def add_file(self, path: str) -> None:
-        """Take in a source file, and what it imports of its own project."""
-        roots = _roots_of(path)
-        todo = [path, *(_packages_of(path) if roots else [])]
-        for name in todo:
-            if name not in self._seen:
-                self._seen.add(name)
-                content = _read(name)
-                self.note(os.path.relpath(name, path))
-                self.digest.update(content)
-                self._n_files += 1
-                if self._n_files <= _MOST:
-                    todo += _imports(name, content, roots)
-
     def _add_function(self, function: FunctionType, has_file: bool) -> None:
-        self._add_code(function.__code__)
-        self._add_value((function.__defaults__, function.__kwdefaults__))
+        self.add(function.__code__)
+        self.add_value((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
             except ValueError:
-                self.note("nothing yet")
+                self.note("an empty cell")
         if not has_file:
             known = function.__globals__
-            names = [name for name in _names_in(function.__code__) if name in known]
-            self._add_named({name: _or_name(known[name]) for name in names})
-
-    def _add_code(self, code: CodeType) -> None:
-        self.digest.update(code.co_code)
-        self.add((code.co_names, code.co_varnames, code.co_freevars, code.co_consts))
+            for name in sorted(_names_in(function.__code__) & known.keys()):
+                self.note(name)
+                self.add_value(_or_name(known[name]))
 
     def _add_class(self, part: type, has_file: bool) -> None:
         for base in part.__bases__:
@@ -205,82 +218,61 @@ class _Code:
             is_own = not has_file and not name.startswith("__")
             if is_code or (is_own and isinstance(found, (type, *_PLAIN, *_COLLECTIONS))):
                 self.note(name)
-                self._add_value(found)
-
-    def _add_value(self, part: Any) -> None:
-        """Take in a default or a setting: small collections, too."""
-        if id(part) in self._within:
-            self.note("what it is in")
-        elif isinstance(part, _COLLECTIONS) and len(part) <= _SMALL:
-            self._within.add(id(part))
-            entries = part.items() if isinstance(part, dict) else part
-            self.note(f"{type(part).__name__} of {len(part)}")
-            for entry in sorted(entries, key=repr) if isinstance(part, (dict, set)) else entries:
-                self._add_value(entry)
-            self._within.discard(id(part))
-        else:
-            self.add(part)
+                self.add_value(found)
 
 
-def _packages_of(path: str) -> list[str]:
-    """List what runs before a module of a package does."""
-    found: list[str] = []
-    while os.path.isfile(init := os.path.join(os.path.dirname(path), "__init__.py")):
-        found.append(init)
-        path = os.path.dirname(path)
-    return found
+def _project_files(path: str) -> list[str]:
+    """List a source file and those of its project that its import statements may name.
 
-
-def _roots_of(path: str) -> list[str]:
-    """List the folders that a source file's own project is imported from; none if installed.
-
-    Beside a script, and beside the package that it is in, if any.
+    A project is the file's own folder and the one that its package lies in. Each name of an import
+    statement is looked up in these, and in every folder of theirs that was named before.
     """
-    packages = _packages_of(path)
-    root = os.path.dirname(os.path.dirname(packages[-1]) if packages else path)
-    if os.path.basename(root) in _INSTALLED or root == sysconfig.get_path("stdlib"):
-        return []
-    return list(dict.fromkeys([os.path.dirname(path), root]))
+    packages: list[str] = []
+    top = os.path.dirname(path)
+    while os.path.isfile(init := os.path.join(top, "__init__.py")):
+        packages.append(init)
+        top = os.path.dirname(top)
+    if is_installed(path):
+        return [path]
+    folders = list(dict.fromkeys([os.path.dirname(path), top]))
+    files = dict.fromkeys([path, *packages])
+    names: dict[str, None] = {}
+    todo = list(files)
+    for file in todo:  # it grows meanwhile
+        fresh = [name for name in _imported_names(_read(file)) if name not in names]
+        names |= dict.fromkeys(fresh)
+        pairs = [(folder, name) for name in fresh for folder in folders]
+        for folder, name in pairs:
+            place = os.path.join(folder, name)
+            if os.path.isdir(place) and place not in folders:
+                folders.append(place)
+                pairs += [(place, each) for each in names]
+            found = [
+                p
+                for p in (f"{place}.py", os.path.join(place, "__init__.py"))
+                if p not in files and os.path.isfile(p)
+            ]
+            files |= dict.fromkeys(found)
+            todo += found if len(todo) <= _MOST_FILES else []
+    return list(files)
+
+
+def _imported_names(content: bytes) -> list[str]:
+    """List the names in all import statements of a source file, and in what looks like one."""
+    found = (_NAME.findall(statement) for statement in _IMPORT.findall(content))
+    return [name.decode("utf-8", "replace") for names in found for name in names]
 
 
 def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError:  # nor can it be imported
+    except OSError:  # it cannot be imported either
         return b""
 
 
-def _imports(path: str, content: bytes, roots: Sequence[str]) -> Iterator[str]:
-    """Give the files of a project that a source file has import statements for, wherever."""
-    try:
-        with _PARSING, warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for each in node.names:
-                yield from _files_of(roots, each.name)
-        elif isinstance(node, ast.ImportFrom):
-            above = os.path.normpath(os.path.join(path, *[os.pardir] * node.level))
-            for each in node.names:
-                module = f"{node.module or ''}.{each.name}".lstrip(".")
-                yield from _files_of([above] if node.level and roots else roots, module)
-
-
-def _files_of(folders: Sequence[str], module: str) -> Iterator[str]:
-    """Give the source files in some folders that a dotted name may mean, its packages' too."""
-    for folder in folders:
-        for part in module.split("."):
-            folder = os.path.join(folder, part)
-            for path in (f"{folder}.py", os.path.join(folder, "__init__.py")):
-                if os.path.isfile(path):
-                    yield path
-
-
 def _is_typed_in(part: Any, path: str) -> bool:
-    """Whether a class of `__main__` is not of its file: typed in after it (`python -i`), say."""
+    """Return True for a class of `__main__` that was typed in after its file ran (`python -i`)."""
     if not isinstance(part, type) or part.__module__ != "__main__":
         return False
     methods = [found for found in vars(part).values() if isinstance(found, FunctionType)]
@@ -288,18 +280,14 @@ def _is_typed_in(part: Any, path: str) -> bool:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Give the names that some code, or code in it, may look up."""
-    names = set(code.co_names)
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            names |= _names_in(each)
-    return names
+    """Return the names that some code, or code in it, may look up."""
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _or_name(part: Any) -> Any:
-    """Give the name of a module that is a library's, and anything else as it is."""
+    """Return the name of a library's module, and anything else as it is."""
     if not isinstance(part, ModuleType):
         return part
     file = vars(part).get("__file__") or ""
-    is_own = file.endswith(".py") and _roots_of(os.path.abspath(file))
-    return part if is_own else part.__name__
+    return part if file.endswith(".py") and not is_installed(file) else part.__name__

@@ -1,11 +1,11 @@
 """A task that is a shell command: it is given a checkpoint folder, and prints a score.
 
-The answer is the last JSON object or number on standard output. Lines below it are passed over
-only if they hold no digit, no NaN and nothing left of an object; any other line that cannot be read
-is refused, for what stands above it may be no score. Where the metric is named, a line that names
-it comes before one that is a number and nothing else. What a command prints is read as it comes,
-and only the end of it is kept. It is killed with all its children when it is done, late, or not
-wanted any more; see `family`.
+The answer is the last JSON object or number on standard output. Lines below it are skipped only if
+they hold no digit, no NaN and no part of an object; any other line that cannot be read is refused,
+as what stands above it may not be the score. If the metric is named, a line that names it is
+preferred to one that is only a number. Output is read as it is printed, and only its end is kept.
+When the command has ended, is late, or is not wanted any more, it is killed with all its children
+(`processes`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import msgspec
 from streamsoup.errors import TaskError, printable, signal_name, some
 from streamsoup.sizes import nbytes_text
 from streamsoup.task.code import digest_scripts
-from streamsoup.task.family import Family, Tail
+from streamsoup.task.processes import ProcessTree, Tail
 from streamsoup.task.scores import Score, read_score
 
 __all__ = ["CommandTask", "command_task"]
@@ -64,9 +64,9 @@ class CommandTask(msgspec.Struct, frozen=True):
         return printable(self.command, 120)
 
     def check_split(self, split: str | None) -> str:
-        """Give the split to score. Raises `TaskError` where the command cannot be told."""
+        """Return the split to score. Raises `TaskError` if the command does not take one."""
         if split is not None and "{split}" not in self.command:
-            raise TaskError(f"{self.name}: says nothing of a split; write {{split}} in the command")
+            raise TaskError(f"{self.name}: takes no split; write {{split}} in the command")
         return split or "val"
 
     def run(self, folder: str, split: str, to_beat: float | None) -> Score:
@@ -111,7 +111,7 @@ def command_task(command: str, *, main: str | None, timeout: float | None) -> Co
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise TaskError(f"{printable(command)}: is no shell command: {error}") from None
+        raise TaskError(f"{printable(command)}: is not a shell command: {error}") from None
     inner: list[str] = []
     for word in words:
         with suppress(ValueError):  # sh -c 'python eval.py …'
@@ -153,20 +153,20 @@ def _files_of(before: str, word: str) -> list[str]:
 
 
 def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
-    """Run a shell command; give its status (None: too late), standard output and both ends."""
-    family = Family(
+    """Run a shell command; return its status (None: too late), standard output and all output."""
+    tree = ProcessTree(
         ["/bin/sh", "-c", line],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    process = family.leader
+    process = tree.process
     deadline = None if timeout is None else time.monotonic() + timeout
     output, tail = Tail(OUTPUT_NBYTES), Tail()
     try:
         status = _follow(process, deadline, output, tail)
     finally:
-        family.kill()
+        tree.kill()
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
@@ -200,9 +200,10 @@ def _drain(
     tail: Tail,
     wait_s: float,
 ) -> None:
-    """Read what is there by now; wait a moment for the first of it."""
+    """Read what is there by now; wait at most `wait_s` for the first of it."""
     if not selector.get_map():
-        time.sleep(wait_s)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
         return
     budget = 1 << 24  # what a child printed for ever would be read for ever
     while budget > 0 and (ready := selector.select(wait_s)):
@@ -285,7 +286,7 @@ def _answer(output: Tail, where: str, tail: Tail, main: str | None) -> Any:
 
 
 def _number_of(name: str, line: str) -> float | None:
-    """Give the number that a line gives for a name."""
+    """Return the number that a line has for a name."""
     plain = line.replace("%", " ")
     named = re.search(rf"(?<![\w.-]){re.escape(name)}[\"']?\s*[:=]\s*", plain)
     found = None if named is None else _NUMBER.match(plain, named.end())
@@ -293,7 +294,7 @@ def _number_of(name: str, line: str) -> float | None:
 
 
 def _lines_from_the_end(text: bytes) -> Iterator[tuple[int, int]]:
-    """Give where each line begins and ends, the last one first."""
+    """Yield where each line begins and ends, the last one first."""
     end = len(text)
     while end >= 0:
         begin = text.rfind(b"\n", 0, end) + 1
@@ -302,7 +303,7 @@ def _lines_from_the_end(text: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _number_in(line: str, where: str) -> float | None:
-    """Give the one number in a line; None if nothing in it may be part of a score."""
+    """Return the one number in a line; None if nothing in it may be part of a score."""
     plain = line.replace("%", " ")
     found = list(itertools.islice(_NUMBER.finditer(plain), 2))
     if len(found) > 1:
@@ -342,7 +343,7 @@ def _refuse(line: str, where: str, cut: str = "") -> NoReturn:
 
 
 def _object_at_the_end(text: str) -> dict[str, Any] | None:
-    """Give the JSON object that ends where `text` does; None if none does.
+    """Return the JSON object that ends where `text` does; None if none does.
 
     It begins with the first brace of a line; before that may be words, but nothing of an object or
     list that it would be part of. Of each object before it only its own text is read.
@@ -365,7 +366,7 @@ def _object_at_the_end(text: str) -> dict[str, Any] | None:
 
 
 def _numbers_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Give the numbers of a JSON object, and what a task may say besides."""
+    """Return the numbers of a JSON object, and its ``examples``."""
     return {
         name: value
         for name, value in found.items()

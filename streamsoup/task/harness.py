@@ -23,7 +23,7 @@ import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
@@ -58,18 +58,16 @@ class HarnessTask(msgspec.Struct):
     checkpoint: str
     """Where configuration and tokenizer come from: the first ingredient."""
     splits: tuple[str, ...] = ("val",)
-    folder: ClassVar[str] = ""
-    """Task files of ours import from their own folder; the harness finds its own."""
     _loaded: dict[str, Any] = {}
 
     @property
     def __name__(self) -> str:
-        """Say what it is called in messages."""
+        """The name in messages."""
         return "lm-eval"
 
     @property
     def version(self) -> str:
-        """Say what scores depend on beside the code of streamsoup."""
+        """What scores depend on besides the code of streamsoup."""
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -125,7 +123,7 @@ class HarnessTask(msgspec.Struct):
         return self._loaded["model"].model
 
     def score(self, model: Any, split: str) -> dict[str, float]:
-        """Evaluate all tasks; give the mean, and each."""
+        """Evaluate all tasks; return their mean as ``score``, and each."""
         from lm_eval.evaluator import evaluate
 
         loaded = self._loaded["tasks"]
@@ -153,7 +151,7 @@ def _is_file(task: str) -> bool:
 
 
 def _is_group(task: str) -> bool:
-    """Whether a task file has a group of others."""
+    """Return True if a task file is a group of others."""
     if not _is_file(task) or not os.path.isfile(task):
         return False
     text = Path(task).read_text("utf-8", "replace")
@@ -177,7 +175,7 @@ def _code_of(tasks: tuple[str, ...]) -> list[Path]:
 def _score_of(
     name: str, found: Mapping[str, Any], children: Mapping[str, list[str]], metric: str | None
 ) -> tuple[str, float]:
-    """Score a task or a group. A group that says not how to aggregate is the mean of its parts."""
+    """Score a task or a group. A group without an aggregate is the mean of its parts."""
     results = found["results"].get(name, {})
     if name in children and not _numbers(results):
         parts = [_score_of(child, found, children, metric)[1] for child in children[name]]
@@ -186,7 +184,7 @@ def _score_of(
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    """Give the metrics among results, named as ``metric,filter``."""
+    """Return the metrics among results, named as ``metric,filter``."""
     return {
         key: float(value)
         for key, value in results.items()
@@ -202,7 +200,7 @@ def pick(
     higher_is_better: Mapping[str, bool] | None,
     metric: str | None,
 ) -> tuple[str, float]:
-    """Choose the metric that counts among a task's results; where less is better, its negative.
+    """Return the metric that counts among a task's results, negated where less is better.
 
     Where answers are filtered in several ways, the first counts, unless `metric` names another.
 

@@ -1,4 +1,4 @@
-"""What a task answers: a score, larger is better, and what else it measured.
+"""Scores: what a task returns, a number that is larger where better, and what else it measured.
 
 A number is a score. So is a dictionary of numbers with a main one, which may also hold
 ``examples`` (a result for each held-out example) or, from a task that stopped early, ``at_most``.
@@ -37,10 +37,10 @@ class Score(msgspec.Struct, frozen=True):
     examples: NDArray[np.float64] | None = None
     """The main metric of each held-out example ``(example,) float64``, in a fixed order."""
     stopped: bool = False
-    """Whether the task stopped early: `value` is then an upper bound, below the score to beat."""
+    """True if the task stopped early: `value` is then an upper bound, below the score to beat."""
 
     def to_record(self) -> dict[str, Any]:
-        """Give it as JSON: a journal's record. Floats keep every bit; NaN is text."""
+        """Return it as JSON, for a journal. Floats keep every bit; NaN is text."""
         record: dict[str, Any] = {"value": _to_json(self.value)}
         if self.metrics:
             record["metrics"] = {name: _to_json(value) for name, value in self.metrics.items()}
@@ -53,7 +53,7 @@ class Score(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Score:
-        """Read back what `to_record` gave."""
+        """Read back what `to_record` returned."""
         examples = None
         if "examples" in record:
             packed = zlib.decompress(base64.b64decode(record["examples"]))
@@ -64,7 +64,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 def read_score(answer: object, *, main: str | None, to_beat: float | None, where: str) -> Score:
-    """Make a score of what a task answered.
+    """Convert what a task returned to a score.
 
     `answer` is a number (of Python, numpy or torch, with a single element), or a dictionary with
     a main metric: the one named `main`, or the only one, or the first of `MAIN_NAMES`. `to_beat` is
@@ -135,7 +135,7 @@ def _main_name(metrics: Mapping[str, float], main: str | None) -> str | None:
 
 
 def _number(answer: object, where: str, what: str) -> float:
-    """Read one number, of whatever library, or say what was found instead."""
+    """Read one number of any library. Raises `TaskError` with what was found instead."""
     if answer is None:
         raise TaskError(f"{where}: {what}answered with None; does the function return its score?")
     shape = getattr(answer, "shape", ())
@@ -167,7 +167,9 @@ def _examples(answer: object, where: str) -> NDArray[np.float64]:
     except Exception:
         examples = np.empty((0, 0))
     if examples.ndim != 1:
-        raise TaskError(f"{where}: 'examples' is no list of numbers, one for each held-out example")
+        raise TaskError(
+            f"{where}: 'examples' is not a list of numbers, one for each held-out example"
+        )
     return examples
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from streamsoup.engine.inner import Vector
 from streamsoup.errors import TaskError, printable
-from streamsoup.search.learning.mixture import Mixture
+from streamsoup.search.learning.parametrisation import Parametrisation
 from streamsoup.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Multiplier(Protocol):
         """Batches of the split, once they have been counted."""
 
     def watches(self, index: int) -> bool:
-        """Whether a batch of the split only watches."""
+        """Return True if a batch of the split is held out to validate."""
 
     def products(self, vectors: dict[str, Vector]) -> Iterator[tuple[str, Floats]]:
-        """Give ⟨g, θᵢ⟩ of every gradient."""
+        """Yield ⟨g, θᵢ⟩ of every gradient."""
 
 
 class Gradients:
@@ -55,13 +55,13 @@ class Gradients:
         self,
         slopes: Multiplier,
         sink: ModelSink,
-        mixture: Mixture,
+        parametrisation: Parametrisation,
         learned: list[str],
         backward: bool,
     ) -> None:
         import torch
 
-        self._slopes, self._mixture, self._backward = slopes, mixture, backward
+        self._slopes, self._parametrisation, self._backward = slopes, parametrisation, backward
         self._by_name: dict[str, Floats] = {}
         self._pending: dict[str, Vector] = {}
         self._sums: dict[int, torch.Tensor] = {}
@@ -92,18 +92,18 @@ class Gradients:
             tensor.requires_grad_(bool(held))
             if held:
                 self._hooks.append(tensor.register_post_accumulate_grad_hook(self._hook))
-        if mixture.temperature:
+        if parametrisation.temperature:
             self._hooks.append(model.register_forward_hook(self._heat))
 
     def begin(self, raw: Floats) -> None:
-        """Begin a look at the mixture of these raw numbers."""
+        """Begin an evaluation of the mixture of these raw numbers."""
         self._by_name.clear()
-        self._beta.data.fill_(self._mixture.beta(raw))
+        self._beta.data.fill_(self._parametrisation.beta(raw))
         self._beta.grad = None
         self._scale = 1.0
 
     def learn(self, loss: Any) -> float:
-        """Take a batch that is learned from by itself. Raises `TaskError` if its loss is none."""
+        """Add one batch that is learned from. Raises `TaskError` if its loss is not one."""
         value = _value(loss)
         if not math.isfinite(value):
             raise TaskError(f"the loss of a batch is {value}; a lower learning rate may help")
@@ -111,7 +111,7 @@ class Gradients:
         return value
 
     def sweep(self, batches: Iterator[tuple[Any, float]]) -> tuple[float, float, int]:
-        """Take all batches: give the mean loss, that of the watching ones, and their number.
+        """Add all batches; return the mean loss, that of those held out, and their number.
 
         A loss that is not finite has no gradient worth the time: from there on none is taken.
         """
@@ -141,7 +141,7 @@ class Gradients:
         return sums[False] / weights[False], guard, index + 1
 
     def watch(self, batches: Iterator[tuple[Any, float]]) -> float:
-        """Give the mean loss over batches of another split."""
+        """Return the mean loss over batches of another split."""
         import torch
 
         total = weight = 0.0
@@ -152,7 +152,7 @@ class Gradients:
         return total / weight if weight > 0 else math.nan
 
     def take(self) -> tuple[Floats, float]:
-        """Give the slopes ``(group, ingredient)`` and that of β, and forget the gradients.
+        """Return the slopes ``(group, ingredient)`` and that of β, and forget the gradients.
 
         Raises `TaskError` where no parameter has got any.
         """
@@ -166,13 +166,13 @@ class Gradients:
                 "the loss depends on no parameter of the model; compute it from the `model` that "
                 "loss(model, split) is given"
             )
-        mixture = self._mixture
-        slopes = np.zeros((len(mixture.groups), mixture.n_ingredients))
-        for name, group in mixture.group_of.items():  # in one order, whatever autograd's is
+        parametrisation = self._parametrisation
+        slopes = np.zeros((len(parametrisation.groups), parametrisation.n_ingredients))
+        for name, group in parametrisation.group_of.items():  # in one order, whatever autograd's is
             if name in self._by_name:
                 slopes[group] += self._by_name[name]
         beta_slope = 0.0
-        if mixture.temperature:
+        if parametrisation.temperature:
             if self._beta.grad is None:
                 raise TaskError(
                     "the loss does not depend on the model's output, so its logits have no "
@@ -193,7 +193,7 @@ class Gradients:
 
     def _descend(self, loss: Any) -> None:
         """Go backward, unless nothing that differs between ingredients could be reached."""
-        if not self._wanted and not self._mixture.temperature:
+        if not self._wanted and not self._parametrisation.temperature:
             return
         if not loss.requires_grad:
             raise TaskError(
@@ -203,7 +203,7 @@ class Gradients:
         loss.backward()
 
     def _hook(self, tensor: torch.Tensor) -> None:
-        """Take a gradient that is complete, and free it; add it to earlier ones in float32."""
+        """Add a complete gradient to earlier ones in float32, and free it."""
         if tensor.grad is not None and tensor.dtype.itemsize < 4:
             gradient = tensor.grad.float()
             tensor.grad = None
@@ -293,7 +293,7 @@ def _value(loss: Any) -> float:
 
 
 def _vector(gradient: torch.Tensor, name: str) -> Vector:
-    """Give a gradient's elements in order, as raw bytes in CPU memory.
+    """Return a gradient's elements in order, as raw bytes in CPU memory.
 
     From a device, one gradient comes over the bus, where all ingredients would have to go.
     """

@@ -45,7 +45,7 @@ class AdamW(msgspec.Struct):
     square: Floats = msgspec.field(default_factory=lambda: np.zeros(0))
 
     def step(self, raw: Floats, gradient: Floats) -> Floats:
-        """Give the raw numbers after one more gradient."""
+        """Return the raw numbers after one more gradient."""
         if not self.n_steps:
             self.mean, self.square = np.zeros_like(raw), np.zeros_like(raw)
         self.n_steps += 1

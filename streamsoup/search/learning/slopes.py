@@ -40,9 +40,9 @@ from streamsoup.live.joined import Apart, pieces_of
 from streamsoup.options import Options
 from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.backward import Gradients
-from streamsoup.search.learning.mixture import Mixture
-from streamsoup.search.scoring.candidate import contained
+from streamsoup.search.learning.parametrisation import Parametrisation
 from streamsoup.task import Task
+from streamsoup.task.running import contained
 
 if TYPE_CHECKING:
     from streamsoup.live.model import ModelSink
@@ -60,17 +60,17 @@ PARTS = 64
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """What one look at a mixture gave."""
+    """The losses of one mixture, and their slopes."""
 
     loss: float
     """Mean over the examples that are learned from."""
     guard: float
-    """Mean over the examples that only watch; NaN where none do."""
+    """Mean over the examples that are held out to validate; NaN if none are."""
     slopes: Floats
     """∂loss/∂c ``(group, ingredient)``; zero if only the losses were asked for, or not finite."""
     beta_slope: float
     n_batches: int
-    """Batches seen, watching ones included."""
+    """Batches seen, including those held out."""
 
 
 def find_equal(
@@ -78,9 +78,9 @@ def find_equal(
 ) -> tuple[dict[str, tuple[int, ...]], int]:
     """Find the tensors of floats that have the same bits in several ingredients; one pass.
 
-    Gives, for each by name, the first ingredient that every ingredient equals there: ``(0, 0, 2)``
-    where the second has what the first has. Tensors that differ in all are left out. Gives the
-    bytes read, too.
+    Returns, for each by name, the first ingredient that every ingredient equals there:
+    ``(0, 0, 2)`` where the second has what the first has. Tensors that differ in all are left out.
+    Also returns the bytes read.
     """
     floats = floats_of(plan)
     memory = _inner_memory(floats, mapped=mapped, options=options)
@@ -124,7 +124,7 @@ class Slopes:
         self,
         task: Task,
         sink: ModelSink,
-        mixture: Mixture,
+        parametrisation: Parametrisation,
         equal: Mapping[str, tuple[int, ...]],
         *,
         split: str,
@@ -135,7 +135,7 @@ class Slopes:
     ) -> None:
         """Plan the passes; `equal` is what `find_equal` gave.
 
-        Every `guard_every` nth batch of the split only watches; 0 for none.
+        Every `guard_every`-th batch of the split is held out to validate; 0 disables it.
         """
         from streamsoup.live.mix import LiveMix
 
@@ -145,7 +145,7 @@ class Slopes:
         """Passes over the ingredients so far: mixes, and products."""
         self.waited_s = 0.0
         """Time spent in them, of which some overlaps with nothing."""
-        self._task, self._sink, self._mixture = task, sink, mixture
+        self._task, self._sink, self._parametrisation = task, sink, parametrisation
         self._split, self._guard_split, self._guard_every = split, guard_split, guard_every
         self._mapped, self._options = mapped, options
         plan = sink.plan
@@ -153,7 +153,7 @@ class Slopes:
         sharing: dict[tuple[int, ...], list[str]] = {}
         for tensor in floats_of(plan).tensors:
             sharing.setdefault(equal.get(tensor.name, everyone), []).append(tensor.name)
-        self._free = mixture.constraint == "free"
+        self._free = parametrisation.constraint == "free"
         common = sharing.pop((0,) * len(everyone), [])
         self._own = plan.only({name for names in sharing.values() for name in names})
         self._fixed = plan.only({t.name for t in plan.copied})
@@ -197,7 +197,7 @@ class Slopes:
         return common + self._fixed.nbytes_read
 
     def count(self, n_batches: int) -> None:
-        """Take over the number of batches from an earlier run."""
+        """Set the number of batches, as an earlier run counted them."""
         self._n_batches = n_batches
 
     @property
@@ -205,20 +205,20 @@ class Slopes:
         """Batches of the split, once they have been counted."""
         return self._n_batches
 
-    def look(self, raw: Floats, *, backward: bool) -> Evaluation:
-        """Give the mean loss over all batches of the split, with its slopes if `backward`."""
+    def evaluate(self, raw: Floats, *, backward: bool) -> Evaluation:
+        """Return the mean loss over all batches of the split, with its slopes if `backward`."""
         self.mix(raw)
         with self._at_work(backward=backward, seed=0) as gradients:
             gradients.begin(raw)
             loss, guard, n = gradients.sweep(self._task.losses(self._sink.model, self._split))
             if self._n_batches not in (None, n):
                 raise TaskError(
-                    f"{self._task.name}: loss gave {n} batches, and {self._n_batches} before; "
+                    f"{self._task.name}: loss yielded {n} batches, and {self._n_batches} before; "
                     "a search needs the same ones each time"
                 )
             self._n_batches = n
             slopes, beta_slope = (
-                np.zeros((len(self._mixture.groups), self._mixture.n_ingredients)),
+                np.zeros((len(self._parametrisation.groups), self._parametrisation.n_ingredients)),
                 0.0,
             )
             if backward and math.isfinite(loss):
@@ -231,13 +231,13 @@ class Slopes:
     def epoch(
         self, raw: Floats, n: int, skip: int, advance: Callable[[Floats, Evaluation], Floats]
     ) -> Floats:
-        """Go once through the batches that are learned from; epoch `n` passes over `skip` of them.
+        """Go once through the batches that are learned from; epoch `n` skips `skip` of them.
 
-        Each is looked at with the raw numbers that `advance` made of the one before. A generator
-        computes a batch when it is asked for, so each step mixes first, and then asks.
+        Each is evaluated with the raw numbers that `advance` returned for the one before. A
+        generator computes a batch when it is asked for, so each step mixes first, and then asks.
         """
         assert self._n_batches is not None
-        # A loss may shuffle: what watches is told by its place, so all epochs have one order then.
+        # A loss may shuffle: batches are held out by place, so all epochs have one order then.
         with self._at_work(backward=True, seed=0 if self._guard_every else n) as gradients:
             batches = iter(self._task.losses(self._sink.model, self._split))
             n_learned = 0
@@ -262,16 +262,16 @@ class Slopes:
         return raw
 
     def watches(self, index: int) -> bool:
-        """Whether a batch of the split only watches."""
+        """Return True if a batch of the split is held out to validate."""
         return self._guard_every > 0 and index % self._guard_every == self._guard_every - 1
 
     @contextmanager
     def _at_work(self, *, backward: bool, seed: int) -> Iterator[Gradients]:
-        """Make the model ready for the task's code, and put all back afterwards."""
+        """Prepare the model for the task's code, and restore it afterwards."""
         import torch
 
         with contained(self._task, "loss", seed=seed):
-            gradients = Gradients(self, self._sink, self._mixture, self._learned, backward)
+            gradients = Gradients(self, self._sink, self._parametrisation, self._learned, backward)
             try:
                 with torch.set_grad_enabled(backward):
                     yield gradients
@@ -279,19 +279,19 @@ class Slopes:
                 gradients.close()
 
     def mix(self, raw: Floats) -> None:
-        """Put the mixture into the model."""
+        """Put the mixture of these raw numbers into the model."""
         self._sink.check()
         versions = self._sink.versions()
         # A loss may change its model, in training mode say.
         untouched = versions is not None and versions == self._versions
         if not untouched:
             self._mix_part(self._fixed, Coefficients.uniform(len(self._fixed.ingredients)))
-        self._mix_part(self._own, self._mixture.coefficients(raw))
+        self._mix_part(self._own, self._parametrisation.coefficients(raw))
         self.n_passes += 1
         if self._free and self._common.tensors:
-            rows = self._mixture.rows(raw)
+            rows = self._parametrisation.rows(raw)
             totals: dict[str, tuple[float, ...]] = {
-                tensor.name: (float(rows[self._mixture.group_of[tensor.name]].sum()),)
+                tensor.name: (float(rows[self._parametrisation.group_of[tensor.name]].sum()),)
                 for tensor in self._common.tensors
             }
             self._mix_part(self._common, Coefficients((1.0,), per_tensor=totals))
@@ -318,7 +318,7 @@ class Slopes:
         self.waited_s += time.monotonic() - started
 
     def products(self, vectors: dict[str, Vector]) -> Iterator[tuple[str, Floats]]:
-        """Multiply gradients with their tensors in all ingredients; give ⟨g, θᵢ⟩ for each.
+        """Multiply gradients with their tensors in all ingredients; yield ⟨g, θᵢ⟩ for each.
 
         With coefficients that sum to 1, what all ingredients have in common is left out.
         """

@@ -1,9 +1,9 @@
-"""What goes between a search and its workers: whole messages, or an error.
+"""The connection between a search and its workers: whole messages, or an error.
 
 The worker's end is a file descriptor in a process where a user's code runs, which may write there
-what it likes. So each message begins with a mark, and carries its size and its digest: whatever
-else arrives is told at its first byte, no size is believed before its mark, and what has come is
-never waited for. In bytes, little-endian::
+anything. So each message begins with a mark, and carries its size and its digest: anything else is
+recognised at its first byte, no size is trusted before its mark, and nothing that has arrived is
+waited for. In bytes, little-endian::
 
     mark 8 | size of the content 8 | its xxh3 8 | content
 """
@@ -35,7 +35,7 @@ class Connection:
         self._come = bytearray()
 
     def fileno(self) -> int:
-        """Give its file descriptor."""
+        """Return its file descriptor."""
         return self._end.fileno()
 
     def send(self, content: bytes) -> None:
@@ -44,7 +44,7 @@ class Connection:
         self._end.sendall(head + content)
 
     def take(self, *, wait: bool) -> bytes | None:
-        """Give the next message; None if it has not all come, and we are not to `wait`.
+        """Return the next message; None if it has not all come, and `wait` is False.
 
         Raises `EOFError` if the other end is closed, and `TaskError` if something else than a
         message has come.

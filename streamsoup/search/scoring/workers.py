@@ -1,10 +1,7 @@
-"""Who scores: this process, or worker processes that a hostile task may hang, flood or kill.
+"""Scoring in worker processes, which a hostile task may hang, flood or kill.
 
-A worker (see `serving`) has a process group of its own; what it prints is caught, and only the end
-of it kept. When it is late, dies or is not wanted any more, it is killed with all its children.
-
-Several workers score the next candidates at the same time. Their results are used in order, and
-those that a decision made stale are not used, so that the outcome is that of one worker.
+What a worker (see `serving`) prints is caught, and only the end of it kept. When it is late,
+dies or is not wanted any more, it is killed with all its children.
 """
 
 from __future__ import annotations
@@ -20,28 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 from msgspec.structs import replace
 
 from streamsoup import errors
-from streamsoup.errors import (
-    RecipeError,
-    StreamsoupError,
-    TaskError,
-    option,
-    printable,
-    signal_name,
-    some,
-)
-from streamsoup.search.scoring.candidate import Outcome, Scorer
+from streamsoup.errors import RecipeError, TaskError, option, signal_name
+from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.connection import Connection
-from streamsoup.search.scoring.scorebook import Members, Scorebook
-from streamsoup.search.scoring.serving import Work
+from streamsoup.search.scoring.scorer import Candidate, Outcome, which
+from streamsoup.search.scoring.work import Work
 from streamsoup.task.command import CommandTask
-from streamsoup.task.family import Family, Tail
+from streamsoup.task.processes import ProcessTree, Tail
 
-__all__ = ["Alone", "Crew", "Scorers"]
+__all__ = ["WorkerScorer"]
 
 DYING_S = 2.0
 """How long a worker may take from its last word to its end."""
@@ -50,125 +39,92 @@ _MAIN = b"\x8c\x08__main__"
 """How a pickle names what is defined in a script or notebook itself."""
 
 
-class Scorers(Protocol):
-    """Answers what a candidate scores, from the book or by scoring it."""
+class WorkerScorer:
+    """Worker processes, each of which scores one candidate at a time."""
 
-    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
-        """Give the outcome of the first of `wanted`; the others may be wanted next."""
-
-    def close(self) -> None:
-        """Give back what the scorers hold."""
-
-
-class Alone:
-    """One scorer in this process."""
-
-    def __init__(self, scorer: Scorer, book: Scorebook, names: Sequence[str]) -> None:
-        """Score with `scorer`, and write into `book`."""
-        self._scorer, self._book, self._names = scorer, book, names
-
-    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
-        """Give the outcome of the first of `wanted`."""
-        members = wanted[0]
-        known = self._book.get(members, to_beat)
-        if known is not None:
-            return known
-        try:
-            outcome = self._scorer.score(members, to_beat, keep=keep)
-        except TaskError as error:
-            raise TaskError(f"{error.text}{_of(members, self._names)}") from error
-        self._book.put(members, outcome, to_beat)
-        return outcome
-
-    def close(self) -> None:
-        """Close the scorer."""
-        self._scorer.close()
-
-
-class Crew:
-    """Worker processes that score candidates at the same time."""
-
-    def __init__(
-        self, works: Sequence[Work], *, timeout: float | None, names: Sequence[str]
-    ) -> None:
+    def __init__(self, works: Sequence[Work], *, timeout: float | None) -> None:
         """Start a worker for each of `works`, and wait until the first has loaded the task.
 
         `timeout` is in seconds, for loading the task, for building its model and for each score.
         Raises `TaskError` if the task cannot be loaded.
         """
-        self._names = names
+        self.n_at_once = len(works)
         self._timeout = timeout
-        self._book: Scorebook | None = None
+        self._lock = threading.Lock()
+        """Guards what follows, which the threads that call `score` share."""
+        self._is_closed = False
         self._workers: list[_Worker] = []
-        self._failed: dict[Members, StreamsoupError] = {}
-        """How candidates failed that may never be asked for."""
+        self._idle: list[_Worker | Work] = []
+        """Workers without a candidate; in the place of one that failed, what it was to do."""
         try:
             for work in works:
                 self._workers.append(_Worker(work, timeout))
-            self.task = self._workers[0].loaded()
-            """What the task is called, its fingerprint and its split."""
+            self._idle = list(reversed(self._workers))
+            self._loaded = self._workers[0].loaded()
         except BaseException:
             self.close()
             raise
+        self.name: str = self._loaded["task"]
+        self.fingerprint: str = self._loaded["code"]
+        self.split: str = self._loaded["split"]
 
-    def use(self, book: Scorebook) -> None:
-        """Write scores into `book` from now on, and ask it first."""
-        self._book = book
+    def prepare(self, recipe: Recipe) -> None:
+        """Do nothing: each worker builds its model when it is sent its first candidate."""
 
-    def ask(self, wanted: Sequence[Members], to_beat: float | None, *, keep: bool) -> Outcome:
-        """Give the outcome of the first of `wanted`; idle workers take up the others.
-
-        One of the others that fails is told only if it comes to be the first: one worker alone
-        would not have tried it before.
-        """
-        book = self._book
-        assert book is not None
-        while (outcome := book.get(wanted[0], to_beat)) is None:
-            if wanted[0] in self._failed:
-                raise self._failed[wanted[0]]
-            done_with = {worker.members for worker in self._workers} | self._failed.keys()
-            todo = [m for m in wanted if m not in done_with and book.get(m, to_beat) is None]
-            for worker in self._workers:
-                if worker.members is None and todo:
-                    worker.begin(todo.pop(0), to_beat, keep)
-            for worker in _ready(self._workers):
-                members = worker.members
-                try:
-                    done = worker.receive(self._names)
-                except StreamsoupError as error:
-                    if members in (None, wanted[0]):
-                        raise
-                    self._failed[members] = error
-                    self._replace(worker)
-                    continue
-                if worker.task not in (None, self.task):
-                    raise TaskError("the code of the task changed as it was used; run it again")
-                if done is not None:
-                    book.put(*done)
+    def score(self, candidate: Candidate) -> Outcome:
+        """Score a candidate in a worker that is idle; one that failed is started anew."""
+        with self._lock:
+            worker = self._idle.pop()
+            if isinstance(worker, Work):
+                if self._is_closed:
+                    raise TaskError("the search is over")
+                worker = _Worker(worker, self._timeout)
+                self._workers.append(worker)
+        idle: _Worker | Work = worker.work
+        try:
+            outcome = worker.score(candidate)
+            if worker.task != self._loaded:
+                raise TaskError("the code of the task changed as it was used; run it again")
+            idle = worker
+        finally:
+            with self._lock:
+                self._idle.append(idle)
+                is_failed = idle is not worker and worker in self._workers
+                if is_failed:
+                    self._workers.remove(worker)
+            if is_failed:
+                worker.kill()
+                worker.close()
         return outcome
 
-    def _replace(self, worker: _Worker) -> None:
-        """Put a new worker in the place of one that failed."""
-        self._workers.remove(worker)
-        worker.close()
-        self._workers.append(_Worker(worker.work, self._timeout))
-
     def close(self) -> None:
-        """Kill all workers, with their children."""
-        for worker in self._workers:
+        """Kill all workers, with their children; a second time does nothing."""
+        with self._lock:
+            self._is_closed = True
+            workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
             worker.close()
 
 
+class _RemoteError(Exception):
+    """The cause of an error in a worker process: its traceback there."""
+
+    def __str__(self) -> str:
+        return f"in a worker process\n{self.args[0]}"
+
+
 class _Worker:
-    """One worker process, seen from here."""
+    """One worker process, as this process has it."""
 
     def __init__(self, work: Work, timeout: float | None) -> None:
         self.work = work
-        self.members: Members | None = None
-        """What it works on."""
         self.task: dict[str, Any] | None = None
         """What it says of its task, once that is loaded."""
-        self._to_beat: float | None = None
+        self._candidate: Candidate | None = None
+        """What it works on."""
+        self._busy = threading.Lock()
         self._timeout = timeout
         self._deadline: float | None = None
         self._doing = "starting"
@@ -176,7 +132,7 @@ class _Worker:
         try:
             pickled = pickle.dumps(replace(work, options=replace(work.options, on_event=None)))
             if _MAIN in pickled:
-                raise ValueError("what a script or notebook defines is known to it alone")
+                raise ValueError("what a script or notebook defines exists in its process alone")
         except Exception as error:
             raise RecipeError(
                 f"the task or an ingredient cannot be sent to another process ({error}); give a "
@@ -187,19 +143,19 @@ class _Worker:
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
             "from streamsoup.search.scoring.serving import serve; "
-            f"serve({theirs.fileno()}, {os.getpid()}, {self._is_live})"
+            f"serve({theirs.fileno()}, {self._is_live})"
         )
-        self._family = Family(
+        self._tree = ProcessTree(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
         )
-        self._process = self._family.leader
+        self._process = self._tree.process
         theirs.close()
-        self.connection = Connection(ours)
-        self.died = os.pidfd_open(self._process.pid)
+        self._connection = Connection(ours)
+        self._died = os.pidfd_open(self._process.pid)
         self._listener = threading.Thread(
             target=self._listen, name="streamsoup-listen", daemon=True
         )
@@ -207,27 +163,23 @@ class _Worker:
         self._send(pickled)
 
     def loaded(self) -> dict[str, Any]:
-        """Wait until it has loaded the task; give what it says of it."""
-        while True:
-            for worker in _ready([self]):
-                worker._note(worker.message(()))
-            if self.task is not None:
-                return self.task
+        """Wait until it has loaded the task; return what it says of it."""
+        while self.task is None:
+            self._note(self._message())
+        return self.task
 
-    def begin(self, members: Members, to_beat: float | None, keep: bool) -> None:
-        """Give it a candidate to score."""
-        self.members, self._to_beat = members, to_beat
-        self._send(pickle.dumps((members, to_beat, keep)))
-
-    def receive(self, names: Sequence[str]) -> tuple[Members, Outcome, float | None] | None:
-        """Take its next message; give the outcome if it is one. Raises what the worker raised."""
-        message = self.message(names)
-        if message is None or message[0] != "done":
-            self._note(message)
-            return None
-        members, self.members, self._deadline = self.members, None, None
-        assert members is not None
-        return members, message[1], self._to_beat
+    def score(self, candidate: Candidate) -> Outcome:
+        """Send it a candidate, and wait for the outcome. Raises what the worker raised."""
+        with self._busy:
+            self._candidate = candidate
+            self._send(pickle.dumps(candidate))
+            while True:
+                message = self._message()
+                if message is not None and message[0] == "done":
+                    self._candidate, self._deadline = None, None
+                    outcome: Outcome = message[1]
+                    return outcome
+                self._note(message)
 
     def _note(self, message: tuple[str, Any] | None) -> None:
         """Start the clock for the user's code, and stop it for ours."""
@@ -240,36 +192,45 @@ class _Worker:
             elif kind == "loaded":
                 self.task = content
 
-    def message(self, names: Sequence[str]) -> tuple[str, Any] | None:
-        """Take a message, or find out why there is none. Raises `TaskError` for a dead worker."""
+    def _message(self) -> tuple[str, Any] | None:
+        """Wait for a message; None if it has not all come yet. Raises for a dead or late worker."""
+        self._wait()
         try:
-            pickled = self.connection.take(wait=False)
+            pickled = self._connection.take(wait=False)
         except TaskError as error:
-            self._fail("TaskError", f"{self._doing}: {error.text}", names)
+            self._fail("TaskError", f"{self._doing}: {error.text}")
         except EOFError:
-            self._await_end(names)
+            self._await_end()
         else:
             if pickled is not None:
                 kind, content = pickle.loads(pickled)
                 if kind == "error":
-                    self._fail(content[0], content[1], names)
+                    self._fail(*content, is_its_own=True)
                 return kind, content
         if self._process.poll() is not None or self._is_over():
-            self._fail("TaskError", f"{self._doing}: {self._end()}", names)
+            self._fail("TaskError", f"{self._doing}: {self._end()}")
         return None
 
-    def close(self) -> None:
-        """Kill it, with its children."""
-        self._family.kill()
-        self._listener.join(1.0)
-        if self._process.stdout is not None and not self._listener.is_alive():
-            self._process.stdout.close()
-        self.connection.close()
-        os.close(self.died)
+    def _wait(self) -> None:
+        """Wait until it has something to say, has died, or is late."""
+        poll = select.poll()  # not `select`, which cannot have descriptors above 1023
+        for descriptor in (self._connection.fileno(), self._died):
+            poll.register(descriptor, select.POLLIN)
+        wait_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        poll.poll(None if wait_s is None else math.ceil(1000 * min(wait_s, 3600.0)))
 
-    def wait_s(self) -> float:
-        """Give the seconds until it is late."""
-        return 1.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+    def kill(self) -> None:
+        """Kill it, with its children: a call of `score` that is under way fails."""
+        self._tree.kill()
+
+    def close(self) -> None:
+        """Release what is held for it, once it is killed and no call of `score` is under way."""
+        with self._busy:
+            self._listener.join(1.0)
+            if self._process.stdout is not None and not self._listener.is_alive():
+                self._process.stdout.close()
+            self._connection.close()
+            os.close(self._died)
 
     def _is_over(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
@@ -279,20 +240,20 @@ class _Worker:
 
     def _send(self, content: bytes) -> None:
         try:
-            self.connection.send(content)
+            self._connection.send(content)
         except OSError:
-            pass  # it died; the next look at it says how
+            pass  # it died; waiting for its message finds how
 
-    def _await_end(self, names: Sequence[str]) -> None:
+    def _await_end(self) -> None:
         """Wait for a worker to end that has nothing more to say."""
         try:
             self._process.wait(DYING_S)
         except subprocess.TimeoutExpired:
             closed = "closed a file descriptor that is not its own, the worker's connection"
-            self._fail("TaskError", f"{self._doing}: {closed} to streamsoup", names)
+            self._fail("TaskError", f"{self._doing}: {closed} to streamsoup")
 
     def _end(self) -> str:
-        """Say how it ended, or that it did not."""
+        """Describe how it ended, or that it did not."""
         status = self._process.poll()
         if status is None:
             return f"took longer than {self._timeout:g} s ({option('timeout')})"
@@ -301,38 +262,18 @@ class _Worker:
             return f"the process was killed by {signal_name(-status)}{why}"
         return f"the process ended itself with status {status}"
 
-    def _fail(self, kind: str, text: str, names: Sequence[str]) -> None:
+    def _fail(self, kind: str, text: str, trace: str = "", *, is_its_own: bool = False) -> NoReturn:
+        """Raise an error, with the end of what was printed; `is_its_own` is one that it sent."""
         time.sleep(0.05)  # for the listener to catch up
         error = getattr(errors, kind, TaskError)
         # What a command printed is in its error.
-        own = error is TaskError and self._is_live and self._tail.content()
-        tail = self._tail.text() if own else ""
-        raise error(f"{text}{_of(self.members, names)}{tail}")
+        shows = error is TaskError and self._is_live and self._tail.content()
+        about = "" if is_its_own else which(self._candidate)
+        message = f"{text}{about}{self._tail.text() if shows else ''}"
+        raise error(message) from (_RemoteError(trace) if trace else None)
 
     def _listen(self) -> None:
         stream = self._process.stdout
         assert stream is not None
         while part := os.read(stream.fileno(), 1 << 16):
             self._tail.add(part)
-
-
-def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Wait until a worker has something to say, has died, or is late."""
-    by_descriptor = {w.connection.fileno(): w for w in workers} | {w.died: w for w in workers}
-    wait_s = min(worker.wait_s() for worker in workers)
-    poll = select.poll()  # not `select`, which cannot have descriptors above 1023
-    for descriptor in by_descriptor:
-        poll.register(descriptor, select.POLLIN)
-    found = poll.poll(math.ceil(1000 * min(wait_s, 3600.0)))
-    ready = {id(by_descriptor[descriptor]) for descriptor, _ in found}
-    return [w for w in workers if id(w) in ready or w.wait_s() == 0.0]
-
-
-def _of(members: Members | None, names: Sequence[str]) -> str:
-    """Say which candidate an error is about."""
-    if not members or not names:
-        return ""
-    chosen = [names[i] for i in members]
-    if len(chosen) == 1:
-        return f"; the candidate is {printable(chosen[0])} alone"
-    return f"; the candidate is the mean of {some(chosen, 8)}"

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from streamsoup.errors import ResumeError
 from streamsoup.output.coefficients import coefficients_of
 from streamsoup.recipe import Coefficients
-from streamsoup.search.learning.mixture import Granularity
+from streamsoup.search.learning.parametrisation import Granularity
 from streamsoup.study.measures.bench import Bench
 from streamsoup.task import Task
 
@@ -61,7 +61,7 @@ def _have_gradient(task: Task, model: Any) -> bool:
     """Whether a gradient would come back from the predictions of a model."""
     import torch
 
-    from streamsoup.search.scoring.candidate import contained
+    from streamsoup.task.running import contained
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -92,16 +92,16 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
     name = f"learned-{xxhash.xxh3_64_hexdigest(key.encode())}"
     output = os.path.join(bench.cache.folder, name)
     if known is None:
-        from streamsoup.search.learned import learned_soup
-        from streamsoup.search.learning.descending import LearningOptions
+        from streamsoup.search.learned import learned
+        from streamsoup.search.learning.settings import LearnedSettings
 
         def search(*, restart: bool) -> LearnedSoup:
-            return learned_soup(
+            return learned(
                 bench.plan.ingredients[:n],
                 _with_loss(bench.task),
                 output=output,
                 model=bench.borrow(),
-                learning=LearningOptions(granularity=granularity, restart=restart),
+                settings=LearnedSettings(granularity=granularity, restart=restart),
                 options=replace(bench.options, overwrite=True),
             )
 

@@ -31,7 +31,7 @@ from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed
 from streamsoup.options import Options, check_options, settle
 from streamsoup.output.destination import check_outside
 from streamsoup.recipe import Coefficients
-from streamsoup.search.learning.mixture import Granularity, layer_of
+from streamsoup.search.learning.parametrisation import Granularity, layer_of
 from streamsoup.search.trials import best_first, random_order
 from streamsoup.study.comparison.curves import choose_counts, draw_curves, values_of
 from streamsoup.study.comparison.learning import learn, why_not

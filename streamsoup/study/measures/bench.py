@@ -157,7 +157,7 @@ class Bench:
         If it is so for all `mixtures` on `split`, predictions are enough from here on; else both
         are asked, and the score is the number that counts. Costs both for those mixtures.
         """
-        if not self.predicts:
+        if not self.predicts or not self.task.has("score"):
             return
         self.asks_score = False
         for mixture in mixtures:
@@ -386,7 +386,7 @@ class Bench:
         from streamsoup.engine.stream import run
         from streamsoup.live.mix import LiveMix
         from streamsoup.live.recalibration import negative_variances, recalibrate
-        from streamsoup.search.scoring.candidate import contained
+        from streamsoup.task.running import contained
 
         part = self._part(mixture)
         if self._mix is None:
@@ -412,7 +412,7 @@ class Bench:
     def _live(self) -> ModelSink:
         if self._sink is None:
             from streamsoup.live.model import ModelSink
-            from streamsoup.search.scoring.candidate import contained
+            from streamsoup.task.running import contained
 
             if self._model is None:
                 self.task.need("build")
@@ -428,7 +428,7 @@ class Bench:
 
     def _score(self, mixture: Mixture, split: str) -> Score:
         """Ask the task for its score of a mixture."""
-        from streamsoup.search.scoring.candidate import contained
+        from streamsoup.task.running import contained
 
         self._put(mixture)
         model = self._live().model
@@ -440,7 +440,7 @@ class Bench:
 
     def _predict(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Ask the task for a mixture's logits, and labels, of a whole split."""
-        from streamsoup.search.scoring.candidate import contained
+        from streamsoup.task.running import contained
 
         self._put(mixture)
         model = self._live().model

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from streamsoup.recipe import Coefficients
 
-__all__ = ["Constraint", "Granularity", "Mixture", "layer_of", "make_mixture"]
+__all__ = ["Constraint", "Granularity", "Parametrisation", "layer_of", "parametrise"]
 
 Floats = NDArray[np.float64]
 Granularity = Literal["global", "layer", "tensor"]
 Constraint = Literal["softmax", "affine", "free"]
 
 
-class Mixture(msgspec.Struct, frozen=True):
+class Parametrisation(msgspec.Struct, frozen=True):
     """How raw numbers become the coefficients of every tensor."""
 
     groups: tuple[str, ...]
@@ -40,22 +40,22 @@ class Mixture(msgspec.Struct, frozen=True):
     n_ingredients: int
     constraint: Constraint
     temperature: bool
-    """Whether the last raw number is the factor of the logits."""
+    """True if the last raw number is the factor of the logits."""
 
     @property
     def n_raw(self) -> int:
-        """How many numbers are learned."""
+        """The number of numbers that are learned."""
         return len(self.groups) * self.n_ingredients + self.temperature
 
     def start(self) -> Floats:
-        """Give the raw numbers of the uniform soup ``(raw,)``."""
+        """Return the raw numbers of the uniform soup ``(raw,)``."""
         raw = np.full(self.n_raw, 1.0 / self.n_ingredients)
         if self.temperature:
             raw[-1] = 1.0
         return raw
 
     def rows(self, raw: Floats) -> Floats:
-        """Give the coefficients ``(group, ingredient)``."""
+        """Return the coefficients ``(group, ingredient)``."""
         z = self._z(raw)
         if self.constraint == "free":
             return z.copy()
@@ -65,11 +65,11 @@ class Mixture(msgspec.Struct, frozen=True):
         return np.asarray(e / e.sum(axis=1, keepdims=True))
 
     def beta(self, raw: Floats) -> float:
-        """Give the factor of the logits."""
+        """Return the factor of the logits."""
         return float(raw[-1]) if self.temperature else 1.0
 
     def gradient(self, raw: Floats, slopes: Floats, beta_slope: float) -> Floats:
-        """Give ∂L/∂raw ``(raw,)`` from ∂L/∂c ``(group, ingredient)``.
+        """Return ∂L/∂raw ``(raw,)`` from ∂L/∂c ``(group, ingredient)``.
 
         Where coefficients sum to 1, slopes may all be off by the same number: it cancels.
         """
@@ -84,7 +84,7 @@ class Mixture(msgspec.Struct, frozen=True):
         return np.concatenate([z.ravel(), tail])
 
     def coefficients(self, raw: Floats) -> Coefficients:
-        """Give them as a recipe has them; the uniform soup's, where they are all alike."""
+        """Return the coefficients of a recipe; the uniform soup's, if all are equal."""
         rows = self.rows(raw)
         k = self.n_ingredients
         if self.constraint != "free" and bool((rows == rows[0, 0]).all()):
@@ -99,7 +99,7 @@ class Mixture(msgspec.Struct, frozen=True):
         return raw[:n].reshape(len(self.groups), self.n_ingredients)
 
 
-def make_mixture(
+def parametrise(
     names: Sequence[str],
     tied: Mapping[str, str],
     n_ingredients: int,
@@ -107,8 +107,8 @@ def make_mixture(
     granularity: Granularity,
     constraint: Constraint,
     temperature: bool,
-) -> Mixture:
-    """Group the averaged tensors `names`; a `tied` one is in the group of that it stands for."""
+) -> Parametrisation:
+    """Group the averaged tensors `names`; a `tied` one joins the group of the one it is tied to."""
     labels: dict[str, Callable[[str], str]] = {
         "global": lambda name: "all",
         "layer": layer_of,
@@ -123,11 +123,11 @@ def make_mixture(
     for name in names:
         if name in tied:
             group_of[name] = group_of[tied[name]]
-    return Mixture(tuple(groups), group_of, n_ingredients, constraint, temperature)
+    return Parametrisation(tuple(groups), group_of, n_ingredients, constraint, temperature)
 
 
 def layer_of(name: str) -> str:
-    """Name the layer of a tensor: up to the first number in its name, or else its module.
+    """Return the layer of a tensor: up to the first number in its name, or else its module.
 
     >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight")
     ('model.layers.3', 'lm_head')

@@ -1,8 +1,8 @@
-"""What a search remembers: every score it ever paid for, in a journal beside the output.
+"""The scores of a search, in a journal beside the output.
 
-A search is a fixed function of its scores, so it is resumed by running it again: what the journal
-holds is not scored a second time. The journal belongs to fixed ingredients, task and options; where
-one of them changed, its scores are worth nothing, and that is said by name (`search_folder`).
+A search is a fixed function of its scores, so it resumes by running again: what the journal holds
+is not scored a second time. The journal belongs to fixed ingredients, task and options; where one
+of them changed it is refused, and the message names it (`search.folder`).
 """
 
 from __future__ import annotations
@@ -14,30 +14,27 @@ from typing import Any
 from streamsoup.errors import ResumeError, option, printable
 from streamsoup.live.candidates import Moved
 from streamsoup.search.folder import SearchFolder
-from streamsoup.search.scoring.candidate import Outcome
+from streamsoup.search.scoring.scorer import Members, Outcome
 from streamsoup.system.closing import Closing
 from streamsoup.task import Score
 
-__all__ = ["Members", "Scorebook"]
-
-Members = tuple[int, ...]
-"""Numbers of ingredients, in the order of the sum."""
+__all__ = ["ScoreJournal"]
 
 
-class Scorebook(Closing):
+class ScoreJournal(Closing):
     """The scores of one search, held by this run."""
 
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
-        """Take the search folder of the output at the real path `target`, and read its scores.
+        """Lock the search folder of the output at the real path `target`, and read its scores.
 
         Arguments and errors are those of `SearchFolder`.
         """
         self._folder = SearchFolder(target, bound_to, restart=restart)
         self.root, self.run = self._folder.root, self._folder.run
         self.scores: dict[Members, Outcome] = {}
-        """What is known by now."""
+        """What is known so far."""
         self.paid: list[Outcome] = []
-        """What this run paid for, also where nothing came of it."""
+        """What this run scored, whether it was used or not."""
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="streamsoup-sync")
         self._syncing: Future[None] | None = None
         try:
@@ -46,12 +43,12 @@ class Scorebook(Closing):
             self.close()
             raise
         self.resumed = frozenset(self.scores)
-        """Those that an earlier run had paid for."""
+        """Those that an earlier run had scored."""
 
     def put(self, members: Members, outcome: Outcome, to_beat: float | None) -> None:
-        """Remember a score. It is on disk before the next one is remembered.
+        """Add a score. It is on disk before the next one is added.
 
-        The disk is waited for beside the next candidate: a kill loses no score, and a power
+        The disk works while the next candidate is scored: a kill loses no score, and a power
         failure the last one at most.
         """
         record: dict[str, Any] = {
@@ -71,14 +68,14 @@ class Scorebook(Closing):
         self.paid.append(outcome)
 
     def get(self, members: Members, to_beat: float | None) -> Outcome | None:
-        """Give a score that is known, and serves: a bound does only while it is below `to_beat`."""
+        """Return a known score, or None. An upper bound is of use only while below `to_beat`."""
         outcome = self.scores.get(members)
         if outcome is None or not outcome.score.stopped:
             return outcome
         return outcome if to_beat is not None and outcome.score.value < to_beat else None
 
     def is_of(self, run: object) -> bool:
-        """Whether a soup's run is this search. See `SearchFolder.is_of`."""
+        """Return True if a soup's run is this search. See `SearchFolder.is_of`."""
         return self._folder.is_of(run)
 
     def finish(self) -> None:
@@ -88,18 +85,18 @@ class Scorebook(Closing):
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder; a second time does nothing."""
+        """Release the folder; a second time does nothing."""
         self._syncer.shutdown()
         self._folder.close()
 
     def _wait(self) -> None:
-        """Wait until all scores are on disk. Raises what the disk said, if it said no."""
+        """Wait until all scores are on disk. Raises `OutputError` if they cannot be."""
         if self._syncing is not None:
             self._syncing.result()
             self._syncing = None
 
     def _read(self, n_ingredients: int) -> None:
-        """Take in the scores of earlier runs."""
+        """Read the scores of earlier runs."""
         for number, record in enumerate(self._folder.records, 2):
             try:
                 members, outcome = _read(record)
@@ -107,7 +104,7 @@ class Scorebook(Closing):
                 members, outcome = (-1,), None
             if outcome is None or not all(0 <= i < n_ingredients for i in members):
                 raise ResumeError(
-                    f"{printable(self._folder.journal.path)}: record {number} is no score; "
+                    f"{printable(self._folder.journal.path)}: record {number} is not a score; "
                     f"{option('restart', True)} forgets all scores of this search"
                 )
             self.scores[members] = outcome

@@ -1,0 +1,98 @@
+"""Who scores: the one place where that is decided.
+
+====================================  =============================================
+a `Scorer`                            itself
+a command, one at a time              `FolderScorer`: it limits its own time
+a command, several at once            `WorkerScorer`, with a `FolderScorer` in each
+a task, a time limit or several jobs  `WorkerScorer`, with a `LiveScorer` in each
+a task                                `LiveScorer`, in the model given or built here
+====================================  =============================================
+
+Tasks of lm-evaluation-harness are tasks like any other (`task.harness`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from streamsoup.engine.budget import memory_budget
+from streamsoup.errors import RecipeError
+from streamsoup.options import Note, Options
+from streamsoup.output.make import Order
+from streamsoup.search.scoring.folders import FolderScorer
+from streamsoup.search.scoring.live import LiveScorer
+from streamsoup.search.scoring.scorer import Scorer
+from streamsoup.search.scoring.work import Work
+from streamsoup.search.scoring.workers import WorkerScorer
+from streamsoup.search.trials import GreedySettings
+from streamsoup.task import load_task
+from streamsoup.task.command import CommandTask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["choose_scorer"]
+
+
+def choose_scorer(
+    task: Any,
+    ordered: Order,
+    model: nn.Module | None,
+    settings: GreedySettings,
+    options: Options,
+    *,
+    folder: str,
+) -> Scorer:
+    """Return what scores candidates of `ordered`, in the search whose folder is `folder`.
+
+    Raises:
+        RecipeError: For settings that do not fit what scores.
+        TaskError: If the task cannot be loaded, or lacks what is needed.
+    """
+    isolated = settings.jobs > 1 or settings.timeout is not None or settings.isolate
+
+    def work(task: Any, number: int) -> Work:
+        return Work(
+            task,
+            settings.split,
+            settings.recalibrate,
+            ordered,
+            options,
+            settings.sums,
+            memory_budget(ordered.plan, options.memory),
+            os.path.join(folder, f"sum-{number}"),
+            settings.jobs,
+            settings.direction == "forward",
+        )
+
+    if isinstance(task, Scorer):
+        if model is not None or isolated or settings.recalibrate or settings.split is not None:
+            raise RecipeError(
+                "a scorer decides itself how it scores: leave out model, split, recalibrate, jobs, "
+                "timeout and isolate"
+            )
+        if task.n_at_once < 1:
+            raise RecipeError(f"{task.name}: n_at_once must be at least 1, got {task.n_at_once}")
+        return task
+    if isinstance(task, CommandTask):
+        if settings.recalibrate:
+            raise RecipeError("a command cannot recalibrate; give a task file")
+        if task.timeout is None:
+            task = replace(task, timeout=settings.timeout)
+        if settings.jobs == 1:
+            return FolderScorer(task, work(task, 0))
+        return WorkerScorer([work(task, n) for n in range(settings.jobs)], timeout=None)
+    if not isolated:
+        return LiveScorer(load_task(task), work(None, 0), model)
+    if model is not None:
+        raise RecipeError(
+            "a given model is scored in this process: leave out jobs, timeout and isolate, or let "
+            "the task build it"
+        )
+    if options.on_event is not None:
+        options.on_event(Note("building the model"))
+    works = [work(task, n) for n in range(settings.jobs)]
+    return WorkerScorer(works, timeout=settings.timeout)
