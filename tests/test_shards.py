@@ -665,3 +665,17 @@ except streamsoup.errors.MissingFileError as error:
     assert ran.stderr == ""
     assert "dict_keys(['w'])" in ran.stdout
     assert "a: cannot be found, as the folder we are in was removed" in ran.stdout
+
+
+def test_an_index_that_would_take_much_memory_is_refused_unread(tmp_path: Path) -> None:
+    """Millions of values in a small file are refused by their number, before any is decoded."""
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"metadata":{"log":[' + "[]," * 3_000_000 + "[]]}}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptFileError, match="too large for an index, or holds far too much"):
+            read_index(str(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * path.stat().st_size

@@ -36,6 +36,9 @@ __all__ = [
 INDEX_LIMIT = 100_000_000
 """The largest index in bytes, as for a header: ten times what any published model has."""
 
+OPENING_LIMIT = 220_000_000
+"""Bytes that an index may take while it is read: it holds some hundred for each of its values."""
+
 _INDEX = re.compile(
     r"(?P<base>.+)\.safetensors(\.index(\.(?P<variant>[^.]+))?|\.(?P<old>[^.]+)\.index)\.json",
     re.DOTALL,
@@ -111,6 +114,8 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
         raise FormatError(
             f"{where}: cannot be read: {error.strerror}; fix that and run again"
         ) from None
+    if _opening_nbytes(text) > OPENING_LIMIT:
+        raise CorruptFileError(f"{where}: is too large for an index, or holds far too much else")
     known = recognise(text[:1000])
     if known is not None and not text.startswith(b"{"):
         raise FormatError(f"{where}: is {known}, not JSON")
