@@ -19,10 +19,10 @@ from simulated import SimulatedDevice
 from test_device import candidates_by_the_pipeline, make_half_checkpoints, ordered_on_host
 
 import streamsoup
-from streamsoup.engine import read
 from streamsoup.engine.device import OnDevice
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError
+from streamsoup.formats import stored
 from streamsoup.kernels.accelerator import device as kernels_device
 from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.live import mix as live_mix
@@ -260,7 +260,7 @@ def test_reads_and_writes_that_fail(
     attempt(paths, device, tmp_path / "whole", threads, io="read")
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for room, name, said, n in (
-        (read, "_read_into", "cannot be read", 3),
+        (stored, "read_into", "cannot be read", 7),
         (write, "write_at", "cannot be written: No space left", 2),
     ):
         whole, calls = getattr(room, name), itertools.count()
