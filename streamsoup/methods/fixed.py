@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
-from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
@@ -62,15 +62,12 @@ def uniform(
     Reads each ingredient once, and holds blocks of it only.
     """
     choice = choose_any(ingredients, by=by, every=every, last=last)
-    opened = open_ingredients(listed(ingredients) if choice is None else choice.ingredients)
-    rule = Linear(Coefficients.uniform(len(opened)))
-    ordered = order(opened, rule, method="uniform", options=options)
+    given = listed(ingredients if choice is None else choice.ingredients)
+    equal = Linear(Coefficients.uniform(len(given)))
+    ordered = order(given, equal, method="uniform", options=options)
     if choice is not None:
         warnings = [*ordered.warnings, *choice.warnings]
         ordered = replace(ordered, report=choice.report, warnings=warnings)
-    given = listed(ingredients)
-    equal = Linear(Coefficients.uniform(len(given)))
-    ordered = order(given, equal, method="uniform", options=options)
     return make(ordered, output=output, options=options)
 
 
