@@ -436,7 +436,7 @@ def test_the_cause_is_named(change: Callable[[Words], None], message: str) -> No
     change(model)
     with pytest.raises(MismatchError, match=message) as caught:
         streamsoup.mix_into(model, [state])
-    assert "--command" not in str(caught.value)  # other advice than that which fits
+    assert "by a command" not in str(caught.value)  # other advice than that which fits
 
 
 def test_resized_embeddings_are_named() -> None:
