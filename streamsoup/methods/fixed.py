@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError
-from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
@@ -38,14 +38,13 @@ def uniform(
 ) -> Soup:
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
-    An ingredient is a safetensors file, a folder that holds a checkpoint, a state dict, a module,
-    a `streamsoup.Source`, or one already open.
     The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
     the sum.
 
     Args:
-        ingredients: Safetensors files, folders that hold a checkpoint, state dicts, or ones already
-            open; or the folder of a run, which stands for its checkpoints.
+        ingredients: Safetensors files, folders that hold a checkpoint, state dicts, modules,
+            a `streamsoup.Source`, or ones already open; or the folder of a run, which stands for
+            its checkpoints.
         by: For checkpoints of a run, what they are ordered by before `every` and `last` choose:
             ``step``, ``name``, ``time`` or ``given``.
         every: Take the newest, and every `every`-th counted back from it.
@@ -62,15 +61,12 @@ def uniform(
     Reads each ingredient once, and holds blocks of it only.
     """
     choice = choose_any(ingredients, by=by, every=every, last=last)
-    opened = open_ingredients(listed(ingredients) if choice is None else choice.ingredients)
-    rule = Linear(Coefficients.uniform(len(opened)))
-    ordered = order(opened, rule, method="uniform", options=options)
+    given = listed(ingredients) if choice is None else choice.ingredients
+    equal = Linear(Coefficients.uniform(len(given)))
+    ordered = order(given, equal, method="uniform", options=options)
     if choice is not None:
         warnings = [*ordered.warnings, *choice.warnings]
         ordered = replace(ordered, report=choice.report, warnings=warnings)
-    given = listed(ingredients)
-    equal = Linear(Coefficients.uniform(len(given)))
-    ordered = order(given, equal, method="uniform", options=options)
     return make(ordered, output=output, options=options)
 
 
