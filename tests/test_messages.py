@@ -131,6 +131,6 @@ def test_ingredients_are_named_by_their_place(tmp_path: Path) -> None:
         streamsoup.uniform(states, output=tmp_path / "soup")
     numbers = [{"n": torch.tensor([n])} for n in (1, 1, 2)]
     with pytest.raises(
-        MismatchError, match=r"of ingredient 3 differs from that of ingredient 1 \(state dict"
+        MismatchError, match=r"^ingredient 3: .* differs from that of ingredient 1 \(state dict"
     ):
         streamsoup.uniform(numbers, output=tmp_path / "soup")

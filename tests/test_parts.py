@@ -185,7 +185,7 @@ def test_codes_and_scales_that_are_the_same_are_copied(
             uniform([a, c], output=tmp_path / "no", options=options)
         assert f"{c}/model.safetensors: {name}: this {dtype} tensor differs" in str(refused.value)
         assert "a part of a quantised weight" in str(refused.value)
-        assert "--non-float" not in str(refused.value)
+        assert "non_float" not in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "I16", "U32", "I64"])
@@ -212,7 +212,7 @@ def test_no_advice_makes_a_soup_of_codes_without_scales(tmp_path: Path) -> None:
         ]
         with pytest.raises(MismatchError) as refused:
             uniform(paths, output=tmp_path / "out")
-        assert ("--non-float first" in str(refused.value)) == advised
+        assert ("non_float='first'" in str(refused.value)) == advised
         assert ("codes of quantised weights" in str(refused.value)) != advised
 
 

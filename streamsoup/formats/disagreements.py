@@ -155,7 +155,7 @@ def differing(
     ingredient's: that would be another model's code under our scales.
     """
     dtype = first.layout.places[tensor][1].dtype.name
-    what = f"{ingredient.where(tensor)}: this {dtype} tensor of ingredient {number} differs "
+    what = f"ingredient {number}: {ingredient.where(tensor)}: this {dtype} tensor differs "
     what += f"from that of ingredient 1 ({printable(first.name)})"
     if coded:
         return (

@@ -38,14 +38,13 @@ def uniform(
 ) -> Soup:
     """Average `ingredients`, each with the same weight, into the folder `output`.
 
-    An ingredient is a safetensors file, a folder that holds a checkpoint, a state dict, a module,
-    a `streamsoup.Source`, or one already open.
     The result is the correctly rounded mean for float16, and for bfloat16 wherever float64 holds
     the sum.
 
     Args:
-        ingredients: Safetensors files, folders that hold a checkpoint, state dicts, or ones already
-            open; or the folder of a run, which stands for its checkpoints.
+        ingredients: Safetensors files, folders that hold a checkpoint, state dicts, modules,
+            a `streamsoup.Source`, or ones already open; or the folder of a run, which stands for
+            its checkpoints.
         by: For checkpoints of a run, what they are ordered by before `every` and `last` choose:
             ``step``, ``name``, ``time`` or ``given``.
         every: Take the newest, and every `every`-th counted back from it.
@@ -62,7 +61,7 @@ def uniform(
     Reads each ingredient once, and holds blocks of it only.
     """
     choice = choose_any(ingredients, by=by, every=every, last=last)
-    given = listed(ingredients if choice is None else choice.ingredients)
+    given = listed(ingredients) if choice is None else choice.ingredients
     equal = Linear(Coefficients.uniform(len(given)))
     ordered = order(given, equal, method="uniform", options=options)
     if choice is not None:
