@@ -133,6 +133,17 @@ def random_model(seed: int, **more: Tensor) -> dict[str, Tensor]:
     } | more
 
 
+_EXPECTED = re.compile(
+    r"^warning: .*(without elements in all|given more than once|are all zero|the same in all).*\n",
+    re.MULTILINE,
+)
+
+
+def unexpected(stderr: str) -> str:
+    """Return what a command said beside its warnings of copies, zeros and empty tensors."""
+    return _EXPECTED.sub("", stderr)
+
+
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     environment = {**os.environ, "PYTHONWARNINGS": "error", **options.pop("env", {})}

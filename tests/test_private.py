@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import save, tensor
 
-from streamsoup.kernels import objects
+from streamsoup.kernels.fast import objects
 from streamsoup.methods.fixed import uniform
 from streamsoup.system.private import open_private, read_private, write_private
 
