@@ -296,7 +296,7 @@ def plant_fault(name: str) -> None:
         write.FileSink.sync = lambda self, numbers=None: None  # type: ignore[method-assign]
     elif name == "believes its notes":
         write.FileLedger.restore = (  # type: ignore[method-assign]
-            lambda self, leaf: self._digests.get(leaf.number) if self.noted(leaf) else None
+            lambda self, leaf: self.digests.get(leaf.number) if self.noted(leaf) else None
         )
     elif name == "notes no scores":
         import streamsoup.search.scoring.journal as scorebook

@@ -119,7 +119,7 @@ def attempt(paths: list[Path], device: HostDevice, output: Path, threads: int, *
             1,
             FULL,
             BudgetError,
-            r"not enough memory for [\d.]+ MB on failing .* lower --device-memory",
+            r"not enough memory for [\d.]+ MB on failing .* lower device_memory",
         ),
         (2, BROKEN, DeviceError, r"the device failed, with [\d.]+ MB on failing .*illegal memory"),
     ],

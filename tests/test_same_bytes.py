@@ -309,7 +309,9 @@ def test_what_is_not_averaged_is_copied_or_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "out") == {n: (d, tuple(s), x) for n, (d, s, x) in odd.items()}
     c = save(tmp_path / "c", odd | {"f4": ("F4", (6,), b"\x12\x34\x57")})
     for options in (Options(), Options(io="read")):
-        with pytest.raises(MismatchError, match=rf"^{c}/model\.safetensors: f4: this F4 tensor"):
+        with pytest.raises(
+            MismatchError, match=rf"^ingredient 3: {c}/model\.safetensors: f4: this F4 tensor"
+        ):
             uniform([a, b, c], output=tmp_path / "no", options=options)
     assert not (tmp_path / "no").exists()
     uniform([c, b], output=tmp_path / "first", options=Options(non_float="first"))

@@ -439,7 +439,7 @@ def test_threads_that_cannot_be_started(
 
     monkeypatch.setattr(threading.Thread, "start", starting)
     monkeypatch.setattr(stream, "ALONE_NBYTES", -1)
-    said = f"only {n_started} of 3 threads can be started here; lower --threads"
+    said = f"only {n_started} of 3 threads can be started here; lower threads"
     with pytest.raises(BudgetError, match=said):
         uniform([model], output=tmp_path / "out", options=Options(threads=3))
     assert len(started) == n_started
