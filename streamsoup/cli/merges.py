@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -193,9 +193,7 @@ def multislerp(ingredients: tuple[str, ...], **settings: Any) -> int:
 @click.command()
 @common.INGREDIENTS
 @WEIGHTS
-@click.option(
-    "-t", "t", type=common.Number(0, 1), help="0 is the first, 1 the second; default .5."
-)
+@click.option("-t", "t", type=common.Number(0, 1), help="0 is the first, 1 the second; default .5.")
 @SOUP
 def nuslerp(ingredients: tuple[str, ...], t: float | None, **settings: Any) -> int:
     """Turn from the first to the second, tensor by tensor (NuSLERP)."""
@@ -205,7 +203,7 @@ def nuslerp(ingredients: tuple[str, ...], t: float | None, **settings: Any) -> i
 
 
 def merge(
-    method: str, ingredients: tuple[str, ...], settings: dict[str, Any], listed: list[str] = []
+    method: str, ingredients: tuple[str, ...], settings: dict[str, Any], listed: Sequence[str] = ()
 ) -> int:
     """Make a soup with a verb of `methods.merges`; `listed` options hold a number for each."""
     given = _own(settings)
@@ -250,8 +248,7 @@ def mean(
 
 
 def _own(settings: dict[str, Any]) -> dict[str, Any]:
-    """Move out of `settings` what a verb takes itself: all that is neither an option of every verb
-    nor about the report."""
+    """Move out of `settings` what is neither an option of every verb nor about its report."""
     from streamsoup.options import Options
 
     shared = {*Options.__struct_fields__, "as_json", "quiet"}

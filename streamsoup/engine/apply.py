@@ -176,7 +176,7 @@ class RawBlock:
         read: Callable[[int, int, int], Floats],
     ) -> None:
         """Take the blocks of all ingredients, and what reads any range of the tensor."""
-        self.values_at = read
+        self._read = read
         self.tensor, self.start, self.n, self.dtypes, self.raw = tensor, start, n, dtypes, raw
         self.spoiled = False
 
@@ -188,6 +188,10 @@ class RawBlock:
         if not np.isfinite(values).all():
             self.spoiled = True
         return values
+
+    def values_at(self, ingredient: int, start: int, n: int) -> Floats:
+        """Return any elements of the tensor as float64."""
+        return self._read(ingredient, start, n)
 
     def spoil(self) -> None:
         """Report a NaN or an Inf among the elements."""

@@ -3,7 +3,7 @@
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
 https://doi.org/10.1145/2063384.2063405, as in Random123, cuRAND and torch. A stream belongs to one
 tensor of one ingredient under one seed. Element i of the tensor has word i mod 4 of the counter
-(i // 4 mod 2³², i // 2³⁴, 0, 0), so that masks depend on neither order, threads, blocks nor devices.
+(i // 4 mod 2³², i // 2³⁴, 0, 0), so masks depend on neither order, threads, blocks nor devices.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 * SCE. Wan et al. 2024, https://arxiv.org/abs/2408.07990.
 * RAM, https://arxiv.org/abs/2601.13572; NearSwap, of mergekit.
 
-The first four are one rule with other parameters: `engine.rules.task_vectors` says what it computes.
+The first four are one rule with other parameters: `engine.rules.task_vectors` says what it is.
 Every verb ends in a recipe whose rule holds all parameters, defaults and seed included.
 """
 
@@ -25,7 +25,7 @@ from streamsoup.engine.rules.sce import Sce
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked, Sparsifier
 from streamsoup.engine.rules.task_vectors import Consensus, Rescale, TaskVectors, Terms, Trim
 from streamsoup.errors import RecipeError, count
-from streamsoup.formats.shards import AnyIngredient, listed
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.options import Options, take
 from streamsoup.output.make import Soup, make, order
 from streamsoup.rule import Rule

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError, count, some
-from streamsoup.formats.shards import AnyIngredient, listed
+from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.methods import closed
 from streamsoup.methods.closed import sphere_factors
 from streamsoup.options import Options

@@ -200,9 +200,7 @@ class Merging:
         """Return the random fractions of elements ``(n,)``, 0 to 1, 1 excluded."""
         return words(key_of(self._rule.seed, i, name), start, n) * RANGE
 
-    def _ranked(
-        self, i: int, leaf: _Leaf, block: Block, task: Floats, sparsifier: Ranked
-    ) -> Mask:
+    def _ranked(self, i: int, leaf: _Leaf, block: Block, task: Floats, sparsifier: Ranked) -> Mask:
         """Rank the rows that a block lies in, all of each, and draw what is kept."""
         length = row_length(block.tensor.shape)
         end = block.start + block.n

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Sce"]
 
 N_SELECTING = 8
-"""Passes of a selection at most: `selection.N_PASSES`, which needs numpy; two or three are usual."""
+"""Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
 
 MOST_COLLECTED = 1 << 17
 """Keys that a selection sorts in memory."""

@@ -34,7 +34,7 @@ MOST_COLLECTED = 1 << 17
 """Keys that all selections of a group together sort in memory, 16 bytes each."""
 
 N_SELECTING = 8
-"""Passes of a selection at most: `selection.N_PASSES`, which needs numpy; two or three are usual."""
+"""Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
