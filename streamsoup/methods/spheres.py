@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -27,8 +28,16 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError, count, some
 from streamsoup.formats.ingredients import AnyIngredient, listed
-from streamsoup.methods import closed
-from streamsoup.methods.closed import sphere_factors
+from streamsoup.methods.closed import (
+    about_zero,
+    has_opposites,
+    make_linear,
+    measure_all,
+    open_both,
+    shares_of,
+    sphere_factors,
+    with_pass,
+)
 from streamsoup.options import Options
 from streamsoup.output.make import Soup
 from streamsoup.recipe import Coefficients
@@ -108,7 +117,7 @@ def karcher_factors(gram: Floats, shares: Floats) -> Floats | None:
 def multislerp_factors(gram: Floats, shares: Floats) -> Floats | None:
     """Return the factors ``(vector,)`` of multi-SLERP; None where unit vectors cancel out."""
     norms = np.sqrt(np.diag(gram))
-    if not (norms > 0).all():
+    if not (norms > 0).all() or has_opposites(gram):
         return None
     units = gram / np.outer(norms, norms)
     products = (shares[:, None] * shares[None, :] * units).ravel()
@@ -119,7 +128,7 @@ def multislerp_factors(gram: Floats, shares: Floats) -> Floats | None:
 def nuslerp_factors(gram: Floats, shares: Floats) -> Floats | None:
     """Return the factors ``(2,)`` of NuSLERP; None where there is no angle."""
     lengths = math.sqrt(gram[0, 0]) * math.sqrt(gram[1, 1])
-    if not lengths > 0:
+    if not lengths > 0 or has_opposites(gram):
         return None
     cosine = min(1.0, max(-1.0, float(gram[0, 1]) / lengths))
     if 1 - cosine * cosine <= NO_ANGLE:
@@ -147,12 +156,14 @@ def _make(
     """Measure the Gram matrix of each tensor, and make the linear soup of its factors."""
     ingredients = listed(ingredients)
     n = len(ingredients)
-    shares = closed._shares([1.0] * n if weights is None else weights, n)
-    ingredients, base = closed._opened(ingredients, base)
+    shares = shares_of([1.0] * n if weights is None else weights, n)
+    ingredients, base = open_both(ingredients, base)
+    started = time.monotonic()
+    places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     straight: list[str] = []
-    for place in closed._measure(ingredients, base, output, options):
-        gram = closed._about_zero(place) if base is None else place.gram
+    for place in places:
+        gram = about_zero(place) if base is None else place.gram
         factors = factors_of(gram, shares)
         if factors is None:
             straight.append(place.name)
@@ -176,6 +187,8 @@ def _make(
         )
     first = () if base is None else (0.0,)
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
-    return closed._make(
+    del places  # before the soup is made: a Gram matrix of each tensor
+    soup = make_linear(
         ingredients, coefficients, method, report, output, options, base=base, warnings=warnings
     )
+    return with_pass(soup, nbytes, time.monotonic() - started)

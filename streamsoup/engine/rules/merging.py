@@ -80,11 +80,7 @@ class Merging:
             if terms.measures_sums
         }
         """Of |d| and of |S(d)|, by tensor."""
-
-    @property
-    def measuring(self) -> bool:
-        """Whether thresholds or sums are still wanted."""
-        return self._selecting or self._summing
+        self.measuring = self._selecting or self._summing
 
     def start(self, tensor: TensorSpec, start: int) -> _Leaf:
         """Begin a leaf."""
@@ -128,13 +124,14 @@ class Merging:
     def end_pass(self) -> None:
         """Fix more of each threshold; or end with the sums."""
         if not self._selecting:
-            self._summing = False
+            self._summing = self.measuring = False
             return
         for selections in self._selections:
             for selection in selections:
                 if selection.measuring:
                     selection.end_pass()
         self._selecting = any(s.measuring for each in self._selections for s in each)
+        self.measuring = self._selecting or self._summing
 
     def reduce(self, leaf: _Leaf, block: Block, out: Floats) -> None:
         """Add to the base what is kept, and agrees."""
