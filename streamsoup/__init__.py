@@ -52,25 +52,35 @@ _HOMES = {
     "Trial": "search.trials",
     "apply": "methods.fixed",
     "arithmetic": "methods.closed",
+    "breadcrumbs": "methods.merges",
     "compare": "study.comparison.table",
+    "dare": "methods.merges",
+    "della": "methods.merges",
     "ema": "methods.closed",
     "geometry": "methods.angles",
     "greedy": "search.greedy",
     "inspect": "output.records",
     "interpolate": "methods.fixed",
+    "karcher": "methods.spheres",
     "landscape": "study.landscape.landscape",
     "lawa": "methods.closed",
     "learned": "search.learned",
     "mix": "methods.fixed",
     "mix_into": "live.mix",
     "mix_to": "live.streams",
+    "multislerp": "methods.spheres",
+    "nearswap": "methods.merges",
+    "nuslerp": "methods.spheres",
     "open_ingredients": "formats.ingredients",
     "plan": "output.records",
+    "ram": "methods.merges",
     "recalibrate": "live.recalibration",
+    "sce": "methods.merges",
     "slerp": "methods.closed",
     "stock": "methods.closed",
     "stream_mix": "live.streams",
     "sweep": "study.landscape.paths",
+    "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
     "write_report": "study.report.comparison",
@@ -111,6 +121,16 @@ if TYPE_CHECKING:
     from streamsoup.methods.fixed import interpolate as interpolate
     from streamsoup.methods.fixed import mix as mix
     from streamsoup.methods.fixed import uniform as uniform
+    from streamsoup.methods.merges import breadcrumbs as breadcrumbs
+    from streamsoup.methods.merges import dare as dare
+    from streamsoup.methods.merges import della as della
+    from streamsoup.methods.merges import nearswap as nearswap
+    from streamsoup.methods.merges import ram as ram
+    from streamsoup.methods.merges import sce as sce
+    from streamsoup.methods.merges import ties as ties
+    from streamsoup.methods.spheres import karcher as karcher
+    from streamsoup.methods.spheres import multislerp as multislerp
+    from streamsoup.methods.spheres import nuslerp as nuslerp
     from streamsoup.options import Note as Note
     from streamsoup.options import Options as Options
     from streamsoup.options import Progress as Progress

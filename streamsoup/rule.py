@@ -52,6 +52,8 @@ class RuleMemory(msgspec.Struct, frozen=True):
     """What a reduction keeps from one pass to the next."""
     fixed: int = 0
     """What the rule itself holds: its parameters."""
+    reads_elsewhere: bool = False
+    """Whether it calls `Block.values_at`, which takes a thread buffers of their own."""
 
 
 class Block(Protocol):
@@ -73,6 +75,13 @@ class Block(Protocol):
 
         Costs 8 bytes for each element, which `Rule.memory` has to count. What is not finite is
         reported as by `spoil`.
+        """
+
+    def values_at(self, ingredient: int, start: int, n: int) -> Floats:
+        """Return elements `start` to ``start + n`` of the same tensor ``(n,) float64``.
+
+        For statistics of what reaches beyond a block, such as rows. Costs reading them once more,
+        and 8 bytes for each, which `Rule.memory` has to count, with `reads_elsewhere`.
         """
 
     def spoil(self) -> None:

@@ -7,6 +7,7 @@ float64, rounds what the rule returns once, and knows nothing else about it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import Leaf, MixPlan, PlannedTensor
+from streamsoup.engine.read import Reader, Session
 from streamsoup.engine.reduce import copy
 from streamsoup.engine.schedule import Group, Schedule
 from streamsoup.kernels.blocks import array_of, finish, widen
@@ -77,7 +79,13 @@ class ApplyWorker:
         widest = max((tensor.dtype.itemsize for tensor in plan.reduced), default=1)
         self._result, self._sums = buffer(block * widest), np.empty(block)
         self._state: Any = None
+        self._reader: Reader | None = None
+        self._elsewhere: Session | None = None
         self.spoiled = False
+
+    def read_with(self, reader: Reader) -> None:
+        """Take what a rule reads with that looks beyond its block."""
+        self._reader = reader
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
         """Leave them to the stream."""
@@ -127,14 +135,32 @@ class ApplyWorker:
         return self._output
 
     def close(self) -> None:
-        """Let go of the state of the last leaf."""
+        """Let go of the state of the last leaf, and of what was read elsewhere."""
         self._state = None
+        if self._elsewhere is not None:
+            self._elsewhere.close()
 
     def _block(
         self, tensor: PlannedTensor, start: int, n: int, inputs: Sequence[Bytes]
     ) -> RawBlock:
         dtypes = [tensor.sources[layout].dtype for layout in self._apply.plan.layout_of]
-        return RawBlock(tensor.spec, start, n, dtypes, inputs)
+        return RawBlock(tensor.spec, start, n, dtypes, inputs, partial(self._read, tensor))
+
+    def _read(self, tensor: PlannedTensor, ingredient: int, start: int, n: int) -> Floats:
+        """Return any range of a tensor, read with a session of its own."""
+        assert self._reader is not None
+        if self._elsewhere is None:
+            self._elsewhere = self._reader.session()
+        values, most = np.empty(n), self._apply.memory.block
+        dtype = tensor.sources[self._apply.plan.layout_of[ingredient]].dtype
+        for begin in range(0, n, most):
+            n_units = min(most, n - begin)
+            (raw,) = self._elsewhere.block(
+                tensor, ingredient, ingredient + 1, start + begin, n_units
+            )
+            with np.errstate(invalid="ignore"):  # signalling NaNs
+                values[begin : begin + n_units] = widen(array_of(raw), dtype)
+        return values
 
 
 class RawBlock:
@@ -147,8 +173,10 @@ class RawBlock:
         n: int,
         dtypes: Sequence[DType],
         raw: Sequence[Bytes],
+        read: Callable[[int, int, int], Floats],
     ) -> None:
-        """Take the blocks of all ingredients."""
+        """Take the blocks of all ingredients, and what reads any range of the tensor."""
+        self._read = read
         self.tensor, self.start, self.n, self.dtypes, self.raw = tensor, start, n, dtypes, raw
         self.spoiled = False
 
@@ -160,6 +188,10 @@ class RawBlock:
         if not np.isfinite(values).all():
             self.spoiled = True
         return values
+
+    def values_at(self, ingredient: int, start: int, n: int) -> Floats:
+        """Return any elements of the tensor as float64."""
+        return self._read(ingredient, start, n)
 
     def spoil(self) -> None:
         """Report a NaN or an Inf among the elements."""

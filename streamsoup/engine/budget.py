@@ -156,9 +156,11 @@ def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> M
     widest = max((tensor.unit_nbytes for tensor in plan.tensors), default=1)
     # Each element of a block: its result in float64 and rounded, what looking for the cause of a
     # NaN makes of it, what the rule holds, and the inputs that are read rather than viewed.
-    per_element = 8 + widest + 16 + held.per_element + reading.unit_nbytes
+    n_sessions = 2 if held.reads_elsewhere else 1
+    per_element = 8 + widest + 16 + held.per_element + n_sessions * reading.unit_nbytes
     # Two states: a leaf that waits to be merged, and the one after it. Groups overlap.
-    each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group + reading.session_nbytes
+    each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group
+    each += n_sessions * reading.session_nbytes
     fixed = fixed_nbytes(plan) + held.per_group
 
     def peak(block: int, threads: int) -> int:
@@ -187,7 +189,9 @@ def memory_budget(plan: MixPlan, told: int | str | None) -> int:
     """
     if told is not None:
         return parse_nbytes(told)
-    return max(DEFAULT_NBYTES, fixed_nbytes(plan) + WORKING_NBYTES, opening_nbytes(plan))
+    rule = rule_memory(plan)
+    own = 2 * (rule.per_leaf + rule.per_group)
+    return max(DEFAULT_NBYTES, fixed_nbytes(plan) + own + WORKING_NBYTES, opening_nbytes(plan))
 
 
 def _kernel_nbytes(source: DType, output: DType) -> int:

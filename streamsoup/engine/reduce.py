@@ -35,6 +35,7 @@ from streamsoup.system.cgroup import memory_limit
 from streamsoup.tensors import DType
 
 if TYPE_CHECKING:
+    from streamsoup.engine.read import Reader
     from streamsoup.kernels.blocks import BlockSums
 
 __all__ = [
@@ -185,6 +186,9 @@ class Worker(Protocol):
 @runtime_checkable
 class MeasuringWorker(Worker, Protocol):
     """A worker that can look at leaves before it makes any."""
+
+    def read_with(self, reader: Reader) -> None:
+        """Take what a rule reads with that looks beyond its block; called once, at first."""
 
     def begin(self, leaf: Leaf) -> None:
         """Begin a leaf, to be measured or to be made."""

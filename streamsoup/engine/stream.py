@@ -272,6 +272,8 @@ class _Pass:
                 closing(self.sink.session()) as writing,
                 closing(self.reducer.worker()) as worker,
             ):
+                if isinstance(worker, MeasuringWorker):
+                    worker.read_with(self.reader)
                 for task in self.schedule.tasks():
                     if task.place is not None:
                         self.measure_leaf(task, reading, worker)

@@ -90,7 +90,7 @@ def ema(
     factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
     factors[:1] = [decay ** (n - 1)] if n else []
     report = {"decay": decay, **choice.report}
-    return _make(
+    return make_linear(
         choice.ingredients, factors, "ema", report, output, options, warnings=choice.warnings
     )
 
@@ -138,7 +138,7 @@ def lawa(
     latest = replace(choice, checkpoints=choice.checkpoints[n - window :])
     report = {"window": window, "n_given": n, **latest.report}
     coefficients = Coefficients.uniform(window)
-    return _make(
+    return make_linear(
         latest.ingredients, coefficients, "lawa", report, output, options, warnings=choice.warnings
     )
 
@@ -179,7 +179,7 @@ def wsm(
     choice = choose(checkpoints, by=by, every=every, last=last)
     coefficients = wsm_coefficients(len(choice.checkpoints), curve)
     report = {"curve": curve, **choice.report}
-    return _make(
+    return make_linear(
         choice.ingredients, coefficients, "wsm", report, output, options, warnings=choice.warnings
     )
 
@@ -248,7 +248,7 @@ def arithmetic(
         raise RecipeError(f"scales that sum to {sum(scales)} leave no factor for the base")
     factors = [1.0 - math.fsum(scales), *scales]
     report = {"scale": scales}
-    return _make(ingredients, factors, "arithmetic", report, output, options, base=base)
+    return make_linear(ingredients, factors, "arithmetic", report, output, options, base=base)
 
 
 def stock(
@@ -270,9 +270,9 @@ def stock(
     n = len(ingredients)
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
-    ingredients, base = _opened(ingredients, base)
+    ingredients, base = open_both(ingredients, base)
     started = time.monotonic()
-    places, nbytes = _measure(ingredients, base, output, options)
+    places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     ratios: list[float] = []
     negative: list[str] = []
@@ -295,8 +295,8 @@ def stock(
     }
     del places  # before the soup is made: a Gram matrix of each tensor
     coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
-    soup = _make(ingredients, coefficients, "stock", report, output, options, base=base)
-    return _with_pass(soup, nbytes, time.monotonic() - started)
+    soup = make_linear(ingredients, coefficients, "stock", report, output, options, base=base)
+    return with_pass(soup, nbytes, time.monotonic() - started)
 
 
 def stock_ratio(place: Place) -> float:
@@ -327,20 +327,20 @@ def slerp(
     tensors. Costs as for `stock`.
     """
     ingredients = listed(ingredients)
-    shares = _shares(weights, len(ingredients))
-    ingredients, base = _opened(ingredients, base)
+    shares = shares_of(weights, len(ingredients))
+    ingredients, base = open_both(ingredients, base)
     started = time.monotonic()
-    places, nbytes = _measure(ingredients, base, output, options)
+    places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
     straight: list[str] = []
     opposite: list[str] = []
     for place in places:
-        gram = place.gram if base is not None else _about_zero(place)
+        gram = place.gram if base is not None else about_zero(place)
         factors = sphere_factors(gram, shares)
         if factors is None:
             straight.append(place.name)
             factors = shares
-            if _has_opposites(gram):
+            if has_opposites(gram):
                 opposite.append(place.name)
         first = () if base is None else (1.0 - math.fsum(factors),)
         rows[place.name] = (*first, *map(float, factors))
@@ -360,13 +360,13 @@ def slerp(
             "between which a sphere knows no way: the straight mean is taken, which is "
             f"{left} where both have the same weight and length: {some(opposite)}"
         )
-    soup = _make(
+    soup = make_linear(
         ingredients, coefficients, "slerp", report, output, options, base=base, warnings=warnings
     )
-    return _with_pass(soup, nbytes, time.monotonic() - started)
+    return with_pass(soup, nbytes, time.monotonic() - started)
 
 
-def _has_opposites(gram: Floats) -> bool:
+def has_opposites(gram: Floats) -> bool:
     """Return True if two vectors, of which `gram` holds the products, point opposite ways."""
     norms = np.sqrt(np.diag(gram))
     lengths = np.outer(norms, norms)
@@ -423,13 +423,14 @@ def _dot(left: Floats, right: Floats) -> float:
     return math.fsum(left * right)
 
 
-def _about_zero(place: Place) -> Floats:
-    """Give ⟨θᵢ, θⱼ⟩ ``(ingredient, ingredient)``, from the reference and the differences."""
+def about_zero(place: Place) -> Floats:
+    """Return ⟨θᵢ, θⱼ⟩ ``(ingredient, ingredient)``, from the reference and the differences."""
     rows = place.rows
     return np.asarray(rows[0, 0] + rows[0, 1:][:, None] + rows[0, 1:][None, :] + rows[1:, 1:])
 
 
-def _shares(weights: Sequence[float], n: int) -> Floats:
+def shares_of(weights: Sequence[float], n: int) -> Floats:
+    """Return `weights`, one for each of `n`, divided by their sum ``(n,)``."""
     if isinstance(weights, (str, bytes)):
         raise RecipeError(f"{printable(repr(weights))}: a list of weights is wanted")
     given = np.array([take("float", "weights", weight) for weight in weights])
@@ -444,7 +445,7 @@ def _shares(weights: Sequence[float], n: int) -> Floats:
     return np.asarray(given / total)
 
 
-def _opened(
+def open_both(
     ingredients: Sequence[AnyIngredient], base: AnyIngredient | None
 ) -> tuple[list[AnyIngredient], AnyIngredient | None]:
     """Open all, once for both passes: to open a state dict reads all of it."""
@@ -454,7 +455,7 @@ def _opened(
     return [*others], first
 
 
-def _measure(
+def measure_all(
     ingredients: Iterable[AnyIngredient],
     base: AnyIngredient | None,
     output: str | os.PathLike[str],
@@ -467,7 +468,7 @@ def _measure(
     check_options(options, Options)
     if options.non_finite == "propagate":
         raise RecipeError(
-            "NaN and Inf have no angles, so stock and slerp cannot let them pass: leave out "
+            "NaN and Inf have no angles, so what is made of angles cannot let them pass: leave out "
             f"{option('non_finite', 'propagate')}"
         )
     everything = [*([] if base is None else [base]), *ingredients]
@@ -481,7 +482,7 @@ def _measure(
     return found.tensors, found.nbytes_read
 
 
-def _with_pass(soup: Soup, nbytes_read: int, elapsed_s: float) -> Soup:
+def with_pass(soup: Soup, nbytes_read: int, elapsed_s: float) -> Soup:
     """Count the Gram pass too; `elapsed_s` is of both."""
     if soup.finished:  # an earlier run had made it: this one read for the angles alone
         return replace(soup, nbytes_read=nbytes_read, elapsed_s=elapsed_s)
@@ -493,7 +494,7 @@ def _with_pass(soup: Soup, nbytes_read: int, elapsed_s: float) -> Soup:
     )
 
 
-def _make(
+def make_linear(
     ingredients: Iterable[AnyIngredient],
     coefficients: Coefficients | Sequence[float],
     method: str,

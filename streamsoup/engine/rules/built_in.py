@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from streamsoup.engine.rules.elementwise import NearSwap, Ram
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.rules.sce import Sce
+from streamsoup.engine.rules.task_vectors import TaskVectors
 from streamsoup.rule import Rule
 
 __all__ = ["BUILT_IN"]
 
-BUILT_IN: tuple[type[Rule], ...] = (Linear,)
+BUILT_IN: tuple[type[Rule], ...] = (Linear, TaskVectors, Sce, Ram, NearSwap)

@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
-"""Counts of a pass, 8 bytes each."""
+"""Counts of a pass: 4 bytes each of a leaf, 8 of all."""
 
 N_MAGNITUDE = 4
 N_INDEX = 3
@@ -43,11 +43,10 @@ COLLECTED = 1 << 19
 class Selection:
     """Finds which of `n` elements, given in any order of blocks, are the `k` largest."""
 
-    def __init__(self, k: int, n: int) -> None:
-        """Select `k` of `n` elements; all, or none, are known at once."""
-        self.measuring = 0 < k < n
-        self._everything = k >= n > 0
-        self._left = k
+    def __init__(self, k: int, n: int, *, most: int = COLLECTED) -> None:
+        """Select `k` of `n` elements, sorting `most` in memory; all, or none, are known at once."""
+        self._n, self._most = n, most
+        self.select(k)
         self._prefix: list[int] = []
         self._collects = False
         self._counts = np.zeros(DIGITS, np.int64)
@@ -55,9 +54,15 @@ class Selection:
         self._threshold, self._cut = np.uint64(0), np.uint64(0)
         """Kept is what lies above the threshold, or equals it at an index up to the cut."""
 
+    def select(self, k: int) -> None:
+        """Select `k` instead, which the first pass may tell; before it ends."""
+        self.measuring = 0 < k < self._n
+        self._everything = k >= self._n > 0
+        self._left = k
+
     def start(self) -> Any:
         """Return what a leaf shows: counts, or collected keys."""
-        return [] if self._collects else np.zeros(DIGITS, np.int64)
+        return [] if self._collects else np.zeros(DIGITS, np.int32)
 
     def measure(self, state: Any, magnitudes: Floats, start: int) -> None:
         """Look at the elements from index `start` on ``(element,) float64``, none below zero."""
@@ -71,7 +76,7 @@ class Selection:
             keys = keys[matches]
         if len(self._prefix) < N_MAGNITUDE and not self._collects:
             digits = (keys >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-            state += np.bincount(digits.astype(np.int64), minlength=DIGITS)
+            _count(state, digits)
             return
         assert indices is not None
         inverted = ~(indices.astype(np.uint64) + np.uint64(start))
@@ -84,7 +89,7 @@ class Selection:
             state.append(np.stack([keys, inverted]))
             return
         digits = (inverted >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-        state += np.bincount(digits.astype(np.int64), minlength=DIGITS)
+        _count(state, digits)
 
     def merge(self, state: Any) -> None:
         """Take what a leaf showed."""
@@ -110,7 +115,7 @@ class Selection:
         self._counts[:] = 0
         if n_equal == self._left:
             self._keep_all()
-        elif n_equal <= COLLECTED:
+        elif n_equal <= self._most:
             self._collects = True
 
     def _keep_all(self) -> None:
@@ -136,3 +141,8 @@ class Selection:
         n_tied = min(max(int(self._cut) + 1 - start, 0), len(keys))
         kept[:n_tied] |= keys[:n_tied] == self._threshold
         return kept
+
+
+def _count(counts: NDArray[np.int32], digits: NDArray[np.uint64]) -> None:
+    """Add how often each digit occurs."""
+    counts += np.bincount(digits.astype(np.int64), minlength=DIGITS).astype(np.int32)

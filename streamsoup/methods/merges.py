@@ -1,0 +1,308 @@
+"""Merges of task vectors that are no fixed linear combination.
+
+* TIES. Yadav et al. 2023, https://arxiv.org/abs/2306.01708.
+* DARE. Yu et al. 2023, https://arxiv.org/abs/2311.03099.
+* Model Breadcrumbs. Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795.
+* DELLA. Deep et al. 2024, https://arxiv.org/abs/2406.11617.
+* SCE. Wan et al. 2024, https://arxiv.org/abs/2408.07990.
+* RAM, https://arxiv.org/abs/2601.13572; NearSwap, of mergekit.
+
+The first four are one rule with other parameters: `engine.rules.task_vectors` says what it is.
+Every verb ends in a recipe whose rule holds all parameters, defaults and seed included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from streamsoup.engine.rules.elementwise import NearSwap, Ram
+from streamsoup.engine.rules.sce import Sce
+from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked, Sparsifier
+from streamsoup.engine.rules.task_vectors import Consensus, Rescale, TaskVectors, Terms, Trim
+from streamsoup.errors import RecipeError, count
+from streamsoup.formats.ingredients import AnyIngredient, listed
+from streamsoup.options import Options, take
+from streamsoup.output.make import Soup, make, order
+from streamsoup.rule import Rule
+
+__all__ = ["breadcrumbs", "dare", "della", "nearswap", "ram", "sce", "ties"]
+
+Each = float | Sequence[float]
+"""One number for all ingredients, or one for each."""
+
+
+def ties(
+    ingredients: Iterable[AnyIngredient],
+    density: Each,
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    coefficients: Each = 1.0,
+    lambda_: float = 1.0,
+    consensus: Consensus = "sum",
+    normalize: bool = True,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the TIES merge of `ingredients`, fine-tuned from `base`, into `output`.
+
+    Args:
+        ingredients: Checkpoints, in the order of the sum.
+        density: The share of each task vector that is kept, 0 to 1: its largest magnitudes,
+            ``max(1, int(density·n))`` of n, of equal ones those of the lowest index.
+        base: What they were fine-tuned from.
+        output: Folder to write.
+        coefficients: wᵢ, one or one for each.
+        lambda_: λ, by which the merged task vector is multiplied.
+        consensus: ``sum``: what has not the sign of the sum of its element is left out; ``none``:
+            nothing is.
+        normalize: Divide by the sum of the coefficients, of those that agree.
+        rescale: ``l1``: make up for what was dropped, so that Σ|d| of each tensor stays;
+            ``density``: divide what is kept by the density.
+        trim: Rank magnitudes within each ``tensor``, or over the whole ``model``.
+        options: As for every verb.
+
+    Returns:
+        The soup; its recipe holds every parameter.
+
+    Raises:
+        RecipeError: A parameter is out of range, or fits no ingredient.
+        StreamsoupError: Whatever `uniform` raises.
+
+    Reads base and ingredients three or four times, tensor by tensor, so that all but the first come
+    from the page cache. Holds blocks, and 1 MB for each ingredient and thread.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    rule = _task_vectors(
+        n,
+        Largest(each("density", density, n)),
+        coefficients,
+        lambda_,
+        consensus,
+        normalize,
+        rescale,
+        trim=trim,
+    )
+    return _make(ingredients, rule, "ties", base, output, options)
+
+
+def breadcrumbs(
+    ingredients: Iterable[AnyIngredient],
+    density: Each,
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    gamma: Each = 0.01,
+    coefficients: Each = 1.0,
+    lambda_: float = 1.0,
+    consensus: Consensus = "none",
+    normalize: bool = False,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the Model Breadcrumbs of `ingredients` into `output`.
+
+    Of the n magnitudes of a task vector, the ``int(gamma·n)`` largest are dropped, and of the rest
+    the ``int(density·n)`` largest are kept. With the consensus ``sum`` it is what mergekit calls
+    breadcrumbs_ties. All else as for `ties`.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    rule = _task_vectors(
+        n,
+        Middle(each("density", density, n), each("gamma", gamma, n)),
+        coefficients,
+        lambda_,
+        consensus,
+        normalize,
+        rescale,
+        trim=trim,
+    )
+    return _make(ingredients, rule, "breadcrumbs", base, output, options)
+
+
+def dare(
+    ingredients: Iterable[AnyIngredient],
+    density: Each,
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    coefficients: Each = 1.0,
+    lambda_: float = 1.0,
+    consensus: Consensus = "none",
+    normalize: bool = False,
+    rescale: Rescale = "l1",
+    seed: int = 0,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the DARE merge of `ingredients` into `output`.
+
+    Each element of a task vector is kept with the probability `density`. Masks depend on `seed`,
+    on the names of tensors and the positions of ingredients, and on nothing else: the same command
+    makes the same bytes. The authors rescale by ``density``; ``l1``, the default, is mergekit's.
+    With the consensus ``sum`` it is what mergekit calls dare_ties. Reads everything once with
+    ``density`` or ``none``, twice with ``l1``. All else as for `ties`.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    rule = _task_vectors(
+        n,
+        Random(each("density", density, n)),
+        coefficients,
+        lambda_,
+        consensus,
+        normalize,
+        rescale,
+        seed=seed,
+    )
+    return _make(ingredients, rule, "dare", base, output, options)
+
+
+def della(
+    ingredients: Iterable[AnyIngredient],
+    density: Each,
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    epsilon: Each = 0.15,
+    coefficients: Each = 1.0,
+    lambda_: float = 1.0,
+    consensus: Consensus = "sum",
+    normalize: bool | None = None,
+    rescale: Rescale = "l1",
+    seed: int = 0,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the DELLA merge of `ingredients` into `output`.
+
+    Each element of a task vector is kept with a probability that grows with the rank of its
+    magnitude in its row, from density − epsilon to density + epsilon; both must lie between 0 and
+    1. A row is all that lies behind the first dimension, and is held in memory. `normalize` follows
+    the consensus unless told. With the consensus ``none`` it is what mergekit calls della_linear.
+    Reads everything twice, once without `rescale`. All else as for `dare`.
+    """
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    rule = _task_vectors(
+        n,
+        Ranked(each("density", density, n), each("epsilon", epsilon, n)),
+        coefficients,
+        lambda_,
+        consensus,
+        consensus == "sum" if normalize is None else normalize,
+        rescale,
+        seed=seed,
+    )
+    return _make(ingredients, rule, "della", base, output, options)
+
+
+def sce(
+    ingredients: Iterable[AnyIngredient],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    select_topk: float = 1.0,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the SCE merge of `ingredients` into `output`.
+
+    Of the elements that differ between task vectors, the share `select_topk` that varies most is
+    taken; each ingredient counts by the mean square of what was taken of it (alike where these sum
+    to less than 1e-6); and what has not the sign of the sum of its element is left out. Reads
+    everything twice, four or five times with a `select_topk` below 1. Costs and errors as for
+    `ties`.
+    """
+    rule = Sce(take("float", "select_topk", select_topk))
+    return _make(listed(ingredients), rule, "sce", base, output, options)
+
+
+def ram(
+    ingredients: Iterable[AnyIngredient],
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    epsilon: float = 1e-5,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the RAM merge of `ingredients` into `output`.
+
+    An element that one ingredient changes by more than `epsilon` takes its whole change; one that
+    several do, the mean of theirs. Reads everything once. Errors as for `ties`.
+    """
+    rule = Ram(take("float", "epsilon", epsilon))
+    return _make(listed(ingredients), rule, "ram", base, output, options)
+
+
+def nearswap(
+    ingredients: Iterable[AnyIngredient],
+    t: float,
+    *,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Soup:
+    """Write the NearSwap of one ingredient and `base` into `output`.
+
+    An element is that of the ingredient where both lie within `t`, and nearer to the base's the
+    further they lie apart: w·b + (1 − w)·a with w = min(1, t / max(|a − b|, 1e-6)). Reads
+    everything once. Errors as for `ties`.
+    """
+    rule = NearSwap(take("float", "t", t))
+    return _make(listed(ingredients), rule, "nearswap", base, output, options)
+
+
+def each(what: str, given: Each, n: int) -> tuple[float, ...]:
+    """Return one number for each of `n` ingredients. Raises `RecipeError` for another count."""
+    many: Sequence[Any] = given if np.ndim(given) else [given] * n  # type: ignore[assignment]
+    values = tuple(take("float", what, value) for value in many)
+    if len(values) != n:
+        raise RecipeError(
+            f"{what}: {count(len(values), 'value')} for {count(n, 'ingredient')} besides the base; "
+            "give one, or one for each"
+        )
+    return values
+
+
+def _task_vectors(
+    n: int,
+    sparsifier: Sparsifier,
+    coefficients: Each,
+    lambda_: float,
+    consensus: Consensus,
+    normalize: bool,
+    rescale: Rescale,
+    *,
+    trim: Trim = "tensor",
+    seed: int = 0,
+) -> TaskVectors:
+    terms = Terms(
+        coefficients=each("coefficients", coefficients, n),
+        sparsifier=sparsifier,
+        scale=take("float", "lambda", lambda_),
+        consensus=consensus,
+        normalize=take("bool", "normalize", normalize),
+        rescale=rescale,
+    )
+    return TaskVectors(terms, trim=trim, seed=take("int", "seed", seed))
+
+
+def _make(
+    ingredients: Sequence[AnyIngredient],
+    rule: Rule,
+    method: str,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Soup:
+    """Make the soup; the base comes first in the recipe, and the report names it."""
+    ordered = order([base, *ingredients], rule, method=method, options=options)
+    report = {"base": ordered.plan.ingredients[0].name}
+    return make(replace(ordered, report=report), output=output, options=options)
