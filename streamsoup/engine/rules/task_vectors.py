@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Ranked, Sparsifier, check_each
-from streamsoup.errors import RecipeError, check_choice, some
+from streamsoup.errors import RecipeError, check_choice, option, some
 from streamsoup.rule import RuleMemory
 from streamsoup.tensors import TensorSpec
 
@@ -121,7 +121,8 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
         if self.trim == "model":
             if not isinstance(self.terms.sparsifier, Largest | Middle):
                 raise RecipeError(
-                    "trim: only magnitudes are ranked over the whole model; leave out --trim model"
+                    "trim: only magnitudes are ranked over the whole model; leave out "
+                    f"{option('trim', 'model')}"
                 )
             if any(terms.sparsifier != self.terms.sparsifier for terms in self._every):
                 raise RecipeError(
