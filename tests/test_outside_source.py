@@ -248,7 +248,7 @@ class Wrong(Halved):
         ("w", SourceTensor("F31", (2,)), "has dtype 'F31'"),
         ("w", SourceTensor("I64", (2,), "F64"), "stands for I64 and is delivered as F64"),
         ("w", SourceTensor("F32", (2,), "I32"), "stands for F32 and is delivered as I32"),
-        ("w", SourceTensor("F32", (-2,)), "no list of sizes"),
+        ("w", SourceTensor("F32", (-2,)), "not a list of sizes"),
         ("w", SourceTensor("F32", (2,), None, 1), "is in file 1 of 1"),
         ("w", SourceTensor("F4", (1,)), "does not fill whole bytes"),
         ("w", SourceTensor("F32", (2**62,)), "does not fill whole bytes"),
