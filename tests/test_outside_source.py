@@ -277,7 +277,7 @@ def test_what_lacks_a_member_is_told_which(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"lacks check_unchanged, contiguous, cost, .*, tensors"):
         open_ingredients([Nearly()])
     (opened,) = open_ingredients([save(tmp_path / "m", model(0))])
-    with pytest.raises(RecipeError, match="one ingredient, and a list"):
+    with pytest.raises(RecipeError, match="expected a list of ingredients, got one"):
         open_ingredients(opened.source)
     with pytest.raises(TypeError, match="abstract"):
         type("Empty", (Source,), {})()

@@ -12,7 +12,14 @@ import torch
 from checkpoints import random_model, save
 
 import streamsoup
-from streamsoup import CompareSettings, GreedySettings, LearnedSettings, Options, uniform
+from streamsoup import (
+    CompareSettings,
+    GreedySettings,
+    LandscapeSettings,
+    LearnedSettings,
+    Options,
+    uniform,
+)
 from streamsoup.errors import RecipeError, StreamsoupError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -122,6 +129,8 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: Options(on_event="x"), "on_event: 'x' cannot be called"),
         (lambda: LearnedSettings(evaluations=10**400), "evaluations: 1"),
         (lambda: CompareSettings(orders=-1), "orders -1 is below 0"),
+        (lambda: LandscapeSettings(resolution=1), "resolution must be at least 2"),
+        (lambda: LandscapeSettings(splits="val"), "splits 'val' is one word"),
     ]
     for call, message in wrong:
         with pytest.raises(StreamsoupError) as error:
