@@ -1,4 +1,4 @@
-"""Whether an answer is right, before anyone asks how fast it came.
+"""Check that an answer is right, before its time counts.
 
 The mean is taken in float64, independently of streamsoup, and rounded once to the dtype of the
 answer. What counts is the distance to that in units in the last place (ulps): 0 everywhere for the
@@ -34,14 +34,14 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether it is good enough to be compared with: float32 sums pass, bfloat16 sums do not.
+        """Return True if it is right enough to compare: float32 sums pass, bfloat16 sums do not.
 
         A sum in float32 goes wrong in the last place of the result about once in ten thousand.
         """
         return self.share_wrong < 2e-3 and self.largest_ulps <= 1
 
     def row(self) -> dict[str, object]:
-        """Give the numbers for a row."""
+        """Return the numbers for a row."""
         return {**asdict(self), "right": self.right}
 
 

@@ -30,7 +30,7 @@ class Bar:
     """Such as ``≥ 0.85`` or ``1.00 ± 0.05``; nothing for numbers that explain the one above."""
 
     def cell(self, rows: Sequence[Row]) -> str:
-        """Give the number, in bold where it is missed."""
+        """Return the number, in bold where it is missed."""
         try:
             number = self.of(rows)
         except (LookupError, ValueError):
@@ -41,7 +41,7 @@ class Bar:
         return text if self.is_met(number) else f"**{text}**"
 
     def is_met(self, number: float) -> bool:
-        """Whether a number is as wanted."""
+        """Return True if a number is as wanted."""
         if not self.wanted:
             return True
         middle, _, swing = self.wanted.partition(" ± ")
@@ -52,7 +52,7 @@ class Bar:
 
 
 def _of_peers(case: str, begins: str) -> Callable[[Sequence[Row]], float]:
-    """Give how many times as long the fastest of some peers takes, of those that are right."""
+    """Return how many times as long the fastest of some peers takes, of those that are right."""
 
     def times(rows: Sequence[Row]) -> float:
         return _fastest(rows, case, begins) / median(of_tool(rows, case, "streamsoup"), "wall_s")
@@ -72,7 +72,7 @@ RIGHT = 1e-6
 
 
 def _mergekit_of(limit: str) -> Callable[[Sequence[Row]], float]:
-    """Give how many times as long as a limit mergekit takes for the large case."""
+    """Return how many times as long as a limit mergekit takes for the large case."""
 
     def times(rows: Sequence[Row]) -> float:
         ours = of_tool(rows, LARGE, "streamsoup")
@@ -95,7 +95,7 @@ def _first_run(rows: Sequence[Row]) -> float:
 
 
 def _growth(what: str, field: str) -> Callable[[Sequence[Row]], float]:
-    """Give a number of a `Fit`."""
+    """Return a number of a `Fit`."""
 
     def fit(rows: Sequence[Row]) -> float:
         for grew, of, found in grown(rows):
@@ -107,7 +107,7 @@ def _growth(what: str, field: str) -> Callable[[Sequence[Row]], float]:
 
 
 def _share_of(case: str, cache: str = "warm", limit: str = "limit_s") -> Callable[..., float]:
-    """Give a share of a limit, in the last session, with peers or without."""
+    """Return a share of a limit, in the last session, with peers or without."""
     return lambda rows: share(latest(rows, "uniform", case, cache=cache, tool="streamsoup"), limit)
 
 
@@ -153,7 +153,7 @@ BARS = (
 
 
 def bars(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """Give the lines of a table, its head first: a column for each kind of processor."""
+    """Return the lines of a table, its head first: a column for each kind of processor."""
     cpus = list(dict.fromkeys(row["cpu"] for row in sorted(rows, key=lambda row: row["session"])))
     yield ["bar", "wanted", *cpus]
     for bar in BARS:

@@ -36,7 +36,7 @@ class Shape:
     tied: bool
 
     def tensors(self) -> Iterator[Tensor]:
-        """Give names and shapes, as transformers names them, sorted."""
+        """Return names and shapes, as transformers names them, sorted."""
         head = self.hidden // self.n_heads
         kv = head * self.n_kv_heads
         if not self.tied:
@@ -56,7 +56,7 @@ class Shape:
         yield "model.norm.weight", (self.hidden,)
 
     def config(self, dtype: str) -> dict[str, object]:
-        """Give a ``config.json`` that transformers and mergekit accept."""
+        """Return a ``config.json`` that transformers and mergekit accept."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Say it in a few characters."""
+        """Return a label of a few characters."""
         shards = "" if self.n_shards == 1 else f", {self.n_shards} shards"
         return f"{self.n} × {self.size} {self.dtype.lower()}{shards}"
 
@@ -110,13 +110,13 @@ class Case:
 
 
 def cache_folder() -> Path:
-    """Give the folder for all that is large: ``$STREAMSOUP_BENCH``, or one in the user's cache."""
+    """Return the folder for large files: ``$STREAMSOUP_BENCH``, or one in the user's cache."""
     home = os.environ.get("STREAMSOUP_BENCH")
     return Path(home) if home else Path.home() / ".cache" / "streamsoup-bench"
 
 
 def make(case: Case) -> list[Path]:
-    """Give the folders of the ingredients of a case, made if they are not there yet."""
+    """Return the folders of the ingredients of a case, made if they are not there yet."""
     room = cache_folder() / "checkpoints"
     name = f"{case.size}-{case.dtype.lower()}-{case.n_shards}"
     folders = [room / f"{name}-{i:02}" for i in range(case.n)]

@@ -117,11 +117,11 @@ class Way:
     piece: int = 1 << 22
     """Bytes that a thread writes at once."""
     reserved: bool = True
-    """Whether the disk makes room for all of it first."""
+    """True if the disk makes room for all of it first."""
     begun: bool = False
-    """Whether the disk is told to begin with each piece as soon as it is written."""
+    """True if the disk is told to begin with each piece as soon as it is written."""
     direct: bool = False
-    """Whether it goes past the page cache, to the disk alone."""
+    """True if it goes past the page cache, to the disk alone."""
 
 
 WAYS = {
@@ -178,7 +178,7 @@ def both(n_threads: int, way: Way, nbytes: int, output: str, paths: Sequence[str
 
 
 def memory(n_threads: int) -> float:
-    """Give bytes per second read from memory, well outside of all caches: the best of `REPEATS`."""
+    """Return bytes per second read from memory, outside all caches: the best of `REPEATS`."""
     words = np.ones(1 << 27, np.uint64)
     parts = np.array_split(words, 64)
     jobs = [lambda part=part: glance(part) for part in parts]  # type: ignore[misc]

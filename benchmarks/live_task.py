@@ -43,7 +43,7 @@ def build() -> torch.nn.Module:
 
 
 def score(model: torch.nn.Module) -> float:
-    """Take the time a score takes; ingredients first, each worse, then candidates."""
+    """Sleep as long as a score takes; ingredients come first, each worse, then candidates."""
     global N_SCORED
     time.sleep(SCORE_S)
     N_SCORED += 1

@@ -3,7 +3,7 @@
 Anonymous memory is sampled over the whole tree of processes (there is no counter of its peak);
 time and processor time are the kernel's, and so are bytes that really went to and from the disk.
 After each run the harness syncs what was written, and says how long that took: peers do not sync,
-and what they leave to be written must not burden whoever runs next.
+and what they leave to be written must not slow down the next run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Measurement:
     stderr: str
 
     def row(self) -> dict[str, object]:
-        """Give the numbers for a row."""
+        """Return the numbers for a row."""
         row = asdict(self)
         del row["stdout"], row["stderr"], row["status"]
         return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
@@ -143,7 +143,7 @@ def limit(*arguments: object) -> float:
 
 
 def settle(most_s: float = 60.0) -> None:
-    """Wait until nobody else keeps the machine busy, but not for ever."""
+    """Wait until no other process keeps the machine busy, up to a limit."""
     give_up = time.monotonic() + most_s
     while time.monotonic() < give_up:
         before = _busy_s()
@@ -272,7 +272,7 @@ class _Cgroup:
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def peak(self) -> int:
-        """Give the most it ever held, page cache included."""
+        """Return the most it ever held, page cache included."""
         return int((self.folder / "memory.peak").read_text())
 
 

@@ -10,12 +10,12 @@ __all__ = ["streamsoup", "uniform"]
 
 
 def streamsoup(*arguments: object) -> list[str]:
-    """Give a command of streamsoup: the installed script beside this Python."""
+    """Return a command of streamsoup: the installed script beside this Python."""
     script = Path(sys.executable).with_name("streamsoup")
     start = [str(script)] if script.exists() else [sys.executable, "-m", "streamsoup"]
     return [*start, *map(str, arguments)]
 
 
 def uniform(output: Path, ingredients: Sequence[Path], *options: object) -> list[str]:
-    """Give the command that makes the uniform soup."""
+    """Return the command that makes the uniform soup."""
     return streamsoup("uniform", *ingredients, "-o", output, "--quiet", *options)

@@ -41,7 +41,7 @@ def inserted(content: str, text: str) -> str:
 
 
 def short_table(rows: Sequence[Row]) -> str:
-    """Give the README's table: one line per tool, whole process, warm page cache."""
+    """Return the README's table: one line per tool, whole process, warm page cache."""
     cases = [case for case in HEADLINES if latest(rows, "uniform", case, cache="warm")]
     if not cases:
         return "No rows yet."
@@ -72,7 +72,7 @@ def short_table(rows: Sequence[Row]) -> str:
 
 
 def _alone(rows: Sequence[Row], cases: Sequence[str]) -> str:
-    """Say what streamsoup took in a later session, without peers beside it."""
+    """Return the times of streamsoup in a later session, without peers beside it."""
     times = []
     for case in cases:
         last = latest(rows, "uniform", case, cache="warm", tool="streamsoup")
@@ -84,7 +84,7 @@ def _alone(rows: Sequence[Row], cases: Sequence[str]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Give all tables."""
+    """Return all tables."""
     parts = [
         "### The bars\n\n" + _table(list(bars(rows))),
         *_uniform(rows),
@@ -98,7 +98,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _uniform(rows: Sequence[Row]) -> Iterable[str]:
-    """Give a table for each case and cache: tools, with medians and spreads."""
+    """Return a table for each case and cache: tools, with medians and spreads."""
     cases = dict.fromkeys((r["case"], r.get("cache")) for r in rows if r["task"] == "uniform")
     for case, cache in cases:
         if cache is None or not latest(rows, "uniform", case, cache=cache, tool="streamsoup"):
@@ -134,7 +134,7 @@ def _uniform(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _skipped(rows: Sequence[Row], case: str, cache: str) -> list[str]:
-    """Say of each tool that was not measured why not."""
+    """Return the reason for each tool that was not measured."""
     session = compared(rows, case, cache)[0]["session"]
     return [
         f"{row['tool']}: {row['skipped']}."
@@ -215,7 +215,7 @@ def _startup(rows: Sequence[Row]) -> str:
 
 
 def _others(rows: Sequence[Row]) -> Iterable[str]:
-    """Give the tables of tasks whose rows name their own numbers."""
+    """Return the tables of tasks whose rows name their own numbers."""
     for task, title in (
         ("greedy", "Greedy search"),
         ("gram", "Gram matrix"),
@@ -302,7 +302,7 @@ def _spread(rows: Sequence[Row], key: str) -> str:
 
 
 def _number(rows: Sequence[Row], key: str) -> str:
-    """Give a number as its name asks for: bytes as their median, all else with its spread."""
+    """Return a number as its name asks for: bytes as their median, all else with its spread."""
     if key.endswith("nbytes"):
         return _nbytes(median(rows, key) / 1e6)
     return _spread(rows, key)
@@ -319,7 +319,7 @@ def _nbytes(mega: float) -> str:
 
 
 def _peers(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> str:
-    """Say of what versions the peers were."""
+    """Return the versions of the peers."""
     found = {
         f"{name} {number}"
         for case in cases
@@ -334,7 +334,7 @@ def _where(rows: Sequence[Row], cases: Sequence[str], cache: str = "warm") -> st
 
 
 def _about(rows: Sequence[Row]) -> str:
-    """Say on what, with what, and when rows were measured."""
+    """Return the machine, versions, commits and date of the rows."""
     row = rows[-1]
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
     commits = ", ".join(dict.fromkeys(each["commit"] for each in rows))

@@ -98,7 +98,7 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Give the commit of the working tree, with a mark if the package differs from it."""
+    """Return the commit of the working tree, with a mark if the package differs from it."""
     here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -121,7 +121,7 @@ def read(folder: Path = RESULTS) -> list[Row]:
 
 
 def latest(rows: Iterable[Row], task: str, case: str, **where: object) -> list[Row]:
-    """Give the rows of a case's last session that agree with `where`."""
+    """Return the rows of a case's last session that agree with `where`."""
     found = [
         row
         for row in rows
@@ -149,7 +149,7 @@ DISTURBED = 0.25
 
 
 def compared(rows: Sequence[Row], case: str, cache: str) -> list[Row]:
-    """Give a case's last session with peers, if there is one: times compare side by side alone."""
+    """Return a case's last session with peers, if any: only times side by side compare."""
     beside = [
         row["session"]
         for row in rows
@@ -162,16 +162,16 @@ def compared(rows: Sequence[Row], case: str, cache: str) -> list[Row]:
 
 
 def of_tool(rows: Sequence[Row], case: str, tool: str, cache: str = "warm") -> list[Row]:
-    """Give the runs of a tool that succeeded in that session."""
+    """Return the runs of a tool that succeeded in that session."""
     found = compared(rows, case, cache)
     return [row for row in found if row["tool"] == tool and row["status"] == 0]
 
 
 def median(rows: Sequence[Row], key: str) -> float:
-    """Give the median of a number."""
+    """Return the median of a number."""
     return statistics.median(row[key] for row in rows)
 
 
 def share(rows: Sequence[Row], limit: str) -> float:
-    """Give the median of a limit over the wall time of its own round."""
+    """Return the median of a limit over the wall time of its own round."""
     return statistics.median(row[limit] / row["wall_s"] for row in rows)

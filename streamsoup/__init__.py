@@ -16,13 +16,14 @@ _HOMES = {
     "Candidate": "search.scoring.scorer",
     "CheckpointRecord": "output.records",
     "Coefficients": "recipe",
-    "CompareOptions": "study.comparison.table",
+    "CompareSettings": "study.comparison.table",
     "Cursor": "formats.source",
     "Geometry": "methods.angles",
     "GreedySettings": "search.trials",
     "GreedySoup": "search.greedy",
     "Ingredient": "formats.ingredients",
     "Leaf": "engine.plan",
+    "LandscapeSettings": "study.landscape.landscape",
     "LearnedSettings": "search.learning.settings",
     "LearnedSoup": "search.learned",
     "Ledger": "engine.stream",
@@ -157,8 +158,9 @@ if TYPE_CHECKING:
     from streamsoup.search.scoring.scorer import Scorer as Scorer
     from streamsoup.search.trials import GreedySettings as GreedySettings
     from streamsoup.search.trials import Trial as Trial
-    from streamsoup.study.comparison.table import CompareOptions as CompareOptions
+    from streamsoup.study.comparison.table import CompareSettings as CompareSettings
     from streamsoup.study.comparison.table import compare as compare
+    from streamsoup.study.landscape.landscape import LandscapeSettings as LandscapeSettings
     from streamsoup.study.landscape.landscape import landscape as landscape
     from streamsoup.study.landscape.paths import sweep as sweep
     from streamsoup.study.report.comparison import write_report as write_report

@@ -109,13 +109,13 @@ def test_numbers_are_plain(number: str, capsys: pytest.CaptureFixture[str]) -> N
     asked = 0
     for words in (["mix", "a", "b", *out, "-c", f"1,{number}"], ["slerp", "a", *out, "-w", number]):
         assert cli(words) == 2, words
-        assert "is no list of numbers" in capsys.readouterr().err
+        assert "is not a list of numbers" in capsys.readouterr().err
     for name, each in main.commands.items():
         for option in each.params:
             if isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
                 arguments = ["x"] * sum(isinstance(p, click.Argument) for p in each.params)
                 assert cli([name, *arguments, option.opts[0], number]) == 2, (name, option.name)
-                assert "is no number in plain digits" in capsys.readouterr().err
+                assert "is not a number in plain digits" in capsys.readouterr().err
                 asked += 1
     assert asked > 20
 

@@ -77,14 +77,14 @@ def test_every_verb_takes_what_can_be_gone_through(paths: list[str], tmp_path: P
         assert all(soup.recipe == made[0].recipe for soup in made), verb.__name__
         for soup in made[1:]:
             np.testing.assert_equal(load(soup), load(made[0]))
-        with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
+        with pytest.raises(RecipeError, match="is one path; expected a list"):
             verb(tuned[0], *given, output=tmp_path / "out", **more)
     found, same = (streamsoup.geometry(many, base=base) for many in (iter(tuned), tuned))
     np.testing.assert_equal(found.total.rows, same.total.rows)
     given = (path for path in tuned)
     assert streamsoup.verify(tmp_path / "uniform-0", ingredients=given).rederived
     for wrong in (None, 3, {tuned[0]}):
-        with pytest.raises(RecipeError, match=f"{wrong}: a list of ingredients is wanted"):
+        with pytest.raises(RecipeError, match=f"expected a list of ingredients, got {wrong}"):
             streamsoup.uniform(wrong, output=tmp_path / "out")  # type: ignore[arg-type]
 
 
@@ -495,4 +495,4 @@ def test_the_way_to_the_second_on_the_command_line(paths: list[str], tmp_path: P
     assert same.provenance.tensors == made["tensors"]
     done = command("slerp", *paths[:2], "-t", "0.5", "-w", "1,1", "-o", tmp_path / "both")
     assert done.returncode == 2
-    assert "-t and --weights say the same; give one of them" in done.stderr
+    assert "-t and --weights are two ways to give the same; use one of them" in done.stderr

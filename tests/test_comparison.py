@@ -34,8 +34,8 @@ from streamsoup.search.trials import random_order
 from streamsoup.study.comparison import learning
 from streamsoup.study.comparison.curves import choose_counts
 from streamsoup.study.comparison.pairs import choose_pairs
-from streamsoup.study.comparison.table import CompareOptions, compare, splits_of
-from streamsoup.study.landscape.landscape import landscape
+from streamsoup.study.comparison.table import CompareSettings, compare, splits_of
+from streamsoup.study.landscape.landscape import LandscapeSettings, landscape
 from streamsoup.study.landscape.paths import sweep
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.rows import MEAN, Comparison
@@ -48,7 +48,7 @@ PARTS = {
     "far": (data(2, 90)[0] * 1.5 + 0.2, data(2, 90)[1]),
     "farther": (data(3, 80)[0] - 0.7, data(3, 80)[1]),
 }
-SMALL = CompareOptions(learned=(), curve=0, pairs=0, orders=0)
+SMALL = CompareSettings(learned=(), curve=0, pairs=0, orders=0)
 
 Weights = dict[str, torch.Tensor]
 
@@ -251,7 +251,7 @@ def test_what_is_drawn_stays_drawn() -> None:
 def test_one_more_costs_little_whatever_is_drawn(tmp_path: Path) -> None:
     """Orders, curves and pairs ask for a part of what they would ask for from nothing."""
     paths = ingredients(tmp_path / "in", 12)
-    settings = CompareOptions(learned=(), orders=2, curve=4, pairs=10)
+    settings = CompareSettings(learned=(), orders=2, curve=4, pairs=10)
     counts = []
     for n, out in ((11, "out"), (10, "new"), (11, "new")):
         task = Counting()
@@ -375,7 +375,7 @@ def test_gains_equal_plain_code(folders: list[str], tmp_path: Path) -> None:
 def test_every_measurement_is_foreseen(folders: list[str], tmp_path: Path) -> None:
     """The total that is told at first is never passed, and all is done at the end."""
     events: list[object] = []
-    settings = CompareOptions(orders=2, curve=3, pairs=4, learned=("global",))
+    settings = CompareSettings(orders=2, curve=3, pairs=4, learned=("global",))
     options = Options(on_event=events.append)
     for _ in range(2):  # the second time all is known
         compare(
@@ -701,7 +701,10 @@ def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None
 
     def draw(task: Counting) -> Any:
         return landscape(
-            *folders[:3], task, cache=tmp_path / "cache", resolution=5, splits=["test"]
+            *folders[:3],
+            task,
+            cache=tmp_path / "cache",
+            settings=LandscapeSettings(resolution=5, splits=("test",)),
         )
 
     found, again = draw(Counting()), Counting()
@@ -784,13 +787,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_folders_that_are_not_ours(folders: list[str], tmp_path: Path) -> None:
     """An ingredient, a folder with something else, and one in use are refused."""
     task = Counting()
-    with pytest.raises(OutputError, match="no report of ours"):
+    with pytest.raises(OutputError, match="not a report of streamsoup"):
         compare(folders, task, output=folders[0])
     with pytest.raises(OutputError, match="lies in the ingredient"):
         compare(folders, task, output=Path(folders[0]) / "report")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no report of ours"):
+    with pytest.raises(OutputError, match="not a report of streamsoup"):
         compare(folders, task, output=tmp_path / "full")
     with Cache(str(tmp_path / "out" / "cache")), pytest.raises(OutputBusyError):
         compare(folders, task, output=tmp_path / "out")
@@ -801,7 +804,7 @@ def test_granularities_are_checked_before_anything_is_measured() -> None:
     """A word in the place of a list would be taken letter by letter, at the very end."""
     for wrong in ("global", ("global", "block")):
         with pytest.raises(RecipeError, match="learned"):
-            CompareOptions(learned=wrong)  # type: ignore[arg-type]
+            CompareSettings(learned=wrong)  # type: ignore[arg-type]
 
 
 def test_a_disk_that_fills_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

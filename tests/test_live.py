@@ -320,7 +320,7 @@ def test_torch_knows_that_a_mix_changed_its_tensors(tmp_path: Path) -> None:
 def test_what_is_no_model_is_named() -> None:
     """In words, before anything is looked at; a lazy one too."""
     state = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
-    with pytest.raises(MismatchError, match=r"5 is no torch\.nn\.Module"):
+    with pytest.raises(MismatchError, match=r"5 is not a torch\.nn\.Module"):
         streamsoup.mix_into(5, [state])  # type: ignore[arg-type]
     with pytest.raises(MismatchError, match="not yet initialised"):
         streamsoup.mix_into(nn.LazyLinear(2), [state])

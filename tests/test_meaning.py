@@ -437,7 +437,7 @@ def test_spare_weights_beside_an_index_are_named(tmp_path: Path) -> None:
         save(a, {"x": w}, name=name)
     warnings = warned([a], tmp_path / "out")
     assert [w for w in warnings if "left out" in w] == [
-        f"{a}: left out weights that are no part of model.safetensors.index.json: "
+        f"{a}: left out weights that are not part of model.safetensors.index.json: "
         "consolidated.00.safetensors, consolidated.safetensors, model.fp16.safetensors"
     ]
 

@@ -248,7 +248,7 @@ class Wrong(Halved):
         ("w", SourceTensor("F31", (2,)), "has dtype 'F31'"),
         ("w", SourceTensor("I64", (2,), "F64"), "stands for I64 and is delivered as F64"),
         ("w", SourceTensor("F32", (2,), "I32"), "stands for F32 and is delivered as I32"),
-        ("w", SourceTensor("F32", (-2,)), "no list of sizes"),
+        ("w", SourceTensor("F32", (-2,)), "not a list of sizes"),
         ("w", SourceTensor("F32", (2,), None, 1), "is in file 1 of 1"),
         ("w", SourceTensor("F4", (1,)), "does not fill whole bytes"),
         ("w", SourceTensor("F32", (2**62,)), "does not fill whole bytes"),
@@ -277,7 +277,7 @@ def test_what_lacks_a_member_is_told_which(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"lacks check_unchanged, contiguous, cost, .*, tensors"):
         open_ingredients([Nearly()])
     (opened,) = open_ingredients([save(tmp_path / "m", model(0))])
-    with pytest.raises(RecipeError, match="one ingredient, and a list"):
+    with pytest.raises(RecipeError, match="expected a list of ingredients, got one"):
         open_ingredients(opened.source)
     with pytest.raises(TypeError, match="abstract"):
         type("Empty", (Source,), {})()

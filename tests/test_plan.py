@@ -274,7 +274,7 @@ def test_all_disagreements_come_in_one_message() -> None:
         "leave out what is of another architecture, or save it with the same tensors",
         "leave out what is of another architecture, or has resized embeddings",
         "convert all floats to one dtype with dtype",
-        "save the tensors that are no floats in the same dtype",
+        "save the tensors that are not floats in the same dtype",
     ]
 
 
@@ -287,7 +287,7 @@ def test_all_disagreements_come_in_one_message() -> None:
             "; leave out what is of another architecture, or has resized embeddings",
         ),
         ({"x": ("F16", (2,))}, "; convert all floats to one dtype with dtype"),
-        ({"x": ("I32", (2,))}, "; save the tensors that are no floats in the same dtype"),
+        ({"x": ("I32", (2,))}, "; save the tensors that are not floats in the same dtype"),
     ],
 )
 def test_a_disagreement_says_what_to_do(tensors: dict[str, tuple[str, Shape]], advice: str) -> None:

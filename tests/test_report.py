@@ -584,7 +584,7 @@ def test_the_commands(tmp_path: Path) -> None:
     thesis.write_text("mine")
     taken = command("landscape", *folders[:3], "--task", task, "--plot", picture)
     assert taken.returncode == 1
-    assert "no landscape of ours" in taken.stderr
+    assert "not a landscape of streamsoup" in taken.stderr
     assert thesis.read_text() == "mine"
     thesis.unlink()
     plane = command(

@@ -391,9 +391,9 @@ def test_one_path_is_no_list(tmp_path: Path) -> None:
     """The letters of a path are not taken for paths."""
     path = save(tmp_path / "a", A)
     for one in (path, str(path), bytes(path)):
-        with pytest.raises(RecipeError, match="is one path, and a list is wanted"):
+        with pytest.raises(RecipeError, match="is one path; expected a list"):
             open_ingredients(one)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="is one ingredient, and a list"):
+    with pytest.raises(RecipeError, match="expected a list of ingredients, got one"):
         open_ingredients({"a": torch.ones(1)})  # type: ignore[arg-type]
 
 

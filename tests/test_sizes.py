@@ -12,7 +12,14 @@ import torch
 from checkpoints import random_model, save
 
 import streamsoup
-from streamsoup import CompareOptions, GreedySettings, LearnedSettings, Options, uniform
+from streamsoup import (
+    CompareSettings,
+    GreedySettings,
+    LandscapeSettings,
+    LearnedSettings,
+    Options,
+    uniform,
+)
 from streamsoup.errors import RecipeError, StreamsoupError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.sizes import nbytes_text, parse_nbytes
@@ -67,7 +74,7 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
     assert {type(whole.seed), type(whole.jobs), type(whole.z)} == {int, float}
     learning = LearnedSettings(evaluations=np.int32(3), lr=1)  # type: ignore[arg-type]
     assert (type(learning.evaluations), type(learning.lr)) == (int, float)
-    assert type(CompareOptions(seed=np.uint8(3)).seed) is int  # type: ignore[arg-type]
+    assert type(CompareSettings(seed=np.uint8(3)).seed) is int  # type: ignore[arg-type]
     assert LearnedSettings(temperature=np.True_).temperature is True  # type: ignore[arg-type]
     assert GreedySettings(timeout=None).timeout is None
     assert Options(device=torch.device("cuda:1")).device == "cuda:1"
@@ -80,7 +87,7 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
         (GreedySettings, "z", torch.ones(2)),
         (GreedySettings, "min_gain", b"1"),
         (LearnedSettings, "temperature", "no"),
-        (CompareOptions, "curve", [8]),
+        (CompareSettings, "curve", [8]),
         (Options, "threads", np.float64(2)),
     ]
     for kind, name, value in wrong:
@@ -99,9 +106,9 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: uniform([a], output=out, options=None), "None is no streamsoup.Options"),
         (lambda: uniform([a], output=out, options={}), "{} is no streamsoup.Options"),
         (lambda: streamsoup.geometry([a], options=GreedySettings()), "is no streamsoup.Options"),
-        (lambda: uniform([a, 3], output=out), "3 is no ingredient; give a path"),
+        (lambda: uniform([a, 3], output=out), "3 is not an ingredient; give a path"),
         (lambda: uniform([torch.nn.Linear], output=out), "a state dict holds nothing"),
-        (lambda: uniform(np.array(3), output=out), "a list of ingredients is wanted"),
+        (lambda: uniform(np.array(3), output=out), "expected a list of ingredients"),
         (lambda: uniform([a], output="a\0b"), "a path holds no NUL"),
         (lambda: streamsoup.mix([a, b], "12", output=out), "12: cannot be read"),
         (lambda: streamsoup.mix([a, b], b"12", output=out), "a list of coefficients is wanted"),
@@ -112,7 +119,7 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: streamsoup.interpolate(a, b, "0.5", output=out), "alpha: '0.5' is no number"),
         (lambda: streamsoup.ema([a, b], None, output=out), "decay: None is no number"),
         (lambda: streamsoup.lawa([a, b], 1.5, output=out), "window: 1.5 is no whole number"),
-        (lambda: streamsoup.slerp([a, b], "11", output=out), "a list of weights is wanted"),
+        (lambda: streamsoup.slerp([a, b], "11", output=out), "expected a list of weights"),
         (lambda: streamsoup.arithmetic([], 0.5, base=a, output=out), "at least one ingredient"),
         (lambda: streamsoup.arithmetic([a], ["x"], base=b, output=out), "scale: 'x' is no number"),
         (lambda: GreedySettings(scores=["x"]), "scores: 'x' is no number"),
@@ -121,7 +128,9 @@ def test_what_is_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
         (lambda: GreedySettings(ties=np.array(["accept"])).check(2), "none of accept, reject"),
         (lambda: Options(on_event="x"), "on_event: 'x' cannot be called"),
         (lambda: LearnedSettings(evaluations=10**400), "evaluations: 1"),
-        (lambda: CompareOptions(orders=-1), "orders -1 is below 0"),
+        (lambda: CompareSettings(orders=-1), "orders -1 is below 0"),
+        (lambda: LandscapeSettings(resolution=1), "resolution must be at least 2"),
+        (lambda: LandscapeSettings(splits="val"), "splits 'val' is one word"),
     ]
     for call, message in wrong:
         with pytest.raises(StreamsoupError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import command
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -114,7 +115,8 @@ def test_points_without_a_score_stay_white(
     paths: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A plane is a number just where the variance is one, and all of it once measured anew."""
-    more: dict[str, Any] = {"resolution": 7, "margin": 0.7}
+    settings = streamsoup.LandscapeSettings(resolution=7, margin=0.7)
+    more: dict[str, Any] = {"settings": settings}
     with caplog.at_level(logging.WARNING, "streamsoup"):
         found = streamsoup.landscape(*paths, Scored(), cache=tmp_path / "cache", **more)
     below = np.array(
@@ -132,7 +134,8 @@ def test_points_without_a_score_stay_white(
     again = streamsoup.landscape(*paths, Scored(), cache=tmp_path / "cache", **more)
     assert again.n_measured == 0
     np.testing.assert_array_equal(again.values["val"], found.values["val"])
-    anew = streamsoup.landscape(*paths, Scored(), cache=tmp_path / "anew", recalibrate=True, **more)
+    settings = replace(settings, recalibrate=True)
+    anew = streamsoup.landscape(*paths, Scored(), cache=tmp_path / "anew", settings=settings)
     assert np.isfinite(anew.values["val"]).all()
 
 
@@ -153,12 +156,12 @@ def test_averaged_statistics_are_said(
     assert "statistics of 1 layer of BatchNorm (1.running_var" in made.stderr
     assert "streamsoup.recalibrate(model, batches)" in made.stderr
     with caplog.at_level(logging.WARNING, "streamsoup"):
-        settings = streamsoup.CompareOptions(orders=0, curve=0, pairs=0, theory=False, learned=())
+        settings = streamsoup.CompareSettings(orders=0, curve=0, pairs=0, theory=False, learned=())
         found = streamsoup.compare(paths, Scored(), output=tmp_path / "1", settings=settings)
         assert caplog.text.count("averaged running statistics of BatchNorm") == 1
         assert any("averaged running statistics" in note for note in found.notes)
         caplog.clear()
-        settings = streamsoup.CompareOptions(
+        settings = streamsoup.CompareSettings(
             orders=0, curve=0, pairs=0, theory=False, learned=(), recalibrate=True
         )
         streamsoup.compare(paths, Scored(), output=tmp_path / "2", settings=settings)
@@ -172,7 +175,7 @@ def test_one_rule_for_greedy_and_compare(paths: list[str], tmp_path: Path) -> No
     class Scores(Scored):
         predictions = None  # type: ignore[assignment]
 
-    settings = streamsoup.CompareOptions(
+    settings = streamsoup.CompareSettings(
         orders=0, curve=0, pairs=0, theory=False, learned=(), recalibrate=True
     )
     compared = streamsoup.compare(paths, Scores(), output=tmp_path / "compare", settings=settings)

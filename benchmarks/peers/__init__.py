@@ -31,9 +31,9 @@ class Peer:
     """What to install beside torch and safetensors, pinned."""
     env: tuple[tuple[str, str], ...] = ()
     one_file: bool = False
-    """Whether it reads checkpoints of one shard only."""
+    """True if it reads checkpoints of one shard only."""
     holds_all: bool = False
-    """Whether it holds several whole models at once."""
+    """True if it holds several whole models at once."""
 
     @property
     def room(self) -> str:
@@ -57,7 +57,7 @@ PEERS = (
 
 
 def python_of(peer: Peer) -> Path:
-    """Give the interpreter of a peer's environment."""
+    """Return the interpreter of a peer's environment."""
     return cache_folder() / "peers" / peer.room / "bin" / "python"
 
 
@@ -89,7 +89,7 @@ def install(peers: Sequence[Peer] = PEERS) -> dict[str, str]:
 
 
 def versions(peer: Peer) -> dict[str, str]:
-    """Give the versions of what a peer is made of."""
+    """Return the versions of what a peer is made of."""
     wanted = {"torch", "safetensors", "transformers", peer.room}
     lines = (python_of(peer).parent.parent / "done").read_text().splitlines()
     pairs = (line.split("==") for line in lines if line.count("==") == 1)
@@ -97,13 +97,13 @@ def versions(peer: Peer) -> dict[str, str]:
 
 
 def command(peer: Peer, output: Path, ingredients: Sequence[Path]) -> list[str]:
-    """Give the command that makes the soup."""
+    """Return the command that makes the soup."""
     script = Path(__file__).parent / f"{peer.script}.py"
     return [str(python_of(peer)), str(script), str(output), *map(str, ingredients)]
 
 
 def why_not(peer: Peer, case: Case, available: int) -> str | None:
-    """Say why a peer cannot do a case here, or None."""
+    """Return why a peer cannot do a case here, or None."""
     if peer.one_file and case.n_shards > 1:
         return "reads single files only"
     if peer.holds_all and case.nbytes_each * case.n * 2 > available:

@@ -12,7 +12,7 @@ __all__ = ["arguments", "load", "save"]
 
 
 def arguments() -> tuple[Path, list[Path]]:
-    """Give the output and the ingredients, all of them folders."""
+    """Return the output and the ingredients, all of them folders."""
     output, *ingredients = map(Path, sys.argv[1:])
     output.mkdir(parents=True)
     return output, ingredients

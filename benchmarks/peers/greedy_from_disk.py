@@ -33,7 +33,7 @@ def loaded(folder: Path) -> Weights:
 
 
 def joined(soup: Weights, n: int, candidate: Path) -> Weights:
-    """Give the mean of a soup of `n` and one more."""
+    """Return the mean of a soup of `n` and one more."""
     more = loaded(candidate)
     return {name: soup[name] * (n / (n + 1)) + more[name] * (1 / (n + 1)) for name in soup}
 

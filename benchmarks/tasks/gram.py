@@ -25,7 +25,7 @@ SHOWN = {
 
 
 def run(session: Session, case: Case, *, rounds: int = 3) -> None:
-    """Take the Gram matrix of a case, the first ingredient as the base."""
+    """Compute the Gram matrix of a case, the first ingredient as the base."""
     ingredients = make(case)
     settle()
     warm_cache(ingredients)

@@ -87,7 +87,7 @@ def run(session: Session, case: Case, *, score_s: float = 2.0, rounds: int = 2) 
 
 
 def _told(answer: dict[str, Any]) -> tuple[int, int]:
-    """Give the number of ingredients that were kept, and the bytes of weights read for trials."""
+    """Return the number of ingredients that were kept, and the bytes of weights read for trials."""
     if "report" in answer:  # ours
         return len(answer["report"]["members"]), answer["report"]["nbytes_read"]
     return answer["n_kept"], answer["loaded_nbytes"]

@@ -84,7 +84,7 @@ def _limit_s(case: Case, output: Path) -> float:
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Give the slope of the line through the logarithms of points ``(x, y)``, least squares.
+    """Return the slope of the line through the logarithms of points ``(x, y)``, least squares.
 
     >>> round(exponent([(1, 3), (2, 6), (4, 12)]), 3)
     1.0
@@ -97,7 +97,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def grown(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Give what grew, its column, and the rows of the last session in which nothing else did.
+    """Return what grew, its column, and the rows of the last session in which nothing else did.
 
     Those of `START`, which is all start-up, come first.
     """

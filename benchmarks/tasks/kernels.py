@@ -80,7 +80,7 @@ def _inputs(
 
 
 def _words(name: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Give the bytes of values in a dtype; where it is coarser, cut off rather than rounded."""
+    """Return the bytes of values in a dtype; where it is coarser, cut off rather than rounded."""
     if name == "F64":
         return values.astype(np.float64).view(np.uint8)
     if name == "F32":
@@ -92,7 +92,7 @@ def _words(name: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         return halves.view(np.uint8)
     if name == "F8_E5M2":
         return (halves.view(np.uint16) >> 8).astype(np.uint8)
-    # E4M3, whose exponents reach from 2^-6: scaled up, as whoever casts to it does.
+    # E4M3, whose exponents reach from 2^-6: scaled up, as callers that cast to it do.
     bits = (values * np.float32(2.0**-112)).view(np.uint32)
     return (((bits >> 24) & 0x80) | ((bits & 0x7FFFFFFF) >> 20)).astype(np.uint8)
 
@@ -100,7 +100,7 @@ def _words(name: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _rate(
     mix: Callable[..., bool], inputs: list[NDArray[np.uint8]], size: int, n_threads: int
 ) -> float:
-    """Give bytes of input per second."""
+    """Return bytes of input per second."""
     k, n = len(inputs), len(inputs[0]) // size
     todo, lock = iter(range(0, n - BLOCK + 1, BLOCK)), threading.Lock()
     ones = [1.0] * k

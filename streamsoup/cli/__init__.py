@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
-from streamsoup.cli.common import NobodyReadsError, in_words
+from streamsoup.cli.common import ReaderGoneError, in_words
 from streamsoup.cli.terminal import fitted
 from streamsoup.errors import StreamsoupError, in_options
 from streamsoup.version import __version__
@@ -41,9 +41,9 @@ def cli(arguments: Sequence[str] | None = None) -> int:
         print(fitted(f"error: {in_options(error.text)}", sys.stderr), file=sys.stderr)
         return 1
     except BrokenPipeError as error:
-        # Whoever read our output is gone: nobody is left to tell.
+        # The reader of stdout has closed it: there is nowhere to print a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(error, NobodyReadsError) else 1
+        return 0 if isinstance(error, ReaderGoneError) else 1
     except Exception as error:
         print(fitted(f"error: {in_words(error)}", sys.stderr), file=sys.stderr)
         return 1

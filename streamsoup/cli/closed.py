@@ -29,7 +29,7 @@ BASE = click.option(
 @common.CHOOSING
 @SOUP
 def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
-    """Take the exponential moving average of checkpoints, oldest first, or of those in a RUN."""
+    """Compute the exponential moving average of checkpoints, oldest first, or of those in a RUN."""
     chosen = {name: settings.pop(name) for name in CHOICE}
 
     def make(options: Options) -> Soup:
@@ -150,10 +150,10 @@ def slerp(
     output: str,
     **settings: Any,
 ) -> int:
-    """Take the mean on a sphere, tensor by tensor: SLERP of two, the barycentre of more."""
+    """Compute the mean on a sphere, tensor by tensor: SLERP of two, the barycentre of more."""
     n = len(ingredients)
     if t is not None and weights is not None:
-        raise click.UsageError("-t and --weights say the same; give one of them")
+        raise click.UsageError("-t and --weights are two ways to give the same; use one of them")
     if t is not None and n != 2:
         raise click.UsageError("-t is for two checkpoints; give --weights instead")
     if t is not None:

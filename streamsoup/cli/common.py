@@ -50,16 +50,16 @@ def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 class _Plain:
-    """What is added to click's ranges of numbers: plain digits, and no range where none is given.
+    """Mixin for click's number ranges: plain digits, and no range in the help if none is set.
 
-    Python alone takes more for a number: 1_0 for ten, and the digits of all scripts.
+    Python also parses 1_0 as ten, and the digits of all scripts.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it as click does, once it is plain."""
+        """Return the number as click reads it, if its digits are plain."""
         if isinstance(value, str) and not is_plain(value):
             raise click.BadParameter(
-                f"{printable(value)!r} is no number in plain digits", ctx, param
+                f"{printable(value)!r} is not a number in plain digits", ctx, param
             )
         return super().convert(value, param, ctx)  # type: ignore[misc]
 
@@ -87,7 +87,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it, so that a refusal names the option."""
+        """Return the size in bytes; a refusal names the option."""
         from streamsoup.sizes import parse_nbytes
 
         try:
@@ -194,11 +194,11 @@ def numbers(text: str) -> list[float]:
             return [float(part) for part in text.split(",")]
     except ValueError:
         pass
-    raise click.UsageError(f"{printable(text)!r} is no list of numbers such as .7,.3")
+    raise click.UsageError(f"{printable(text)!r} is not a list of numbers such as .7,.3")
 
 
 def factors(text: str) -> list[float] | str:
-    """Read a list of numbers; or give the path of what holds them, as it is."""
+    """Return a list of numbers; or the path that holds them, unchanged."""
     check_local(text, RecipeError)
     if os.path.exists(text):
         return text
@@ -209,7 +209,7 @@ def factors(text: str) -> list[float] | str:
 
 
 def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:
-    """Make options of what click gave for `MAKING`, `RUNNING` and `WRITING`."""
+    """Return options from click's values for `MAKING`, `RUNNING` and `WRITING`."""
     from streamsoup.options import Options
 
     return Options(**settings, on_event=watcher)
@@ -240,7 +240,7 @@ def make_soup(
     settings: Any,
     say: Callable[[Soup], list[str]] | None = None,
 ) -> int:
-    """Make a soup in a supervised process, and say so; `say` adds lines of its own."""
+    """Make a soup in a supervised process, and print a summary; `say` returns further lines."""
     # No code of the user's runs here, and ours has no large matrices: starting OpenBLAS's threads
     # takes 30 ms of processor time (measured), where numpy has to do without compiled kernels.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -271,7 +271,7 @@ def make_soup(
 
 
 def _chosen(soup: Soup) -> list[str]:
-    """Say which checkpoints of a run were averaged, where that was chosen."""
+    """Return a line on the averaged checkpoints of a run, where they were chosen."""
     from streamsoup.errors import some
 
     report = soup.provenance.report
@@ -299,10 +299,10 @@ def run_paths(paths: Sequence[str]) -> Callable[[], Sequence[str]]:
 
 @contextmanager
 def ending_in_order() -> Iterator[None]:
-    """Have SIGTERM and a closed terminal end the block as Ctrl-C does: it tidies up.
+    """Make SIGTERM and a closed terminal end the block as Ctrl-C does: it tidies up.
 
-    The handlers of before are put back, as the caller may be another program. Where handlers cannot
-    be set, in a thread that is not the main one, they stay as they are.
+    Restores the former handlers, as the caller may be another program. Outside the main thread,
+    where handlers cannot be set, it changes none.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -322,18 +322,18 @@ def ending_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class NobodyReadsError(BrokenPipeError):
-    """All work is done, and whoever was to read the result is gone."""
+class ReaderGoneError(BrokenPipeError):
+    """All work is done, and the reader of stdout has closed it."""
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Print a line on stderr while work goes on: it does so if nobody reads it, too."""
+    """Print a line on stderr; a closed stderr does not stop the work."""
     with suppress(OSError):
         print(line, end=end, file=sys.stderr, flush=True)
 
 
 def tell(lines: Sequence[str]) -> None:
-    """Print the result of work that is done. Nobody may be there to read it."""
+    """Print the result of finished work. Raises `ReaderGoneError` if stdout is closed."""
     from streamsoup.cli.terminal import fitted
 
     with telling():
@@ -342,11 +342,11 @@ def tell(lines: Sequence[str]) -> None:
 
 
 _kept: int | None = None
-"""What stdout was, where only the result may go there."""
+"""Descriptor of the real stdout, while only the result may go there; None otherwise."""
 
 
 def keep_for_the_result() -> None:
-    """Send to stderr what is printed, by a user's task and all it calls, except in `telling`."""
+    """Redirect stdout to stderr, for a user's task and all it calls, except in `telling`."""
     global _kept
     _kept = os.dup(1)
     os.dup2(2, 1)
@@ -354,7 +354,7 @@ def keep_for_the_result() -> None:
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """Print the result of work that is done, and say in one line if stdout cannot take it."""
+    """Print the result of finished work; raise `OutputError` if stdout cannot be written."""
     try:
         if _kept is not None:
             sys.stdout.flush()
@@ -362,7 +362,7 @@ def telling() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        raise NobodyReadsError from None
+        raise ReaderGoneError from None
     except OSError as error:
         raise OutputError(
             f"stdout: cannot be written: {error.strerror}; all work is done, but its result is not "
@@ -398,9 +398,10 @@ def supervise(
     paths: Sequence[str] | Callable[[], Sequence[str]],
     settings: dict[str, Any],
 ) -> int:
-    """Do work that reads weights in a child process; turn its errors into lines and statuses.
+    """Run `work` in a child process; turn its errors into lines and exit statuses.
 
-    `paths` are those of the ingredients, or give them: one is named where the child dies of it.
+    `paths` are those of the ingredients, or a callable that returns them: if reading one kills the
+    child, the message names it.
     """
     from streamsoup.cli.terminal import clear_line
 
@@ -424,7 +425,7 @@ def supervise(
             return 1
         except KeyboardInterrupt as stop:
             return status_of(stop)
-        except NobodyReadsError:
+        except ReaderGoneError:
             return 0
         except Exception as error:
             watcher.close()
@@ -448,7 +449,7 @@ def supervise(
 
 
 def in_words(error: Exception) -> str:
-    """Say what nobody foresaw in one line, with the place where it happened."""
+    """Return an unexpected error as one line, with the place where it was raised."""
     if isinstance(error, MemoryError):
         return "out of memory; lower --memory or --threads"
     if isinstance(error, OSError) and error.filename is not None:
@@ -469,7 +470,7 @@ def in_words(error: Exception) -> str:
 
 
 def _explain(number: int, started: float, paths: Sequence[str], after: str) -> str:
-    """Say why the child died, of which shard if it died of one, and what comes `after`."""
+    """Return why the child died, with the shard if one caused it, followed by `after`."""
     from streamsoup.formats.ingredients import open_ingredients
 
     if number == signal.SIGBUS:
@@ -480,7 +481,7 @@ def _explain(number: int, started: float, paths: Sequence[str], after: str) -> s
                 times |= {file: os.stat(file).st_mtime_ns for file in ingredient.source.files}
             except (StreamsoupError, OSError) as error:
                 return f"an ingredient shrank while it was being read: {error}"
-        # A time in the future was given to a file, and says nothing.
+        # A modification time in the future was set by hand, and tells nothing.
         since = range(int((started - 1) * 1e9), int((time.time() + 1) * 1e9))
         rewritten = [file for file, time_ns in times.items() if time_ns in since]
         if rewritten:
@@ -498,7 +499,7 @@ def _explain(number: int, started: float, paths: Sequence[str], after: str) -> s
 
 
 def print_description(description: dict[str, Any]) -> None:
-    """Print what the commands that only look have found, a line for each entry."""
+    """Print a description, a line for each entry."""
     width = max(len(key) for key in description)
     lines: list[str] = []
     for key, value in description.items():

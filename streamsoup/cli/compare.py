@@ -78,11 +78,11 @@ def compare(
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from msgspec.structs import replace
 
-        from streamsoup.study.comparison.table import CompareOptions
+        from streamsoup.study.comparison.table import CompareSettings
         from streamsoup.study.comparison.table import compare as run_comparison
         from streamsoup.study.report.comparison import write_report
 
-        chosen = CompareOptions(
+        chosen = CompareSettings(
             orders=orders,
             curve=curve,
             pairs=pairs,
@@ -152,6 +152,7 @@ def landscape(
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.output.destination import check_outside
+        from streamsoup.study.landscape.landscape import LandscapeSettings
         from streamsoup.study.landscape.landscape import landscape as measure
         from streamsoup.study.report.figures import check_picture
         from streamsoup.study.report.page import write_text
@@ -163,19 +164,19 @@ def landscape(
         for each in () if os.path.exists(os.path.join(cache, "lock")) else (plot, rows):
             if os.path.lexists(each):
                 raise OutputExistsError(
-                    f"{printable(each)}: is there already, and no landscape of ours; "
+                    f"{printable(each)}: exists already and is not a landscape of streamsoup; "
                     "choose another name for --plot"
                 )
+        chosen = LandscapeSettings(
+            resolution=resolution, margin=margin, splits=splits, recalibrate=recalibrate
+        )
         found = measure(
             base,
             first,
             second,
             task,
             cache=cache,
-            resolution=resolution,
-            margin=margin,
-            splits=splits,
-            recalibrate=recalibrate,
+            settings=chosen,
             options=options,
         )
         watcher.close()
@@ -239,7 +240,7 @@ def _this_command() -> str:
 
 
 def _table(found: Comparison, width: int) -> list[str]:
-    """Return the rows that are no ingredients, in columns: below each other what is too wide."""
+    """Return all rows but the ingredients' in columns, wrapped to the width."""
     rows = [row for row in found.rows if row.kind != "ingredient"]
     show: Callable[[float], str] = (
         (lambda x: f"{100 * x:.2f}") if found.is_share else (lambda x: f"{x:.4g}")

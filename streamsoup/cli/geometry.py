@@ -82,7 +82,7 @@ def write_json(found: Geometry, file: TextIO) -> None:
 
 
 def describe(found: Geometry, width: int) -> list[str]:
-    """Say how each ingredient lies to the base and to the others; a matrix too, if it fits."""
+    """Return lines on each ingredient's place by the base and the others; a matrix if it fits."""
     from streamsoup.study.names import short_names
 
     labels = short_names(found.names, max(12, min(32, width - 64)))
@@ -123,7 +123,7 @@ def describe(found: Geometry, width: int) -> list[str]:
 
 
 def describe_tensors(found: Geometry) -> list[str]:
-    """Say of each tensor how far it moved, and how alike."""
+    """Return a line for each tensor: how far it moved, and at which angles."""
     import numpy as np
 
     reference = "base" if found.base is not None else "mean"

@@ -144,7 +144,7 @@ def learned(
 
 
 def describe(soup: LearnedSoup) -> list[str]:
-    """Say what was learned, and what it took."""
+    """Return lines on the learned coefficients, and on the cost."""
     from streamsoup.sizes import nbytes_text
     from streamsoup.study.names import short_names
 

@@ -3,7 +3,7 @@
 `Watcher` is the only writer to a terminal while work goes on: it draws one line of progress, and
 what anything else prints passes through it, so that the line is wiped out before and drawn again
 after. It uses three escape sequences: carriage return, erase to the end of the line or of the
-screen, and cursor up (after the terminal was made narrower). Where stderr is no terminal, it prints
+screen, and cursor up (after the terminal was made narrower). Without a terminal, it prints
 a plain line every half minute instead.
 """
 
@@ -37,7 +37,7 @@ DRAW_S = 0.1
 """Time between two drawings of the line: more often cannot be read."""
 
 REPORT_S = 30.0
-"""Time between two lines where stderr is no terminal."""
+"""Time between two lines where stderr is not a terminal."""
 
 WINDOW_S = 10.0
 """Time over which the rate of reading is measured: leaves that were finished before take none."""
@@ -132,7 +132,7 @@ class Watcher:
         self._shown = ""
         """The line that is on the terminal now."""
         self._partial = False
-        """Whether something else left the cursor inside a line."""
+        """True if other output left the cursor inside a line."""
         self._streams: list[tuple[str, TextIO]] = []
         if self._draws:
             for name in ("stderr", "stdout"):
@@ -144,7 +144,7 @@ class Watcher:
         """Most anonymous memory seen so far; looked at twenty times a second."""
 
     def __call__(self, event: object) -> None:
-        """Take note of an event of the library."""
+        """Update the progress from an event of the library."""
         self.peak_nbytes = max(self.peak_nbytes, anonymous_nbytes())
         with self._lock:
             if isinstance(event, Progress):
@@ -171,7 +171,7 @@ class Watcher:
             return written
 
     def close(self) -> None:
-        """Take the line away, and let others write to the terminal again."""
+        """Clear the line, and restore stdout and stderr."""
         self.peak_nbytes = max(self.peak_nbytes, anonymous_nbytes())
         self._closed.set()
         with self._lock:
@@ -197,7 +197,7 @@ class Watcher:
                     self._refresh()
 
     def _refresh(self) -> None:
-        """Draw the line anew, or print one where there is no terminal, if it is time to."""
+        """Draw the line anew, or print one without a terminal, if it is time to."""
         now = time.monotonic()
         if not self._draws:
             if now - self._reported >= REPORT_S:
@@ -393,7 +393,7 @@ def clear_line() -> None:
 
 
 def anonymous_nbytes() -> int:
-    """Return the bytes this process holds that are no copy of a file; 0 where /proc is missing."""
+    """Return the bytes of this process's anonymous memory; 0 where /proc is missing."""
     try:
         with open(_STATM, "rb") as file:
             _, resident, shared, *_ = map(int, file.read().split())

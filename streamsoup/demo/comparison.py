@@ -16,7 +16,7 @@ from streamsoup.demo import training
 from streamsoup.demo.table import Results
 from streamsoup.output.coefficients import coefficients_of
 from streamsoup.output.verification import read_provenance
-from streamsoup.study.comparison.table import CompareOptions, compare
+from streamsoup.study.comparison.table import CompareSettings, compare
 from streamsoup.study.report.comparison import write_report
 
 __all__ = ["write"]
@@ -39,7 +39,7 @@ def write(folder: Path, results: Results, command: str) -> str:
             "streamsoup.demo.task",
             output=folder / "report",
             base=folder / "base",
-            settings=CompareOptions(learned=(), coefficients=coefficients),
+            settings=CompareSettings(learned=(), coefficients=coefficients),
         )
     inside = {name: quote(str(folder / name)) for name in ("", "ingredients", "base", "report")}
     again = (

@@ -47,12 +47,12 @@ _NUMBER = re.compile(r"[-_]\d+(-of-\d+)")
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of that name is an index."""
+    """Return True if a file of that name is an index."""
     return _INDEX.fullmatch(name) is not None
 
 
 def stem(name: str) -> str:
-    """Give what the names of a checkpoint's files begin with, from that of its index or a shard.
+    """Return what the names of a checkpoint's files begin with, from that of its index or a shard.
 
     >>> stem("model.safetensors.index.fp16.json"), stem("model-00001-of-00002.safetensors")
     ('model.fp16', 'model')
@@ -65,12 +65,12 @@ def stem(name: str) -> str:
 
 
 def is_numbered(name: str) -> bool:
-    """Whether a shard's name says which it is, and of how many."""
+    """Return True if a shard's name says which it is, and of how many."""
     return _NUMBER.search(name) is not None
 
 
 def n_shards(name: str) -> int:
-    """Say of how many shards a file is one, by its name.
+    """Return the number of shards of the checkpoint that a file belongs to, by its name.
 
     >>> n_shards("model-00001-of-00003.safetensors"), n_shards("model.safetensors")
     (3, 1)
@@ -101,7 +101,7 @@ def index_name(stem: str) -> str:
 def read_index(path: str) -> tuple[dict[str, str], int]:
     """Read the weight map of an index, tensor name to file name; and what that took, in bytes.
 
-    Raises `FormatError` for what is no such index, and for names that lead out of its folder.
+    Raises `FormatError` for any other file, and for names that lead out of its folder.
     """
     where = printable(path)
     try:

@@ -93,17 +93,17 @@ def listed(
     """
     if isinstance(ingredients, (str, bytes, os.PathLike)):
         given = printable(os.fsdecode(ingredients))
-        raise RecipeError(f"{given}: is one path, and a list is wanted: [{given!r}, ...]")
+        raise RecipeError(f"{given}: is one path; expected a list: [{given!r}, ...]")
     one = isinstance(ingredients, (Mapping, Ingredient)) or hasattr(ingredients, "state_dict")
     if one or is_source(ingredients):
-        raise RecipeError("this is one ingredient, and a list of them is wanted")
+        raise RecipeError("expected a list of ingredients, got one of them")
     try:
         if isinstance(ingredients, (set, frozenset)):
             raise TypeError
         going = iter(ingredients)
     except TypeError:
         given = printable(repr(ingredients))
-        raise RecipeError(f"{given}: a list of ingredients is wanted") from None
+        raise RecipeError(f"expected a list of ingredients, got {given}") from None
     return list(going)
 
 
@@ -119,7 +119,7 @@ def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
 
     Raises:
         MissingFileError: There is no such file or folder.
-        FormatError: It is no checkpoint; names the file, and the tensor if there is one.
+        FormatError: A file is not a checkpoint; names the file, and the tensor if there is one.
         RecipeError: One checkpoint was given in the place of a list, or something else entirely.
 
     Reads headers and indexes only; of a state dict all of it, once, for its digest.
@@ -143,7 +143,7 @@ def _open(given: AnyIngredient, cache: HeaderCache) -> Ingredient:
         stored = open_stored(given, cache)
         return Ingredient(stored, stored.layout)
     raise RecipeError(
-        f"{printable(repr(given))} is no ingredient; give a path, a source, a state dict or a "
+        f"{printable(repr(given))} is not an ingredient; give a path, a source, a state dict or a "
         "module"
     )
 
@@ -155,6 +155,6 @@ def _check_members(source: object) -> None:
     missing = [name for name in missing if not hasattr(source, name)]
     if missing:
         raise RecipeError(
-            f"{printable(repr(source))} is no source, as it lacks {', '.join(missing)}; subclass "
+            f"{printable(repr(source))} is not a source: it lacks {', '.join(missing)}; subclass "
             f"streamsoup.Source, which leaves {', '.join(REQUIRED)} to be written"
         )

@@ -112,7 +112,7 @@ def _spec(name: object, tensor: SourceTensor, ends: Sequence[int], n_files: int)
         )
     shape = tuple(tensor.shape)
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise FormatError(f"has the shape {printable(repr(shape), 60)}, which is no list of sizes")
+        raise FormatError(f"has the shape {printable(repr(shape), 60)}, not a list of sizes")
     if not 0 <= tensor.file < n_files:
         raise FormatError(f"is in file {tensor.file} of {n_files}")
     own = None if delivered == dtype else delivered

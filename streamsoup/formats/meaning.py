@@ -1,4 +1,4 @@
-"""Whether the same numbers mean the same in all ingredients, as far as their side files say.
+"""Check that the same numbers mean the same in all ingredients, by their side files.
 
 A mean of weights under two configurations, or of embeddings in two orders, is a model of neither,
 and has the shapes of both. All that says so is refused by name, before a weight is read.

@@ -167,7 +167,7 @@ def sharing(tensors: Mapping[str, Any], others: Iterable[Any]) -> list[str]:
 
 
 def _elements(tensor: Any, first: int, last: int) -> Any:
-    """Give elements `first` to `last` ``(last - first,)``, in C order; copies those rows at most.
+    """Return elements `first` to `last` ``(last - first,)``, in C order; copies those rows at most.
 
     Flattening a tensor that is not contiguous would copy it whole, again for each block.
     """
@@ -180,7 +180,7 @@ def _elements(tensor: Any, first: int, last: int) -> Any:
 
 
 def _storage(tensor: Any) -> tuple[int, int]:
-    """Give the address of a tensor's storage, and its bytes. Two may lie over one another."""
+    """Return the address of a tensor's storage, and its bytes. Two may lie over one another."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
@@ -213,7 +213,7 @@ def open_state(given: Any) -> StateDict:
     if strange or not state:
         raise FormatError(
             f"a state dict holds {some(strange) or 'nothing'}, where plain dense tensors were "
-            "expected; leave out what is no weight"
+            "expected; leave out entries that are not weights"
         )
     beside = {} if isinstance(given, Mapping) else _side_files(given)
     dtypes = {name: names[tensor.dtype] for name, tensor in state.items()}
@@ -221,7 +221,7 @@ def open_state(given: Any) -> StateDict:
 
 
 def unwrapped(module: Any) -> Any:
-    """Give a module without what it is wrapped in for training or speed."""
+    """Return a module without what it is wrapped in for training or speed."""
     from torch.nn.parallel import DataParallel, DistributedDataParallel
     from torch.optim.swa_utils import AveragedModel
 
@@ -232,7 +232,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """Give the name of a tensor without what `torch.compile` puts into it, at whatever depth.
+    """Return the name of a tensor without what `torch.compile` puts into it, at whatever depth.
 
     >>> plain_name("encoder._orig_mod.weight")
     'encoder.weight'
@@ -244,7 +244,7 @@ _COMPILED = "_orig_mod"
 
 
 def _state_of(module: Any) -> Mapping[str, Any]:
-    """Give the state dict of a module, without its wrappers."""
+    """Return the state dict of a module, without its wrappers."""
     import torch
 
     inner = unwrapped(module)

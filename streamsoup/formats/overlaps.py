@@ -12,7 +12,7 @@ __all__ = ["is_apart", "overlaps"]
 
 
 def is_apart(tensor: Any) -> bool:
-    """Whether all elements of a tensor lie at places of their own."""
+    """Return True if all elements of a tensor lie at places of their own."""
     reach = 0
     steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
     for stride, n in steps if tensor.numel() else ():
@@ -72,7 +72,7 @@ def _met(tensors: Mapping[str, Any], names: list[str], name: str) -> str:
 
 
 def _span(tensor: Any) -> tuple[int, int]:
-    """Give the addresses of a tensor's first byte, and of that after its last one."""
+    """Return the addresses of a tensor's first byte, and of that after its last one."""
     last = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

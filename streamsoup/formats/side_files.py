@@ -63,7 +63,7 @@ _OF_TRAINING = (
 """What the names of folders begin with that a training run leaves."""
 
 LARGEST = 1_000_000_000
-"""Bytes beyond which a file is no configuration and no tokenizer: left out, with a warning."""
+"""Size in bytes beyond which a file is not a side file: left out, with a warning."""
 
 
 class SideFile(msgspec.Struct, frozen=True):
@@ -109,7 +109,7 @@ def gather_side_files(
         )
     if spare:
         warnings.append(
-            f"{printable(first)}: left out weights that are no part of "
+            f"{printable(first)}: left out weights that are not part of "
             f"{printable(ingredients[0].index_name or ingredients[0].file_names[0])}: {some(spare)}"
         )
     if strange:
@@ -174,7 +174,7 @@ def _held(ingredient: Ingredient) -> list[SideFile]:
 
 
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
-    """List the side files below a folder, and what has their place but is no regular file.
+    """List the side files below a folder, and what has their place but is not a regular file.
 
     What may be weights of another model comes third, folders with all that they hold; those of a
     training run are passed over. Raises `FormatError` for what cannot be looked at: it may be a

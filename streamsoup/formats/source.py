@@ -42,7 +42,7 @@ class ReadingCost(msgspec.Struct, frozen=True):
     """What reading a source holds in memory, beside the blocks it fills."""
 
     views: bool = False
-    """Whether every `Cursor.view` returns a view that costs no memory of the process's own."""
+    """True if every `Cursor.view` returns a view that takes no memory of the process."""
     unit_nbytes: int = 0
     """Bytes held during a call of `Cursor.view` or `Cursor.read`, for each element asked for (for
     each byte of a tensor that is not averaged)."""
@@ -162,7 +162,7 @@ class Source(Protocol):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the tensors of a file lie side by side, so that a range may go on into the next.
+        """Return True if the tensors of a file lie side by side, so that ranges may span them.
 
         The order is that of `tensors`, and each is delivered in the dtype it stands for.
         """

@@ -242,7 +242,7 @@ def open_stored(path: str | bytes | os.PathLike[Any], cache: HeaderCache | None 
 
     Raises:
         MissingFileError: There is no such file or folder.
-        FormatError: What is there is no checkpoint, names the file and what is wrong with it.
+        FormatError: The file is not a checkpoint; names the file and the fault.
     """
     cache = HeaderCache() if cache is None else cache
     try:

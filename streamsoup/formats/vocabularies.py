@@ -37,7 +37,7 @@ _NAMES = (
 
 
 _LARGEST_ID = 1 << 24
-"""Ids from which a file is no vocabulary: each takes 8 bytes, whether it has a token or not."""
+"""Ids from which a file is not a vocabulary: each takes 8 bytes, whether it has a token or not."""
 
 _ENOUGH = 1000
 """Tokens in other places that are looked up: one will do."""
@@ -47,7 +47,7 @@ class Conflict(msgspec.Struct, frozen=True):
     """The first id that two vocabularies do not agree on."""
 
     moved: bool
-    """Whether a token has another id; else one has taken the place of another."""
+    """True if a token has another id; False if a token replaces another."""
     what: str
     """The token or the id, and what each makes of it."""
 
@@ -107,7 +107,7 @@ def _digest(token: bytes) -> int:
 
 
 def _tokens(path: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the tokens of a file with their ids; nothing for what is no vocabulary."""
+    """Yield the tokens of a file with their ids; nothing for a file that is not a vocabulary."""
     with suppress(OSError, ValueError, RecursionError, msgspec.MsgspecError, IndexError):
         with reading(path) as (descriptor, status):
             if status.st_size > VOCABULARY_LIMIT:

@@ -1,6 +1,6 @@
 """Which file of a folder holds its weights: an index, or the only safetensors file.
 
-Where a folder holds more than one checkpoint, the choice is that of `from_pretrained`, or nobody's:
+Where a folder holds more than one checkpoint, `from_pretrained`'s choice is taken, or none:
 then it is refused, and what to do is said.
 """
 
@@ -96,7 +96,7 @@ def find_weights(folder: str) -> str:
 
 
 def _holds_weights(path: str) -> bool:
-    """Whether a folder has a safetensors file, as far as can be seen."""
+    """Return True if a folder has a safetensors file, as far as can be seen."""
     try:
         return any(name.endswith(".safetensors") for name in os.listdir(path))
     except OSError:

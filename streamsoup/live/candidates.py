@@ -61,7 +61,7 @@ class Candidates:
     """Makes candidates out of a fixed list of ingredients, into any sink."""
 
     joins = True
-    """Whether passes go over joined tensors (`soups.joined`)."""
+    """True if passes go over joined tensors (`live.joined`)."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Candidates:
         scratch: str | None,
         where: str = "cpu",
     ) -> None:
-        """Take the plan over all ingredients; keep nothing yet. `where` is for `Moved`."""
+        """Set up for a plan over all ingredients, with nothing kept yet; `where` is for `Moved`."""
         self.where = where
         self.plan = plan
         self.sums_plan = sums
@@ -130,14 +130,14 @@ class Candidates:
         return Moved(self._cost(fresh), moved if on_disk else 0, elapsed_s, self.where)
 
     def forget(self) -> None:
-        """Let go of the running sum, and of files."""
+        """Free the running sum, and close files."""
         if self._sums is not None:
             self._sums.close()
         self._sums, self._held = None, ()
         self._kept = Kept()
 
     def _is_worth(self, head: tuple[int, ...]) -> bool:
-        """Whether the sum of `head` is better kept than made again from its ingredients."""
+        """Return True if keeping the sum of `head` is cheaper than summing it again."""
         if self.sums_plan.place == "memory":
             return len(head) > 1
         return self.sums_plan.place == "file" and self._cost(head) > self.sums_plan.nbytes
@@ -159,7 +159,7 @@ class Candidates:
     def reducer(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
     ) -> Reducer:
-        """Give the mix of a part; it may start from the running sum, and carry it on.
+        """Return the mix of a part; it may start from the running sum and update it.
 
         The sum is set to that after `n_tail` of the part's ingredients, unless that is 0.
         """

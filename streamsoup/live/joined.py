@@ -44,7 +44,7 @@ def join(plan: MixPlan) -> MixPlan:
 
 
 def _follows(before: PlannedTensor, tensor: PlannedTensor) -> bool:
-    """Whether `tensor` begins where `before` ends, in every layout, and is of the same dtypes."""
+    """Return True if `tensor` begins where `before` ends in every layout, with the same dtypes."""
     return (
         before.is_reduced
         and tensor.is_reduced
@@ -87,11 +87,11 @@ class Apart:
     """A sink for a plan, given the blocks of a part of it, whose tensors may be joined."""
 
     def __init__(self, sink: Sink, pieces: Sequence[Pieces]) -> None:
-        """Take the sink for the whole plan, and what each tensor of the part is made of."""
+        """Wrap the sink of the whole plan; `pieces` are the tensors in each joined one."""
         self._sink, self._pieces = sink, pieces
 
     def session(self) -> SinkSession:
-        """Give a thread its own session."""
+        """Return a thread its own session."""
         return _ApartSession(self._sink.session(), self._pieces)
 
 

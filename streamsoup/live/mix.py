@@ -60,7 +60,7 @@ def device_of(sink: ModelSink, options: Options) -> str:
 
 
 def device_text(sink: ModelSink, options: Options) -> str:
-    """Say where mixes into `sink` are made, and why there."""
+    """Return the device that mixes into `sink` are made on, with the reason, for a message."""
     name = device_of(sink, options)
     if options.device != "auto":
         return f"{name}, as told"
@@ -99,7 +99,7 @@ class LiveMix:
             self._target = _targets(sink, self._found)
 
     def reducer(self, part: MixPlan) -> tuple[Reducer, MemoryPlan]:
-        """Give what `stream.run` needs to mix a part of the plan. Raises `BudgetError`."""
+        """Return the reducer and memory plan for a part of the plan. Raises `BudgetError`."""
         if self._found is not None and isinstance(part.recipe.rule, Linear):
             mix = self._found.mix(part, target=self._target, lanes=self._lanes)
             return mix, self._found.plan.memory
@@ -122,13 +122,27 @@ def mix_into(
 ) -> Recipe:
     """Put Σᵢ cᵢ·θᵢ into the parameters and buffers of `model`, in place; return the recipe.
 
-    Without `coefficients`, the mean; they may be any rule, which is applied on the CPU. Sums are
-    made on the device of the model (`Options.device` ``auto``) or on the one that is named. Writes
-    nothing to disk; holds blocks only. Each result is rounded once, to the dtype of the ingredients
-    or `Options.dtype`, and has the bytes that `mix` would write. The model may be an ingredient
-    itself. Raises what `mix` raises, and `MismatchError` where the model does not fit, or an
-    ingredient lies in its memory in another way; after any other error, the model holds part of the
-    mix.
+    Each result is rounded once, to the dtype of the ingredients or `Options.dtype`, and has the
+    bytes that `mix` would write. The model may be an ingredient itself.
+
+    Args:
+        model: The module to change, on any device.
+        ingredients: As for `uniform`.
+        coefficients: As for `mix`, or any rule, which is applied on the CPU; None for the mean.
+        normalize: Divide the coefficients by their sum.
+        options: Sums are made on the model's device (`Options.device` ``auto``) or a named one.
+
+    Returns:
+        The recipe of the mix.
+
+    Raises:
+        MismatchError: The model does not fit, or an ingredient shares its memory in another
+            layout; the model is unchanged.
+        StreamsoupError: As for `mix`. After an error during the pass, the model holds part of the
+            mix.
+
+    Reads each ingredient once for each pass of the rule; holds blocks only, and writes nothing to
+    disk.
     """
     check_options(options, Options)
     if coefficients is None:
@@ -189,13 +203,13 @@ class DeviceCandidates(Candidates):
         )
 
     def memory_of(self, part: MixPlan) -> MemoryPlan:
-        """Give the blocks of a lane: they do not depend on the part."""
+        """Return the blocks of a lane: they do not depend on the part."""
         return self._on_device.plan.memory
 
     def reducer(
         self, part: MixPlan, memory: MemoryPlan, *, starts: bool = False, n_tail: int = 0
     ) -> Reducer:
-        """Give the reduction of a part, which may start from the running sum, and carry it on."""
+        """Return the reduction of a part, which may start from the running sum and update it."""
         running = None
         if starts or n_tail:
             assert isinstance(self._sums, _DeviceSums)
@@ -203,7 +217,7 @@ class DeviceCandidates(Candidates):
         return self._on_device.mix(part, target=self._target, running=running, lanes=self._lanes)
 
     def forget(self) -> None:
-        """Let go of the running sum, and of the lanes."""
+        """Free the running sum and the lanes."""
         super().forget()
         self._lanes.clear()
 
@@ -229,7 +243,7 @@ class _DeviceSums:
             self._sums = found.device.device(n, torch.float64)
 
     def of(self, tensor: str) -> torch.Tensor:
-        """Give the sums of a tensor, by name."""
+        """Return the sums of a tensor, by name."""
         return self._sums[self._places[tensor]]
 
     def close(self) -> None:
@@ -277,7 +291,7 @@ def _find(
 
 
 def _fits(target: Any, tensor: PlannedTensor, device: str) -> bool:
-    """Whether results can go straight into a target: on the device, in order, of their dtype."""
+    """Return True if results can go straight into a target: same device and dtype, contiguous."""
     return (
         target.flat is not None
         and str(target.tensor.device) == device

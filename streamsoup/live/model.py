@@ -81,11 +81,13 @@ class ModelSink:
         that does not fit. Costs a read of tensors that are tied but held apart, and of none else.
         """
         if not isinstance(model, nn.Module):
-            raise MismatchError(f"{printable(repr(model))} is no torch.nn.Module to put a mix into")
+            raise MismatchError(
+                f"{printable(repr(model))} is not a torch.nn.Module to put a mix into"
+            )
         self.model = model
         self.plan = plan
         self._apart = False
-        """Whether no ingredient is known to share the model's memory."""
+        """True if no ingredient is known to share the model's memory."""
         planned = {tensor.name: tensor for tensor in plan.tensors}
         shapes = {name: tensor.shape for name, tensor in planned.items()}
         self._match = found = match(shapes, model)
@@ -111,11 +113,11 @@ class ModelSink:
         return self.live[name][0].tensor
 
     def session(self) -> ModelSink:
-        """Give itself: blocks of different places may come from several threads."""
+        """Return self: threads may write blocks at different places at once."""
         return self
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Give the memory of a parameter, unless an ingredient may share it."""
+        """Return the memory of a parameter, unless an ingredient may share it."""
         planned = self.plan.tensors[leaf.tensor]
         target = self.targets.get(planned.name)
         if not self._apart or target is None or target.raw is None:
@@ -192,7 +194,7 @@ class ModelSink:
         return ""
 
     def mark_changed(self) -> None:
-        """Have torch know that all tensors were changed: ours are not among its own operations.
+        """Mark all tensors as changed in place, which torch cannot see by itself.
 
         It then refuses to go backward through what was computed before.
         """
@@ -203,7 +205,7 @@ class ModelSink:
         torch.clear_autocast_cache()
 
     def versions(self) -> list[int] | None:
-        """Say how often each tensor was changed in place; None where torch does not count.
+        """Return how often each tensor was changed in place; None where torch does not count.
 
         It does not count changes through ``.data`` or views of numpy's, nor those of BatchNorm's
         statistics, but of the number of batches beside them.
@@ -353,7 +355,7 @@ def _problem(planned: PlannedTensor, parts: tuple[Part, ...]) -> str | None:
         ours = TORCH_DTYPES.get(planned.dtype.name)
         if planned.is_reduced:
             if not tensor.is_floating_point():
-                return f"of dtype {tensor.dtype}, which is no float"
+                return f"of dtype {tensor.dtype}, which is not a float"
         elif tensor.dtype != ours:
             return f"of dtype {tensor.dtype} where the ingredients have {planned.dtype.name}"
     return None

@@ -19,12 +19,21 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     """Measure the running statistics of BatchNorm anew, as the mean over `batches`.
 
     Averaged statistics belong to none of the averaged weights (Izmailov et al. 2018,
-    https://arxiv.org/abs/1803.05407, section 3.2). Each batch is an input of the model: a tensor,
-    a tuple of arguments or a dictionary of keyword arguments; it is brought to the model's device.
-    Only BatchNorm is put into training mode meanwhile. Gives the number of layers measured. Costs
-    a forward pass over the batches. As `torch.optim.swa_utils.update_bn`, for the running mean
-    and variance. Raises `TaskError`, and measures nothing, if there is no batch; after any error
-    the statistics are what they were.
+    https://arxiv.org/abs/1803.05407, section 3.2). Only BatchNorm is put into training mode
+    meanwhile. As `torch.optim.swa_utils.update_bn`, for the running mean and variance.
+
+    Args:
+        model: The module whose running means and variances are replaced.
+        batches: Inputs of the model: tensors, tuples of arguments or dictionaries of keyword
+            arguments; each is moved to the model's device.
+
+    Returns:
+        The number of layers measured; 0 for a model without BatchNorm.
+
+    Raises:
+        TaskError: There is no batch. After any error the statistics are restored.
+
+    Costs a forward pass over the batches; holds a copy of the statistics.
     """
     layers = [
         module
@@ -80,7 +89,7 @@ def negative_variances(model: nn.Module) -> list[str]:
 
 
 def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
-    """Give the running statistics of a layer, as far as it has them."""
+    """Return the running statistics that a layer has."""
     return [each for each in (layer.running_mean, layer.running_var) if each is not None]
 
 

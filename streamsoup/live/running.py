@@ -87,7 +87,7 @@ def plan_sums(
 
 
 def can_carry(plan: MixPlan) -> bool:
-    """Whether a running sum of these ingredients gives the bits of a pass over all.
+    """Return True if a running sum of these ingredients gives the bits of a pass over all.
 
     The one rule it cannot carry: float64 values that are the same in all (`kernels.reference`).
     """
@@ -98,7 +98,7 @@ class Sums(Protocol):
     """The running sum: one float64 for each averaged element, by tensor, wherever it is kept."""
 
     def close(self) -> None:
-        """Give the room back."""
+        """Free the memory or the file."""
 
 
 def open_sums(plan: MixPlan, place: SumsPlace, scratch: str | None) -> Sums:
@@ -134,7 +134,7 @@ class MemorySums:
         self._sums[begin : begin + len(sums)] = sums
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._sums = np.empty(0)
 
 
@@ -172,5 +172,5 @@ class FileSums:
         write_at(self._descriptor, sums.view(np.uint8).data, 8 * (self._places[tensor] + start))
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self._descriptor)

@@ -5,8 +5,8 @@ With a base θ₀ the angles are those between task vectors, cos φᵢⱼ = ⟨�
 angles. Without one, all is measured from the mean of the ingredients, and angles say little.
 Everything follows from the Gram matrix of the differences, in total and for each tensor.
 
-The running statistics of BatchNorm are measured like any tensor, but are no part of the total: they
-are no weights, and of a size of their own (a variance of 10⁴ would drown every angle).
+The running statistics of BatchNorm are measured like any tensor, but not part of the total: they
+are not weights, and of a size of their own (a variance of 10⁴ would drown every angle).
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ class Place(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.n_changed / max(self.n_elements, 1), np.float64)
 
     def norm_of_mix(self, coefficients: Sequence[float]) -> float:
-        """Give ‖Σᵢ cᵢ·(θᵢ−θ₀)‖: how far from the reference a soup lies, unmade."""
+        """Return ‖Σᵢ cᵢ·(θᵢ−θ₀)‖: the distance of a soup from the reference, without making it."""
         c = np.asarray(coefficients, np.float64)
         return float(np.sqrt(max(float(c @ self.gram @ c), 0.0)))
 
     def to_builtins(self) -> dict[str, Any]:
-        """Give plain numbers for JSON; what is undefined is None."""
+        """Return plain numbers for JSON; what is undefined is None."""
         return {
             "name": self.name,
             "elements": self.n_elements,
@@ -166,15 +166,15 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
     nbytes_read: int
 
     def __repr__(self) -> str:
-        """Say it in a line."""
+        """Return a one-line summary for the REPL."""
         return f"<Geometry of {len(self.names)}: {count(len(self.tensors), 'tensor')}>"
 
     def to_builtins(self) -> dict[str, Any]:
-        """Give plain data for JSON: the total in full, and the Gram matrix of each tensor."""
+        """Return plain data for JSON: the total in full, and the Gram matrix of each tensor."""
         return self.summary() | {"tensors": [tensor.to_builtins() for tensor in self.tensors]}
 
     def summary(self) -> dict[str, Any]:
-        """Give plain data for JSON, all but the single tensors."""
+        """Return plain data for JSON, all but the single tensors."""
         total = self.total.to_builtins() | {
             "cosines": _plain(self.total.cosines),
             "angles_deg": _plain(self.total.angles),
@@ -202,11 +202,26 @@ def geometry(
     """Measure norms, angles and distances of `ingredients`, in total and for each tensor.
 
     With a `base`, of its task vectors; without, of the differences to the mean of all. Dtypes may
-    differ between checkpoints; tensors that hold no floats are left out. Reads each byte of each
-    checkpoint once; holds blocks, and some k²/2 numbers for each tensor. The numbers depend on
-    neither threads nor blocks nor the way of reading. Raises `MismatchError`, `RecipeError`,
-    `BudgetError` before it reads, and `NonFiniteError` where a NaN or Inf leaves nothing to
-    measure.
+    differ between checkpoints; tensors that hold no floats are left out. The numbers depend on
+    neither threads nor blocks nor the way of reading.
+
+    Args:
+        ingredients: As for `uniform`, one at least.
+        base: The checkpoint that all were fine-tuned from; None measures from the mean.
+        options: Memory, threads, and the way of reading.
+
+    Returns:
+        Gram matrices ``(ingredient, ingredient) float64``, in total and for each tensor, with the
+        norms, cosines, angles (degrees) and distances that follow; duplicates, and notes.
+
+    Raises:
+        MismatchError: The checkpoints differ in names or shapes; before anything is read.
+        RecipeError: There is no checkpoint; before anything is read.
+        BudgetError: The blocks do not fit `Options.memory`; before anything is read.
+        NonFiniteError: A NaN or Inf leaves nothing to measure.
+
+    Reads each byte of each checkpoint once; holds blocks, and for each tensor about k²/2 float64
+    products of k ingredients.
     """
     plan, memory, mapped = plan_geometry(ingredients, base=base, options=options)
     return measure(plan, memory, mapped=mapped, base=base is not None, options=options)
@@ -245,7 +260,7 @@ def plan_geometry(
 def measure(
     plan: MixPlan, memory: MemoryPlan, *, mapped: bool, base: bool, options: Options
 ) -> Geometry:
-    """Run a planned pass, and say what it shows. See `geometry`."""
+    """Run a planned pass, and return its result with notes. See `geometry`."""
     from streamsoup.engine.stream import DigestLedger, run
 
     gram = Gram(plan, memory, base=base)
@@ -332,7 +347,7 @@ def _about_base(
     judged: Place,
     strangers: list[tuple[int, int]],
 ) -> list[str]:
-    """Say where the base is in doubt: far from all, equal to one, or stored too coarsely."""
+    """Return notes on a doubtful base: far from all, equal to one, or stored too coarsely."""
     notes = []
     apart, theirs, own = judged.norms, judged.weight_norms, max(judged.reference_norm, 1e-300)
     far = [i for i in range(len(names)) if apart[i] >= FAR * np.sqrt(theirs[i] * own) > 0]
@@ -385,7 +400,7 @@ def _together(places: Sequence[Place], n_rows: int) -> Place:
 
 
 def _fraction(plan: MixPlan, i: int) -> set[int]:
-    """Give the stored fraction bits of the dtypes of ingredient `i`, where there is a weight."""
+    """Return the stored fraction bits of the dtypes of ingredient `i`, where there is a weight."""
     layout = plan.layout_of[i]
     dtypes = {tensor.sources[layout].dtype for tensor in plan.tensors if tensor.n_units > 1}
     return {dtype.fraction for dtype in dtypes if dtype.fraction is not None}
@@ -398,7 +413,7 @@ def _of_pairs(what: str, pairs: list[tuple[int, int]], names: tuple[str, ...]) -
 
 
 def _plain(array: Floats) -> Any:
-    """Give nested lists, with None for what JSON cannot say."""
+    """Return nested lists, with None for NaN and infinity, which JSON lacks."""
     if array.ndim > 1:
         return [_plain(row) for row in array]
     return [float(x) if np.isfinite(x) else None for x in array]

@@ -253,7 +253,7 @@ def _inside(run: str) -> tuple[list[str], list[str]]:
         ) from None
     names = [entry.name for entry in entries if entry.name not in folders]
     if {"model_index.json", "zero_to_fp32.py"} & {*names}:
-        return [], []  # a pipeline, or a checkpoint of DeepSpeed: the numbers inside are no steps
+        return [], []  # a pipeline, or a checkpoint of DeepSpeed: the numbers inside are not steps
     weights = [name for name in names if _is_weights(name) and n_shards(name) == 1]
     return folders, [] if any(map(is_index, names)) else weights
 

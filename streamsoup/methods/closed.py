@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 Curve = Literal["linear", "cosine", "sqrt"]
 
 NEARLY_OPPOSITE = -1 + 1e-9
-"""Cosine, about 0.003 degrees from opposite, from which there is no telling the way."""
+"""Cosine, about 0.003 degrees from opposite, from which the way is undefined."""
 
 LARGEST_FACTORS = 100.0
 """Sum of the absolute coefficients, beyond which they stand for what cancels out, and for nothing
@@ -188,7 +188,7 @@ def wsm_coefficients(n: int, curve: Curve) -> Coefficients:
     """Return the coefficients of `n` checkpoints for a decay curve.
 
     Factors that are fractions with a common divisor are whole numbers over it, so that the soup of
-    a linear decay is the mean to the bit: 1/n is no float for most n, and rounds ties elsewhere.
+    a linear decay is the mean to the bit: 1/n is not a float for most n, and rounds ties elsewhere.
 
     >>> wsm_coefficients(4, "linear") == Coefficients.uniform(4)
     True
@@ -231,8 +231,22 @@ def arithmetic(
 ) -> Soup:
     """Write base + Σᵢ λᵢ·(θᵢ − base) into `output`: task arithmetic.
 
-    `scale` is λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
-    unlearns. Costs and errors as for `uniform`; the base is read too.
+    Args:
+        ingredients: Checkpoints fine-tuned from `base`, one at least.
+        scale: λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
+            unlearns.
+        base: The checkpoint θ₀ that all were fine-tuned from.
+        output: Folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup, with its recipe, bytes read and written, and warnings.
+
+    Raises:
+        RecipeError: There is no ingredient, or the scales do not fit or are not finite.
+        StreamsoupError: As for `uniform`.
+
+    Costs as for `uniform`, of the ingredients and the base.
     """
     ingredients = listed(ingredients)
     n = len(ingredients)
@@ -263,8 +277,23 @@ def stock(
     For each tensor, t = N·cos φ / (1 + (N−1)·cos φ) says how far to go from the base to the mean;
     cos φ is the mean cosine of all pairs of task vectors (the paper has one angle; mergekit takes
     the mean of pairs too). Where the task vectors point apart on average, t would be negative: it
-    is 0 there, the base, and the report names those tensors. Reads each checkpoint twice: once
-    for the angles, once for the soup. Errors as for `geometry` and `uniform`.
+    is 0 there, the base, and the report names those tensors.
+
+    Args:
+        ingredients: Checkpoints fine-tuned from `base`, two at least.
+        base: The checkpoint θ₀ that all were fine-tuned from.
+        output: Folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup; the report in its provenance has the least, mean and largest t.
+
+    Raises:
+        RecipeError: There are fewer than two ingredients, or NaN and Inf are to propagate.
+        StreamsoupError: As for `geometry` and `uniform`.
+
+    Reads each checkpoint twice: once for the angles, once for the soup. Holds blocks, and for each
+    tensor about n²/2 float64 products.
     """
     ingredients = listed(ingredients)
     n = len(ingredients)
@@ -278,7 +307,7 @@ def stock(
     negative: list[str] = []
     for place in places:
         if not place.gram.any():
-            rows[place.name] = (1.0, *[0.0] * n)  # nobody moved it: it stays bit for bit
+            rows[place.name] = (1.0, *[0.0] * n)  # equal in all: it stays bit for bit
             continue
         ratio = stock_ratio(place)
         if ratio < 0:
@@ -300,7 +329,7 @@ def stock(
 
 
 def stock_ratio(place: Place) -> float:
-    """Give the ratio t of one tensor, unclipped; pairs without an angle count as orthogonal."""
+    """Return the ratio t of one tensor, unclipped; pairs without an angle count as orthogonal."""
     n = len(place.gram)
     cosines = np.nan_to_num(place.cosines[np.triu_indices(n, 1)], nan=0.0)
     cosine = math.fsum(cosines) / len(cosines)
@@ -319,12 +348,28 @@ def slerp(
 ) -> Soup:
     """Write the spherical mean of `ingredients`, tensor by tensor, into `output`.
 
-    `weights` has one for each, none below 0 and not all 0; they are divided by their sum. For two
-    that is sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the point of
-    the sphere from which the weighted directions to all cancel. Angles are seen from zero, or from
-    `base`: then task vectors turn, and the base is added. Where one of them is zero, or they cancel
-    out or lie all around the sphere, the mean is a straight one, and the report counts those
-    tensors. Costs as for `stock`.
+    For two that is sin((1−t)Ω)/sin Ω·θ₁ + sin(tΩ)/sin Ω·θ₂ with t the second weight; for more, the
+    point of the sphere from which the weighted directions to all cancel. Where a vector is zero, or
+    they cancel out or lie all around the sphere, the mean is a straight one, and the report counts
+    those tensors.
+
+    Args:
+        ingredients: As for `uniform`.
+        weights: One for each ingredient, finite, none below 0 and not all 0; they are divided by
+            their sum.
+        base: The origin that angles are seen from: task vectors turn, and the base is added; None
+            for zero.
+        output: Folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup, with its recipe, bytes read and written, and warnings.
+
+    Raises:
+        RecipeError: The weights do not fit, or NaN and Inf are to propagate.
+        StreamsoupError: As for `geometry` and `uniform`.
+
+    Costs as for `stock`.
     """
     ingredients = listed(ingredients)
     shares = shares_of(weights, len(ingredients))
@@ -374,10 +419,10 @@ def has_opposites(gram: Floats) -> bool:
 
 
 def sphere_factors(gram: Floats, shares: Floats) -> Floats | None:
-    """Give the coefficients of the weighted barycentre on the sphere, from products of vectors.
+    """Return the coefficients of the weighted barycentre on the sphere, from products of vectors.
 
     `gram` is ``(vector, vector)``, `shares` ``(vector,)`` sum to 1. None where a vector is zero,
-    or where there is no such point to be found: they cancel out, lie opposite to it, or too far
+    or where no such point is found: they cancel out, lie opposite to it, or too far
     around the sphere for one point to be the mean. Starts from the straight mean, and goes the way
     of the mean of the logarithms until that vanishes
     (Buss and Fillmore 2001, https://doi.org/10.1145/502122.502124).
@@ -415,7 +460,7 @@ def _length(units: Floats, factors: Floats) -> float:
 
 
 def _times(symmetric: Floats, vector: Floats) -> Floats:
-    """Give their product, added up row by row: the order of BLAS depends on the processor."""
+    """Return their product, added up row by row: the order of BLAS depends on the processor."""
     return np.asarray((symmetric * vector[:, None]).sum(axis=0))
 
 
@@ -432,7 +477,7 @@ def about_zero(place: Place) -> Floats:
 def shares_of(weights: Sequence[float], n: int) -> Floats:
     """Return `weights`, one for each of `n`, divided by their sum ``(n,)``."""
     if isinstance(weights, (str, bytes)):
-        raise RecipeError(f"{printable(repr(weights))}: a list of weights is wanted")
+        raise RecipeError(f"{printable(repr(weights))}: expected a list of weights")
     given = np.array([take("float", "weights", weight) for weight in weights])
     if len(given) != n:
         raise RecipeError(
@@ -461,7 +506,7 @@ def measure_all(
     output: str | os.PathLike[str],
     options: Options,
 ) -> tuple[Sequence[Place], int]:
-    """Take the Gram pass, after everything that could refuse the soup itself has been tried.
+    """Run the Gram pass, after every check that could refuse the soup itself.
 
     Returns the products of each tensor, and the bytes that were read for them.
     """

@@ -80,9 +80,23 @@ def mix(
 ) -> Soup:
     """Write Σᵢ cᵢ·θᵢ into the folder `output`.
 
-    `coefficients` holds one finite factor for each ingredient; they are used as they are, or
-    divided by their sum with `normalize`. The path of a soup stands for those it was made with,
-    such as learned ones, tensor by tensor. Costs and errors as for `uniform`.
+    Args:
+        ingredients: As for `uniform`, in the order of the coefficients.
+        coefficients: One finite factor for each ingredient; or the path of a soup, for those it
+            was made with, such as learned ones, tensor by tensor.
+        output: Folder to make.
+        normalize: Divide the coefficients by their sum; otherwise they are used as they are.
+        options: How it is made.
+
+    Returns:
+        The soup, with its recipe, bytes read and written, and warnings.
+
+    Raises:
+        RecipeError: A coefficient is not finite, their number is wrong, or their sum, if it
+            divides, is zero.
+        StreamsoupError: As for `uniform`.
+
+    Costs as for `uniform`.
     """
     found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
     ordered = order(ingredients, Linear(found), method="mix", options=options)
@@ -100,8 +114,21 @@ def interpolate(
 ) -> Soup:
     """Write (1-α)·base + α·fine_tuned into the folder `output`.
 
-    `alpha` is any finite number: 0 is the base, 1 the fine-tuned model, beyond is extrapolation.
-    Costs and errors as for `uniform`.
+    Args:
+        base: The checkpoint at α = 0.
+        fine_tuned: The checkpoint at α = 1.
+        alpha: Any finite number; below 0 and above 1 it extrapolates.
+        output: Folder to make.
+        options: How it is made.
+
+    Returns:
+        The soup, with its recipe, bytes read and written, and warnings.
+
+    Raises:
+        RecipeError: `alpha` is not finite.
+        StreamsoupError: As for `uniform`.
+
+    Costs as for `uniform`, of two checkpoints.
     """
     alpha = take("float", "alpha", alpha)  # it may be narrow, and 1 - alpha with it
     if not math.isfinite(alpha):

@@ -1,4 +1,4 @@
-"""One command for a machine nobody here has seen: are the bits right, and how fast is it?
+"""One command for an unknown machine: are the bits right, and how fast is it?
 
 `checks` can fail: bits, order, memory, trouble, places. `rates` cannot: a slow machine is a slow
 machine, and low efficiency is a warning. The report is plain data, to be pasted or committed.
@@ -55,11 +55,11 @@ class Report(msgspec.Struct):
 
     @property
     def passed(self) -> bool:
-        """Whether everything was right; rates have no part in it."""
+        """Return True if everything was right; rates have no part in it."""
         return all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """Give it as plain data."""
+        """Return the result as plain data for JSON."""
         return {"passed": self.passed, **msgspec.to_builtins(self)}
 
 
@@ -87,7 +87,7 @@ def selftest(
             _fill(report, opened, room, nbytes, say)
     except OSError as error:
         foreseen = isinstance(error, StreamsoupError) and error.errno not in _FULL
-        if foreseen or isinstance(error, BrokenPipeError):  # or nobody reads what `say` prints
+        if foreseen or isinstance(error, BrokenPipeError):  # or stdout was closed
             raise
         raise OutputError(
             f"{printable(folder or tempfile.gettempdir())}: files to test with cannot be made "

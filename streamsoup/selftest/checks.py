@@ -58,7 +58,7 @@ BLOCK = 64
 def all_checks(
     device: Accelerator | HostDevice, room: str
 ) -> Iterator[tuple[str, Callable[[], Outcome]]]:
-    """Give the checks, in order of what they build on."""
+    """Return the checks, in order of what they build on."""
     yield "bits of the numpy kernel", _bits_of_blocks
     yield "bits", partial(_bits, device)
     yield "sizes and slots", partial(_sizes, device)
@@ -126,7 +126,7 @@ def order_on(
 
 
 def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Array]:
-    """Give random bits, so every kind of value; half as often, values whose sums are ties."""
+    """Return random bits, so every kind of value; half as often, values whose sums are ties."""
     rng = np.random.default_rng([k, n, seed, dtype.nbits, dtype.bias])
     if seed % 2 == 0:
         return [rng.integers(0, 256, n * dtype.itemsize, dtype=np.uint8) for _ in range(k)]

@@ -163,7 +163,7 @@ class _Timed(Accelerator):
 
 
 def _overlap(device: Accelerator, ordered: Order) -> float:
-    """Tell how many streams are at work, on average, from the first piece of work to the last."""
+    """Return the mean number of busy streams, from the first piece of work to the last."""
     timed = _Timed(device)
     assert ordered.on_device is not None
     _sum(replace(ordered, on_device=OnDevice(timed, ordered.on_device.plan)))

@@ -79,7 +79,7 @@ def plot_coefficients(
 
 
 def _counted(name: str) -> list[tuple[int, str]]:
-    """Give a key that sorts by name, and numbers in a name as numbers."""
+    """Return a key that sorts by name, and numbers in a name as numbers."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
@@ -127,14 +127,14 @@ def _write_numbers(
 
 
 def _round_range(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Give the ends of a scale that shows what differs, without blowing up what hardly does."""
+    """Return the ends of a scale that shows what differs, without blowing up what hardly does."""
     low, high = float(values.min()), float(values.max())
     step = 10.0 ** np.floor(np.log10(max(high - low, abs(high) / 9, 1e-300)))
     return float(np.floor(low / step) * step), float(np.ceil(high / step + 1e-9) * step)
 
 
 def _span(n: int, each: float, least: float) -> float:
-    """Give a side in inches that leaves room for labels."""
+    """Return a side in inches that leaves room for labels."""
     return min(max(least, 2.2 + each * n), 40.0)
 
 

@@ -20,7 +20,7 @@ __all__ = ["choose_counts", "draw_curves", "values_of"]
 
 
 def values_of(bench: Bench, splits: Splits, mixture: Mixture) -> dict[str, float]:
-    """Give the number that counts of a mixture, in every column."""
+    """Return the number that counts of a mixture, in every column."""
     return _with_mean(splits, {split: bench.value(mixture, split) for split in splits.all})
 
 
@@ -50,7 +50,7 @@ def draw_curves(
 
 
 def choose_counts(n: int, most: int) -> list[int]:
-    """Give `most` counts from 1 to `n`, or a few less, evenly spaced on a logarithmic scale.
+    """Return `most` counts from 1 to `n`, or a few less, evenly spaced on a logarithmic scale.
 
     With one ingredient more, all but `n` itself stay, or some are left out: nothing between is
     measured anew.

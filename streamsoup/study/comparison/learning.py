@@ -29,7 +29,7 @@ __all__ = ["learn", "why_not"]
 
 
 def why_not(bench: Bench) -> str:
-    """Say why nothing can be learned on the task; nothing if it can.
+    """Return why nothing can be learned on the task, or an empty string if it can.
 
     What is learned on is the task's loss, or the cross-entropy of its predictions, if they have a
     gradient: many a task takes them under `torch.no_grad`, or gives arrays of numpy. Costs one
@@ -58,7 +58,7 @@ def why_not(bench: Bench) -> str:
 
 
 def _have_gradient(task: Task, model: Any) -> bool:
-    """Whether a gradient would come back from the predictions of a model."""
+    """Return True if a gradient would come back from the predictions of a model."""
     import torch
 
     from streamsoup.task.running import contained
@@ -116,7 +116,7 @@ def learn(bench: Bench, n: int, granularity: Granularity) -> Coefficients:
 
 
 def _with_loss(task: Task) -> Task:
-    """Give a task its predictions' cross-entropy where it has no loss of its own."""
+    """Return a task its predictions' cross-entropy where it has no loss of its own."""
     return task if task.has("loss") else replace(task, source=_PredictionLoss(task))
 
 

@@ -25,7 +25,7 @@ STEP = 0.1
 
 
 def choose_pairs(n: int, most: int, seed: int) -> list[tuple[int, int]]:
-    """Give all pairs of `n`, or `most` of them drawn at random, in order.
+    """Return all pairs of `n`, or `most` of them drawn at random, in order.
 
     Each pair draws a number of its own, and the smallest are taken: of one ingredient more, few
     pairs come in, and the others stay.
@@ -85,7 +85,7 @@ def _in_theory(bench: Bench, pair: Pair, splits: Splits) -> Pair:
 
 
 def _angles(bench: Bench, n: int, base: int) -> list[list[float]]:
-    """Give the angles between task vectors in degrees, from one pass over all, which is kept."""
+    """Return the angles between task vectors in degrees, from one pass over all, which is kept."""
     from streamsoup.methods.angles import geometry
 
     key = "angles:" + ",".join(bench.digest(i) for i in (*range(n), base))

@@ -41,7 +41,7 @@ class Ensemble:
     """The mean of the logits of some ingredients on one split, grown one by one."""
 
     def __init__(self, bench: Bench, split: str) -> None:
-        """Begin with nobody."""
+        """Begin without members."""
         self._bench = bench
         self._split = split
         self.members: Members = ()
@@ -49,16 +49,16 @@ class Ensemble:
         self._sum: NDArray[np.float64] | float = 0.0
 
     def add(self, i: int) -> None:
-        """Take in ingredient `i`."""
+        """Add ingredient `i`."""
         self._sum = self._with(i)
         self.members = (*self.members, i)
 
     def mean(self) -> AnyFloats:
-        """Give the mean logits ``(example, class) float64``."""
+        """Return the mean logits ``(example, class) float64``."""
         return np.asarray(self._sum / len(self.members))
 
     def accuracy_with(self, i: int) -> float:
-        """Give the accuracy that the ensemble would have with ingredient `i`."""
+        """Return the accuracy that the ensemble would have with ingredient `i`."""
         answers = answers_of(self._with(i))
         return float((answers == self.labels).mean())
 

@@ -53,13 +53,13 @@ from streamsoup.study.names import short_names
 from streamsoup.system.schemes import check_local
 from streamsoup.task import AnyTask, Task, load_task
 
-__all__ = ["CompareOptions", "check_folder", "compare", "splits_of"]
+__all__ = ["CompareSettings", "check_folder", "compare", "splits_of"]
 
 Floats = NDArray[np.float64]
 Members = tuple[int, ...]
 
 
-class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
+class CompareSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a comparison holds, and how much it may cost."""
 
     orders: int = 3
@@ -69,9 +69,9 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int = 45
     """Most pairs to look between, if there is a base; 0 leaves them out."""
     theory: bool = True
-    """Whether pairs are set against the theory of soup and ensemble; three more points each."""
+    """True if pairs are set against the theory of soup and ensemble; three more points each."""
     recalibrate: bool = False
-    """Whether BatchNorm statistics are measured anew for every mixture."""
+    """True if BatchNorm statistics are measured anew for every mixture."""
     seed: int = 0
     """Of the random orders, the choice of pairs, and the bootstrap."""
     learned: tuple[Granularity, ...] = ("global", "layer")
@@ -80,13 +80,13 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Further soups of all ingredients, by name."""
 
     def __post_init__(self) -> None:
-        """Take numbers as other libraries have them. Raises `RecipeError`."""
+        """Convert numbers of other libraries, and check them. Raises `RecipeError`."""
         settle(self)
         for name in ("orders", "curve", "pairs"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} {getattr(self, name)} is below 0")
         if isinstance(self.learned, str):
-            raise RecipeError(f"learned {self.learned!r} is one word, where a list was expected")
+            raise RecipeError(f"learned {self.learned!r} is one word; expected a list")
         for each in self.learned:
             check_choice("learned", each, get_args(Granularity))
 
@@ -98,23 +98,37 @@ def compare(
     output: str | os.PathLike[str],
     base: AnyIngredient | None = None,
     model: object = None,
-    settings: CompareOptions = CompareOptions(),  # noqa: B008 - frozen
+    settings: CompareSettings = CompareSettings(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Comparison:
     """Compare `ingredients`, their soups and their ensembles on every split of `task`.
 
     The first split is searched on, the second is the test split, and the others are shifts, unless
-    the task lists its ``shifts``. `base` is what all were fine-tuned from: it gets a row, and makes
-    angles. Answers are kept in the folder ``output/cache``, and nothing else is written;
-    `report.write_report` makes the pages.
+    the task lists its ``shifts``. `write_report` makes the pages.
+
+    Args:
+        ingredients: As for `uniform`, one at least.
+        task: A task object, or the path or name of one.
+        output: Folder of the report; only the answers are written, into ``output/cache``, so that
+            a killed comparison resumes.
+        base: The checkpoint that all were fine-tuned from, for a row and angles of its own.
+        model: The live model to measure in; None asks the task for one.
+        settings: What the comparison holds.
+        options: Memory, threads, device, and the way of reading.
+
+    Returns:
+        Rows for ingredients, soups and ensembles on every split, curves, pairs, and notes.
+
+    Raises:
+        TaskError: The task fails, or lacks what is asked of it.
+        MismatchError: The checkpoints, or the model, do not fit each other.
+        OutputError: `output` holds something else, or cannot be written.
 
     Costs a pass of the task over every split for each ingredient and soup, over the validation
     split for each trial, and over the test split for each point between pairs. Ensembles need the
     task's predictions, and no pass. Holds one model, and the logits of one split twice over.
-
-    Raises `TaskError`, `MismatchError` and `OutputError`.
     """
-    check_options(settings, CompareOptions)
+    check_options(settings, CompareSettings)
     loaded = load_task(task)
     ingredients = listed(ingredients)
     if not ingredients:
@@ -148,16 +162,16 @@ def check_folder(output: str | os.PathLike[str], ingredients: Sequence[AnyIngred
         )
         if strange:
             raise OutputExistsError(
-                f"{where}: is there already, and no report of ours; choose another folder"
+                f"{where}: exists already and is not a report of streamsoup; choose another folder"
             )
     names = [each.name if isinstance(each, Ingredient) else each for each in ingredients]
-    # What is in memory has no file to mind.
+    # Ingredients in memory have no path to protect.
     paths = [os.fspath(name) for name in names if isinstance(name, (str, os.PathLike))]
     check_outside(os.fsdecode(output), paths)
 
 
 def splits_of(task: Task) -> Splits:
-    """Say what each split is for. Raises `TaskError` for shifts that are no splits."""
+    """Return the purpose of each split. Raises `TaskError` for shifts that are not splits."""
     first, *others = task.splits
     given = getattr(task.source, "shifts", None)
     if given is None:
@@ -174,7 +188,7 @@ def splits_of(task: Task) -> Splits:
 
 
 def _with_coefficients(row: Row, coefficients: Coefficients) -> Row:
-    """Add the coefficients of a soup that is no plain mean, tensors with equal ones together.
+    """Add the coefficients of a soup that is not a plain mean, tensors with equal ones together.
 
     Groups are named after layers where all tensors of a layer have the same, else after tensors.
     """
@@ -195,7 +209,7 @@ def _with_coefficients(row: Row, coefficients: Coefficients) -> Row:
 class _Table:
     """A comparison in the making."""
 
-    def __init__(self, bench: Bench, n: int, based: bool, settings: CompareOptions) -> None:
+    def __init__(self, bench: Bench, n: int, based: bool, settings: CompareSettings) -> None:
         self.bench, self.n, self.settings = bench, n, settings
         self.base = n if based else None
         self.splits = splits_of(bench.task)
@@ -272,7 +286,7 @@ class _Table:
         )
 
     def _expect(self, stage: str) -> None:
-        """Tell the bench how much is left to measure at most, as `stage` begins."""
+        """Set the largest number of measurements left on the bench, as `stage` begins."""
         n, s, settings = self.n, len(self.splits.all), self.settings
         grown = n - 1 + s  # one greedy search: its trials, and what it found on the other splits
         learned = len(settings.learned) if n > 1 else 0

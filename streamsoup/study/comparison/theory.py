@@ -50,9 +50,9 @@ class Theory(msgspec.Struct, frozen=True):
 
 @np.errstate(all="ignore")
 def disagreement(soup: AnyFloats, difference: AnyFloats, beta: float) -> float:
-    """Give E_x Var_{Y∼softmax(β·soup)}[difference_Y], both ``(example, class)``."""
+    """Return E_x Var_{Y∼softmax(β·soup)}[difference_Y], both ``(example, class)``."""
     p = np.exp(log_softmax(soup, beta))
-    # Where p is 0 nothing is added, even if both logits are −∞ and their difference is no number.
+    # Where p is 0 nothing is added, even if both logits are −∞ and their difference is NaN.
     d = np.where(p > 0, difference.astype(np.float64), 0.0)
     # A constant added to all classes changes no variance, and centring loses no digits.
     d -= (p * d).sum(axis=1, keepdims=True)

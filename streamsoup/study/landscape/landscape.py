@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import RecipeError
 from streamsoup.formats.ingredients import AnyIngredient
-from streamsoup.options import Options, take
+from streamsoup.options import Options, check_options, settle
 from streamsoup.study.landscape.plane import Plane
 from streamsoup.study.measures.bench import Bench, Mixture
 from streamsoup.study.measures.cache import Cache
@@ -24,7 +24,7 @@ from streamsoup.study.measures.rows import to_line
 from streamsoup.study.names import short_names
 from streamsoup.task import AnyTask, load_task
 
-__all__ = ["Landscape", "Mark", "landscape"]
+__all__ = ["Landscape", "LandscapeSettings", "Mark", "landscape"]
 
 Floats = NDArray[np.float64]
 
@@ -52,10 +52,10 @@ class Landscape(msgspec.Struct, frozen=True, eq=False):
     n_measured: int = 0
     metric: str = "score"
     is_share: bool = False
-    """Whether values lie between 0 and 1 and are shown in percent, as the task said."""
+    """True if values lie between 0 and 1 and are shown in percent, as the task said."""
 
     def to_lines(self) -> Iterator[str]:
-        """Give a JSON line for each mark and each grid point."""
+        """Return a JSON line for each mark and each grid point."""
         for mark in self.marks:
             yield to_line({"kind": "mark", "name": mark.name, "x": mark.x, "y": mark.y})
         for split, values in self.values.items():
@@ -69,6 +69,30 @@ class Landscape(msgspec.Struct, frozen=True, eq=False):
                     yield to_line(line)
 
 
+class LandscapeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a landscape shows."""
+
+    resolution: int = 21
+    """Points along the longer side, 2 at least; both sides have equal steps."""
+    margin: float = 0.25
+    """Part of the longer side that is added beyond the checkpoints, 0 to 10."""
+    splits: tuple[str, ...] = ()
+    """Splits to measure; empty for the first of the task."""
+    recalibrate: bool = False
+    """True to measure BatchNorm statistics anew at every point."""
+
+    def __post_init__(self) -> None:
+        """Convert numbers of other libraries, and check them. Raises `RecipeError`."""
+        settle(self)
+        if self.resolution < 2 or not 0 <= self.margin <= 10:
+            raise RecipeError(
+                "resolution must be at least 2 and margin between 0 and 10, got "
+                f"{self.resolution} and {self.margin}"
+            )
+        if isinstance(self.splits, str):
+            raise RecipeError(f"splits {self.splits!r} is one word; expected a list")
+
+
 def landscape(
     base: AnyIngredient,
     first: AnyIngredient,
@@ -76,41 +100,48 @@ def landscape(
     task: AnyTask,
     *,
     cache: str | os.PathLike[str],
-    resolution: int = 21,
-    margin: float = 0.25,
-    splits: Sequence[str] = (),
     model: object = None,
-    recalibrate: bool = False,
+    settings: LandscapeSettings = LandscapeSettings(),  # noqa: B008 - frozen
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Landscape:
     """Measure a grid on the plane through three checkpoints.
 
-    `resolution` points along the longer side, with equal steps on both; `margin` of that side lies
-    beyond the checkpoints. `splits` defaults to the first of the task. `recalibrate` measures
-    BatchNorm statistics anew at every point. Answers are kept in the folder `cache`, so a killed
-    run goes on. Costs one Gram pass, and for each grid point a pass over the three checkpoints and
-    one of the task over each split.
+    Args:
+        base: The checkpoint at the origin.
+        first: The checkpoint on the x axis.
+        second: The third one, which spans the plane.
+        task: A task object, or the path or name of one.
+        cache: Folder for the answers, so that a killed run resumes.
+        model: The live model to measure in; None asks the task for one.
+        settings: What the landscape shows.
+        options: Memory, threads, device, and the way of reading.
 
-    Raises `RecipeError` for checkpoints on one line, `TaskError`, `MismatchError`.
+    Returns:
+        Values and losses ``(y, x) float64`` for each split, and the marks of checkpoints and soups.
+
+    Raises:
+        RecipeError: The checkpoints lie on one line.
+        TaskError: The task fails, or lacks what is asked of it.
+        MismatchError: The checkpoints, or the model, do not fit each other.
+
+    Costs one Gram pass, and for each grid point a pass over the three checkpoints and one of the
+    task over each split; holds one model.
     """
-    resolution, margin = take("int", "resolution", resolution), take("float", "margin", margin)
-    splits = list(splits)
-    if resolution < 2 or not 0 <= margin <= 10:
-        raise RecipeError("a landscape needs 2 points a side or more, and a margin of 0 to 10")
+    check_options(settings, LandscapeSettings)
     loaded = load_task(task)
-    wanted = [loaded.check_split(split) for split in (splits or loaded.splits[:1])]
+    wanted = [loaded.check_split(split) for split in (settings.splits or loaded.splits[:1])]
     with Cache(os.fspath(cache)) as answers:
         bench = Bench(
             [base, first, second],
             loaded,
             answers,
-            recalibrate=recalibrate,
+            recalibrate=settings.recalibrate,
             model=model,
             options=options,
         )
         try:
             plane = Plane.from_gram(_gram(bench))
-            xs, ys = plane.grid(resolution, margin)
+            xs, ys = plane.grid(settings.resolution, settings.margin)
             bench.expect(len(xs) * len(ys) * len(wanted) + 3)
             bench.settle_metric([Mixture.uniform([i]) for i in range(3)], wanted[0])
             values = {split: np.empty((len(ys), len(xs))) for split in wanted}
@@ -143,7 +174,7 @@ def _marks(plane: Plane, paths: Sequence[str]) -> tuple[Mark, ...]:
 
 
 def _gram(bench: Bench) -> Floats:
-    """Give ⟨dᵢ, dⱼ⟩ ``(2, 2)`` of the differences to the first; one pass, which is kept."""
+    """Return ⟨dᵢ, dⱼ⟩ ``(2, 2)`` of the differences to the first; one pass, which is kept."""
     from streamsoup.methods.angles import geometry
 
     key = "gram:" + ",".join(bench.digest(i) for i in range(3))

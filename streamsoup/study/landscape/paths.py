@@ -40,7 +40,7 @@ class Sweep(msgspec.Struct, frozen=True):
     """Negative log-likelihood in nats, for each split, where the task predicts."""
     n_measured: int = 0
     is_share: bool = False
-    """Whether values lie between 0 and 1 and are shown in percent, as the task said."""
+    """True if values lie between 0 and 1 and are shown in percent, as the task said."""
 
     @property
     def best(self) -> float:
@@ -50,7 +50,7 @@ class Sweep(msgspec.Struct, frozen=True):
     def barrier(self, split: str, *, of_loss: bool = False) -> Barrier | None:
         """Measure the barrier of the error (or loss) on a split; None without both ends.
 
-        Where the value is no share, its negative stands for the error.
+        Where the value is not a share, its negative stands for the error.
         """
         errors = self.losses[split] if of_loss else [-value for value in self.values[split]]
         if 0.0 not in self.alphas or 1.0 not in self.alphas:
@@ -58,14 +58,14 @@ class Sweep(msgspec.Struct, frozen=True):
         return barrier(self.alphas, errors)
 
     def advantage(self, split: str) -> float:
-        """Give the interpolation advantage; NaN without α = 0, ½ and 1."""
+        """Return the interpolation advantage; NaN without α = 0, ½ and 1."""
         at = dict(zip(self.alphas, self.values[split], strict=True))
         if not {0.0, 0.5, 1.0} <= set(at):
             return math.nan
         return advantage(at[0.0], at[0.5], at[1.0])
 
     def to_lines(self) -> Iterator[str]:
-        """Give a JSON line for each α and split, after one that sums up."""
+        """Return a JSON line for each α and split, after one that sums up."""
         head = {
             "kind": "sweep",
             "ends": self.ends,
@@ -109,9 +109,26 @@ def sweep(
 ) -> Sweep:
     """Measure (1−α)·first + α·second on every split of `task`, for every α.
 
-    Answers are kept in the folder `cache`: a killed sweep goes on, and α that are added later cost
-    what is new. Costs a pass over both checkpoints for each α, and the task's passes over the
-    splits. Raises `RecipeError`, `TaskError`, `MismatchError`.
+    Args:
+        first: The checkpoint at α = 0.
+        second: The checkpoint at α = 1.
+        task: A task object, or the path or name of one.
+        alphas: Finite numbers, in any order; below 0 and above 1 they extrapolate.
+        cache: Folder for the answers: a killed sweep resumes, and α added later cost only
+            themselves.
+        model: The live model to measure in; None asks the task for one.
+        recalibrate: Measure BatchNorm statistics anew for every mixture.
+        options: Memory, threads, device, and the way of reading.
+
+    Returns:
+        Values and losses for each split and α, sorted by α, and the best α on validation.
+
+    Raises:
+        RecipeError: There is no α, or one is not finite.
+        TaskError: The task fails, or lacks what is asked of it.
+        MismatchError: The checkpoints, or the model, do not fit each other.
+
+    Costs a pass over both checkpoints for each α and split, and one of the task; holds one model.
     """
     at = tuple(sorted({take("float", "alphas", alpha) for alpha in alphas}))
     if not at or not all(map(math.isfinite, at)):

@@ -37,7 +37,7 @@ class Plane(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_gram(cls, gram: Floats) -> Plane:
-        """Take the plane from ⟨dᵢ, dⱼ⟩ ``(2, 2)``, or ``(3, 3)`` with the zeros of θ₀ first.
+        """Return the plane of ⟨dᵢ, dⱼ⟩ ``(2, 2)``, or ``(3, 3)`` with the zeros of θ₀ first.
 
         Raises `RecipeError` where the three are on one line, or two of them are equal.
         """
@@ -60,18 +60,18 @@ class Plane(msgspec.Struct, frozen=True):
         return (0.0, 0.0), (self.length, 0.0), (self.along, self.across)
 
     def place(self, coefficients: Sequence[float]) -> tuple[float, float]:
-        """Say where a mixture with coefficients (c₀, c₁, c₂), which sum to 1, lies."""
+        """Return the place (x, y) of a mixture with coefficients (c₀, c₁, c₂), which sum to 1."""
         _, c1, c2 = coefficients
         return c1 * self.length + c2 * self.along, c2 * self.across
 
     def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
-        """Give the coefficients (c₀, c₁, c₂) of the mixture at a place; they sum to 1."""
+        """Return the coefficients (c₀, c₁, c₂) of the mixture at a place; they sum to 1."""
         c2 = y / self.across
         c1 = (x - c2 * self.along) / self.length
         return 1.0 - c1 - c2, c1, c2
 
     def grid(self, n: int, margin: float) -> tuple[Floats, Floats]:
-        """Give `n` places along each axis, `margin` of the extent beyond the outermost corners.
+        """Return `n` places along each axis, `margin` of the extent beyond the outermost corners.
 
         Steps are the same along both axes, so that nothing looks stretched; `n` is the count on
         the longer one.

@@ -47,14 +47,14 @@ def barrier(alphas: Sequence[float], errors: Sequence[float]) -> Barrier:
         raise RecipeError("a barrier needs the errors at both ends, α = 0 and α = 1")
     inside = sorted(a for a in at if 0 <= a <= 1)
     over = [at[a] - ((1 - a) * at[0.0] + a * at[1.0]) for a in inside]
-    highest = int(np.argmax(over))  # a NaN, if there is one: nobody knows how high it goes there
+    highest = int(np.argmax(over))  # a NaN, if there is one: its height is unknown there
     mean = (at[0.0] + at[1.0]) / 2
     over_mean = float(np.max([at[a] for a in inside])) - mean
     return Barrier(over_mean, float(np.maximum(over[highest], 0.0)), inside[highest])
 
 
 def advantage(first: float, middle: float, second: float) -> float:
-    """Give the interpolation advantage of a score, from those at α = 0, ½ and 1."""
+    """Return the interpolation advantage of a score, from those at α = 0, ½ and 1."""
     return middle - (first + second) / 2
 
 
@@ -80,7 +80,7 @@ def parse_alphas(text: str) -> list[float]:
         alphas = [float("nan")]
     if not np.isfinite(alphas).all():
         raise RecipeError(
-            f"{text!r} is no list of α such as 0,0.5,1, and no range such as 0:1:0.1, whose step "
+            f"{text!r} is not a list of α such as 0,0.5,1, nor a range such as 0:1:0.1, whose step "
             "divides it into 10000 parts at most"
         )
     return sorted(set(alphas))

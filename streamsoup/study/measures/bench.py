@@ -74,7 +74,7 @@ class Mixture(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, members: Sequence[int], values: Sequence[float]) -> Mixture:
-        """Take factors as they are; members whose factor is zero are left out."""
+        """Return the mixture with these factors; members whose factor is zero are left out."""
         used = [(i, c) for i, c in zip(members, values, strict=True) if c != 0]
         if [c for _, c in used] == [1.0]:
             return cls.uniform([used[0][0]])
@@ -107,9 +107,9 @@ class Bench:
         self.task = task
         self.cache = cache
         self.predicts = task.has("predictions")
-        """Whether the task gives predictions."""
+        """True if the task gives predictions."""
         self.asks_score = not self.predicts
-        """Whether `measure` asks the task's `score` besides predictions."""
+        """True if `measure` asks the task's `score` besides predictions."""
         self.n_measured = 0
         """Splits that a mixture was measured on by this run, rather than found in the cache."""
         self._mapped = ordered.mapped
@@ -138,16 +138,16 @@ class Bench:
         self._versions: list[int] | None = None
         """How often each tensor had been changed when the current mixture was put there."""
         self._has_warned = False
-        """Whether it was said that the task measures in training mode."""
+        """True once the note that the task measures in training mode was shown."""
         self._labels: dict[str, Labels] = {}
         self._digests: list[str | None] = [None] * len(opened)
         self.averages_statistics = not recalibrate and bool(averaged_variances(self.plan))
-        """Whether mixtures are scored with averaged running statistics of BatchNorm."""
+        """True if mixtures are scored with averaged running statistics of BatchNorm."""
         if self.averages_statistics:
             log.warning("%s", Message(AVERAGED))
 
     def expect(self, n: int) -> None:
-        """Take note that at most `n` further pairs of mixture and split will be asked for."""
+        """Set the number of mixtures and splits still to measure, at most, for progress."""
         self._n_expected = len(self._asked) + n
         self._report("")
 
@@ -180,10 +180,10 @@ class Bench:
 
     @property
     def is_share(self) -> bool:
-        """Whether the number that counts is a share, to be shown in percent.
+        """Return True if the number that counts is a share, to be shown in percent.
 
         An accuracy of predictions is one; a score is one only where the task says
-        ``percent = True``: many a number between 0 and 1 is no share.
+        ``percent = True``: many a number between 0 and 1 is not a share.
         """
         return not self.asks_score or getattr(self.task.source, "percent", False) is True
 
@@ -213,7 +213,7 @@ class Bench:
             self._answered(mixture, split)
 
     def score(self, mixture: Mixture, split: str) -> Score:
-        """Give the task's own score of a mixture, which is asked if it is not known."""
+        """Return the task's own score of a mixture, which is asked if it is not known."""
         self._score_only(mixture, split)
         found = self.cache.score(self.key(mixture, split))
         assert found is not None
@@ -221,7 +221,7 @@ class Bench:
         return found
 
     def summary(self, mixture: Mixture, split: str) -> Mapping[str, float]:
-        """Give ``accuracy``, ``nll`` and, if it is asked, ``score``; keeps no logits.
+        """Return ``accuracy``, ``nll`` and, if it is asked, ``score``; keeps no logits.
 
         For mixtures of which only a number is wanted: trials, points of a path or of a plane.
         Without predictions there is a ``score`` alone. All are NaN, and nothing is asked, for a
@@ -244,14 +244,14 @@ class Bench:
         return found
 
     def value(self, mixture: Mixture, split: str) -> float:
-        """Give the number that counts: the task's score, or the accuracy that it is equal to."""
+        """Return the number that counts: the task's score, or the accuracy that it is equal to."""
         return self.summary(mixture, split)[self.counted]
 
     def point(self, mixture: Mixture, split: str) -> tuple[float, float]:
         """Return the number that counts and the loss in nats, of a point of a path or a plane.
 
         The loss is NaN without predictions. Where it is NaN though there are predictions, the model
-        answered with NaN, which is no score either, and both are.
+        answered with NaN, which is not a score either, and both are.
         """
         found = self.summary(mixture, split)
         loss = found.get("nll", math.nan)
@@ -259,7 +259,7 @@ class Bench:
         return (math.nan if is_broken else found[self.counted]), loss
 
     def answers(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
-        """Give logits and labels without keeping them, or those that are kept."""
+        """Return logits and labels without keeping them, or those that are kept."""
         if self.cache.has_logits(self.key(mixture, split)):
             return self.logits(mixture, split)
         logits, labels = self._predict(mixture, split)
@@ -270,14 +270,14 @@ class Bench:
         return logits, labels
 
     def logits(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
-        """Give logits ``(example, class)``, mapped, and labels of a mixture on a split."""
+        """Return logits ``(example, class)``, mapped, and labels of a mixture on a split."""
         self.measure(mixture, [split])
         logits, labels = self.cache.logits(self.key(mixture, split))
         self._check_labels(split, labels)
         return logits, labels
 
     def key(self, mixture: Mixture, split: str) -> str:
-        """Say what the answers for a mixture depend on, in 32 hexadecimal digits."""
+        """Return a key of all that the answers for a mixture depend on: 32 hexadecimal digits."""
         parts = [
             ARITHMETIC,
             self.task.fingerprint,
@@ -291,7 +291,7 @@ class Bench:
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     def digest(self, i: int) -> str:
-        """Give the digest of ingredient `i`: the one in the provenance of soups made of it.
+        """Return the digest of ingredient `i`: the one in the provenance of soups made of it.
 
         Costs a pass over the ingredient, unless it was digested before and is unchanged since.
         """
@@ -306,7 +306,7 @@ class Bench:
         return known
 
     def borrow(self) -> Any:
-        """Give the live model to somebody who will change its weights."""
+        """Return the live model to a caller that will change its weights."""
         self._current = None
         return self._live().model
 

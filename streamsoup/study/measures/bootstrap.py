@@ -32,7 +32,7 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 def resampled_means(values: Floats, *, n: int = N_RESAMPLES, seed: int = 0) -> Floats:
-    """Give the means of `n` resamples ``(row, resample)`` of `values` ``(row, example)``.
+    """Return the means of `n` resamples ``(row, resample)`` of `values` ``(row, example)``.
 
     The same seed and number of examples draw the same resamples: rows are paired, whether they
     are given together or one by one. Holds 32 MB of counts at most.
@@ -50,7 +50,7 @@ def resampled_means(values: Floats, *, n: int = N_RESAMPLES, seed: int = 0) -> F
 
 
 def interval(means: Floats | Sequence[float], *, level: float = LEVEL) -> Interval:
-    """Give the interval that holds the middle `level` of resampled means."""
+    """Return the interval that holds the middle `level` of resampled means."""
     outside = (1.0 - level) / 2
     low, high = np.quantile(np.asarray(means, np.float64), [outside, 1.0 - outside])
     return Interval(float(low), float(high))

@@ -70,7 +70,7 @@ class Cache:
             self._index(record)
 
     def __enter__(self) -> Cache:
-        """Give the cache itself."""
+        """Return the cache itself."""
         return self
 
     def __exit__(
@@ -79,12 +79,12 @@ class Cache:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go of the folder; the answers stay."""
+        """Release the lock on the folder; the answers stay."""
         with nullcontext() if error is None else suppress(OutputError):
             self.close()
 
     def close(self) -> None:
-        """Let go of the folder. Raises `OutputError` if the last answers cannot be kept."""
+        """Release the lock on the folder. Raises `OutputError` if answers cannot be written."""
         if self._held.descriptor < 0:
             return
         try:
@@ -99,7 +99,7 @@ class Cache:
         self._held.close()
 
     def digest_of(self, ingredient: Ingredient) -> str | None:
-        """Give the digest of an ingredient whose files are those that were digested."""
+        """Return the digest of an ingredient whose files are those that were digested."""
         return self._digests.get(_identity(ingredient))
 
     def put_digest(self, ingredient: Ingredient, digest: str) -> None:
@@ -107,7 +107,7 @@ class Cache:
         self._add({"digest": digest, "of": _identity(ingredient)})
 
     def score(self, key: str) -> Score | None:
-        """Give a score that is known."""
+        """Return a score that is known."""
         return self._scores.get(key)
 
     def put_score(self, key: str, score: Score) -> None:
@@ -115,7 +115,7 @@ class Cache:
         self._add({"key": key, "score": score.to_record()})
 
     def value(self, key: str) -> Any:
-        """Give whatever plain data was kept under a key, or None."""
+        """Return whatever plain data was kept under a key, or None."""
         return self._values.get(key)
 
     def put_value(self, key: str, value: Any) -> None:
@@ -123,7 +123,7 @@ class Cache:
         self._add({"key": key, "value": value})
 
     def has_logits(self, key: str) -> bool:
-        """Whether logits are known, and their files are as they were written.
+        """Return True if logits are known, and their files are as they were written.
 
         Costs a read of the files, the first time.
         """

@@ -67,7 +67,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 def answers_of(logits: AnyFloats) -> Labels:
-    """Give the class of the largest of ``(example, class)`` logits, or `NONE`: right nowhere.
+    """Return the class of the largest of ``(example, class)`` logits, or `NONE`: right nowhere.
 
     What numpy and torch call the largest of a row with NaN would be right now and then.
 
@@ -80,7 +80,7 @@ def answers_of(logits: AnyFloats) -> Labels:
 
 @np.errstate(all="ignore")
 def log_softmax(logits: AnyFloats, beta: float = 1.0) -> Floats:
-    """Give log softmax(β·logits) over the last axis, in float64."""
+    """Return log softmax(β·logits) over the last axis, in float64."""
     z = beta * logits.astype(np.float64)
     z -= z.max(axis=-1, keepdims=True)
     normalised: Floats = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
@@ -88,7 +88,7 @@ def log_softmax(logits: AnyFloats, beta: float = 1.0) -> Floats:
 
 
 def losses(logits: AnyFloats, labels: Labels, beta: float = 1.0) -> Floats:
-    """Give the negative log-likelihood of each label ``(example,) float64``, in nats."""
+    """Return the negative log-likelihood of each label ``(example,) float64``, in nats."""
     chosen: Floats = -log_softmax(logits, beta)[np.arange(len(labels)), labels]
     return chosen
 
@@ -118,7 +118,7 @@ def calibrate(
 
 
 def equal_mass_error(confidence: Floats, right: Floats, *, n_bins: int = BINS) -> float:
-    """Give the expected calibration error with bins of equal counts, 0 to 1.
+    """Return the expected calibration error with bins of equal counts, 0 to 1.
 
     `confidence` and `right` ``(example,)`` are between 0 and 1. Examples of equal confidence stay
     in the order given; where the count does not divide, the first bins hold one more.
@@ -154,7 +154,7 @@ def fit_beta(logits: AnyFloats, labels: Labels) -> float:
 
 @np.errstate(all="ignore")
 def _slopes(logits: AnyFloats, labels: Labels, beta: float) -> tuple[float, float]:
-    """Give the first and second derivative of the mean loss by β.
+    """Return the first and second derivative of the mean loss by β.
 
     With p = softmax(β·z) they are E[Σp·z − z_y] and E[Σp·z² − (Σp·z)²]; neither depends on a
     constant added to z. A class without a chance adds nothing to the sums, and a label without one

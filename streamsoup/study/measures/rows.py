@@ -13,7 +13,7 @@ import numpy as np
 __all__ = ["MEAN", "Cell", "Comparison", "CurvePoint", "Gain", "Pair", "Row", "Splits", "to_line"]
 
 MEAN = "mean of shifts"
-"""The column that is no split."""
+"""The column that is not a split."""
 
 Kind = Literal["ingredient", "base", "best", "oracle", "soup", "ensemble"]
 
@@ -151,7 +151,7 @@ class Comparison(msgspec.Struct, frozen=True):
     metric: str
     """What `Cell.value` is."""
     is_share: bool
-    """Whether it lies between 0 and 1, and is shown in percent, as the task said."""
+    """True if it lies between 0 and 1, and is shown in percent, as the task said."""
     rows: tuple[Row, ...]
     curves: tuple[CurvePoint, ...] = ()
     pairs: tuple[Pair, ...] = ()
@@ -164,11 +164,11 @@ class Comparison(msgspec.Struct, frozen=True):
     """The commands that made it."""
 
     def of(self, *kinds: Kind) -> list[Row]:
-        """Give the rows of some kinds."""
+        """Return the rows of some kinds."""
         return [row for row in self.rows if row.kind in kinds]
 
     def to_lines(self) -> Iterator[str]:
-        """Give everything as JSON lines; what is undefined is null."""
+        """Return everything as JSON lines; what is undefined is null."""
         head: dict[str, Any] = {
             "kind": "comparison",
             "splits": msgspec.to_builtins(self.splits),
@@ -189,7 +189,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """Give a record as a line of JSON; numbers that JSON has not are null.
+    """Return a record as a line of JSON; numbers that JSON has not are null.
 
     >>> to_line({"x": [1.5, math.nan]})
     '{"x": [1.5, null]}'

@@ -68,7 +68,7 @@ _LINES: Mapping[str, tuple[str, str, str]] = {
 
 
 def look_of(row: Row) -> Look:
-    """Say how a row is drawn."""
+    """Return the style that a row is drawn with."""
     key: str
     if row.kind == "ensemble":
         key = "members" if "members" in row.name else "grown" if "grown" in row.name else row.kind

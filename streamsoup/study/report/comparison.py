@@ -39,10 +39,20 @@ Drawer = Callable[[Comparison, str], None]
 
 
 def write_report(found: Comparison, folder: str | os.PathLike[str]) -> str:
-    """Write the report into `folder`; give the path of its HTML page.
+    """Write the report of a comparison into `folder`, as HTML, Markdown and JSON lines.
 
-    What an earlier report left there is replaced, file by file. Without matplotlib there are no
-    pictures, and the page says so. Raises `OutputError`.
+    Args:
+        found: The result of `compare`.
+        folder: Made if need be; files of an earlier report are replaced one by one.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        OutputError: A file or the folder cannot be written, or ``plots`` is a link.
+
+    Reads no checkpoint and runs no task. Without matplotlib there are no pictures, and the page
+    says so.
     """
     root = os.fspath(folder)
     check_local(root, OutputError)

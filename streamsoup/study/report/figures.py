@@ -34,7 +34,7 @@ DPI = 130
 
 
 def have_matplotlib() -> bool:
-    """Say whether pictures can be drawn here."""
+    """Return True if matplotlib is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -43,7 +43,7 @@ def have_matplotlib() -> bool:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Give an empty figure of a size in inches. Raises `RecipeError` without matplotlib."""
+    """Return an empty figure of a size in inches. Raises `RecipeError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -54,7 +54,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plain(text: str) -> str:
-    r"""Give a text that matplotlib shows as it is: dollars are no formulas, and nothing is hidden.
+    r"""Return a text that matplotlib shows verbatim: no formulas, and no hidden labels.
 
     >>> plain("a$b$"), plain("_val")
     ('a\\$b\\$', ' _val')
@@ -99,7 +99,7 @@ def place_names(
 
 
 def _box(x: float, y: float) -> Any:
-    """Give the place that a point takes, in pixels."""
+    """Return the place that a point takes, in pixels."""
     from matplotlib.transforms import Bbox
 
     return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
@@ -107,7 +107,7 @@ def _box(x: float, y: float) -> Any:
 
 @contextmanager
 def _boxes_for_glyphs() -> Iterator[None]:
-    """Say nothing of letters that the font has not: boxes stand for them, and tables have them."""
+    """Silence warnings of letters missing in the font: they show as boxes, and tables have them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield

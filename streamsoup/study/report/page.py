@@ -65,7 +65,7 @@ class Page(msgspec.Struct, frozen=True):
     blocks: Sequence[Block]
 
     def to_markdown(self) -> str:
-        """Give the page as Markdown; pictures are linked."""
+        """Return the page as Markdown; pictures are linked."""
         parts = [f"# {_shown(self.title)}"]
         for block in self.blocks:
             if isinstance(block, Heading):
@@ -83,7 +83,7 @@ class Page(msgspec.Struct, frozen=True):
         return "\n\n".join(parts) + "\n"
 
     def to_html(self, folder: str) -> str:
-        """Give the page as one HTML file; pictures are read from `folder` and put into it."""
+        """Return the page as one HTML file; pictures are read from `folder` and put into it."""
         parts = []
         for block in self.blocks:
             if isinstance(block, Heading):
