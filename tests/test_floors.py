@@ -127,6 +127,16 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
+def test_no_modules_import_each_other_in_a_circle(tmp_path: Path) -> None:
+    """Not even lazily, or for types alone; a planted circle of three is found."""
+    assert circles(modules(ROOT)) == []
+    planted = tmp_path / "streamsoup"
+    planted.mkdir()
+    for name, other in [("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")]:
+        (planted / f"{name}.py").write_text(f"def f():\n    import streamsoup.{other}\n")
+    assert circles(modules(planted)) == [["streamsoup.a", "streamsoup.b", "streamsoup.c"]]
+
+
 def test_every_room_says_what_it_is() -> None:
     """Each file opens with a docstring, and none is named like a drawer for odds and ends."""
     for path in ROOT.rglob("*.py"):

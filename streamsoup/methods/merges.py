@@ -23,7 +23,8 @@ from msgspec.structs import replace
 from streamsoup.engine.rules.elementwise import NearSwap, Ram
 from streamsoup.engine.rules.sce import Sce
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked, Sparsifier
-from streamsoup.engine.rules.task_vectors import Consensus, Rescale, TaskVectors, Terms, Trim
+from streamsoup.engine.rules.task_vectors import TaskVectors, Trim
+from streamsoup.engine.rules.terms import Consensus, Rescale, Terms
 from streamsoup.errors import RecipeError, count
 from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.options import Options, take

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from streamsoup.errors import OutputError, StreamsoupError, option, printable
 from streamsoup.kernels.accelerator.device import (
     Accelerator,
@@ -23,6 +21,7 @@ from streamsoup.kernels.accelerator.device import (
     accelerator_type,
     open_device,
 )
+from streamsoup.selftest.findings import Check, Report
 from streamsoup.system.schemes import check_local
 from streamsoup.system.versions import versions
 
@@ -30,37 +29,6 @@ __all__ = ["Check", "Report", "selftest"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a disk says that has no room left: no fault of what is tested."""
-
-
-class Check(msgspec.Struct, frozen=True):
-    """One thing that is right or wrong."""
-
-    name: str
-    passed: bool
-    detail: str
-    elapsed_s: float
-
-
-class Report(msgspec.Struct):
-    """What a self-test found."""
-
-    environment: dict[str, Any]
-    checks: list[Check] = []
-    limits: dict[str, float] = {}
-    """What this machine can do at most, in bytes a second."""
-    rates: dict[str, float] = {}
-    """What streamsoup makes of that, in bytes of ingredients a second."""
-    ratios: dict[str, float] = {}
-    warnings: list[str] = []
-
-    @property
-    def passed(self) -> bool:
-        """Return True if everything was right; rates have no part in it."""
-        return all(check.passed for check in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as plain data for JSON."""
-        return {"passed": self.passed, **msgspec.to_builtins(self)}
 
 
 def selftest(

@@ -31,7 +31,7 @@ from streamsoup.selftest.checks import make_checkpoints, order_on
 if TYPE_CHECKING:
     import torch
 
-    from streamsoup.selftest import Report
+    from streamsoup.selftest.findings import Report
 
 __all__ = ["measure"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from streamsoup.engine.rules.grains import GrainTotals, grain_sums
 from streamsoup.engine.rules.selection import Selection
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked
-from streamsoup.engine.rules.task_vectors import MOST_COLLECTED, TaskVectors, Terms, row_length
+from streamsoup.engine.rules.terms import MOST_COLLECTED, Terms, row_length
 from streamsoup.kernels.philox import key_of, words
 from streamsoup.rule import Block
 from streamsoup.tensors import TensorSpec
@@ -63,13 +63,15 @@ class _Leaf:
 class Merging:
     """θ₀ + λ · Σᵢ wᵢ·S(dᵢ)·[agrees] / divisor over a group of tensors."""
 
-    def __init__(self, rule: TaskVectors, tensors: Sequence[TensorSpec], n: int) -> None:
+    def __init__(
+        self, of: Callable[[str], Terms], seed: int, tensors: Sequence[TensorSpec], n: int
+    ) -> None:
         """Begin with nothing measured; there are `n` ingredients besides the base."""
-        self._rule, self._n = rule, n
+        self._seed, self._n = seed, n
         ends = accumulate((tensor.n_elements for tensor in tensors), initial=0)
         self._offsets = dict(zip((tensor.name for tensor in tensors), ends, strict=False))
         """Index of the first element of each tensor among all of the group."""
-        self._terms = {tensor.name: rule.of(tensor.name) for tensor in tensors}
+        self._terms = {tensor.name: of(tensor.name) for tensor in tensors}
         n_elements = sum(tensor.n_elements for tensor in tensors)
         self._selections = _selections(self._terms[tensors[0].name], n, n_elements)
         self._selecting = any(s.measuring for each in self._selections for s in each)
@@ -196,7 +198,7 @@ class Merging:
     def _random(self, i: int, name: str, start: int, n: int) -> Floats:
         """Return the random fractions of elements ``(n,)``, 0 to 1, 1 excluded."""
         fractions: Floats = np.multiply(
-            words(key_of(self._rule.seed, i, name), start, n), RANGE, dtype=np.float64
+            words(key_of(self._seed, i, name), start, n), RANGE, dtype=np.float64
         )
         return fractions
 

@@ -10,13 +10,13 @@ them element by element, and `_reduction` does as it says in numpy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from streamsoup.engine.rules.sparsifiers import Largest, Middle, Ranked, Sparsifier, check_each
+from streamsoup.engine.rules.sparsifiers import Largest, Middle, Ranked
+from streamsoup.engine.rules.terms import MOST_COLLECTED, Terms, row_length
 from streamsoup.errors import RecipeError, check_choice, option, some
 from streamsoup.rule import RuleMemory
 from streamsoup.tensors import TensorSpec
@@ -24,58 +24,12 @@ from streamsoup.tensors import TensorSpec
 if TYPE_CHECKING:
     from streamsoup.engine.rules.merging import Merging
 
-__all__ = ["Consensus", "Rescale", "TaskVectors", "Terms", "Trim"]
+__all__ = ["TaskVectors", "Trim"]
 
-Consensus = Literal["sum", "none"]
-Rescale = Literal["none", "l1", "density"]
 Trim = Literal["tensor", "model"]
-
-MOST_COLLECTED = 1 << 17
-"""Keys that all selections of a group together sort in memory, 16 bytes each."""
 
 N_SELECTING = 8
 """Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
-
-
-class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the sum is made of."""
-
-    coefficients: tuple[float, ...]
-    """``(ingredient,)``: wᵢ; the base has none."""
-    sparsifier: Sparsifier | None = None
-    """What is kept of each task vector; None for everything."""
-    scale: float = 1.0
-    """λ, by which the sum is multiplied, unless it is 1."""
-    consensus: Consensus = "none"
-    normalize: bool = False
-    rescale: Rescale = "none"
-    """``l1``: what is kept is multiplied by Σ|d| / Σ|S(d)| of its tensor; ``density``: divided by
-    its probability of being kept."""
-
-    def check(self, n_ingredients: int) -> None:
-        """Raise `RecipeError` for parameters that fit no `n_ingredients` besides the base."""
-        check_each("coefficients", self.coefficients, n_ingredients)
-        for value in (*self.coefficients, self.scale):
-            if not math.isfinite(value):
-                raise RecipeError(f"coefficients and lambda must be finite, got {value}")
-        check_choice("consensus", self.consensus, ("sum", "none"))
-        check_choice("rescale", self.rescale, ("none", "l1", "density"))
-        if self.sparsifier is not None:
-            self.sparsifier.check(n_ingredients)
-        if self.rescale == "density" and isinstance(self.sparsifier, Ranked):
-            raise RecipeError(
-                "rescale: probabilities that grow with the rank are no one density; use l1 or none"
-            )
-
-    @property
-    def measures_sums(self) -> bool:
-        """Whether sums of magnitudes are needed before an element can be made."""
-        return self.rescale == "l1" and self.sparsifier is not None
-
-    @property
-    def n_selections(self) -> int:
-        """How many selections of the largest an ingredient needs, at most."""
-        return 0 if self.sparsifier is None else self.sparsifier.n_selections
 
 
 class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknown_fields=True):
@@ -155,9 +109,4 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
         """Return the sum at work on a group of tensors."""
         from streamsoup.engine.rules.merging import Merging
 
-        return Merging(self, tensors, n_ingredients - 1)
-
-
-def row_length(shape: Sequence[int]) -> int:
-    """Return the length of the rows of a tensor: all that lies behind the first dimension."""
-    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+        return Merging(self.of, self.seed, tensors, n_ingredients - 1)
