@@ -1,4 +1,4 @@
-"""The exceptions of streamsoup, and the words its messages share and its users give.
+"""The exceptions of streamsoup, and helpers for the text of messages.
 
 ::
 
@@ -67,16 +67,19 @@ __all__ = [
 
 
 _OPTION = re.compile("\x02([^\x02\x03=|]+)\\|([^\x02\x03=]+)=?([^\x02\x03]*)\x03")
-"""What `option` returns. Names out of files cannot hold it: `printable` escapes these two."""
+"""Matches what `option` returns. `printable` escapes \\x02 and \\x03 in names from files."""
 
 
 def option(name: str, value: str | bool | None = None, *, cli: str | None = None) -> str:
-    """Return the mention of an option in a message, to be said in the caller's language.
+    """Return a marker for an option in a message, rendered later as Python or as a flag.
 
     Args:
-        name: What it is called in the library.
-        value: What it is set to, where that is advised; True for a switch.
-        cli: What it is called on the command line, where that is not `name`.
+        name: The option's name in the library.
+        value: The advised value, if there is one; True for a switch.
+        cli: The option's name on the command line, if it differs from `name`.
+
+    Returns:
+        The marked text. `in_python` and `in_options` render it; costs nothing else.
 
     >>> in_python(f"exists already; {option('overwrite', True)} replaces it")
     'exists already; overwrite=True replaces it'
@@ -85,12 +88,12 @@ def option(name: str, value: str | bool | None = None, *, cli: str | None = None
     >>> in_python(option("non_float", "first")), in_options(option("non_float", "first"))
     ("non_float='first'", '--non-float first')
     """
-    told = "" if value is None else f"={value}"
-    return f"\x02{name}|{(cli or name).replace('_', '-')}{told}\x03"
+    assigned = "" if value is None else f"={value}"
+    return f"\x02{name}|{(cli or name).replace('_', '-')}{assigned}\x03"
 
 
 def in_python(text: str) -> str:
-    """Return a message with its options as arguments of Python."""
+    """Return a message with its options rendered as Python arguments."""
 
     def name(found: re.Match[str]) -> str:
         if not found[3]:
@@ -101,7 +104,7 @@ def in_python(text: str) -> str:
 
 
 def in_options(text: str) -> str:
-    """Return a message with its options as the command line has them."""
+    """Return a message with its options rendered as command-line flags."""
 
     def name(found: re.Match[str]) -> str:
         return f"--{found[2]}{f' {found[3]}' if found[3] not in ('', 'True') else ''}"
@@ -110,20 +113,20 @@ def in_options(text: str) -> str:
 
 
 class Message(str):
-    """A warning that may name options: as Python has them, unless a reader asks for `text`."""
+    """A warning whose options are rendered as Python arguments; `text` keeps the markers."""
 
     text: str
     """The warning with its options marked: see `option`."""
 
     def __new__(cls, text: str) -> Message:
-        """Take a text with what `option` returned in it."""
+        """Render a text that may hold markers made by `option`."""
         made = super().__new__(cls, in_python(text))
         made.text = text
         return made
 
 
 class StreamsoupError(Exception):
-    """Anything streamsoup refuses to do, or could not do."""
+    """Parent of every error that streamsoup raises on purpose."""
 
     @property
     def text(self) -> str:
@@ -184,7 +187,7 @@ class OutputError(StreamsoupError, OSError):
 
 
 class OutputExistsError(OutputError, FileExistsError):
-    """An output that is already there, and that nobody asked to replace."""
+    """An output that exists already, when replacing it was not asked for."""
 
 
 class OutputBusyError(OutputError):
@@ -204,13 +207,13 @@ class VerificationError(StreamsoupError):
 
 
 class Interrupted(StreamsoupError):
-    """A thread was told to stop, as another failed; whoever waits is given that one's error."""
+    """A thread stopped because another had failed; the caller gets the other thread's error."""
 
 
 def printable(text: object, limit: int = 200) -> str:
-    r"""Give `text` with control characters escaped and the middle of long texts left out.
+    r"""Return `text` with control characters escaped and the middle of long texts left out.
 
-    Names come out of files that nobody vouches for: a tensor's name must not move the cursor.
+    Names come from untrusted files: a tensor's name must not move the terminal's cursor.
 
     >>> printable("layer\x1b[2J.weight")
     'layer\\x1b[2J.weight'
@@ -225,9 +228,9 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def check_choice(what: str, value: object, known: Collection[str]) -> None:
-    """Raise `RecipeError` for a word that is none of the known ones. Types alone check nothing."""
+    """Raise `RecipeError` unless `value` is one of the `known` words."""
     if not isinstance(value, str) or value not in known:
-        raise RecipeError(f"{what} {printable(value)!r} is none of {', '.join(known)}")
+        raise RecipeError(f"{what} must be one of {', '.join(known)}, got {printable(value)!r}")
 
 
 def count(n: int, noun: str) -> str:
@@ -241,7 +244,7 @@ def count(n: int, noun: str) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a number in `text` means to people what it does to Python.
+    """Return True if `text` has no digits or separators that only Python reads as a number.
 
     >>> [is_plain(text) for text in (".5", "1_0", "٣")]
     [True, False, False]
@@ -250,7 +253,7 @@ def is_plain(text: str) -> bool:
 
 
 def signal_name(number: int) -> str:
-    """Name a signal, one of the real-time signals too, which have no names of their own.
+    """Return the name of a signal; real-time signals, which have none, are numbered.
 
     >>> signal_name(9), signal_name(40)
     ('SIGKILL', 'signal 40')
@@ -262,7 +265,7 @@ def signal_name(number: int) -> str:
 
 
 def some(items: Iterable[object], limit: int = 5) -> str:
-    """List the first few of `items` for a message, and count the rest.
+    """Return the first few of `items` as text for a message, and a count of the rest.
 
     >>> some(["a", "b", "c"], limit=2)
     'a, b and 1 more'

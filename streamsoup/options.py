@@ -1,6 +1,6 @@
-"""How a soup is made, as opposed to what it is made of: plain data, with the defaults.
+"""Options of how a soup is made (not of what it is made of), with their defaults: plain data.
 
-Beside the options stand the events that long work reports to `Options.on_event`.
+The events that long work reports to `Options.on_event` stand here, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Note", "Options", "Progress", "Step", "check_options", "settle", "ta
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a pass over the weights has come; sent twenty times a second."""
+    """Progress of a pass over the weights; sent twenty times a second."""
 
     nbytes_done: int
     """Bytes of the ingredients read, or found finished by an earlier run."""
@@ -31,31 +31,37 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """How many steps of a search or a study are done; sent before the first and after each."""
+    """Progress of a search or a study in steps; sent before the first step and after each."""
 
     what: str
-    """What a step is: ``trial``, ``look``, ``measurement``."""
+    """Kind of step: ``trial``, ``look``, ``measurement``."""
     n_done: int
     n: int
     """Steps in all; an upper bound if `at_most`."""
     n_paid: int
-    """Steps done by this run, rather than known before: what `elapsed_s` was spent on."""
+    """Steps that this run itself did, in `elapsed_s`; others were known from an earlier run."""
     elapsed_s: float
     at_most: bool = False
     text: str = ""
-    """What was done last."""
+    """The last step in words."""
 
 
 class Note(msgspec.Struct, frozen=True):
-    """A line for a person: what begins now, or what was found."""
+    """A line of text for the user: what begins now, or what was found."""
 
     text: str
 
 
 def take(kind: str, what: str, value: Any) -> Any:
-    """Take a number of any library as Python's own, of the `kind` ``int``, ``float`` or ``bool``.
+    """Return a number of any library as a Python one.
 
-    `what` is its name. Raises `RecipeError` for what is none of that kind.
+    Args:
+        kind: ``int``, ``float`` or ``bool``.
+        what: The name of the option, for the message.
+        value: The number, of Python, numpy or torch; text is refused.
+
+    Raises:
+        RecipeError: Not a number of that kind.
     """
     read, wanted = _KINDS[kind]
     try:
@@ -65,14 +71,15 @@ def take(kind: str, what: str, value: Any) -> Any:
         if kind == "int" and abs(number) >= 2**63:
             raise OverflowError
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise RecipeError(f"{what}: {printable(repr(value))} is no {wanted}") from None
+        raise RecipeError(f"{what}: {printable(repr(value))} is not a {wanted}") from None
     return number
 
 
 def settle(options: msgspec.Struct) -> None:
-    """Take all numbers of some options, in ``__post_init__``, and check what is to be called.
+    """Convert all numbers of some options in ``__post_init__``, and check the callbacks.
 
-    Goes by the annotations, with ``| None`` or without. Raises `RecipeError`.
+    Reads the annotations ``int``, ``float``, ``bool`` and ``Callable…``, with ``| None`` or
+    without. Raises `RecipeError`.
     """
     for name, annotation in type(options).__annotations__.items():
         value = getattr(options, name)
@@ -82,13 +89,13 @@ def settle(options: msgspec.Struct) -> None:
         if kind in _KINDS:
             msgspec.structs.force_setattr(options, name, take(kind, name, value))
         elif kind.startswith("Callable") and not callable(value):
-            raise RecipeError(f"{name}: {printable(repr(value))} cannot be called")
+            raise RecipeError(f"{name}: {printable(repr(value))} is not callable")
 
 
 def check_options(given: object, kind: type[msgspec.Struct]) -> None:
-    """Raise `RecipeError` for options that are of another kind."""
+    """Raise `RecipeError` unless `given` are options of a `kind`."""
     if not isinstance(given, kind):
-        raise RecipeError(f"{printable(repr(given))} is no streamsoup.{kind.__name__}")
+        raise RecipeError(f"{printable(repr(given))} is not a streamsoup.{kind.__name__}")
 
 
 def _truth(value: Any) -> bool:
@@ -105,14 +112,15 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What every verb accepts. Nothing here but `dtype`, `shard_size` and the rules changes bytes.
+    """Options that every verb accepts.
 
+    Only `dtype`, `shard_size`, `non_float`, `non_finite` and `config` can change what is written.
     Sizes are bytes, or text such as ``"5GB"``.
     """
 
     dtype: str | torch.dtype = "same"
-    """Dtype of the averaged tensors in the soup: ``same``, ``f32``, ``bf16``, ``f16``, …; torch's
-    own will do."""
+    """Dtype of the averaged tensors in the soup: ``same``, ``f32``, ``bf16``, ``f16``, …; or a
+    dtype of torch."""
     shard_size: int | str | None = None
     """Largest shard of the soup; None mirrors the shards of the first ingredient."""
     non_float: Literal["same", "first"] = "same"
@@ -129,11 +137,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     """Threads that read and sum; None for the CPUs this process may use, 8 at most."""
     device: str | torch.device = "auto"
-    """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; torch's own will do. For files,
-    ``auto`` is ``cpu``."""
+    """Where sums are made: ``cpu``, ``cuda``, ``cuda:1``, …; or a device of torch. For
+    files, ``auto`` is ``cpu``."""
     device_memory: int | str | None = None
-    """Memory to take on the device, by all workers of a search together, running sums included;
-    None for an eighth of what is free."""
+    """Most memory on the device, for all workers of a search together, running sums included;
+    None for an eighth of the free memory."""
     io: Literal["auto", "mmap", "read"] = "auto"
     """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
     overwrite: bool = False
@@ -145,15 +153,18 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     the output is what it was before, and the same call resumes."""
 
     def __post_init__(self) -> None:
-        """Take numbers and devices as other libraries have them. Raises `RecipeError`."""
+        """Convert numbers and devices of other libraries to plain ones. Raises `RecipeError`."""
         settle(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
 
     @property
     def n_threads(self) -> int:
-        """The number of threads to use. More than 8 gain nothing: memory is the limit by then."""
+        """Number of threads to use; at most 8 by default, as memory is the limit from there on.
+
+        Raises `RecipeError` for a number below 1.
+        """
         if self.threads is None:
             return min(8, len(os.sched_getaffinity(0)))
         if self.threads < 1:
-            raise RecipeError(f"{self.threads} threads cannot work; give one or more")
+            raise RecipeError(f"threads must be at least 1, got {self.threads}")
         return self.threads

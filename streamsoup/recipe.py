@@ -35,14 +35,14 @@ __all__ = [
 ]
 
 ARITHMETIC = "float64, recipe order, product rounded then added, one division, one rounding"
-"""The law every kernel keeps; written into each provenance. A change to it changes bytes."""
+"""What every kernel computes; written into each provenance. A change to it changes bytes."""
 
 DIGEST = "xxh3-128 of leaves of 4194304 elements"
 """How a tensor is digested: leaves first (`streamsoup.engine.plan.LEAF`), then their digests."""
 
 
 PROVENANCE_NAME = "streamsoup.json"
-"""The file of an output that says what it is made of."""
+"""Name of the file in an output that holds its provenance."""
 
 PROVENANCE_LIMIT = 500_000_000
 """Bytes of a provenance that are read: 64 coefficients for each of 100,000 tensors take 150 MB."""
@@ -64,55 +64,59 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
 
     @classmethod
     def uniform(cls, n_ingredients: int) -> Coefficients:
-        """Weigh all alike: plain adds, and one division by their number."""
+        """Return equal coefficients: factors 1, divided once by the number of ingredients."""
         return cls((1.0,) * n_ingredients, float(n_ingredients))
 
     @classmethod
     def given(cls, values: Sequence[float], *, normalize: bool = False) -> Coefficients:
-        """Take factors as they are, or divided by their sum if `normalize`.
+        """Return coefficients with given factors.
 
-        Raises `RecipeError` for what is no list of finite numbers, and for a sum of zero to divide
-        by.
+        Args:
+            values: One finite number for each ingredient, in order.
+            normalize: Divide by the sum of the factors.
+
+        Raises:
+            RecipeError: Not a sequence of finite numbers, or a sum of zero to divide by.
         """
         try:
             if isinstance(values, (str, bytes, set, frozenset, Mapping)):
                 raise TypeError
-            # Of torch without its gradient, of which it would warn.
+            # float() of a torch tensor with a gradient warns.
             factors = tuple(float(v.detach() if hasattr(v, "detach") else v) for v in values)
         except (TypeError, ValueError, OverflowError):
             raise RecipeError(
-                f"{printable(repr(values))}: a list of coefficients is wanted"
+                f"{printable(repr(values))}: is not a list of numbers; give one for each ingredient"
             ) from None
         for value in factors:
             if not math.isfinite(value):
-                raise RecipeError(f"coefficient {value} is not finite; give plain numbers")
+                raise RecipeError(f"coefficient {value} is not finite; give finite numbers")
         if not normalize:
             return cls(factors)
         try:
             total = math.fsum(factors)
-        except OverflowError:  # on the way, whatever the others would have made of it
+        except OverflowError:  # a partial sum, even if the whole sum is finite
             total = math.inf
         if total == 0 or not math.isfinite(total):
             raise RecipeError(
-                f"coefficients that sum to {total} cannot be normalized; give others, or take them "
-                "as they are"
+                f"coefficients that sum to {total} cannot be normalized; give others, or leave "
+                "out normalize"
             )
         return cls(factors, total)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the soup is the one ingredient there is."""
+        """True if the soup is a copy of a single ingredient."""
         return (self.values, self.divisor, self.per_tensor) == ((1.0,), 1.0, {})
 
     def of(self, tensor: str) -> tuple[tuple[float, ...], float]:
-        """Give the factors and the divisor of one tensor."""
+        """Return the factors and the divisor of one tensor."""
         own = self.per_tensor.get(tensor)
         return (self.values, self.divisor) if own is None else (own, 1.0)
 
     def is_affine(self, tensor: str) -> bool:
-        """Return True if the factors of a tensor sum to its divisor, but for rounding.
+        """Return True if the factors of a tensor sum to its divisor, up to rounding.
 
-        Then the soup of equal tensors is that tensor, so that a copy stands for it.
+        The soup of equal tensors is then that same tensor, so a copy can replace it.
         """
         factors, divisor = self.of(tensor)
         return abs(math.fsum(factors) / divisor - 1) <= 1e-9
@@ -131,10 +135,10 @@ class Coefficients(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
             for value in values:
                 if not math.isfinite(value):
                     raise RecipeError(
-                        f"coefficient {value}{where} is not finite; give plain numbers"
+                        f"coefficient {value}{where} is not finite; give finite numbers"
                     )
         if not math.isfinite(self.divisor) or self.divisor == 0:
-            raise RecipeError(f"divisor {self.divisor} divides nothing; give one that is not 0")
+            raise RecipeError(f"divisor must be finite and not 0, got {self.divisor}")
 
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -143,7 +147,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     ingredients: tuple[str, ...]
     """Paths, in the order of the sum."""
     rule: Rule
-    """What becomes of the averaged tensors, with all its parameters."""
+    """How the averaged tensors are made, with all parameters."""
     method: str = "mix"
     """How the rule was chosen: ``uniform``, ``mix``, ``interpolate``, ``greedy``, …; a label."""
     dtype: str = "same"
@@ -156,7 +160,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     """Largest shard in bytes; None mirrors the shards of the first ingredient."""
 
     def check(self, names: Collection[str]) -> None:
-        """Raise `RecipeError` for a recipe that fits no ingredients with tensors of these names."""
+        """Raise `RecipeError` unless the recipe fits ingredients with tensors of these names."""
         if not self.ingredients:
             raise RecipeError("a soup needs at least one ingredient; give some")
         given: object = self.rule
@@ -170,7 +174,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         check_choice("non_float", self.non_float, ("same", "first"))
         check_choice("non_finite", self.non_finite, ("refuse", "propagate"))
         if self.shard_size is not None and self.shard_size < 1:
-            raise RecipeError(f"shard size {self.shard_size} is below one byte; give 5GB, say")
+            raise RecipeError(f"shard_size must be at least 1 byte, got {self.shard_size}")
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,7 +197,7 @@ class IngredientRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was made, out of what, by what: the file ``streamsoup.json`` of a soup."""
+    """What a soup was made of and by what: its file ``streamsoup.json``."""
 
     recipe: Recipe
     ingredients: tuple[IngredientRecord, ...]
@@ -207,18 +211,18 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arithmetic: str
     digest: str
     report: Mapping[str, object]
-    """What a search adds about how it found the coefficients."""
+    """How a search found the coefficients; empty without one."""
     checksum: str
-    """Of all the rest; set by `sealed`. It finds accidents, such as an edit, not forgeries."""
+    """Over all other fields; set by `sealed`. Detects accidents such as an edit, not forgeries."""
 
     def __repr__(self) -> str:
-        """Say it in a line."""
+        """Return a one-line summary for the REPL."""
         n = len(self.ingredients)
         made = f"{count(len(self.tensors), 'tensor')} of {count(n, 'ingredient')}"
         return f"<Provenance: {made}, {self.created}>"
 
     def sealed(self) -> Provenance:
-        """Give it with its checksum, as it is now."""
+        """Return a copy whose checksum matches its present content."""
         return msgspec.structs.replace(self, checksum=self._digest())
 
     def to_json(self) -> bytes:
@@ -228,18 +232,18 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def intact(self) -> bool:
-        """Whether it still says what it did when it was sealed."""
+        """True if the content still matches its checksum."""
         return self.checksum == self._digest()
 
     def _digest(self) -> str:
         text = msgspec.json.encode(msgspec.structs.replace(self, checksum=""), enc_hook=_plain)
-        # There and back, as what was made with an int where a float belongs reads back as 1.0.
+        # Encode, decode and encode again: an int where a float belongs reads back as 1.0.
         back = _decode(text, (type(self.recipe.rule),))
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(back, enc_hook=_plain))
 
     @classmethod
     def from_json(cls, text: bytes, rules: Sequence[type[Rule]]) -> Provenance:
-        """Read what `to_json` wrote, or a version before it.
+        """Return the provenance in JSON that this version or an earlier one wrote.
 
         Args:
             text: The JSON.
@@ -270,21 +274,21 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UnknownRule:
-    """A rule of a type that is not at hand: it is named and written down, and makes nothing."""
+    """A rule whose type was not given: it keeps its parameters, and refuses to make a soup."""
 
     n_passes = 1
     spans_model = False
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
-        """Keep what the JSON says of it."""
+        """Keep the parameters as plain JSON data."""
         self.parameters = parameters
 
     def __repr__(self) -> str:
-        """Name it."""
+        """Return a one-line summary for the REPL."""
         return f"<UnknownRule {self.parameters.get('type')!r}>"
 
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
-        """Raise `RecipeError`."""
+        """Raise `RecipeError` that names the rule and says how to give its class."""
         name = printable(str(self.parameters.get("type")))
         raise RecipeError(
             f"made by the rule {name!r}, which does not come with streamsoup "
@@ -292,22 +296,22 @@ class UnknownRule:
         )
 
     def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
-        """Return that it holds nothing."""
+        """Return zero bytes: nothing is ever made."""
         return RuleMemory()
 
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
-        """Raise `RecipeError`."""
-        raise RecipeError(f"{self!r} makes nothing")
+        """Raise `RecipeError`: an unknown rule cannot be applied."""
+        raise RecipeError(f"{self!r}: an unknown rule cannot make a soup")
 
 
 def rule_name(rule: object) -> str:
-    """Return the tag of a rule, or of what is not one, the name of its type."""
+    """Return the tag of a rule, or the name of its type if it has none."""
     tag = getattr(getattr(type(rule), "__struct_config__", None), "tag", None)
     return tag if isinstance(tag, str) else type(rule).__name__
 
 
 def is_tagged(kind: type) -> bool:
-    """Return True for a frozen struct whose JSON tells it from other rules."""
+    """Return True for a frozen struct with a tag, which tells its JSON from other rules'."""
     config = getattr(kind, "__struct_config__", None)
     return config is not None and config.frozen and config.tag is not None
 
@@ -335,9 +339,9 @@ def _digest_plain(plain: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of numpy or torch, or an unknown rule, as what JSON has for it."""
+    """Convert a number of numpy or torch, or an unknown rule, to plain JSON data."""
     if isinstance(value, UnknownRule):
         return value.parameters
     if getattr(value, "shape", None) == ():
         return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be noted in a provenance")
+    raise TypeError(f"{type(value).__name__} cannot be written into a provenance")

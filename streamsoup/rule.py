@@ -1,4 +1,4 @@
-"""The Rule joint: what becomes of a tensor, given the same tensor of every ingredient.
+"""The Rule joint: how one tensor of the soup is made from that tensor of every ingredient.
 
 A rule is frozen data, a part of the recipe, and is written into the provenance with all its
 parameters. It makes a `Reduction` for each group of tensors that share statistics; the engine
@@ -7,12 +7,12 @@ plans, reads, cuts into blocks, rounds, writes, resumes and verifies, and knows 
 A merge method from outside the package is one class and one reduction:
 
 1. `Reduction.start` begins a leaf (some millions of elements of one tensor, on one thread).
-2. `Reduction.measure` looks at its blocks, in order, as long as `measuring` is true.
-3. `Reduction.merge` takes what a leaf showed, leaf after leaf in one fixed order.
+2. `Reduction.measure` is given its blocks, in order, as long as `measuring` is true.
+3. `Reduction.merge` is given the state of each measured leaf, in one fixed order of leaves.
 4. `Reduction.end_pass` is called after the last leaf; it may turn `measuring` off, or leave it on
    for another pass.
-5. `Reduction.reduce` makes the elements of the soup, block by block, in float64. The engine rounds
-   them once.
+5. `Reduction.reduce` computes the elements of the soup, block by block, in float64. The engine
+   rounds them once.
 
 Blocks may be of any size, and leaves run on any thread: the result must not depend on either.
 Counts and maxima never do. Sums of floats do, unless they are taken in one fixed order: blocks
@@ -42,18 +42,18 @@ GRAIN = 4096
 
 
 class RuleMemory(msgspec.Struct, frozen=True):
-    """What a reduction holds, in bytes, beside the blocks that it is given."""
+    """Bytes that a reduction holds, besides the blocks that it is given."""
 
     per_element: int = 0
-    """For each element of a block: temporary arrays of `measure` and `reduce`."""
+    """Per element of a block: temporary arrays of `measure` and `reduce`."""
     per_leaf: int = 0
-    """What `start` returns; each thread holds one or two."""
+    """The state that `start` returns; each thread holds one or two."""
     per_group: int = 0
-    """What a reduction keeps from one pass to the next."""
+    """State that a reduction keeps from one pass to the next."""
     fixed: int = 0
-    """What the rule itself holds: its parameters."""
+    """The parameters of the rule itself."""
     reads_elsewhere: bool = False
-    """Whether it calls `Block.values_at`, which takes a thread buffers of their own."""
+    """True if it calls `Block.values_at`, which takes further buffers in each thread."""
 
 
 class Block(Protocol):
@@ -71,10 +71,14 @@ class Block(Protocol):
     """``(ingredient,)``: its little-endian bytes in each."""
 
     def values(self, ingredient: int) -> Floats:
-        """Return an ingredient's elements ``(element,) float64``, in memory of the caller's own.
+        """Return an ingredient's elements in memory that the caller may change.
 
-        Costs 8 bytes for each element, which `Rule.memory` has to count. What is not finite is
-        reported as by `spoil`.
+        Args:
+            ingredient: Its number, from 0.
+
+        Returns:
+            ``(element,) float64``, exact. Costs 8 bytes per element, which `Rule.memory` must
+            count. A NaN or an Inf is reported as by `spoil`.
         """
 
     def values_at(self, ingredient: int, start: int, n: int) -> Floats:
@@ -85,51 +89,88 @@ class Block(Protocol):
         """
 
     def spoil(self) -> None:
-        """Report that an ingredient holds a NaN or an Inf here, which ends the run unless told.
+        """Report a NaN or an Inf in this block, which ends the run unless non-finite propagates.
 
-        For reductions that look at `raw`: `values` reports it itself.
+        Only for reductions that read `raw`: `values` reports it itself.
         """
 
 
 class Reduction(Protocol):
-    """A rule at work on one group of tensors. Several threads call it at once."""
+    """A rule applied to one group of tensors. Several threads call its methods at once."""
 
     measuring: bool
-    """Whether another measuring pass is needed before `reduce`."""
+    """True while another measuring pass is needed before `reduce`."""
 
     def start(self, tensor: TensorSpec, start: int) -> Any:
-        """Begin the leaf of `tensor` at flat index `start`; return the state of this pass."""
+        """Begin a leaf, in a measuring pass or in the last one.
+
+        Args:
+            tensor: The tensor as it will be in the soup.
+            start: Flat index (C order) of the leaf's first element.
+
+        Returns:
+            The leaf's state for this pass; `RuleMemory.per_leaf` counts its bytes.
+        """
 
     def measure(self, state: Any, block: Block) -> None:
-        """Look at the next block of a leaf. Changes `state` alone."""
+        """Measure the next block of a leaf.
+
+        Args:
+            state: What `start` returned for the leaf; the only thing that may change.
+            block: The block, valid during the call.
+        """
 
     def merge(self, state: Any) -> None:
-        """Take a leaf's measurements. Called in the order of leaves, never by two threads."""
+        """Merge a leaf's state into the group's. Called in order of leaves, by one at a time."""
 
     def end_pass(self) -> None:
-        """Conclude a measuring pass: every leaf of the group was merged."""
+        """End a measuring pass, after every leaf of the group was merged."""
 
     def reduce(self, state: Any, block: Block, out: Floats) -> None:
-        """Fill `out` ``(element,) float64`` with the soup. Changes `state` and `out` alone."""
+        """Compute a block of the soup.
+
+        Args:
+            state: What `start` returned for the leaf; may change.
+            block: The block, valid during the call.
+            out: ``(element,) float64``, to be filled.
+        """
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """What becomes of the tensors of all ingredients: a frozen `msgspec.Struct` with a ``tag``."""
+    """A merge method with all its parameters: a frozen `msgspec.Struct` with a ``tag``."""
 
     @property
     def n_passes(self) -> int:
-        """How many times the ingredients are read, at most: measuring passes, and the last one."""
+        """Most passes over the ingredients: measuring passes, and the last one."""
 
     @property
     def spans_model(self) -> bool:
-        """Whether all tensors share their statistics; else each tensor has its own."""
+        """True if all tensors share their statistics; False if each tensor has its own."""
 
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
-        """Raise `RecipeError` unless the rule fits ingredients with tensors of these names."""
+        """Check the parameters against the ingredients, before a weight is read.
+
+        Args:
+            n_ingredients: Number of ingredients.
+            names: Names of the tensors.
+
+        Raises:
+            RecipeError: The rule does not fit them.
+        """
 
     def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
-        """Return the most that a reduction of these tensors holds; the plan counts with it."""
+        """Return the most that a reduction holds; the memory plan relies on it.
+
+        Args:
+            tensors: The tensors of all groups, as they will be in the soup.
+            n_ingredients: Number of ingredients.
+        """
 
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> Reduction:
-        """Return a reduction for a group of tensors, in the order in which leaves are merged."""
+        """Return the reduction of one group.
+
+        Args:
+            tensors: The group's tensors, in the order in which their leaves are merged.
+            n_ingredients: Number of ingredients.
+        """

@@ -1,4 +1,4 @@
-"""What a tensor is before it is read: a name, a dtype, a shape and a place in a file.
+"""Tensors as headers describe them: name, dtype, shape and place in a file.
 
 The one table of dtypes is here. Its names and widths are those of the safetensors format
 (https://github.com/huggingface/safetensors, `Dtype` in `safetensors/src/tensor.rs`, 0.8).
@@ -101,21 +101,23 @@ _SPELLINGS = {spelling: name for name, spelling in TORCH_NAMES.items()} | {
 
 
 def float_dtype(given: object) -> DType:
-    """Look up a dtype to average in, by its safetensors, torch or common name, or as torch's own.
+    """Return the dtype to average in, by its safetensors, torch or common name.
 
-    Raises `RecipeError` for what is no dtype streamsoup averages.
+    Args:
+        given: A name, or a dtype of torch.
+
+    Raises:
+        RecipeError: Not a dtype that streamsoup averages.
 
     >>> float_dtype("bfloat16").name
     'BF16'
     """
-    name = str(given)  # torch's own says its name
+    name = str(given)  # a dtype of torch becomes 'torch.float32'
     key = _SPELLINGS.get(name.lower().removeprefix("torch."), name.upper())
     dtype = DTYPES.get(key)
     if dtype is None or not dtype.averaged:
         known = ", ".join(d.name.lower() for d in _FLOATS)
-        raise RecipeError(
-            f"{option('dtype')} {name!r} is not one streamsoup averages in; use one of {known}"
-        )
+        raise RecipeError(f"{option('dtype')} {name!r} cannot be averaged in; use one of {known}")
     return dtype
 
 
@@ -128,19 +130,19 @@ class TensorSpec(msgspec.Struct, frozen=True):
     begin: int
     """Offset of the first byte, from the end of the header."""
     delivered: DType | None = None
-    """The dtype its source delivers it in, if that is another (`formats.source`)."""
+    """Dtype in which its source delivers it, if that differs from `dtype` (`formats.source`)."""
 
     @property
     def comes_as(self) -> DType:
-        """The dtype of the bytes that are read."""
+        """Dtype of the bytes that are read: `delivered`, or else `dtype`."""
         return self.delivered or self.dtype
 
     @property
     def n_elements(self) -> int:
-        """How many elements the tensor has; 1 for a 0-d tensor."""
+        """Number of elements; 1 for a 0-d tensor."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the tensor takes in its file."""
+        """Bytes of the tensor in its file."""
         return self.n_elements * self.dtype.nbits // 8

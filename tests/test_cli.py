@@ -133,7 +133,7 @@ def test_refusals_have_status_1(pair: tuple[Path, Path], tmp_path: Path) -> None
         (["mix", a, b, *out, "-c", "1e308,1e308", "--normalize"], "cannot be normalized"),
         (["mix", a, b, *out, "-c", "nan,1"], "not finite"),
         (["interpolate", a, b, *out, "--alpha", "inf"], "not finite"),
-        (["uniform", a, b, *out, "--dtype", "int4"], "not one streamsoup averages in"),
+        (["uniform", a, b, *out, "--dtype", "int4"], "cannot be averaged in"),
         (["uniform", a, b, *out, "--memory", "1MB"], "too small"),
         (["uniform", a, b, "-o", a], "lies in the ingredient"),
         (["uniform", a, b, "-o", mine], "choose another folder or remove it yourself"),

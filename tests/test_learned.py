@@ -825,7 +825,7 @@ def test_refusals(paths: list[str], tmp_path: Path) -> None:
         learn(paths, tmp_path / "c", guard_every=1)
     with pytest.raises(RecipeError, match="softmax, affine, free"):
         learn(paths, tmp_path / "d", constraint="simplex")
-    with pytest.raises(RecipeError, match="granularity 'block' is none of global"):
+    with pytest.raises(RecipeError, match="granularity must be one of global"):
         learn(paths, tmp_path / "e", granularity="block")
 
 

@@ -227,7 +227,7 @@ def test_work_of_others_is_not_believed(tmp_path: Path, mode: int | None) -> Non
     (work / "journal").touch()
     status, stderr = run("uniform", a, a, "-o", tmp_path / "soup")
     assert (status, stderr.count("\n")) == (1, 1)
-    assert f"{work}: {who}, so what is in it is not believed" in stderr
+    assert f"{work}: {who}, so its content is not trusted" in stderr
     assert os.listdir(work) == ["journal"]
     work.rename(tmp_path / "soup.search")
     with pytest.raises(OutputError, match=f"{who}, so its scores are not believed"):
@@ -248,11 +248,11 @@ def test_file_systems_without_owners_and_modes(
         os.chmod(path, 0o777, dir_fd=dir_fd)
 
     with folders.Folder.open(str(tmp_path)) as above, above.folder("work") as opened:
-        assert folders.stranger(opened, above) == "may be written to by others"
+        assert folders.other_writer(opened, above) == "may be written to by others"
         monkeypatch.setattr(os, "geteuid", lambda: 4321)
-        assert folders.stranger(opened, above) == "may be written to by others"
+        assert folders.other_writer(opened, above) == "may be written to by others"
         monkeypatch.setattr(os, "mkdir", with_no_modes)
-        assert folders.stranger(opened, above) == ""
+        assert folders.other_writer(opened, above) == ""
     assert os.listdir(tmp_path) == ["work"]
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_replaced_is_known_before_the_work(
     check_replaceable(str(soup))
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 4321)
-        with pytest.raises(OutputExistsError, match="lets nobody else replace it"):
+        with pytest.raises(OutputExistsError, match="only its owner may replace it"):
             check_replaceable(str(soup))
     if not IS_ROOT or subprocess.run(["mount", "--bind", soup, soup], check=False).returncode:
         pytest.skip("this machine lets nobody mount")
@@ -396,10 +396,10 @@ def test_a_strangers_folder_is_refused_untouched(tmp_path: Path) -> None:
         before = listing(partial)
         status, stderr = run("uniform", a, a, "-o", tmp_path / f"soup-{number}")
         assert status == 1
-        assert "not ours" in stderr or "damaged" in stderr
+        assert "not made by streamsoup" in stderr or "damaged" in stderr
         assert {p: v for p, v in listing(partial).items() if p in before} == before
     (tmp_path / "file.partial").write_text("x")
-    assert "not ours" in run("uniform", a, a, "-o", tmp_path / "file")[1]
+    assert "not made by streamsoup" in run("uniform", a, a, "-o", tmp_path / "file")[1]
 
 
 def test_no_link_leads_the_writer_elsewhere(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_no_link_leads_the_writer_elsewhere(tmp_path: Path) -> None:
             else:
                 continue
             status, stderr = run("uniform", a, a, "-o", soup)
-            assert (status, "not ours" in stderr) == (1, True), (name, hard)
+            assert (status, "not made by streamsoup" in stderr) == (1, True), (name, hard)
             subprocess.run(["rm", "-rf", partial], check=True)
             assert listing(elsewhere) == before
     assert os.listdir(elsewhere)
@@ -473,7 +473,7 @@ def test_the_folder_we_are_in_may_be_gone(tmp_path: Path) -> None:
     a = small(tmp_path / "a")
     gone = "mkdir gone; cd gone; rmdir ../gone; exec"
     for output, overwrite, reason in (
-        ("soup", "", "error: soup: cannot be made, as the folder we are in was removed"),
+        ("soup", "", "error: soup: cannot be made, as the current folder was removed"),
         (tmp_path / "soup", "", ""),
         (tmp_path / "soup", "--overwrite", ""),
     ):
@@ -554,7 +554,7 @@ def test_only_a_lone_checkpoint_is_replaced(tmp_path: Path) -> None:
     (legacy / "original" / "consolidated.00.pth").write_text("x")
     before = listing(tmp_path)
     for output, reason in (
-        (thesis, "is no checkpoint"),
+        (thesis, "is not a checkpoint"),
         (training, "more than one checkpoint (checkpoint-500)"),
         (legacy, "more than one checkpoint (original)"),
     ):
@@ -862,7 +862,10 @@ def test_what_is_no_part_of_a_checkpoint_is_not_replaced(tmp_path: Path, what: s
     precious.touch()
     status, stderr = run("uniform", a, a, "-o", out, "--overwrite")
     assert status == 1
-    assert f"holds what is no part of a checkpoint ({what.split('/')[0]}) and would be" in stderr
+    assert (
+        f"holds files that are not part of a checkpoint ({what.split('/')[0]}) and would be"
+        in stderr
+    )
     assert precious.exists()
     shutil.rmtree(precious.parent) if precious.parent != out else precious.unlink()
     assert run("uniform", a, a, "-o", out, "--overwrite") == (0, "")

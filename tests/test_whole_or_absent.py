@@ -257,7 +257,9 @@ def test_failing_calls(kitchen: Kitchen, action: str) -> None:
             continue
         assert result.status == 1
         assert result.stderr.startswith(f"error: {kitchen.output}"), result.stderr
-        assert any(word in result.stderr for word in ("mend", "make room", "choose", "yourself"))
+        assert any(
+            word in result.stderr for word in ("fix that", "make room", "choose", "yourself")
+        )
 
 
 def test_a_failed_sync_is_never_believed(kitchen: Kitchen) -> None:

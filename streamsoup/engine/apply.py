@@ -1,7 +1,7 @@
-"""Any rule at work: its measuring passes, and the last one, over blocks of all ingredients.
+"""The reducer for any rule: its measuring passes, and the last one, over blocks of all ingredients.
 
-`Apply` is the reducer for rules that have no faster form. It widens what a rule asks for to
-float64, rounds what the rule returns once, and knows nothing else about it.
+`Apply` serves rules that have no faster form. It widens ingredients to float64 when the rule asks
+for them, rounds the rule's result once, and knows nothing else about the rule.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ApplyWorker:
     n_ahead = 0
 
     def __init__(self, apply: Apply) -> None:
-        """Make room for results: ``(block,)`` in float64, and rounded."""
+        """Allocate results: ``(block,)`` in float64, and rounded."""
         self._apply = apply
         plan, block = apply.plan, apply.memory.block
         widest = max((tensor.dtype.itemsize for tensor in plan.reduced), default=1)
@@ -84,11 +84,11 @@ class ApplyWorker:
         self.spoiled = False
 
     def read_with(self, reader: Reader) -> None:
-        """Take what a rule reads with that looks beyond its block."""
+        """Set the reader for rules that read beyond their block."""
         self._reader = reader
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Leave them to the stream."""
+        """Return None: the stream makes the digests."""
 
     def begin(self, leaf: Leaf) -> None:
         """Begin a leaf, whose blocks follow in order."""
@@ -98,13 +98,13 @@ class ApplyWorker:
             self._state = self._reduction.start(tensor.spec, leaf.start)
 
     def measure(self, tensor: PlannedTensor, start: int, n: int, inputs: Sequence[Bytes]) -> None:
-        """Show a block of all ingredients to the rule."""
+        """Let the rule measure a block of all ingredients."""
         block = self._block(tensor, start, n, inputs)
         self._reduction.measure(self._state, block)
         self.spoiled = block.spoiled
 
     def measured(self) -> Any:
-        """Return what the leaf showed."""
+        """Return the state of the measured leaf."""
         return self._state
 
     def start(
@@ -135,7 +135,7 @@ class ApplyWorker:
         return self._output
 
     def close(self) -> None:
-        """Let go of the state of the last leaf, and of what was read elsewhere."""
+        """Release the state of the last leaf, and the session for reads elsewhere."""
         self._state = None
         if self._elsewhere is not None:
             self._elsewhere.close()
@@ -164,7 +164,7 @@ class ApplyWorker:
 
 
 class RawBlock:
-    """What a rule is given: see `streamsoup.rule.Block`."""
+    """The block that a rule is given: implements `streamsoup.rule.Block`."""
 
     def __init__(
         self,
@@ -175,13 +175,13 @@ class RawBlock:
         raw: Sequence[Bytes],
         read: Callable[[int, int, int], Floats],
     ) -> None:
-        """Take the blocks of all ingredients, and what reads any range of the tensor."""
+        """Hold the blocks of all ingredients, and a function that reads any range of the tensor."""
         self._read = read
         self.tensor, self.start, self.n, self.dtypes, self.raw = tensor, start, n, dtypes, raw
         self.spoiled = False
 
     def values(self, ingredient: int) -> Floats:
-        """Return an ingredient's elements as float64, in memory of the caller's own."""
+        """Return an ingredient's elements as float64, in memory that the caller may change."""
         with np.errstate(invalid="ignore"):  # signalling NaNs
             stored = widen(array_of(self.raw[ingredient]), self.dtypes[ingredient])
             values = stored.astype(np.float64)

@@ -1,7 +1,7 @@
-"""How much memory a planned pass may take: the size of its blocks, and what it holds at its peak.
+"""The memory of a planned pass: the size of its blocks, and an upper bound of its peak.
 
-The budget is that of the whole process: libraries, headers and the plan itself are counted, by what
-they were measured to take, and blocks share what is left.
+The budget is that of the whole process: libraries, headers and the plan itself are counted with
+their measured sizes, and blocks share the rest.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ DEFAULT_NBYTES = 150_000_000
 """Memory budget of the whole process where none is given, for up to some 5,000 tensors."""
 
 WORKING_NBYTES = 26_000_000
-"""What of a budget is left for blocks at least, where none is given: two threads' largest ones take
-21 MB."""
+"""Least memory for blocks where no budget is given: two threads' largest ones take 21 MB."""
 
 READ_GROUP = 4
 """Ingredients whose blocks are held at once when they are read rather than viewed."""
 
 NUMPY_NBYTES = 2**20
-"""What the numpy kernel holds of `constants.NUMPY_TILE` elements: eight arrays of float64."""
+"""Bytes that the numpy kernel holds of `constants.NUMPY_TILE` elements: eight arrays of float64."""
 
 PROCESS_NBYTES = 108 * 2**20
 """Upper bound of what Python and the libraries hold, the compiler and one kernel included.
@@ -56,21 +55,21 @@ numba 0.68, 79 to 87 with 0.61.
 """
 
 COMPILER_NBYTES = 64 * 2**20
-"""What of it only compiling takes."""
+"""The part of `PROCESS_NBYTES` that only compiling takes."""
 
 KERNEL_NBYTES = 9 * 2**20
-"""What compiling each further kernel takes (measured: 4 to 9 MB)."""
+"""Bytes that compiling each further kernel takes (measured: 4 to 9 MB)."""
 
 MEANS_NBYTES = 18 * 2**20
-"""What compiling a further one takes that has means in float32 (measured: 13 to 20 MB, and 28 after
-three that have none, which took less than `PROCESS_NBYTES` has for the first)."""
+"""Bytes that compiling a further kernel with means in float32 takes (measured: 13 to 20 MB, and 28
+after three that have none, which took less than `PROCESS_NBYTES` has for the first)."""
 
 OPENING_NBYTES = 24 * 2**20
-"""What the process holds while it opens ingredients, beside their headers (measured: 19 MB)."""
+"""Bytes held while ingredients are opened, without their headers (measured: 19 MB)."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
-    """How large the working blocks are, and what that comes to."""
+    """The size of the working blocks, and the peak memory that follows."""
 
     threads: int
     block: int
@@ -80,11 +79,11 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     peak_nbytes: int
     """Upper bound of the anonymous memory of the whole process."""
     compiles: bool = True
-    """Whether there is room to compile a kernel; where not, only those in the cache are used."""
+    """True if memory suffices to compile a kernel; if not, only cached kernels are used."""
 
 
 class ReadingPlan(msgspec.Struct, frozen=True):
-    """What a thread holds in order to read."""
+    """The memory that a thread holds to read."""
 
     group: int
     """Ingredients whose blocks it is given at once: all where each is viewed, few otherwise."""
@@ -95,7 +94,7 @@ class ReadingPlan(msgspec.Struct, frozen=True):
 
 
 def plan_reading(plan: MixPlan, *, mapped: bool, at_once: bool = False) -> ReadingPlan:
-    """Ask the sources what a thread holds to read blocks of them; `at_once` of all together."""
+    """Return what a thread holds to read blocks of all sources; `at_once` if of all together."""
     k = len(plan.ingredients)
     widest = max((s.dtype.itemsize for t in plan.tensors for s in t.sources), default=1)
     costs = [ingredient.source.cost(mapped=mapped) for ingredient in plan.ingredients]
@@ -113,8 +112,15 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the largest blocks, up to `times` `LARGEST_BLOCK`, whose peak is within `budget`.
 
-    There are `threads` threads, or fewer where leaves or bytes run out. Raises `BudgetError` when
-    the smallest blocks do not fit; says how much would.
+    Args:
+        plan: What is read and made.
+        mapped: True if files are mapped, False if they are read into buffers.
+        threads: Most threads; fewer are planned where leaves or bytes do not suffice.
+        budget: Bytes of anonymous memory for the whole process.
+        times: Factor on `LARGEST_BLOCK`.
+
+    Raises:
+        BudgetError: The smallest blocks do not fit; names the budget that would do.
     """
     if not isinstance(plan.recipe.rule, Linear):
         return _plan_blocks(plan, mapped=mapped, threads=threads, budget=budget)
@@ -130,7 +136,7 @@ def plan_memory(
     kernels = sorted(_kernel_nbytes(source, output) for source, output in pairs)
     compiler = COMPILER_NBYTES + sum(kernels[:-1])
     fixed = fixed_nbytes(plan) - COMPILER_NBYTES + compiler
-    # So many tensors that little is left for the rest: better slower than not at all.
+    # With very many tensors there is no room for the compiler: numpy is slower, but fits.
     compiles = fixed + held + SMALLEST_BLOCK * per_element <= budget
     fixed -= 0 if compiles else compiler
     block = times * LARGEST_BLOCK
@@ -182,13 +188,14 @@ def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> M
     return MemoryPlan(threads, block, k, most)
 
 
-def memory_budget(plan: MixPlan, told: int | str | None) -> int:
-    """Give the budget of a run in bytes: as told, or `DEFAULT_NBYTES`, or what many tensors take.
+def memory_budget(plan: MixPlan, asked: int | str | None) -> int:
+    """Return the budget of a run in bytes: as asked, or else the default.
 
-    The plan of 50,000 tensors takes 100 MB itself: who set no limit wants no refusal.
+    The default is `DEFAULT_NBYTES`, or more if the plan itself needs it (50,000 tensors take
+    100 MB): without a limit, nothing is refused.
     """
-    if told is not None:
-        return parse_nbytes(told)
+    if asked is not None:
+        return parse_nbytes(asked)
     rule = rule_memory(plan)
     own = 2 * (rule.per_leaf + rule.per_group)
     return max(DEFAULT_NBYTES, fixed_nbytes(plan) + own + WORKING_NBYTES, opening_nbytes(plan))
@@ -213,7 +220,7 @@ def fixed_nbytes(plan: MixPlan) -> int:
 
 
 def rule_memory(plan: MixPlan) -> RuleMemory:
-    """Return what the recipe's rule says that it holds."""
+    """Return the memory that the recipe's rule declares."""
     specs = [tensor.spec for tensor in plan.reduced]
     return plan.recipe.rule.memory(specs, len(plan.ingredients))
 
@@ -225,7 +232,7 @@ def opening_nbytes(plan: MixPlan) -> int:
 
 
 def check_opening(plan: MixPlan, budget: int) -> int:
-    """Give `opening_nbytes`. Raises `BudgetError` if that was more than `budget`."""
+    """Return `opening_nbytes`. Raises `BudgetError` if that was more than `budget`."""
     took = opening_nbytes(plan)
     if took > budget:
         raise BudgetError(

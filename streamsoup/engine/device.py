@@ -5,8 +5,8 @@ on the host. Results come back to the host for a sink that wants bytes, or go st
 on the device, where a live model keeps its parameters.
 
 When it pays: averaging to disk moves every byte of every ingredient over the bus to save one pass
-over memory, so ``auto`` leaves that to the CPU. A model that lives on the device is another thing:
-it is mixed in place, and with a running sum kept there, a trial moves one ingredient.
+over memory, so ``auto`` means the CPU there. A model that is on the device already is mixed in
+place, and with a running sum kept there, a trial moves one ingredient only.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ MOST_LANES = 4
 """Threads that feed a device: four fill pinned memory faster than a bus takes it."""
 
 FREE_SHARE = 8
-"""The default budget is one part in so many of the device's free memory: it is the model's."""
+"""The default budget is this fraction of the device's free memory; the model needs the rest."""
 
 
 class DevicePlan(msgspec.Struct, frozen=True):
-    """What a run will hold on a device and beside it, decided before anything is allocated."""
+    """The memory of a run on a device and on the host, decided before anything is allocated."""
 
     device: str
     shape: LaneShape
@@ -155,13 +155,13 @@ def plan_device(
 
 
 class OnDevice(msgspec.Struct, frozen=True):
-    """An accelerator that was found, and what a run will hold there."""
+    """An open accelerator, and the memory plan of a run on it."""
 
     device: Device[Any, Any]
     plan: DevicePlan
 
     def mix(self, plan: MixPlan, **more: Any) -> DeviceMix:
-        """Give the reduction; see `DeviceMix`."""
+        """Return the reducer; `more` are further arguments of `DeviceMix`."""
         return DeviceMix(plan, self.plan, self.device, **more)
 
 
@@ -170,8 +170,8 @@ def find_device(
 ) -> OnDevice:
     """Open the device that `options` name, and plan what a mix will hold there. Imports torch.
 
-    See `plan_device` for the rest. Raises `DeviceError` if it is not there, `RecipeError` if there
-    is no such thing, and `BudgetError` if it has too little memory.
+    See `plan_device` for the other arguments. Raises `DeviceError` if the device is missing,
+    `RecipeError` if the name is unknown, and `BudgetError` if it has too little memory.
     """
     from streamsoup.kernels.accelerator.device import open_device
 
@@ -190,7 +190,7 @@ def find_device(
 
 
 def device_budget(device: Device[Any, Any], options: Options) -> int:
-    """Give the bytes that may be taken on `device`: as told, or a share of what is free there."""
+    """Return the bytes that may be used on `device`: as asked, or a share of its free memory."""
     from streamsoup.kernels.accelerator.device import our_errors
 
     budget = options.device_memory
@@ -201,15 +201,15 @@ def device_budget(device: Device[Any, Any], options: Options) -> int:
 
 
 class RunningSum(msgspec.Struct, frozen=True):
-    """Sums that stay on the device from one mix to the next, and what to do with them.
+    """Sums that stay on the device from one mix to the next.
 
-    Not where float64 is averaged: which values were equal so far, sums do not tell.
+    Not for float64: sums do not show which values were equal in all ingredients so far.
     """
 
     of: Callable[[str], torch.Tensor]
     """The sums of a tensor, by name: flat, float64, on the device."""
     starts: bool
-    """Whether this mix starts from them."""
+    """True if this mix starts from them."""
     n_tail: int
     """After how many of this mix's ingredients they are to be set to its sums; 0 for not at all."""
 
@@ -229,12 +229,12 @@ class DeviceMix(OnePass):
     ) -> None:
         """Hold what the workers share; allocate nothing yet.
 
-        `target` gives the flat tensor on the device into which a tensor of the plan goes, of the
-        planned dtype, or None to have its bytes handed to the sink. What is in use there by work
-        that was queued before is waited for; once the run is over, all is in place.
+        `target` returns the flat tensor on the device, of the planned dtype, that receives a
+        tensor of the plan, or None to hand its bytes to the sink. Work queued earlier on it is
+        waited for; after the run, all targets are complete.
 
-        `lanes` are those of earlier runs of the same plan for the device: they are taken from
-        there, and left there. A new lane has new streams, each with a workspace of its own.
+        `lanes` are idle lanes of earlier runs of the same plan on the device, to be reused: a new
+        lane has new streams, each with a workspace of its own.
         """
         self.lanes = lanes
         self.plan, self.chosen, self.device = plan, chosen, device
@@ -248,7 +248,7 @@ class DeviceMix(OnePass):
         self._lock = threading.Lock()
 
     def worker(self) -> DeviceWorker:
-        """Give a thread its own worker, with a lane. Raises `BudgetError` when there is no room."""
+        """Return a thread's own worker, with a lane. Raises `BudgetError` if memory is short."""
         from streamsoup.kernels.accelerator.device import our_errors
 
         # One after the other: what torch takes from the driver depends on the order.
@@ -261,7 +261,7 @@ class DeviceMix(OnePass):
             return DeviceWorker(self, lane, self.copies.worker())
 
     def leave(self, lane: Lane[Any, Any]) -> None:
-        """Take a lane back that is idle and between two blocks."""
+        """Keep an idle lane for the next run."""
         if self.lanes is not None:
             self.lanes.append(lane)
 
@@ -270,7 +270,7 @@ class DeviceWorker:
     """One thread's lane, and the host's part of the work."""
 
     def __init__(self, mix: DeviceMix, lane: Lane[Any, Any], copies: MixWorker) -> None:
-        """Take a lane for what is averaged, and a worker on the CPU for what is copied."""
+        """Hold a lane for averaged tensors, and a worker on the CPU for copied ones."""
         self._mix = mix
         self._lane = lane
         self._copies = copies
@@ -278,7 +278,7 @@ class DeviceWorker:
         """Blocks whose result was not taken yet: whether each is in the lane."""
         self._averages = False
         self._whole = True
-        """Whether nothing failed, and the last block that was started is whole."""
+        """True if nothing failed, and the last block that was started is complete."""
         self.spoiled = False
 
     @property
@@ -287,7 +287,7 @@ class DeviceWorker:
         return self._mix.chosen.shape.in_flight - 1 if self._averages else 0
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Leave them to the stream."""
+        """Return None: the stream makes the digests."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
@@ -337,7 +337,7 @@ class DeviceWorker:
                 self._waiting.append(True)
 
     def result(self) -> Bytes:
-        """Give the raw bytes of the oldest block; none if it went to its place on the device."""
+        """Return the raw bytes of the oldest block; empty if they went to a device target."""
         from streamsoup.kernels.accelerator.device import our_errors
 
         if not self._waiting.popleft():
@@ -350,7 +350,7 @@ class DeviceWorker:
         return result.data
 
     def close(self) -> None:
-        """Wait for the device, whatever became of it, so that memory can be given back."""
+        """Wait for the device, even after an error, so that its memory can be released."""
         from streamsoup.kernels.accelerator.device import our_errors
 
         sound = self._whole and not any(self._waiting)
@@ -363,7 +363,7 @@ class DeviceWorker:
             if sound:  # else something failed before, and that error is the one to show
                 raise
         finally:
-            del self._lane  # whoever holds on to an error holds on to us
+            del self._lane  # an error that is kept keeps this frame alive, and with it the lane
 
     def _sums(self) -> torch.Tensor:
         assert self._mix.running is not None

@@ -1,8 +1,8 @@
-"""Digests of what went in and what came out, made of leaves that any thread may finish first.
+"""Digests of ingredients and soup, made of leaves that threads may finish in any order.
 
 A leaf's digest is the xxh3-128 of its bytes; a tensor's, of its leaves' digests in order; an
 ingredient's, of its tensors' names, dtypes, shapes and digests, sorted by name. So digests depend
-neither on threads nor on how files are sharded. xxh3 finds accidents, not forgeries: it is no
+neither on threads nor on how files are sharded. xxh3 detects accidents, not forgeries: it is not a
 signature (https://github.com/Cyan4973/xxHash).
 """
 
@@ -22,12 +22,12 @@ SIZE = 16
 
 
 def digest_bytes(content: bytes) -> str:
-    """Give the hexadecimal digest of some bytes."""
+    """Return the hexadecimal digest of some bytes."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def digest_file(path: str) -> str:
-    """Give the hexadecimal digest of a file, piece by piece. Raises `OSError`."""
+    """Return the hexadecimal digest of a file, piece by piece. Raises `OSError`."""
     whole = xxhash.xxh3_128()
     for piece in pieces(path):
         whole.update(piece)
@@ -38,7 +38,7 @@ class Digests:
     """The digests of all leaves of a pass: those of the soup, and of each ingredient."""
 
     def __init__(self, plan: MixPlan) -> None:
-        """Make room for every leaf: 16 bytes for the soup and for each ingredient."""
+        """Allocate 16 bytes per leaf for the soup and for each ingredient."""
         self._plan = plan
         self._row = SIZE * (1 + len(plan.ingredients))
         self._table = bytearray(self._row * plan.n_leaves)
@@ -48,7 +48,7 @@ class Digests:
         self._table[leaf * self._row : (leaf + 1) * self._row] = digests
 
     def get(self, leaf: int) -> bytes:
-        """Give a leaf's digests as they were put."""
+        """Return a leaf's digests as they were put."""
         return bytes(self._table[leaf * self._row : (leaf + 1) * self._row])
 
     def of_leaf(self, leaf: int, i: int) -> bytes:
@@ -57,13 +57,13 @@ class Digests:
         return bytes(self._table[begin : begin + SIZE])
 
     def of_soup(self) -> dict[str, str]:
-        """Give the digest of each tensor of the soup, by name."""
+        """Return the digest of each tensor of the soup, by name."""
         return {
             tensor.name: self._of_tensor(t, 0).hex() for t, tensor in enumerate(self._plan.tensors)
         }
 
     def of_ingredient(self, i: int) -> str:
-        """Give the digest of ingredient `i` ``(0 … k-1)``."""
+        """Return the digest of ingredient `i` ``(0 … k-1)``."""
         whole = xxhash.xxh3_128()
         layout = self._plan.layout_of[i]
         order = sorted(range(len(self._plan.tensors)), key=lambda t: self._plan.tensors[t].name)
@@ -75,7 +75,7 @@ class Digests:
         return whole.hexdigest()
 
     def of_tensor(self, t: int, i: int) -> str:
-        """Give the digest of tensor `t` of the plan in ingredient `i` ``(0 … k-1)``."""
+        """Return the digest of tensor `t` of the plan in ingredient `i` ``(0 … k-1)``."""
         return self._of_tensor(t, 1 + i).hex()
 
     def _of_tensor(self, t: int, column: int) -> bytes:

@@ -5,8 +5,8 @@ Gram matrix of the weights themselves would cancel (‖θ‖² is some 10⁴ tim
 Sums follow one order, whatever the threads, blocks, budget or way of reading: grains of 4096
 elements (`kernels.inner`), added up in order within a leaf; leaves in order within a tensor.
 
-`Gram` and `Dot` are reductions for `stream.run`, and `Sums` is the sink they share: a block's
-result is a row of numbers for each of its grains. Which kernel multiplies is `fastest_products`.
+`Gram` and `Dot` are reducers for `stream.run`, and `Sums` is the sink they share: a block's
+result is a row of numbers for each of its grains. `fastest_products` chooses the kernel.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ kernel from the cache."""
 
 
 def floats_of(plan: MixPlan) -> MixPlan:
-    """Give the part of a plan that is made of floats: the rest has no inner products."""
+    """Return the part of a plan with averaged tensors: others have no inner products."""
     return plan.only({tensor.name for tensor in plan.reduced})
 
 
 def plan_inner_memory(
     plan: MixPlan, n_values: int, *, mapped: bool, threads: int, budget: int
 ) -> MemoryPlan:
-    """Choose blocks for a pass that gives `n_values` numbers a grain, within `budget` bytes.
+    """Choose blocks for a pass that gives `n_values` numbers per grain, within `budget` bytes.
 
     Blocks shrink with the number of ingredients, as all of them are needed at once. Nothing is
-    compiled where that leaves no room for them. Raises `BudgetError` when the smallest do not fit
-    even so; says how much would.
+    compiled where that leaves no room for them. Raises `BudgetError`, with the least budget that
+    would do, when even the smallest do not fit.
     """
     k = len(plan.ingredients)
     # A thread's rows of one grain, and as many numbers while numpy multiplies them (compiled, it is
@@ -117,7 +117,7 @@ def plan_inner_memory(
 
 
 class Products(Protocol):
-    """What multiplies: `kernels.inner.Products` says how."""
+    """A kernel that multiplies rows; see `kernels.inner.Products`."""
 
     def __call__(
         self,
@@ -174,7 +174,7 @@ class Gram(OnePass):
         return n_rows * (n_rows + 1) // 2
 
     def worker(self) -> _Worker:
-        """Give a thread its own worker."""
+        """Return a thread's own worker."""
         return _Worker(self)
 
     def multiply(
@@ -187,7 +187,7 @@ class Gram(OnePass):
         out: Floats,
     ) -> None:
         """Fill ``out (grain, value)`` for `n` elements of a tensor."""
-        if not self.base:  # the first row is what all are measured from, and is no ingredient
+        if not self.base:  # the first row is the reference, which is not an ingredient then
             inputs, dtypes = [inputs[0], *inputs], [dtypes[0], *dtypes]
         self.products(inputs, dtypes, n, out, reference=0, to_mean=not self.base)
 
@@ -200,7 +200,7 @@ class Vector(msgspec.Struct, frozen=True):
 
 
 class Dot(OnePass):
-    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor u is given of."""
+    """⟨u, θ₀⟩ and ⟨u, θᵢ−θ₀⟩ for every further ingredient, for every tensor of which u is given."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class Dot(OnePass):
         self.n_values = len(plan.ingredients)
 
     def worker(self) -> _Worker:
-        """Give a thread its own worker."""
+        """Return a thread's own worker."""
         return _Worker(self)
 
     def multiply(
@@ -245,7 +245,7 @@ class _Worker:
         self.spoiled = False
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Leave them to the stream."""
+        """Return None: the stream makes the digests."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
@@ -255,7 +255,7 @@ class _Worker:
         self._results = self._room[: -(-n_units // GRAIN)]
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Take the blocks of all ingredients at once."""
+        """Multiply the blocks of all ingredients, which come at once."""
         assert (first, len(inputs)) == (0, len(self._plan.ingredients))
         sources = self._tensor.sources
         dtypes = [sources[layout].dtype for layout in self._plan.layout_of]
@@ -277,16 +277,16 @@ class _Worker:
         self.spoiled = not bool(np.isfinite(self._results).all())
 
     def result(self) -> Bytes:
-        """Give the numbers of each grain of the block."""
+        """Return the numbers of each grain of the block, as bytes."""
         return self._results.reshape(-1).view(np.uint8).data
 
     def close(self) -> None:
-        """Let go of the numbers."""
+        """Release the numbers."""
         del self._room
 
 
 def symmetric(products: Floats) -> Floats:
-    """Give the matrix ``(row, row)`` of the products that a Gram pass gives: those of ``j >= i``.
+    """Return the matrix ``(row, row)`` of the products of a Gram pass: those of ``j >= i``.
 
     >>> symmetric(np.array([1.0, 2.0, 3.0])).tolist()
     [[1.0, 2.0], [2.0, 3.0]]
@@ -300,7 +300,7 @@ def symmetric(products: Floats) -> Floats:
 
 
 class Sums:
-    """The sink of numbers: adds up what grains gave, in order, for each tensor."""
+    """The sink of numbers: adds up those of grains, in order, for each tensor."""
 
     def __init__(self, plan: MixPlan, n_values: int) -> None:
         """Begin every tensor at zero."""
@@ -312,11 +312,11 @@ class Sums:
         self._lock = threading.Lock()
 
     def session(self) -> _SumsSession:
-        """Give a thread its own."""
+        """Return a thread's own session."""
         return _SumsSession(self, np.zeros(self.of_tensors.shape[1]))
 
-    def take(self, leaf: Leaf, values: Floats) -> None:
-        """Take the sums of a leaf; they are added once all leaves before it are."""
+    def add(self, leaf: Leaf, values: Floats) -> None:
+        """Add the sums of a leaf, once those of all leaves of its tensor before it are added."""
         with self._lock:
             self._waiting[leaf.number] = values
             while (ready := self._waiting.pop(self._next[leaf.tensor], None)) is not None:
@@ -337,7 +337,7 @@ class _SumsSession(msgspec.Struct):
     values: Floats
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Have none: what is written is added up."""
+        """Return None: blocks are added up, not stored."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
@@ -348,7 +348,7 @@ class _SumsSession(msgspec.Struct):
         for row in rows:
             self.values += row
         if start + len(rows) * GRAIN >= leaf.start + leaf.n_units:
-            self.sums.take(leaf, self.values)
+            self.sums.add(leaf, self.values)
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: nothing is held."""

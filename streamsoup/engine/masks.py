@@ -1,8 +1,8 @@
 """Buffers such as a −inf attention mask: not finite, and the same in every ingredient.
 
-No mean is needed where all ingredients agree, so such a tensor is no reason to stop. The rule is
-one for the whole tensor, so that it does not depend on how a pass is cut into blocks: its bytes
-are the same in all ingredients. Its non-finite elements are then those of the ingredients, also
+Where all ingredients agree no mean is needed, so such a tensor does not stop the run. The condition
+is one on the whole tensor, so it does not depend on how a pass is cut into blocks: its bytes are
+the same in all ingredients. Its non-finite elements are then those of the ingredients, also
 where the arithmetic would make NaN of them (−inf · 0), and the finite ones are summed as always.
 A NaN is written in the one form that stands for every NaN (`tensors.DType.nan`).
 """
@@ -22,10 +22,10 @@ __all__ = ["is_kept", "restore"]
 def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) -> bool:
     """Return True if all ingredients hold the same bytes for `tensor`, and the soup keeps them.
 
-    False where coefficients do not sum to 1: the soup of equal tensors is then another. A pass of
-    coefficients 1 that sums up to its divisor at most is a part of a mean. Of one ingredient
-    alone, only −inf is kept, as a mask; NaN and +inf are more likely its fault. Reads the tensor
-    from all ingredients, `block` units at a time, until they differ.
+    False where coefficients do not sum to 1: the soup of equal tensors then differs from them. A
+    pass of coefficients 1 whose sum is at most its divisor is a part of a mean. Of one ingredient
+    alone, only −inf is kept, as a mask; NaN and +inf are more likely a fault. Reads the tensor from
+    all ingredients, `block` units at a time, until they differ.
     """
     from streamsoup.kernels.blocks import array_of, widen
 

@@ -65,7 +65,7 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     operation: Operation
     """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied;
-    ``code``: as ``same``, for a part of a quantised weight, whatever is told of other integers."""
+    ``code``: as ``same``, for a part of a quantised weight, whatever `Recipe.non_float` is."""
     n_units: int
     """Elements of a float, averaged or not; bytes of what is never averaged."""
     sources: tuple[Place, ...]
@@ -74,7 +74,7 @@ class PlannedTensor(msgspec.Struct, frozen=True):
 
     @property
     def is_reduced(self) -> bool:
-        """Whether the recipe's rule makes it; else it is copied."""
+        """True if the recipe's rule makes it; False if it is copied."""
         return self.operation == "mix"
 
     @property
@@ -127,10 +127,10 @@ class MixPlan(msgspec.Struct, frozen=True):
     tensors: tuple[PlannedTensor, ...]
     n_leaves: int
     measures: bool = False
-    """Whether no checkpoint is made of it, so that nothing is said of how to make one."""
+    """True if the pass only measures: messages then give no advice on making a soup."""
 
     def leaves(self) -> Iterator[Leaf]:
-        """Give the leaves in the order of work: copies first, as those can still be refused."""
+        """Yield the leaves in the order of work: copies first, as those can still be refused."""
         order = sorted(range(len(self.tensors)), key=lambda t: self.tensors[t].is_reduced)
         for t in order:
             tensor = self.tensors[t]
@@ -139,7 +139,7 @@ class MixPlan(msgspec.Struct, frozen=True):
                 yield Leaf(tensor.first_leaf + i, t, start, min(LEAF, tensor.n_units - start))
 
     def only(self, names: Iterable[str]) -> MixPlan:
-        """Give the part of the plan that makes the tensors `names`."""
+        """Return the part of the plan that makes the tensors `names`."""
         tensors: list[PlannedTensor] = []
         n_leaves = 0
         wanted = frozenset(names)
@@ -209,9 +209,16 @@ class FilePlan(msgspec.Struct, frozen=True):
 def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     """Match the tensors of all ingredients, in the order of the first.
 
-    Raises `MismatchError` with every disagreement between names, shapes and dtypes, and where
-    tensors are only parts of weights (`formats.parts`); `RecipeError` for a rule that does not
-    fit. Costs a look at each tensor of each distinct layout; reads nothing.
+    Args:
+        ingredients: Open ingredients, in the order of the recipe.
+        recipe: What to make.
+
+    Raises:
+        MismatchError: Names, shapes or dtypes disagree (all disagreements are named), or tensors
+            are only parts of weights (`formats.parts`).
+        RecipeError: The rule does not fit the ingredients.
+
+    Takes time in the tensors of each distinct layout; reads nothing.
     """
     names = ingredients[0].layout.places if ingredients else ()
     recipe.check(names)
@@ -241,7 +248,10 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
 
 
 def plan_files(plan: MixPlan) -> FilePlan:
-    """Give every byte of the soup a place: as in the first ingredient, or in shards of a size."""
+    """Return the place of every byte of the soup, in shards as the recipe sets them.
+
+    They mirror those of the first ingredient, or are filled up to `Recipe.shard_size`.
+    """
     layout = plan.layouts[0]
     if plan.recipe.shard_size is None:
         groups = _mirrored(layout)
@@ -293,14 +303,14 @@ def _plan_tensor(
         return PlannedTensor(
             name, output or spec.dtype, spec.shape, "mix", spec.n_elements, sources, first_leaf
         )
-    # BatchNorm's counter of batches means nothing for an average; nothing reads it by default.
+    # BatchNorm's counter of batches has no meaning for an average; nothing reads it by default.
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     rule: Operation = "first" if recipe.non_float == "first" or counter else "same"
     return PlannedTensor(name, spec.dtype, spec.shape, rule, spec.nbytes, sources, first_leaf)
 
 
 def _stem(ingredient: Ingredient) -> str:
-    """Give what the names of its files begin with: ``model``, ``diffusion_pytorch_model``."""
+    """Return the stem of its file names: ``model``, ``diffusion_pytorch_model``."""
     if ingredient.folder is None:
         return "model"
     shard = ingredient.file_names[0]

@@ -1,4 +1,4 @@
-"""Reducers: what becomes of the same block of all ingredients, thread by thread.
+"""Reducers: how a block of the soup is made from that block of all ingredients, thread by thread.
 
 A reducer makes a *worker* for each thread. The stream starts a block, adds ingredients in order, a
 group at a time, and takes the result. `Mix` is the fast form of the linear rule, with one sum for
@@ -149,19 +149,19 @@ class Engine:
 
 
 class Worker(Protocol):
-    """What one thread reduces with."""
+    """The state and buffers with which one thread reduces."""
 
     spoiled: bool
-    """Whether the last result holds a NaN or an Inf."""
+    """True if the last result holds a NaN or an Inf."""
 
     @property
     def n_ahead(self) -> int:
         """Blocks to start before the first result is asked for: accelerators work on several."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
-        """Give the digests of a leaf of `n_units` of `tensor`, made along with its blocks.
+        """Return the digests of a leaf of `n_units` of `tensor`, filled as its blocks are made.
 
-        Asked before the first of them; all then come to this worker, in order. None where the
+        Called before the first block; all blocks then come to this worker, in order. None if the
         stream has to make the digests.
         """
 
@@ -170,22 +170,22 @@ class Worker(Protocol):
     ) -> None:
         """Begin a block: `n_units` of `tensor` from unit `start` on.
 
-        The result may be made in `room`, which is no part of any ingredient.
+        The result may be made in `room`, which does not overlap any ingredient.
         """
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
         """Take the blocks of ingredients `first` and following, in order."""
 
     def result(self) -> Bytes:
-        """Give what became of the oldest block, valid until the next one is started."""
+        """Return the result of the oldest block, valid until the next one is started."""
 
     def close(self) -> None:
-        """Give back what the worker holds."""
+        """Release what the worker holds."""
 
 
 @runtime_checkable
 class MeasuringWorker(Worker, Protocol):
-    """A worker that can look at leaves before it makes any."""
+    """A worker that can measure leaves before it makes any."""
 
     def read_with(self, reader: Reader) -> None:
         """Take what a rule reads with that looks beyond its block; called once, at first."""
@@ -194,27 +194,27 @@ class MeasuringWorker(Worker, Protocol):
         """Begin a leaf, to be measured or to be made."""
 
     def measure(self, tensor: PlannedTensor, start: int, n: int, inputs: Sequence[Bytes]) -> None:
-        """Look at a block of all ingredients."""
+        """Measure a block of all ingredients."""
 
     def measured(self) -> Any:
-        """Return what the leaf showed, for `Schedule.merge`."""
+        """Return the state of the measured leaf, for `Schedule.merge`."""
 
 
 class Reducer(Protocol):
-    """What becomes of each block: the same for all threads, orders and sizes of blocks."""
+    """Makes blocks; results do not depend on threads, nor on order and size of blocks."""
 
     def worker(self) -> Worker:
         """Return a thread's own worker."""
 
     def schedule(self, leaves: Iterable[Leaf], noted: Noted) -> Schedule:
-        """Return what is to be done for these leaves, in an order that threads share.
+        """Return the tasks for these leaves, in an order that threads share.
 
-        `noted` tells which of them an earlier run has made.
+        `noted` returns True for leaves that an earlier run has made.
         """
 
 
 class OnePass:
-    """What reducers share that make every leaf in one pass."""
+    """Mixin of reducers that make every leaf in one pass."""
 
     def schedule(self, leaves: Iterable[Leaf], noted: Noted) -> Schedule:
         """Return the leaves as they are."""
@@ -222,17 +222,17 @@ class OnePass:
 
 
 class Nothing(OnePass):
-    """No result at all: the reduction, and the worker, of a pass that only digests."""
+    """No result: reducer and worker of a pass that only digests."""
 
     spoiled = False
     n_ahead = 0
 
     def worker(self) -> Nothing:
-        """Return this very object: it holds nothing."""
+        """Return the object itself: it holds nothing."""
         return self
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> None:
-        """Leave them to the stream."""
+        """Return None: the stream makes the digests."""
 
     def start(
         self, tensor: PlannedTensor, start: int, n_units: int, room: Bytes | None = None
@@ -240,14 +240,14 @@ class Nothing(OnePass):
         """Begin a block."""
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Let the blocks go."""
+        """Ignore the blocks."""
 
     def result(self) -> Bytes:
-        """Give no bytes."""
+        """Return an empty block."""
         return buffer(0)
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: nothing is held."""
 
 
 class Mix(OnePass):
@@ -264,15 +264,15 @@ class Mix(OnePass):
             importlib.import_module("streamsoup.kernels.blocks")
 
     def _takes_numpy(self) -> bool:
-        """Whether there are sums that no compiled kernel makes."""
+        """Return True if some tensors have no compiled kernel."""
         return not all(self.is_compiled(tensor) for tensor in self.plan.reduced)
 
     def is_compiled(self, tensor: PlannedTensor) -> bool:
-        """Return whether compiled kernels make all of a tensor: numpy takes no part."""
+        """Return True if compiled kernels make all of a tensor, without numpy."""
         return self._whole_mixer(tensor) is not None
 
     def is_digested(self, tensor: PlannedTensor) -> bool:
-        """Return whether compiled kernels also make the digests of a tensor."""
+        """Return True if compiled kernels also make the digests of a tensor."""
         mixer = self._whole_mixer(tensor)
         return mixer is not None and mixer.makes_digests
 
@@ -298,7 +298,7 @@ class MixWorker:
     n_ahead = 0
 
     def __init__(self, mix: Mix) -> None:
-        """Make room for sums ``(block,) float64`` and a result of the same length."""
+        """Allocate sums ``(block,) float64`` and a result of the same length."""
         self._mix = mix
         plan, block = mix.plan, mix.memory.block
         widest = max((t.unit_nbytes for t in plan.tensors), default=1)
@@ -308,7 +308,7 @@ class MixWorker:
         self._leaf = self._left = 0
         """Elements of the leaf that is digested, and those of them in no block yet."""
         self.spoiled = False
-        """Whether the last result holds a NaN or an Inf."""
+        """True if the last result holds a NaN or an Inf."""
 
     def digests(self, tensor: PlannedTensor, n_units: int) -> LeafDigests | None:
         """Return the digests of a leaf of which compiled kernels make all blocks.
@@ -347,7 +347,7 @@ class MixWorker:
         self._accumulate(first, inputs, fresh=first == 0, ends=ends)
 
     def result(self) -> Bytes:
-        """Give the raw bytes of the finished block, valid until the next one is started."""
+        """Return the raw bytes of the finished block, valid until the next one is started."""
         tensor = self._tensor
         if tensor.is_reduced and not self._done:
             self.spoiled = self._in_numpy.finish(
@@ -370,7 +370,7 @@ class MixWorker:
         factors = self._factors[first:last]
         mixer = self._mix.engine.mixer(sources, tensor.dtype)
         if mixer is None:
-            assert self._digests is None, "no kernel vanishes from an engine"
+            assert self._digests is None, "an engine never drops a kernel"
             self._in_numpy.add(self._n, inputs, sources, factors, fresh=fresh)
         else:
             # Kept within the call, if this is all; a kernel knows what is the same in all then.
@@ -400,8 +400,7 @@ def copy(
     """Copy a block of a tensor that no rule makes from the first ingredient into `output`.
 
     `inputs` are the blocks of ingredients `first` and following. Raises `MismatchError` where one
-    of them differs from the first ingredient's, unless that is the one to take whatever the others
-    hold.
+    of them differs from the first ingredient's, unless the operation is ``first``.
     """
     if first == 0:
         output[:] = inputs[0]

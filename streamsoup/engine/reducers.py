@@ -1,4 +1,4 @@
-"""Which reducer serves a plan's rule: the one place that chooses."""
+"""The choice of the reducer for a plan's rule: the one place that makes it."""
 
 from __future__ import annotations
 

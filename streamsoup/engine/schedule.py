@@ -1,12 +1,14 @@
-"""Who does what next: leaves to make, and the measuring passes that some rules need before.
+"""The order of work: leaves to make, and the measuring passes that some rules need first.
 
 A *group* is the tensors whose statistics a rule takes together. Its leaves are measured, each by
-any thread, and merged in order; when the rule has seen enough, they are made. Threads that find
-nothing ready in one group begin the next, so at most one group more than there are threads is under
-way, and what was read for measuring is still in the page cache when it is read again.
+any thread, and merged in order; when the rule needs no more passes, they are made. Threads that
+find nothing ready in one group begin the next, so at most one group more than there are threads is
+under way, and what was read for measuring is still in the page cache when it is read again.
 
-Why merging in order cannot deadlock: tasks are handed out in the order of leaves, so the thread
-that works on the earliest leaf of a group never waits for another leaf.
+Why merging in order cannot deadlock:
+
+1. Tasks are handed out in the order of leaves, so the earliest unmerged leaf has a thread.
+2. `merge` waits for earlier leaves of the group only, so that thread does not wait.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Group:
 
 
 class Task(msgspec.Struct, frozen=True):
-    """One leaf to be looked at, or to be made."""
+    """One leaf to be measured, or to be made."""
 
     leaf: Leaf
     group: Group | None = None
@@ -47,7 +49,7 @@ class Task(msgspec.Struct, frozen=True):
     place: int | None = None
     """Its place in the group when it is to be measured; None when it is to be made."""
     restores: bool = False
-    """Whether an earlier run has noted it as made; where that is not true, `put_off` it."""
+    """True if an earlier run noted it as made; if its bytes do not match, `put_off` it."""
 
 
 class Schedule:
@@ -83,7 +85,7 @@ class Schedule:
             self._changed.notify_all()
 
     def merge(self, task: Task, state: Any) -> None:
-        """Give what a leaf showed to the rule, after the leaves before it."""
+        """Merge the state of a measured leaf, after those of the leaves before it."""
         group = task.group
         assert group is not None
         assert task.place is not None
@@ -96,7 +98,7 @@ class Schedule:
                 self._changed.notify_all()
 
     def put_off(self, task: Task) -> None:
-        """Make a leaf later, after its group was measured."""
+        """Postpone a leaf until its group is measured."""
         assert task.group is not None
         with self._changed:
             task.group.to_make.append(task.leaf)

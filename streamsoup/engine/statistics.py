@@ -94,7 +94,7 @@ def check_variances(plan: MixPlan, *, mapped: bool, memory: int | str | None) ->
 
 
 class _Signs(Nowhere):
-    """A sink that keeps the names of the tensors that have an element below zero."""
+    """A sink that records the names of tensors with an element below zero."""
 
     def __init__(self, plan: MixPlan) -> None:
         self._plan = plan

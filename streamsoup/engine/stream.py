@@ -34,11 +34,11 @@ from streamsoup.system.buffers import Bytes
 __all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Sink", "SinkSession", "run"]
 
 CHECKPOINT_S = 0.5
-"""Time between notes of what is finished: what a kill can cost. From 0.1 to 1 s no difference was
+"""Time between checkpoints: the most work that a kill can cost. From 0.1 to 1 s no difference was
 measured; each note makes the disk empty its own cache, which slow ones take long for."""
 
 ALONE_NBYTES = 1 << 24
-"""Bytes to read up to which one thread may as well be the caller's own: a blink."""
+"""Bytes to read up to which a lone thread is the caller's own: milliseconds of work."""
 
 TICK_S = 0.05
 """Time between reports of progress."""
@@ -50,11 +50,11 @@ class SinkSession(Protocol):
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
         """Return the memory in which the result from unit `start` on is to end, or None.
 
-        It may then be made there; `write` is told of it all the same.
+        It may then be made there; `write` is called all the same.
         """
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        """Take the result from unit `start` of the leaf's tensor on; valid during the call."""
+        """Store the result from unit `start` of the leaf's tensor on; valid during the call."""
 
     def close(self) -> None:
         """Release what the session holds."""
@@ -68,7 +68,7 @@ class Sink(Protocol):
 
 
 class Ledger(Protocol):
-    """What is known to be finished: the second half of an output.
+    """Notes of finished leaves: the second half of an output.
 
     Digests of a leaf are 16 bytes of the soup's, then of each ingredient's. Methods are called by
     several threads at once, `checkpoint` by one.
@@ -88,28 +88,28 @@ class Ledger(Protocol):
 
 
 class Nowhere:
-    """A sink, and its own session, that lets results go."""
+    """A sink, and its own session, that ignores results."""
 
     def session(self) -> Self:
         """Return itself."""
         return self
 
     def room(self, leaf: Leaf, start: int, nbytes: int) -> Bytes | None:
-        """Return None: there is no place."""
+        """Return None: results are not kept."""
         return None
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
-        """Let the result go."""
+        """Ignore the result."""
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: nothing is held."""
 
 
 class DigestLedger:
     """A ledger that keeps the digests of a run, and nothing of earlier ones."""
 
     def __init__(self, plan: MixPlan) -> None:
-        """Make room for the digests of every leaf."""
+        """Allocate the digests of every leaf."""
         self.digests = Digests(plan)
 
     def noted(self, leaf: Leaf) -> bool:
@@ -125,7 +125,7 @@ class DigestLedger:
         self.digests.put(leaf.number, digests)
 
     def checkpoint(self) -> None:
-        """Keep nothing beyond the run."""
+        """Do nothing: digests are not kept beyond the run."""
 
 
 def run(
@@ -141,13 +141,23 @@ def run(
 ) -> None:
     """Pass all leaves of `plan` through `reducer` into `sink`, each byte read once for each pass.
 
-    With a `ledger`, what is read and made is digested, and what an earlier run has finished is not
-    made again. `leaves` are those to be made, of tensors whose leaves are all among them where the
-    rule takes statistics; None for all.
+    Args:
+        plan: What is read and made.
+        memory: Threads and blocks.
+        reader: Reads the ingredients.
+        reducer: Makes the results.
+        sink: Receives the results.
+        ledger: Digests ingredients and results, and skips leaves that an earlier run finished.
+        leaves: The leaves to make; None for all. If the rule takes statistics, all leaves of
+            their tensors must be among them.
+        on_event: Called in the calling thread with the progress.
 
-    Raises the first error of any thread, after all have stopped; the sink then holds part of the
-    result. An exception in the calling thread, such as KeyboardInterrupt, stops the threads within
-    a block. Holds `memory.peak_nbytes` at most.
+    Raises:
+        StreamsoupError: The first error of any thread, after all have stopped; the sink then holds
+            part of the result.
+
+    Another exception in the calling thread, such as KeyboardInterrupt, stops the threads within a
+    block. Holds `memory.peak_nbytes` at most.
     """
     chosen = None if leaves is None else list(leaves)
     todo = plan.leaves() if chosen is None else chosen
@@ -172,7 +182,7 @@ def run(
 def _work_in_threads(
     pass_: _Pass, started: float, on_event: Callable[[Progress], None] | None
 ) -> None:
-    """Let the threads work; meanwhile say how far they are, and have it made durable."""
+    """Run the threads; meanwhile report progress, and checkpoint the ledger."""
     threads = [
         threading.Thread(target=pass_.work, name=f"streamsoup-{n}", daemon=True)
         for n in range(pass_.memory.threads)
@@ -210,7 +220,7 @@ def _never(leaf: Leaf) -> bool:
 
 
 def _place(number: int, shape: Sequence[int]) -> list[int]:
-    """Say where in a tensor an element lies. Numpy can do so in 64 dimensions, and in no more."""
+    """Return the indices of an element. `numpy.unravel_index` is limited to 64 dimensions."""
     place = []
     for length in reversed(shape):
         number, index = divmod(number, length)
@@ -225,11 +235,11 @@ class _Block(msgspec.Struct, frozen=True):
     start: int
     n_units: int
     digests: LeafDigests | None
-    """Of the leaf so far, made by the worker."""
+    """Digests of the leaf so far, if the worker makes them."""
     hashes: list[xxhash.xxh3_128]
-    """Or by us: of the soup, and of each ingredient."""
+    """Otherwise these, made here: of the soup, and of each ingredient."""
     last: bool
-    """Whether it is the last of its leaf."""
+    """True if it is the last of its leaf."""
 
 
 class _Pass:
@@ -255,7 +265,7 @@ class _Pass:
         self.errors: list[BaseException] = []
         self.nbytes_done = 0
         self.measured = False
-        """Whether a rule saw leaves before it made them; those have no digests."""
+        """True if a rule measured leaves: what was read then has no digests."""
         self.n_working = memory.threads
         self.kept: dict[int, bool] = {}
         """Tensors that are not finite, by number: whether they are kept, see `masks.is_kept`."""
@@ -263,7 +273,7 @@ class _Pass:
         """Those of them whose results are changed here, so that no kernel may digest them."""
 
     def work(self) -> None:
-        """Take leaves until there are none, or somebody failed."""
+        """Process leaves until none are left, or a thread has failed."""
         try:
             under_way: deque[_Block] = deque()
             with (
@@ -292,7 +302,7 @@ class _Pass:
                     self.ended.set()
 
     def halt(self) -> None:
-        """Let every thread stop within a block."""
+        """Make every thread stop within a block."""
         self.stop.set()
         self.schedule.stop()
 
@@ -303,7 +313,7 @@ class _Pass:
             ingredient.check_unchanged(tensor.name)
 
     def measure_leaf(self, task: Task, reading: Session, worker: Worker) -> None:
-        """Show one leaf to a rule that has to see all of them before it makes any."""
+        """Let the rule measure one leaf."""
         assert isinstance(worker, MeasuringWorker)
         leaf, k = task.leaf, len(self.plan.ingredients)
         self.measured = True
@@ -328,7 +338,7 @@ class _Pass:
         worker: Worker,
         under_way: deque[_Block],
     ) -> None:
-        """Make one leaf of the soup, but for the last blocks if the worker keeps some under way."""
+        """Make one leaf of the soup; up to `n_ahead` blocks may stay under way in the worker."""
         leaf = task.leaf
         plan, memory = self.plan, self.memory
         tensor = plan.tensors[leaf.tensor]
@@ -347,7 +357,7 @@ class _Pass:
         digested = self.ledger is not None
         digests = worker.digests(tensor, leaf.n_units) if digested else None
         if leaf.tensor in self.restored:
-            digests = None  # the worker's are of what it makes, and let go
+            digests = None  # the worker's would be of the result before its mask is restored
         n_hashes = 1 + k if digested and digests is None else 0
         hashes = [xxhash.xxh3_128() for _ in range(n_hashes)]
         end = leaf.start + leaf.n_units
@@ -380,8 +390,8 @@ class _Pass:
     ) -> bool:
         """Hand results to the sink, the oldest first, until `n_ahead` are under way.
 
-        Return True where a kernel has digested what is not the result: its leaf is to be made once
-        more, without digests of the kernel.
+        Returns True if a kernel has digested a result that was then changed: its leaf has to be
+        made once more, without digests of the kernel.
         """
         while len(under_way) > n_ahead:
             block = under_way.popleft()
@@ -399,7 +409,7 @@ class _Pass:
         return False
 
     def finish(self, leaf: Leaf, digests: bytes) -> None:
-        """Take note of a leaf that is complete."""
+        """Record a complete leaf in the ledger and in the progress."""
         if self.ledger is not None:
             self.ledger.finish_leaf(leaf, digests)
         tensor = self.plan.tensors[leaf.tensor]
@@ -411,7 +421,7 @@ class _Pass:
     def restores(self, block: _Block, result: Bytes, reading: Session) -> bool:
         """Return True if a mask was put back into a result that is not finite; see `masks`.
 
-        Raises `NonFiniteError` for a result that is no mask.
+        Raises `NonFiniteError` if the result is not a mask.
         """
         from streamsoup.engine.masks import is_kept, restore
 

@@ -1,7 +1,7 @@
-"""Which files of a folder belong to a checkpoint: the others are lost if it is replaced.
+"""Which files of a folder belong to a checkpoint: others would be lost if it were replaced.
 
-Of a soup, its provenance tells: files that it names, with the sizes and digests that it names. Of
-other checkpoints, names do.
+For a soup, those that its provenance names, with the sizes and digests recorded there. For other
+checkpoints, those with the names that tools give them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _OF_A_CHECKPOINT = (
     *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "*processing_*.py"),
     *("license*", "licence*", "notice*", "use_policy*", ".gitattributes", "training_args*"),
 )
-"""Names of the files that tools write beside weights; all of them are found elsewhere again."""
+"""Names of files that tools write beside weights; all of them can be had again elsewhere."""
 
 _HUB = ".cache"
-"""Where the Hub's client notes downloads."""
+"""Folder in which the Hub's client records downloads."""
 
 _HEADER_LIMIT = 100_000_000
 """Bytes of a header, as safetensors limits them."""
@@ -69,7 +69,7 @@ def strange_files(folder: Folder) -> tuple[list[str], list[str]]:
 
 
 def _walk(folder: Folder, above: str) -> Iterator[str]:
-    """Yield the paths of all that is no folder, and of hidden folders."""
+    """Yield the paths of everything but folders, and of hidden folders."""
     for name in folder.names():
         status = folder.status(name)
         if status is None or (name == _HUB and not above):

@@ -1,7 +1,7 @@
 """Coefficients as users give them: a list of numbers, or those that another soup was made with.
 
-They are taken as they are. Where they do not sum to 1, every tensor of the soup is larger or
-smaller than a mean by that factor, which a warning says.
+They are used unchanged. If they do not sum to 1, every tensor of the soup is larger or smaller than
+a mean by that factor, and a warning says so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AnyRule = AnyCoefficients | Rule
 
 
 def find_coefficients(given: AnyCoefficients, *, normalize: bool = False) -> Coefficients:
-    """Take factors as they are, or read them; see `doubtful_sums` for what to say of them.
+    """Return coefficients as given, or read from a file; see `doubtful_sums` for warnings.
 
     A path is that of a soup, of its ``streamsoup.json``, or of a JSON file with what stands there
     under ``recipe.rule.coefficients``: ``values``, and maybe a ``divisor`` and ``per_tensor``.
@@ -80,7 +80,7 @@ def doubtful_sums(coefficients: Coefficients) -> list[str]:
 
 
 def told(coefficients: Coefficients) -> str:
-    """Return in words how coefficients were taken.
+    """Return in words how coefficients are used.
 
     >>> told(Coefficients.given([1, 1]))
     'coefficients taken as they are, sum 2'

@@ -32,11 +32,17 @@ _Id = tuple[int, int]
 def check_output(
     output: str, ingredients: Sequence[Ingredient], *, overwrite: bool, resumes: bool
 ) -> str:
-    """Give the real path of `output`, if a soup may be put there.
+    """Return the real path of `output`, if a soup may be put there.
 
-    Where work `resumes`, what is there may be the very soup it was to make. Raises
-    `OutputExistsError` if something is there that may not be replaced, and `OutputError` if the
-    output would lie in, over or around an ingredient, by whatever link or mount.
+    Args:
+        output: Path of the folder to make.
+        ingredients: What may not be overwritten, by any link or mount.
+        overwrite: An existing checkpoint may be replaced.
+        resumes: An existing output may be the very soup that an unfinished run was to make.
+
+    Raises:
+        OutputExistsError: Something exists there that may not be replaced.
+        OutputError: The output would lie in, over or around an ingredient, or cannot be made.
     """
     try:
         return _check_output(output, ingredients, overwrite=overwrite, resumes=resumes)
@@ -54,11 +60,11 @@ def _check_output(
     where = printable(output)
     check_local(output, OutputError)
     if "\0" in output:
-        raise OutputError(f"{where}: a path holds no NUL character; check the path")
+        raise OutputError(f"{where}: the path holds a NUL character; check the path")
     if output.endswith(".safetensors"):
         raise OutputError(f"{where}: the output is a folder; leave out '.safetensors'")
     if output.split("/")[0] == "~":
-        # As elsewhere in Python it would be a folder of that name, and one day be removed as such.
+        # Python would make a folder named ~, and a user might one day remove it in a shell.
         raise OutputError(
             f"{where}: only a shell replaces ~, and only where it is not quoted; "
             "write the whole path, or ./~ for a folder of that name"
@@ -67,7 +73,7 @@ def _check_output(
         target = os.path.realpath(output)
     except FileNotFoundError:
         raise OutputError(
-            f"{where}: cannot be made, as the folder we are in was removed; go to another, or give "
+            f"{where}: cannot be made, as the current folder was removed; go to another, or give "
             "the whole path"
         ) from None
     if not os.path.basename(target):
@@ -90,14 +96,14 @@ def _check_output(
     if overwrite or not begun:
         check_replaceable(target)
     if not overwrite and not begun:
-        # Otherwise an earlier run may have been killed just after it put this very output in
-        # place: `Staging` will tell, and tidy up.
+        # With work begun, an earlier run may have been killed just after it put this very output
+        # in place: `Staging` finds out, and cleans up.
         raise exists_already(target)
     return target
 
 
 def check_outside(path: str, ingredients: Iterable[str]) -> None:
-    """Raise `OutputError` for what is to be made in a checkpoint's folder, or is an address."""
+    """Raise `OutputError` if `path` lies in an ingredient's folder, or is an address."""
     check_local(path, OutputError)
     above = _ids_above(path)
     for ingredient in ingredients:
@@ -109,14 +115,14 @@ def check_outside(path: str, ingredients: Iterable[str]) -> None:
 
 
 def exists_already(target: str) -> OutputExistsError:
-    """Make the error for an output that may not be replaced."""
+    """Return the error for an output that may not be replaced."""
     return OutputExistsError(
         f"{printable(target)}: exists already; {option('overwrite', True)} replaces it"
     )
 
 
 def _check_apart(folder: str, ingredients: Sequence[Ingredient]) -> None:
-    """Refuse to replace or clear a folder that an ingredient needs, or that is one."""
+    """Raise `OutputError` for a folder that is an ingredient, or that one needs."""
     here = _id(folder) if os.path.exists(folder) else None
     inside = _ids_inside(folder)
     seen: dict[str, set[_Id]] = {}
@@ -145,7 +151,7 @@ def check_replaceable(target: str) -> None:
     names = os.listdir(target)
     if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
         raise OutputExistsError(
-            f"{where}: is no checkpoint, so {option('overwrite', True)} does not replace it; "
+            f"{where}: is not a checkpoint, so {option('overwrite', True)} does not replace it; "
             "choose another folder or remove it yourself"
         )
     others = [
@@ -170,15 +176,15 @@ def check_replaceable(target: str) -> None:
         )
     if strange:
         raise OutputExistsError(
-            f"{where}: holds what is no part of a checkpoint ({some(strange)}) and would "
+            f"{where}: holds files that are not part of a checkpoint ({some(strange)}) and would "
             f"be lost, so {option('overwrite', True)} does not replace it; choose another folder "
-            f"or move that away"
+            f"or move them away"
         )
     above = os.stat(os.path.dirname(target))
     owners = (0, above.st_uid, os.stat(target).st_uid)
     if above.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
         raise OutputExistsError(
-            f"{where}: belongs to somebody else, and its folder lets nobody else replace it; "
+            f"{where}: belongs to another user, and only its owner may replace it in that folder; "
             "choose another folder"
         )
     if not os.access(target, os.W_OK, effective_ids=True):
@@ -187,13 +193,13 @@ def check_replaceable(target: str) -> None:
         )
     if _id(target) in _ids_above(_here()) or is_mounted(target):
         raise OutputExistsError(
-            f"{where}: is a mount point, or the folder we are in, and so cannot be replaced; "
+            f"{where}: is a mount point, or the current folder, and so cannot be replaced; "
             "choose a new folder in it"
         )
 
 
 def _here() -> str:
-    """Give the folder we are in, or where it was removed, one that contains nothing."""
+    """Return the current folder, or the root folder if it was removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:

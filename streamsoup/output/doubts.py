@@ -1,7 +1,7 @@
-"""What may be done, and is likely a mistake: each is a warning by name.
+"""Warnings about soups that can be made, but are likely a mistake.
 
-Headers tell some of it before the pass, and digests the rest after it, at no cost: what two
-ingredients share, what is zero, and what the soup holds twice.
+Some follow from headers before the pass; the others from digests after it, at no cost: ingredients
+that are the same, weights that are all zero, tied tensors that differ.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _OUTPUTS = (
 
 
 def before(plan: MixPlan) -> list[str]:
-    """Return what headers and paths make doubtful. Costs a look at each tensor."""
+    """Return warnings that follow from headers and paths. Takes time in the number of tensors."""
     return [*_empty(plan), *_coded(plan), *_twice(plan.ingredients)]
 
 
 def after(plan: MixPlan, provenance: Provenance, digests: Digests | None) -> list[str]:
-    """Return what the digests of a pass make doubtful.
+    """Return warnings that follow from the digests of a pass.
 
-    `digests` are those of the pass, None where an earlier run made it: zeros are not looked for
-    then. Costs milliseconds.
+    `digests` are those of the pass; None if an earlier run made it, and then zeros are not looked
+    for. Costs milliseconds.
     """
     zero = [] if digests is None else [*_zero(plan, digests)]
     return [*zero, *_same(plan, provenance), *_tied(plan, provenance.tensors)]
@@ -85,7 +85,7 @@ def _twice(ingredients: Sequence[Ingredient]) -> Iterator[str]:
 
 def _identity(ingredient: Ingredient) -> object:
     source = ingredient.source
-    if source.path is None:  # as the name of a state dict is its digest, or what it is derived from
+    if source.path is None:  # a state dict is named after its digest, or its origin
         return json.dumps([source.name, source.fingerprint])
     found = [os.stat(path) for path in source.files]
     return tuple((status.st_dev, status.st_ino) for status in found)

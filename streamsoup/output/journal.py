@@ -1,12 +1,12 @@
 """An append-only log that survives a kill at any instant. Writing and searching resume from it.
 
 A record is one line: a checksum, its length, and a JSON object. The checksum is that of all JSON
-objects up to and with this one, one after the other: so each record fits only behind those that it
-was written behind, and one that was lost, moved, doubled or put in from elsewhere is found out.
+objects up to and including this one, concatenated: so each record is valid only behind those that
+it was written behind, and a record that was lost, moved, doubled or inserted is detected.
 
-A record is on disk before `append` returns. A tail that was torn off in mid-record is dropped, and
-whole records that are missing at the end were never written, for all one can know; damage anywhere
-else is refused, as nothing after it can be trusted. This finds accidents, not forgeries.
+A record is on disk before `append` returns. A tail that was cut short within a record is dropped;
+whole records missing at the end cannot be told from ones never written; damage anywhere else is
+refused, as nothing after it can be trusted. This detects accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _BEGINNING = re.compile(rb"[0-9a-f]{0,8}(\Z|\0| (\Z|\0|[0-9]))")
 
 @contextmanager
 def named(path: str) -> Iterator[None]:
-    """Say which file the disk did not take, and that the work so far is kept. Raises `OutputError`.
+    """Turn an `OSError` into an `OutputError` that names the file and says that work is kept.
 
-    For whoever keeps answers in a journal and beside it; a soup has words of its own.
+    For searches, which keep answers in a journal and beside it; soups have their own message.
     """
     try:
         yield
     except OSError as error:
-        # What numpy says of a full disk has no number: "3000 requested and 2016 written".
+        # numpy's error on a full disk has no number: "3000 requested and 2016 written".
         why = error.strerror or "the disk did not take all of it; is it full?"
         raise OutputError(
-            f"{printable(path)}: cannot be written: {why}; mend that, and the same command goes on"
+            f"{printable(path)}: cannot be written: {why}; fix that and run again to resume"
         ) from error
 
 
@@ -75,7 +75,7 @@ class Journal(Closing):
         try:
             status = os.fstat(self._descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise OSError(errno.EPERM, "it is no file of its own", path)
+                raise OSError(errno.EPERM, "it is not a regular file with one name", path)
             nbytes = 0
             for record, checksum, end in _parse(self._descriptor, path):
                 self._count(record, checksum)
@@ -91,9 +91,9 @@ class Journal(Closing):
             yield record
 
     def append(self, record: dict[str, Any], *, wait: bool = True) -> None:
-        """Add a record, and wait until it is on disk. If that fails, take it back.
+        """Append a record, and wait until it is on disk. If that fails, remove it again.
 
-        Without `wait` it survives a kill, but only after `sync` a power failure.
+        Without `wait` it survives a kill, but a power failure only after `sync`.
         """
         text = json.dumps(record, separators=(",", ":")).encode()
         checksum = zlib.crc32(text, self._checksum)
@@ -117,7 +117,7 @@ class Journal(Closing):
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         if self._descriptor >= 0:
-            # Forgotten first: even a close that fails gives the number back, for others to use.
+            # Forgotten first: even a failed close frees the number, which may be reused at once.
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
@@ -145,7 +145,7 @@ def records_of(folder: Folder, name: str = "journal") -> Iterator[dict[str, Any]
 
 
 def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Give each record, its checksum, and where in the file it ends; stop at a torn tail."""
+    """Yield each record, its checksum, and the offset of its end; stop at a torn tail."""
     position = number = checksum = 0
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
@@ -172,7 +172,7 @@ def _parse(descriptor: int, path: str) -> Iterator[tuple[dict[str, Any], int, in
 
 
 def _decode(line: bytes, before: int) -> tuple[dict[str, Any], int] | None:
-    """Give the record of a line, and its checksum; None if it is not what was written there.
+    """Return the record of a line, and its checksum; None if the line is damaged.
 
     `before` is the checksum of the record before it.
     """

@@ -1,4 +1,4 @@
-"""From a recipe to a finished checkpoint: the one way in which every soup is written."""
+"""From a recipe to a finished checkpoint: the one function that writes every soup."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ class Soup(msgspec.Struct, frozen=True):
     nbytes_written: int
     elapsed_s: float
     finished: bool = False
-    """Whether an earlier run had finished it, and nothing but the last step was left to do."""
+    """True if an earlier run had finished it, except for the last step."""
     summed_on: str = ""
-    """On which device its sums were made, and why there; empty if an earlier run had made them."""
+    """The device that made its sums, and why; empty if an earlier run had made them."""
     warnings: tuple[str, ...] = ()
-    """All that is doubtful about it, a line each; logged too."""
+    """All warnings about it, a line each; logged, too."""
     n_passes: int = 1
     """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of."""
 
     def __repr__(self) -> str:
-        """Say it in a line: notebooks show what a cell ends with, and a provenance is long."""
+        """Return a one-line summary: a provenance is too long for a notebook or the REPL."""
         n = len(self.recipe.ingredients)
         return f"<{type(self).__name__}: {self.recipe.method} of {n} in {self.path!r}>"
 
@@ -98,15 +98,15 @@ class Order(msgspec.Struct, frozen=True):
     files: FilePlan
     memory: MemoryPlan
     mapped: bool
-    """Whether ingredients are mapped, rather than read."""
+    """True if ingredients are mapped, False if they are read."""
     side_files: list[SideFile]
     warnings: list[str]
     report: Mapping[str, object] = {}
-    """What a search has to say about how it found the coefficients; goes into the provenance."""
+    """How a search found the coefficients; becomes part of the provenance."""
     on_device: OnDevice | None = None
     """The accelerator that makes the sums, and what it will hold; None for the CPU."""
     summed_on: str = "cpu"
-    """On which device the sums are made, and why there."""
+    """The device that makes the sums, and why."""
 
 
 def order(
@@ -118,8 +118,15 @@ def order(
 ) -> Order:
     """Open the ingredients by their headers, and plan the soup. Reads no weight, writes nothing.
 
-    Raises whatever can be refused by then: `FormatError`, `MismatchError`, `RecipeError`,
-    `BudgetError`.
+    Args:
+        ingredients: Paths, state dicts, modules or open ingredients, in the order of the sum.
+        rule: How the averaged tensors are made.
+        method: Label of how the rule was chosen.
+        options: The caller's options.
+
+    Raises:
+        StreamsoupError: Everything that headers show: `FormatError`, `MismatchError`,
+            `RecipeError`, `BudgetError`, `DeviceError`.
     """
     check_options(options, Options)
     opened = open_ingredients(ingredients)
@@ -186,10 +193,21 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
 def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) -> Soup:
     """Make a planned soup in the folder `output`.
 
-    The output is the former one, or absent, until the last step, a rename; then it is complete
-    and on disk. What an earlier run of the same order left unfinished is resumed. Reads each byte
-    of each ingredient once. Raises `OutputError` and its kin, `NonFiniteError`, `MismatchError`,
-    `ChangedIngredientError`.
+    Until the last step, a rename, the output is the former one, or absent; after it, the output is
+    complete and on disk. Unfinished work of an earlier run of the same plan is resumed.
+
+    Args:
+        ordered: The planned soup.
+        output: The folder to make.
+        options: The caller's options.
+
+    Raises:
+        OutputError: The output exists, is being written by another run, or cannot be written.
+        NonFiniteError: A NaN or an Inf in the soup.
+        MismatchError: Tensors that are copied differ.
+        ChangedIngredientError: An ingredient changed during the pass.
+
+    Reads each byte of each ingredient once for each pass of the rule.
     """
     started = time.monotonic()
     given = os.fsdecode(output)
@@ -212,8 +230,8 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
                 return _finished(target, ordered, started)
             provenance, late = _fill(ordered, staging, options)
     except OutputExistsError as error:
-        # A run that is killed when nothing is left to do, or was never told of as done, is none
-        # that can be resumed: it is over.
+        # A run that was killed after its last step left nothing to resume: the output is finished,
+        # and only the message can say so.
         if options.overwrite or not _made_before(given, plan):
             raise
         raise OutputExistsError(
@@ -221,7 +239,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
             f"unchanged"
         ) from None
     except OSError as error:
-        # What has no number is not of the system, but of the caller: a callback's, a handler's.
+        # An OSError without a number does not come from the system, but from a callback or handler.
         if isinstance(error, StreamsoupError) or error.errno is None:
             raise
         raise _not_written(given, error) from error
@@ -239,7 +257,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
 
 
 def _warned(warnings: Sequence[str]) -> Sequence[str]:
-    """Log warnings, and return them, with options as Python has them."""
+    """Log warnings, and return them with options rendered as Python arguments."""
     messages = [Message(warning) for warning in warnings]
     for message in messages:
         log.warning("%s", message)
@@ -247,13 +265,13 @@ def _warned(warnings: Sequence[str]) -> Sequence[str]:
 
 
 def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str]]:
-    """Make everything in the staging folder, then put it in place; return what is doubtful."""
+    """Make everything in the staging folder, then put it in place; return late warnings."""
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
     sink = FileSink(plan, files, staging.soup)
     ledger = FileLedger(plan, sink, staging.journal, digests)
     sink.prepare(resumes=ledger.resumes)
-    # First, as they can still fail; weights may take hours.
+    # Side files first: they can still fail, and weights may take hours.
     side_files = write_beside(ordered, staging.soup)
     reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
     on_device = ordered.on_device
@@ -277,7 +295,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
 
 
 def _made_before(output: str, plan: MixPlan) -> bool:
-    """Whether the soup that is there says that it was made by this recipe, of the same paths."""
+    """Return True if the provenance at `output` has this very recipe and the same paths."""
     try:
         found = read_provenance(os.path.realpath(output))
     except StreamsoupError:
@@ -289,10 +307,10 @@ def _made_before(output: str, plan: MixPlan) -> bool:
 
 
 def _not_written(output: str, error: OSError) -> OutputError:
-    """Say that the output could not be written, why, and what becomes of the work so far."""
-    after = "nothing is left behind; mend that, or choose another folder"
+    """Return the error for a failed write: why, whether work is kept, and what to do."""
+    after = "nothing is left behind; fix that, or choose another folder"
     if os.path.lexists(os.path.realpath(output) + ".partial"):
-        after = "what is finished is kept beside it; mend that, and the same command goes on"
+        after = "finished work is kept beside it; fix that and run the same command to resume"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         after = "raise the limit of open files (ulimit -n), and run again"
     wrapped = OutputError(
@@ -303,7 +321,7 @@ def _not_written(output: str, error: OSError) -> OutputError:
 
 
 def _finished(target: str, ordered: Order, started: float) -> Soup:
-    """Describe a soup that an earlier run had made, all but for the last step."""
+    """Return the soup that an earlier run had made, except for the last step."""
     elapsed_s = time.monotonic() - started
     provenance = read_provenance(target)
     late = _warned(doubts.after(ordered.plan, provenance, None))
@@ -313,7 +331,7 @@ def _finished(target: str, ordered: Order, started: float) -> Soup:
 
 
 def _fingerprint(ordered: Order) -> str:
-    """Tell this order from every other: recipe, files that go in, bytes that come out."""
+    """Return a digest of everything that decides the output: recipe, ingredients, headers."""
     identities = [ingredient.fingerprint for ingredient in ordered.plan.ingredients]
     headers = [[file.name, digest_bytes(file.header)] for file in ordered.files.files]
     recipe = msgspec.json.encode(ordered.plan.recipe).decode()
@@ -322,10 +340,10 @@ def _fingerprint(ordered: Order) -> str:
 
 
 def write_beside(ordered: Order, folder: Folder) -> list[FileRecord]:
-    """Write into `folder` what lies beside the weights: side files, and the index if there is one.
+    """Write the files beside the weights into `folder`: side files, and the index if there is one.
 
-    Nothing of these names may be there. Returns their records. Raises `FormatError` for a side file
-    that cannot be read any more.
+    None of them may exist yet. Returns their records. Raises `FormatError` for a side file that can
+    no longer be read.
     """
     records = []
     for name, content in _beside(ordered):
@@ -338,7 +356,7 @@ def write_beside(ordered: Order, folder: Folder) -> list[FileRecord]:
 def _has_current_side_files(ordered: Order, folder: Folder) -> bool:
     """Return True if a finished soup has the side files that would be written now.
 
-    Its provenance is compared with a read of those: they may have changed since it was finished.
+    Reads those files and compares them with its provenance: they may have changed since then.
     """
     try:
         text = read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT)
@@ -392,12 +410,12 @@ def digest_beside(ordered: Order) -> str:
 
 
 def _content(file: SideFile) -> Iterator[bytes]:
-    """Give what a side file is to hold, a piece at a time."""
+    """Yield the content of a side file, a piece at a time."""
     try:
         yield from pieces(file.path, follows=False) if file.content is None else [file.content]
     except OSError as error:
         raise FormatError(
-            f"{printable(file.path)}: cannot be copied: {error.strerror}; mend that, and run again"
+            f"{printable(file.path)}: cannot be copied: {error.strerror}; fix that and run again"
         ) from None
 
 

@@ -1,9 +1,9 @@
-"""The way an output comes to be: whole, or not at all.
+"""The work folder of an output, which appears whole or not at all.
 
 All work happens in ``OUT.partial``, a folder beside the output and on its file system::
 
-    OUT.partial/lock             held by the one run that works here; says which
-    OUT.partial/work-…/          of one run; the name is nobody else's
+    OUT.partial/lock             held by the one run that works here; names it
+    OUT.partial/work-…/          of one run; its name is random
     OUT.partial/work-…/journal   what is finished, for the same command run again
     OUT.partial/work-…/soup/     the output-to-be
     OUT.partial/work-…/taken-…/  the output-to-be of an earlier run, from which files are taken
@@ -13,7 +13,7 @@ When every byte is on disk, one rename puts ``soup/`` in place (an exchange, whe
 replaced), and the rest is removed. A kill at any instant leaves the old output, or none, or the
 new one; what is left in ``OUT.partial`` is finished, or cleaned up, by the next run.
 
-Two runs never mix, be the lock given to both (some network file systems do that):
+Two runs never mix, even if both get the lock (some network file systems grant it to both):
 
 1. A run makes files only in the ``soup`` folder that it made itself, in a work folder whose name is
    random. It holds both open, and reaches all in them by their descriptors.
@@ -55,7 +55,7 @@ from streamsoup.errors import (
 from streamsoup.output.destination import check_replaceable, exists_already
 from streamsoup.output.journal import Journal, records_of
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME
-from streamsoup.system.folders import Folder, is_movable, stranger
+from streamsoup.system.folders import Folder, is_movable, other_writer
 from streamsoup.system.libc import EXCHANGE, NO_REPLACE, rename
 from streamsoup.system.locks import HeldError, Lock
 from streamsoup.system.regular import read_file
@@ -68,19 +68,19 @@ DYING_S = 30.0
 """How long to wait for the lock of a run that was killed: it may hang in one last fsync."""
 
 _HOPELESS = (ChangedIngredientError, MismatchError, NonFiniteError)
-"""Errors after which unfinished work is worth nothing: the same command would fail again."""
+"""Errors after which unfinished work is useless: the same command would fail again."""
 
 _WORK = "work-"
-"""What the names of work folders begin with."""
+"""Prefix of the names of work folders."""
 
 _TAKEN = "taken-"
-"""What the names of folders begin with that were an earlier run's."""
+"""Prefix of the names of folders taken over from earlier runs."""
 
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class _Earlier:
-    """What the journal of an earlier run says about its work folder."""
+    """The work folder of an earlier run, as its journal describes it."""
 
     def __init__(self, root: Folder, name: str) -> None:
         """Read the journal. Raises `ResumeError` if it is damaged."""
@@ -108,27 +108,27 @@ class Staging:
         overwrite: bool,
         is_current: Callable[[Folder], bool] = lambda folder: True,
     ) -> None:
-        """Take the work folder of the output at the real path `target`.
+        """Lock the work folder of an output, and take over earlier work of the same fingerprint.
 
         Args:
             target: Real path of the output.
-            fingerprint: Names what is to be made; unfinished work of another is removed.
-            overwrite: Replace an output that is there.
+            fingerprint: Digest of what is to be made; unfinished work of another is removed.
+            overwrite: Replace an existing output.
             is_current: Called with the folder of a finished soup of the same fingerprint; returns
                 True if its side files are the ones that would be written now.
 
         Raises:
-            OutputExistsError: An output is there that is not to be replaced.
-            OutputBusyError: Another run is at it.
+            OutputExistsError: An output exists that is not to be replaced.
+            OutputBusyError: Another run is writing it.
             ResumeError: The journal of unfinished work is damaged.
             OutputError: Something else has the folder's name.
         """
         self.target = target
         self.root = target + ".partial"
         self.finished = False
-        """Whether an earlier run put this very output in place, and only tidying up is left."""
+        """True if an earlier run put this very output in place, and only cleaning up is left."""
         self.complete: str | None = None
-        """Digest of the provenance, if all is made and only the rename is left."""
+        """Digest of the provenance, if everything is made and only the rename is left."""
         self._overwrite = overwrite
         self._is_current = is_current
         self._name = os.path.basename(target)
@@ -151,13 +151,13 @@ class Staging:
 
     @property
     def journal(self) -> Journal:
-        """What is finished."""
+        """The journal of finished leaves."""
         assert self._journal is not None
         return self._journal
 
     @property
     def soup(self) -> Folder:
-        """Where the output is made."""
+        """The folder in which the output is made."""
         assert self._soup is not None
         return self._soup
 
@@ -171,14 +171,14 @@ class Staging:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go of the folder; what the same command can go on from stays."""
+        """Release the folder; work that the same command can resume stays."""
         self._leave(error)
 
     def commit(self, provenance_digest: str) -> None:
         """Put the finished folder in place. Every file in it must be on disk already.
 
-        The digest of its provenance tells a later run, should this one be killed just now, that
-        the rename had happened. Raises `OutputExistsError` if an output was made meanwhile, and
+        The digest of its provenance lets a later run detect the rename, if this run is killed just
+        after it. Raises `OutputExistsError` if an output was made meanwhile, and
         `OutputBusyError` if another run has taken this work over.
         """
         assert self._above is not None
@@ -192,15 +192,15 @@ class Staging:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the work folder and all that is in it, and let go of it."""
+        """Remove the work folder with its content, and release it."""
         try:
             self._clear()
         except OSError as error:
             where = printable(self.root)
-            log.warning("%s: cannot be removed: %s; do so yourself", where, error.strerror)
+            log.warning("%s: cannot be removed: %s; remove it yourself", where, error.strerror)
 
     def holds_work(self) -> bool:
-        """Return True if a later run could go on from what is here."""
+        """Return True if a later run could resume what is here."""
         if self._lock is None:
             return os.path.lexists(self.root)
         mine = self._journal is not None and self._journal.n_records > 1
@@ -232,7 +232,7 @@ class Staging:
                 raise
 
     def _open_root(self) -> None:
-        """Open ``OUT.partial``, made if need be, unless it is not of a run of ours."""
+        """Open ``OUT.partial``, made if it does not exist; refuse one of another origin."""
         name = os.path.basename(self.root)
         attempts = 10
         while self._root is None:
@@ -277,20 +277,20 @@ class Staging:
             above.sync()
 
     def _check_ours(self) -> None:
-        """Raise `OutputError` unless the open folder is of a run of ours."""
+        """Raise `OutputError` unless the open folder was made by a run of this user."""
         assert self._root is not None
         assert self._above is not None
-        who = stranger(self._root, self._above)
+        who = other_writer(self._root, self._above)
         if who:
             raise OutputError(
-                f"{printable(self.root)}: {who}, so what is in it is not believed; a run may be at "
+                f"{printable(self.root)}: {who}, so its content is not trusted; a run may be at "
                 "work there: wait for it, choose another output, or remove that folder"
             )
         for name in self._root.names():
             status = self._root.status(name)
             if status is None:
                 continue  # another run is tidying up
-            # A second link to a file of ours would let us write where we must not.
+            # Writing to a file with a second link would change a file elsewhere.
             lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
             work = stat.S_ISDIR(status.st_mode) and name.startswith(_WORK)
             if not (work or (lone and name == "lock")):
@@ -298,12 +298,14 @@ class Staging:
 
     def _in_the_way(self) -> OutputError:
         where = printable(self.root)
-        return OutputError(f"{where}: is in the way and not ours; move it elsewhere")
+        return OutputError(
+            f"{where}: is in the way and was not made by streamsoup; move it elsewhere"
+        )
 
     # -- what earlier runs left -------------------------------------------------------------------
 
     def _begin(self, fingerprint: str) -> None:
-        """Find out what the folder holds, and make it ready for this output."""
+        """Read what earlier runs left, and prepare the folder for this output."""
         assert self._root is not None
         assert self._work is not None
         assert self._above is not None
@@ -334,7 +336,7 @@ class Staging:
         self._start(fingerprint, [e for e in unfinished if e.fingerprint == fingerprint])
 
     def _put_back(self, name: str) -> None:
-        """Undo the first of the two renames that stand in for an exchange, after a kill there."""
+        """Undo the first of the two renames that replace an exchange, after a kill between them."""
         assert self._root is not None
         assert self._above is not None
         with self._root.folder(name) as work:
@@ -346,9 +348,9 @@ class Staging:
                 work.remove("old")
 
     def _start(self, fingerprint: str, same: Sequence[_Earlier]) -> None:
-        """Begin a journal with all notes of earlier runs, then take their files over.
+        """Begin a journal with all notes of earlier runs, then take over their files.
 
-        In this order, as a kill in between must lose neither.
+        In this order: a kill in between must lose neither.
         """
         assert self._root is not None
         assert self._work is not None
@@ -377,7 +379,7 @@ class Staging:
         self._above.sync()
 
     def _claim(self, other: str) -> list[str]:
-        """Take over what an earlier run made and took; return the names that it has in ours."""
+        """Rename the folders of an earlier run into this work folder; return their new names."""
         assert self._root is not None
         assert self._work is not None
         claimed = []
@@ -392,7 +394,7 @@ class Staging:
         return claimed
 
     def _is_complete(self, each: _Earlier, name: str) -> bool:
-        """Return True if a folder that was taken over is a whole soup, as we would make it now."""
+        """Return True if a folder that was taken over is a whole soup, as it would be made now."""
         assert self._work is not None
         digest = each.committed
         if digest is None or self._provenance_digest(self._work, name) != digest:
@@ -401,9 +403,9 @@ class Staging:
             return self._is_current(taken)
 
     def _move_taken(self) -> None:
-        """Move files that were taken over into our own folder, as far as it has none of the name.
+        """Move files that were taken over into the soup folder, unless it has one of that name.
 
-        Links, and files with a second name, are not ours to write to.
+        Links, and files with a second name, are left out: writing would change other files.
         """
         assert self._work is not None
         names = [name for name in self._work.names() if name.startswith(_TAKEN)]
@@ -458,7 +460,7 @@ class Staging:
             ) from None
         after = self._work.status(out)
         if after is None or not os.path.samestat(before, after):
-            # What we were allowed to replace was itself replaced just now.
+            # The output that may be replaced was itself replaced just now.
             if exchanged:
                 rename("soup", self._name, EXCHANGE, **folders)
             else:
@@ -473,23 +475,23 @@ class Staging:
                 raise self._not_put(error) from None
 
     def _not_put(self, error: OSError) -> OSError:
-        """Say why the rename failed, in words where it is the work of another run."""
+        """Return the error for a failed rename, explained if another run caused it."""
         if error.errno in _OCCUPIED:
             return _made_meanwhile(self.target)
         assert self._work is not None
         if error.errno == errno.ENOENT and self._work.status("soup") is None:
             return OutputBusyError(
                 f"{printable(self.target)}: another run has taken this work over, as the file "
-                "system did not lock it out; wait for that run, and have one at a time"
+                "system did not lock it out; wait for that run, and start one at a time"
             )
         return error
 
     # -- tidying up -------------------------------------------------------------------------------
 
     def _clear(self) -> None:
-        """Remove our work, and that of earlier runs; then the folder, if nothing else is in it."""
+        """Remove this run's work, and that of earlier runs; then the folder, if it is empty."""
         try:
-            # It may be for want of descriptors that we have to.
+            # The reason to clear may be that no descriptors are left.
             for each in (self._journal, self._soup):
                 if each is not None:
                     each.close()
@@ -532,7 +534,7 @@ class Staging:
                 os.rmdir(os.path.basename(self.root), dir_fd=self._above.descriptor)
                 self._above.sync()
         except OSError as error:
-            # Not empty: another run has begun, or somebody's file is in.
+            # Not empty: another run has begun, or a foreign file is in it.
             if error.errno in _OCCUPIED:
                 return
             if error.errno != errno.ENOENT:
@@ -551,7 +553,7 @@ class Staging:
                 raise
 
     def _leave(self, error: BaseException | None) -> None:
-        """Let go of the work folder; after an error, remove it unless it is worth keeping."""
+        """Release the work folder; after an error, remove it unless it can be resumed."""
         if isinstance(error, Exception):
             with suppress(OSError):  # the error at hand says more
                 if self._lock is None:
@@ -584,8 +586,8 @@ class Staging:
 
 def _immovable(target: str) -> str:
     return (
-        f"{printable(target)}: cannot be replaced in one step, as nothing can that lies in a lower "
-        "layer of an overlay file system; choose another folder, or remove it yourself"
+        f"{printable(target)}: cannot be replaced in one step, because it lies in a lower layer "
+        "of an overlay file system; choose another folder, or remove it yourself"
     )
 
 

@@ -1,7 +1,7 @@
-"""Is a soup what its provenance says? Compare its digests, and derive it again.
+"""Verification of a soup against its provenance: compare its digests, and derive it again.
 
-A quick look digests the soup's own bytes and compares them with the recorded ones. The full check
-also opens the ingredients, compares theirs, and makes the soup once more without writing it.
+The quick check digests the soup's own bytes and compares them with the recorded digests. The full
+check also digests the ingredients, and makes the soup once more without writing it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Verification(msgspec.Struct, frozen=True):
     n_tensors: int
     n_files: int
     rederived: bool
-    """Whether the soup was made again from its ingredients, not only digested."""
+    """True if the soup was made again from its ingredients, not only digested."""
     nbytes_read: int
 
 
@@ -60,11 +60,24 @@ def verify(
 ) -> Verification:
     """Check the soup in the folder `path` against its provenance.
 
-    With `quick`, only its own bytes are read. Otherwise its ingredients too, from where they were
-    or from `ingredients` in the same order, and the soup is derived again; `rules` are types of
-    rules that do not come with the package, as no code that a provenance names is looked for.
-    Raises `VerificationError` with all that differs, `RecipeError` where there is no provenance,
-    and what opening ingredients raises. Holds blocks only; writes nothing.
+    Args:
+        path: The folder of the soup.
+        quick: Read the soup's own bytes only; otherwise the soup is derived again.
+        ingredients: Its ingredients in the same order; None for the recorded paths.
+        rules: Types of rules that do not come with the package: code that a provenance names is
+            never searched for.
+        options: The caller's options.
+
+    Returns:
+        What was compared, all of it equal.
+
+    Raises:
+        VerificationError: Names all differences.
+        RecipeError: There is no provenance, or its rule is unknown.
+        StreamsoupError: An ingredient cannot be opened or read.
+
+    Reads the soup once and, unless `quick`, the ingredients once for each pass of the rule. Memory
+    is bounded as when the soup was made; writes nothing.
     """
     check_options(options, Options)
     folder = os.fsdecode(path)
@@ -104,10 +117,10 @@ def read_provenance(folder: str, rules: Sequence[type[Rule]] = ()) -> Provenance
 
 
 def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int:
-    """Compare the soup's own bytes with their digests; give how many were read."""
+    """Compare the soup's own bytes with their digests; return the number of bytes read."""
     if provenance.digest != DIGEST:
         digest = printable(provenance.digest)
-        problems.append(f"{PROVENANCE_NAME} has digests that are made in another way: {digest}")
+        problems.append(f"{PROVENANCE_NAME} has digests of another kind: {digest}")
         return 0
     if not provenance.intact:
         problems.append(f"{PROVENANCE_NAME} has changed")
@@ -129,7 +142,7 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
             problems.append(f"{printable(record.name)} is missing")
     recorded = {record.name for record in provenance.shards}
     for name in sorted(os.listdir(folder)):
-        # Those that were opened are looked at below.
+        # Shards that were opened are checked below.
         beside = name.endswith(".safetensors") and not name.startswith(".")
         if beside and name not in recorded and name not in soup.file_names:
             problems.append(f"{printable(name)} was not made here")
@@ -147,7 +160,7 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
 
 
 def _check_shard(shard: Shard, provenance: Provenance, found: set[str], problems: list[str]) -> int:
-    """Compare a shard's header and tensors with their digests; give how many bytes were read."""
+    """Compare a shard's header and tensors with their digests; return the number of bytes read."""
     recorded = {record.name: record.digest for record in provenance.shards}
     with open(shard.path, "rb", buffering=0) as opened:
         header = os.pread(opened.fileno(), shard.data_begin, 0)
@@ -190,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def _where_they_were(folder: str, provenance: Provenance) -> list[str]:
-    """Give the paths of the ingredients. Raises `RecipeError` where they were tensors in memory."""
+    """Return the paths of the ingredients. Raises `RecipeError` for tensors in memory."""
     paths = [record.path for record in provenance.ingredients]
     for path in paths:
         if not os.path.isabs(path):
@@ -207,7 +220,7 @@ def _rederive(
     options: Options,
     problems: list[str],
 ) -> int:
-    """Make the soup again without writing it, and compare; give how many bytes were read."""
+    """Make the soup again without writing it, and compare; return the number of bytes read."""
     from streamsoup.engine.reducers import reducer_of
     from streamsoup.engine.stream import DigestLedger, Nowhere, run
 

@@ -1,8 +1,8 @@
-"""The files of a soup: each finished block is written once, at the place the plan gave it.
+"""The files of a soup: each finished block is written once, at its planned place.
 
-`FileSink` makes files at their full size before the work begins, so that a full disk is known at
-once, and writes blocks; the disk begins with each leaf as soon as it is finished. `FileLedger`
-syncs now and then what is finished, and then notes it in the journal with its digests.
+`FileSink` makes files at their full size before the work begins, so that a full disk is refused at
+once, and writes blocks; each finished leaf starts on its way to the disk at once. `FileLedger`
+regularly syncs finished leaves, and then notes them in the journal with their digests.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from streamsoup.system.folders import Folder
 __all__ = ["FileLedger", "FileSession", "FileSink", "write_file"]
 
 EARLY_NBYTES = 1 << 20
-"""Bytes of a leaf from which the disk is told to begin with it: smaller ones go together."""
+"""Least bytes of a leaf whose writing to disk is started early: smaller ones wait for a sync."""
 
 
 class FileSink:
     """The shards of a soup in the making: where each block goes."""
 
     def __init__(self, plan: MixPlan, files: FilePlan, folder: Folder) -> None:
-        """Take the folder that holds them; nothing is opened yet."""
+        """Hold the folder of the shards; nothing is opened yet."""
         self._plan = plan
         self._files = files
         self.folder = folder
@@ -64,7 +64,7 @@ class FileSink:
     def prepare(self, *, resumes: bool) -> None:
         """Reserve the space of all shards, and write their headers.
 
-        Where a run `resumes` work, what the disk holds is read from the disk, not from the cache.
+        If the run `resumes` work, caches of the files are dropped: reads then come from the disk.
         """
         sizes = {file.name: file.nbytes for file in self._files.files}
         held = 0
@@ -73,7 +73,7 @@ class FileSink:
             if status is None:
                 continue
             lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-            # A file of another size is made anew, never cut: an earlier run may write to it yet.
+            # A file of another size is replaced, never cut: an earlier run may still write to it.
             if lone and sizes.get(name) == status.st_size:
                 held += status.st_blocks * 512
             else:
@@ -103,10 +103,10 @@ class FileSink:
 
 
 class FileLedger:
-    """What is finished of a `FileSink`, in a journal beside it.
+    """The finished leaves of a `FileSink`, in a journal beside it.
 
     A leaf is noted after its bytes were synced, so what the journal says survives a power cut; it
-    is believed only if the bytes match its digest.
+    is trusted only if the bytes match its digest.
     """
 
     def __init__(self, plan: MixPlan, sink: FileSink, journal: Journal, digests: Digests) -> None:
@@ -124,7 +124,7 @@ class FileLedger:
 
     @property
     def resumes(self) -> bool:
-        """Whether an earlier run noted any leaf."""
+        """True if an earlier run noted any leaf."""
         return any(self._noted)
 
     def restore(self, leaf: Leaf) -> bytes | None:
@@ -156,7 +156,7 @@ class FileLedger:
             self._journal.append({"leaves": notes})
 
     def _read_notes(self) -> bytearray:
-        """Put what an earlier run noted into the table; return a 1 for each of its leaves."""
+        """Read earlier notes into the table of digests; return a 1 for each noted leaf."""
         noted = bytearray(self._plan.n_leaves)
         row = SIZE * (1 + len(self._plan.ingredients))
         for record in self._journal:
@@ -186,7 +186,7 @@ def _digest(folder: Folder, name: str, offset: int, nbytes: int) -> bytes | None
 
 
 class FileSession:
-    """What one thread writes with."""
+    """One thread's open files."""
 
     def __init__(self, sink: FileSink) -> None:
         """Open nothing yet."""
@@ -248,10 +248,10 @@ def write_file(folder: Folder, name: str, content: Iterable[bytes]) -> None:
 
 
 def begin_writing(folder: Folder, name: str, offset: int, nbytes: int) -> None:
-    """Have the disk begin with bytes of a file; wait for nothing.
+    """Start writing bytes of a file to disk, without waiting.
 
-    Left to the next sync, the disk would idle meanwhile, and the end of the run wait for it: a
-    tenth of the time of a soup.
+    If this were left to the next sync, the disk would idle meanwhile, and the run would wait for it
+    at the end: a tenth of the time of a soup.
     """
     descriptor = folder.file(name, os.O_RDWR)
     try:
@@ -270,7 +270,7 @@ def sync_file(folder: Folder, name: str) -> None:
 
 
 def _reserve(descriptor: int, nbytes: int, folder: Folder) -> None:
-    """Give a new file its full size, and its place on the disk where the file system can."""
+    """Set a new file's full size, and allocate its space if the file system can."""
     try:
         if not libc.reserve(descriptor, nbytes):
             os.ftruncate(descriptor, nbytes)

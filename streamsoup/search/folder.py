@@ -20,7 +20,7 @@ from streamsoup.errors import OutputBusyError, OutputError, ResumeError, option,
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.output.journal import Journal, named
 from streamsoup.system.closing import Closing
-from streamsoup.system.folders import Folder, stranger
+from streamsoup.system.folders import Folder, other_writer
 from streamsoup.system.locks import HeldError, Lock
 
 __all__ = ["SearchFolder", "bound_ingredients", "lock_folder"]
@@ -189,7 +189,7 @@ def _open_folder(root: str, *, private: bool) -> Folder:
             raise OutputError(f"{where}: is in the way and not ours; move it elsewhere")
         folder = above.folder(name)
         try:
-            who = stranger(folder, above) if private else ""
+            who = other_writer(folder, above) if private else ""
             if who:
                 raise OutputError(
                     f"{where}: {who}, so its scores are not believed; a search may be at work "

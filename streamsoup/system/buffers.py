@@ -1,4 +1,4 @@
-"""Raw bytes in memory, and where they lie: what is read, summed, digested and written.
+"""Raw bytes in memory and their addresses: blocks that are read, summed, digested and written.
 
 Without numpy, which takes as long to import as summing a gigabyte: rooms that compute with elements
 make arrays of these bytes (``numpy.frombuffer``), without a copy.
@@ -14,25 +14,25 @@ from streamsoup.system.libc import is_same_memory
 __all__ = ["Bytes", "address_of", "buffer", "is_same"]
 
 Bytes = memoryview
-"""One after the other, in one dimension. Their elements are little-endian."""
+"""Contiguous bytes in one dimension. Elements in them are little-endian."""
 
 
 def buffer(nbytes: int) -> Bytes:
-    """Give `nbytes` of memory, all zero. It begins with a page, and takes none until touched.
+    """Return `nbytes` of zeroed memory. It is page-aligned, and takes no memory until touched.
 
-    Raises `MemoryError` where there is none.
+    Raises `MemoryError` if it cannot be had.
     """
     if not nbytes:
         return memoryview(b"")
     try:
-        # Private: what is mapped without saying so would be shared with forked processes.
+        # Private: by default, forked processes would share the mapping.
         return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError:
         raise MemoryError(f"{nbytes} bytes") from None
 
 
 def address_of(block: Bytes) -> int:
-    """Give the address of a block, which the caller keeps alive; 0 of an empty one.
+    """Return the address of a block, which the caller keeps alive; 0 for an empty block.
 
     It must not be marked as read-only. (Mapped files are not, though writing to them is SIGSEGV.)
 
@@ -44,6 +44,6 @@ def address_of(block: Bytes) -> int:
 
 
 def is_same(one: Bytes, other: Bytes) -> bool:
-    """Whether two blocks hold the same bytes. Python would look at them one by one."""
+    """Return True if two blocks hold the same bytes. Python would compare them one by one."""
     n = len(one)
     return n == len(other) and (not n or is_same_memory(address_of(one), address_of(other), n))

@@ -1,7 +1,8 @@
-"""What memory the machine grants this process: the limits of its control groups.
+"""The memory limit of this process, as its control groups set it.
 
-A container's limit counts files, too: libraries and ingredients as they are mapped. What does not
-fit is dropped and read again, so a process with too little room does not fail, but crawls.
+A container's limit also counts pages of mapped files, such as libraries and ingredients. Pages that
+do not fit are dropped and read again, so a process with too little memory does not fail, but slows
+down.
 See cgroups(7), and the kernel's ``Documentation/admin-guide/cgroup-v2.rst``.
 """
 
@@ -14,7 +15,7 @@ __all__ = ["memory_limit"]
 
 
 def memory_limit(root: str = "/") -> float:
-    """Give the bytes that the memory groups above this process allow it, or infinity."""
+    """Return the bytes that the memory cgroups of this process allow it, or infinity."""
     limit = math.inf
     for line in _read(os.path.join(root, "proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -24,7 +25,7 @@ def memory_limit(root: str = "/") -> float:
             folder, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # The narrowest of all groups above counts. In a container some are out of sight.
+        # The lowest limit of all groups above counts. In a container some are not visible.
         parts = path.strip("/").split("/")
         for n in range(len(parts) + 1):
             text = _read(os.path.join(root, folder, *parts[:n], name)).strip()
@@ -33,7 +34,7 @@ def memory_limit(root: str = "/") -> float:
 
 
 def _read(path: str) -> str:
-    """Give a small file's text; empty if there is none."""
+    """Return a small file's text; empty if it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""What is closed at the end of a ``with`` block."""
+"""A mixin for objects that are closed at the end of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Closing:
     """Adds ``with`` to a class that has `close`."""
 
     def close(self) -> None:
-        """Give back what is held; a second time does nothing."""
+        """Release what is held; a second call does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

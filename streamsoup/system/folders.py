@@ -1,7 +1,7 @@
-"""Folders that are opened once, with all that is done in them relative to their descriptors.
+"""Folders that are opened once; everything in them is reached relative to their descriptors.
 
-A path that is looked at and then used is looked up twice, and somebody else may have put another
-folder in its place in between. A descriptor stays with the folder that was looked at.
+A path that is checked and then used is looked up twice, and another process may have put another
+folder in its place in between. A descriptor stays with the folder that was checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from streamsoup.system.closing import Closing
 from streamsoup.system.libc import file_system
 
-__all__ = ["Folder", "is_movable", "replacing", "stranger"]
+__all__ = ["Folder", "is_movable", "other_writer", "replacing"]
 
 _OVERLAY = 0x794C7630
 """The number of an overlay file system in statfs(2)."""
@@ -74,7 +74,7 @@ class Folder(Closing):
         return os.open(name, flags, mode, dir_fd=self.descriptor)
 
     def status(self, name: str) -> os.stat_result | None:
-        """Return the status of what has a name in the folder, be it a link; None for nothing."""
+        """Return the status of an entry, without following links; None if it does not exist."""
         try:
             return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -85,11 +85,11 @@ class Folder(Closing):
         return sorted(os.listdir(self.descriptor))
 
     def move(self, name: str, to: Folder, new: str) -> None:
-        """Rename what has a name here to another name in a folder of the same file system."""
+        """Rename an entry to another name in a folder of the same file system."""
         os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=to.descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove a file, a link or a whole folder; nothing, if there is nothing."""
+        """Remove a file, a link or a whole folder; do nothing if it does not exist."""
         try:
             status = self.status(name)
             if status is None:
@@ -98,7 +98,7 @@ class Folder(Closing):
                 os.unlink(name, dir_fd=self.descriptor)
                 return
             try:
-                # For what is empty no descriptors are needed, of which none may be left.
+                # Removing an empty folder needs no descriptors, of which none may be left.
                 os.rmdir(name, dir_fd=self.descriptor)
             except OSError:
                 shutil.rmtree(name, dir_fd=self.descriptor)
@@ -133,7 +133,7 @@ class Folder(Closing):
 def replacing(path: str) -> Iterator[BinaryIO]:
     """Yield a new file to write, which then takes the place of the one at `path`, whole.
 
-    It has a name that is nobody else's until then, and is removed if anything fails.
+    Until then it has a random name; it is removed if anything fails.
     """
     name = os.path.basename(path)
     with Folder.open(os.path.dirname(path) or ".") as folder:
@@ -149,11 +149,11 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             raise
 
 
-def stranger(folder: Folder, above: Folder) -> str:
-    """Say who else may have written into a folder made with mode 0700; empty if nobody.
+def other_writer(folder: Folder, above: Folder) -> str:
+    """Return who else may have written into a folder made with mode 0700; empty if no one.
 
-    What is in it would otherwise be believed, and become part of what is made. `above` is the
-    folder that it lies in.
+    Its content would otherwise be trusted, and become part of the output. `above` is the folder
+    that it lies in.
     """
     status = os.fstat(folder.descriptor)
     others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -180,8 +180,8 @@ def _as_made(folder: Folder) -> tuple[int, int]:
 def is_movable(above: Folder, name: str, beside: Folder, occupied: str) -> bool:
     """Return True if a folder can be renamed: on an overlay, not what comes from a lower layer.
 
-    It is tried with a rename that cannot be done, as `occupied`, in `beside`, is not empty. Only on
-    overlays, as other file systems may make anything of that.
+    Tries a rename that must fail, because the folder `occupied` in `beside` is not empty. Only on
+    overlays: other file systems may behave in any way there.
     """
     if file_system(os.path.join(above.path, name)) != _OVERLAY:
         return True

@@ -1,6 +1,7 @@
-"""The calls of the C library that Python has none for: each a function here, and nowhere else.
+"""Calls of the C library that Python does not wrap: one function each, and nowhere else.
 
-Failures are `OSError`. Where a call that only helps is missing, the function returns False.
+Failures raise `OSError`. If a call that is only an optimisation is missing, its function returns
+False.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def rename(
     source_folder: int = _AT_FDCWD,
     target_folder: int = _AT_FDCWD,
 ) -> bool:
-    """Rename with a flag of Linux's renameat2; return False where there is none.
+    """Rename with a flag of Linux's renameat2; return False if unsupported.
 
     Relative names start at the folders with these descriptors. Raises `FileExistsError` if
     something is at `target` that may not be replaced.
@@ -71,14 +72,14 @@ def rename(
     while _LIBC.renameat2(source_folder, names[0], target_folder, names[1], flag) != 0:
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-            return False  # EPERM: some containers forbid what they do not know
+            return False  # EPERM: some containers forbid calls that they do not know
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code), target)
     return True
 
 
 def reserve(descriptor: int, nbytes: int) -> bool:
-    """Give a file at least `nbytes`, all with a place on the disk; return False where it cannot.
+    """Allocate at least `nbytes` for a file on the disk; return False if unsupported.
 
     Not `os.posix_fallocate`: where the file system has no such call, the C library would write to
     every block instead, which takes hours on a network.
@@ -93,13 +94,13 @@ def reserve(descriptor: int, nbytes: int) -> bool:
 
 
 def begin_writing(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Start writing bytes of a file to the disk without waiting; return False where it cannot."""
+    """Start writing bytes of a file to the disk without waiting; return False if unsupported."""
     while _LIBC.sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ESPIPE):
             return False
         if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))  # the next sync may not say so again
+            raise OSError(code, os.strerror(code))  # the next sync may not report it again
     return True
 
 
@@ -122,7 +123,7 @@ def unmap(address: int, nbytes: int) -> None:
 
 
 def make_executable(address: int, nbytes: int) -> None:
-    """Let memory be executed, and no longer written. Raises `OSError` where that is forbidden."""
+    """Make memory executable and read-only. Raises `OSError` if that is forbidden."""
     if _LIBC.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
         raise OSError("memory may not become executable here")
 
@@ -146,7 +147,7 @@ def kill_with_parent() -> None:
 
 
 def standard_float_environment() -> ctypes.Array[ctypes.c_char] | None:
-    """Compute as IEEE 754 says in this thread; return how it did before, or None if unknown."""
+    """Set this thread's floating-point mode to IEEE 754; return the former one, None if unknown."""
     if not hasattr(_LIBC, "fesetenv"):
         return None
     before = ctypes.create_string_buffer(_FENV_NBYTES)
@@ -156,7 +157,7 @@ def standard_float_environment() -> ctypes.Array[ctypes.c_char] | None:
 
 
 def set_float_environment(before: ctypes.Array[ctypes.c_char]) -> None:
-    """Compute again in the way that `standard_float_environment` returned."""
+    """Restore the mode that `standard_float_environment` returned."""
     _LIBC.fesetenv(before)
 
 

@@ -1,20 +1,21 @@
-"""The lock of a folder: one file in it, held by one run, that says by which.
+"""The lock of a folder: one file in it, held by one run, which it names.
 
 How it is taken:
 
-1. The file is opened, and made if it is not there; never through a link, and never one that has
-   another name elsewhere, since it is written to.
-2. It is locked (flock). If another run has it locked, that one is named.
-3. If by now the name leads to another file, or to none, the holder before us removed the file that
-   we have just locked, and a third run may have locked a new one: start again from 1. So two runs
-   that both pass this step have locked the same file, and flock gives it to one at a time.
-4. Some file systems have no flock, and some grant it to everybody or to everybody on another
-   machine. So what the file says counts too: a run of this machine that is still alive holds it.
-5. Our own name is written into it. It is removed before the lock is given back: so a name that is
-   found belongs to a run that is at work, or was killed.
+1. The file is opened, and created if it does not exist; never through a link, and never one with a
+   second hard link, since it is written to.
+2. It is locked (flock). If another run holds the lock, the error names that run.
+3. If by now the name leads to another file, or to none, the former holder removed the file that was
+   just locked, and a third run may have locked a new one: start again from 1. So two runs that both
+   pass this step have locked the same file, and flock grants it to one at a time.
+4. Some file systems have no flock; some grant it to every process, or to every other machine. So
+   the content counts, too: if it names a run of this machine that is still alive, that run holds
+   the lock.
+5. The name of this run is written into the file, and erased before the lock is released: a name
+   that is found belongs to a run that is working, or was killed.
 
-Without a working flock, two runs that are at 4 in the same instant, or on two machines, both pass.
-What is made under a lock must not be wrong then: see `streamsoup.output.staging`.
+Without a working flock, two runs that are at step 4 at the same instant, or on two machines, both
+pass. Outputs must be correct even then: see `streamsoup.output.staging`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ _NBYTES = 4096
 
 
 class Holder:
-    """The run that a lock names; it may be anybody's text, so it is shown and never obeyed."""
+    """The run that a lock names. The text is untrusted: it is shown, and never acted upon."""
 
     def __init__(self, text: bytes) -> None:
-        """Read what stands in a lock; anything else than a lock's record names no run."""
+        """Parse the content of a lock; anything but a lock's record names no run."""
         try:
             found = json.loads(text.strip(b"\0") or b"{}")
         except (ValueError, RecursionError):
@@ -68,7 +69,7 @@ class Holder:
         return bool(self._found)
 
     def __str__(self) -> str:
-        """Name the run for a message."""
+        """Return the run's process, host and time, for a message."""
         if not self:
             return "another run"
         pid, host, since = (printable(self._found.get(key), 60) for key in ("pid", "host", "since"))
@@ -109,7 +110,7 @@ class HeldError(Exception):
     """Another run holds the lock."""
 
     def __init__(self, holder: Holder, why: str = "") -> None:
-        """Name the run; `why` says why it counts where the file system has no locks."""
+        """Name the run; `why` is added where the file system has no locks."""
         super().__init__(f"{holder}{why}")
         self.holder = holder
 
@@ -118,11 +119,16 @@ class Lock(Closing):
     """The lock of a folder, held until it is closed."""
 
     def __init__(self, folder: Folder, *, patience_s: float = 0.0) -> None:
-        """Take the file ``lock`` in a folder.
+        """Lock the file ``lock`` in a folder.
 
-        A holder that is dead already may hang in one last fsync: it is waited for, at most
-        `patience_s`. Raises `HeldError` if another run holds it, `FileNotFoundError` if the folder
-        was removed, and `OSError` for what cannot be opened or is not ours.
+        Args:
+            folder: The open folder; it stays open as long as the lock is held.
+            patience_s: How long to wait for a holder that was killed: it may still be in an fsync.
+
+        Raises:
+            HeldError: Another run holds it.
+            FileNotFoundError: The folder was removed.
+            OSError: The file cannot be opened, or was not made by streamsoup.
         """
         self._folder = folder
         self.descriptor = -1
@@ -134,16 +140,16 @@ class Lock(Closing):
                 if error.holder.may_live or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
-        with suppress(OSError):  # held all the same; others will not learn by whom
+        with suppress(OSError):  # the lock is held all the same; others cannot see by which run
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, Holder.this(), 0)
 
     def remove(self) -> None:
-        """Remove the file: the folder is to be removed, too."""
+        """Remove the file, before the folder itself is removed."""
         self._folder.remove("lock")
 
     def close(self) -> None:
-        """Give the lock back; closing alone would leave it to forked children."""
+        """Release the lock. Closing the descriptor alone would leave it to forked children."""
         if self.descriptor < 0:
             return
         descriptor, self.descriptor = self.descriptor, -1
@@ -155,7 +161,7 @@ class Lock(Closing):
 
 
 def _take(folder: Folder) -> int:
-    """Lock the file, as the steps above say; return its descriptor, or -1 to start again."""
+    """Lock the file by steps 1 to 4 above; return its descriptor, or -1 to start again."""
     descriptor = folder.file("lock", os.O_RDWR | os.O_CREAT)
     try:
         _check_ours(descriptor, folder)
@@ -185,7 +191,7 @@ def _take(folder: Folder) -> int:
                     f"{where}/lock)",
                 )
             log.warning(
-                "%s: the file system cannot lock files (%s); have no other run write there",
+                "%s: the file system cannot lock files (%s); let no other run write there",
                 where,
                 missing,
             )
@@ -197,20 +203,20 @@ def _take(folder: Folder) -> int:
 
 
 def _check_ours(descriptor: int, folder: Folder) -> None:
-    """Raise `OSError` for a file that is not a lock of ours, before it is written to."""
+    """Raise `OSError` for a file that streamsoup did not make, before it is written to."""
     status = os.fstat(descriptor)
     path = os.path.join(folder.path, "lock")
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise OSError(errno.EPERM, "its lock is not ours", path)
+        raise OSError(errno.EPERM, "its lock was not made by streamsoup", path)
     text = os.pread(descriptor, _NBYTES, 0).strip(b"\0")
     if text and not text.startswith((b'{"pid"', b"process ")):
-        raise OSError(errno.EPERM, "its lock is not ours", path)
+        raise OSError(errno.EPERM, "its lock was not made by streamsoup", path)
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process was started, in ticks since the machine was: tells reused numbers."""
+    """Return a process's start in ticks since boot: it tells apart reuses of a process id."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[19])

@@ -1,16 +1,16 @@
 """A folder that only this user can have written to, for files that are executed when read.
 
-A digest in a file says that it is whole, and nothing about who wrote it. What does:
+A digest in a file proves that it is whole, but not who wrote it. These conditions do:
 
 1. Every folder on the way from ``/`` belongs to the user or to root, and no other user may write
-   to it; a sticky one such as ``/tmp`` may lie above, as others cannot rename what is ours there.
+   to it; a sticky one such as ``/tmp`` may lie above, as others cannot rename our entries there.
 2. A symbolic link on the way is followed if it belongs to the user or root, and lies in a folder
    of which 1 holds and that is not sticky and open to others.
-3. The last folder is no link, belongs to the user, and has mode 0700, with which it is made.
+3. The last folder is not a link, belongs to the user, and has mode 0700, with which it is made.
 4. A file in it is opened without following links; its descriptor says that it is a regular file of
    the user, has no other name, and has mode 0700. Streamsoup writes no other file with that mode:
-   what lies in a soup, wherever it came from, is not taken for a kernel.
-5. What is executed is what was read through that descriptor.
+   a file in a soup, wherever it came from, is never mistaken for a kernel.
+5. The bytes that are executed are those that were read through that descriptor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["open_private", "read_private", "write_private"]
 _MODE = 0o700
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _LINKS = 40
-"""Links that are followed on one way, as the system does."""
+"""Most links followed on one path: the system's own limit."""
 
 _LIMIT = 1 << 26
 """Most bytes of a file that are read; kernels have some ten thousand."""
@@ -35,7 +35,8 @@ _LIMIT = 1 << 26
 def open_private(path: str) -> Folder | None:
     """Open a folder that only this user can have written to, made if need be.
 
-    Return None where there is none and none can be made. `path` is absolute.
+    Return None if it does not exist and cannot be made, or others may write to it. `path` is
+    absolute.
     """
     if not os.path.isabs(path):
         return None
@@ -63,7 +64,7 @@ def read_private(folder: Folder, name: str) -> bytes:
         status = os.fstat(descriptor)
         ours = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == _MODE
         if not (ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
-            raise PermissionError(f"{name}: is not a file that this user keeps there")
+            raise PermissionError(f"{name}: is not a file that only this user can have written")
         if status.st_size > _LIMIT:
             raise OSError(f"{name}: is too large")
         with open(descriptor, "rb", closefd=False) as file:
@@ -73,7 +74,7 @@ def read_private(folder: Folder, name: str) -> bytes:
 
 
 def write_private(folder: Folder, name: str, content: bytes) -> None:
-    """Keep a file in a folder of `open_private`, whole or not at all. Raises `OSError`."""
+    """Write a file into a folder of `open_private`, whole or not at all. Raises `OSError`."""
     temporary = f".{os.urandom(8).hex()}"
     descriptor = folder.file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
     try:

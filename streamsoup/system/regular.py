@@ -1,4 +1,4 @@
-"""Regular files, opened to be read: nothing that comes from anywhere is opened in another way."""
+"""Reading regular files: every file from outside is opened here, never a FIFO or a device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reading(path: str, *, follows: bool = True) -> Iterator[tuple[int, os.stat_r
 
 @contextmanager
 def _regular(descriptor: int, path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Yield a descriptor and its status, and close it; raise `OSError` for no regular file."""
+    """Yield a descriptor and its status, then close it; raise `OSError` unless it is regular."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -42,7 +42,7 @@ def _regular(descriptor: int, path: str) -> Iterator[tuple[int, os.stat_result]]
 def read_whole(path: str, limit: int) -> bytes:
     """Return the content of a regular file. Raises `OSError` for others, and beyond `limit` bytes.
 
-    Bounded by what is read, not by what the file says of its size: those of ``/proc`` say 0.
+    The bytes that are read count, not the size in the status: files in ``/proc`` have size 0.
     """
     with reading(path) as (descriptor, _):
         return _read(descriptor, path, limit)
@@ -65,6 +65,6 @@ def _read(descriptor: int, path: str, limit: int) -> bytes:
 
 
 def close_read(descriptor: int) -> None:
-    """Close what was only read from. What was read is read, whatever a disk says afterwards."""
+    """Close a descriptor that was only read from. Errors are ignored: the data was read."""
     with suppress(OSError):
         os.close(descriptor)

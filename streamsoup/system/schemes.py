@@ -1,7 +1,7 @@
-"""Paths that are addresses: ``s3://bucket/x`` is not on this machine.
+"""Refusal of addresses given as paths: ``s3://bucket/x`` is not on this machine.
 
-Python takes such an address for the path of a folder ``s3:``, and would make one. Every door
-through which a path comes in asks here first.
+Python takes such an address for the path of a folder ``s3:``, and would make one. Every function
+that takes a path from a user calls `check_local` first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ADVICE = {
 def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupError]) -> None:
     """Raise `error` for the address of something elsewhere, by its scheme, such as ``s3://``.
 
-    `pathlib` makes ``s3:/`` of it, which is refused where there is no folder ``s3:``.
+    `pathlib` turns it into ``s3:/``, which is refused unless a folder ``s3:`` exists.
 
     >>> check_local("C:/models/run", StreamsoupError)
     >>> check_local("s3://bucket/run", StreamsoupError)

@@ -1,8 +1,8 @@
-"""Work done in a child process, so that no death of it goes unexplained.
+"""Run work in a child process, so that even its death by a signal is explained.
 
-A mapped file that shrinks kills whoever touches its lost pages with SIGBUS, and no handler in
-Python can help. So the command line forks before anything heavy is imported; the child works, and
-the parent waits, passes signals on, and puts a death into words.
+A mapped file that shrinks kills the process that touches its lost pages with SIGBUS, and no handler
+in Python can help. So the command line forks before anything heavy is imported; the child works,
+and the parent waits, passes signals on, and reports how the child died.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ from streamsoup.system.libc import kill_with_parent
 __all__ = ["die_with", "leave", "open_standard_streams", "status_of", "supervised"]
 
 GRACE_S = 1.2
-"""Time to stop in good order after Ctrl-C or SIGTERM. Work that is cut off is resumed anyway."""
+"""Time for a clean stop after Ctrl-C or SIGTERM. Work that is cut off can be resumed anyway."""
 
 DYING_S = 0.4
-"""Time to wait for a killed child, which may hang in an fsync. It does nothing more after that."""
+"""Time to wait for a killed child, which may hang in an fsync. It changes nothing after that."""
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) -> int:
-    """Run `work` in a child process, and give its exit status.
+    """Run `work` in a child process, and return its exit status.
 
-    `explain` makes the error for a child that died of a signal, from the signal and the time (as
-    of `time.time`) at which it started. Signals to stop are passed on; a child that has not
-    stopped `GRACE_S` later is killed. Statuses are 130 after SIGINT, 143 after SIGTERM, 129 after
-    SIGHUP, and 1 where the child died otherwise.
+    SIGINT, SIGTERM and SIGHUP are passed on; a child that has not stopped `GRACE_S` later is
+    killed.
+
+    Args:
+        work: Called in the child; returns the exit status.
+        explain: Called with the signal that killed the child, and the time (of `time.time`) at
+            which it started; returns the error message.
+
+    Returns:
+        130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP, 1 if the child was killed otherwise.
     """
     started = time.time()
     sys.stdout.flush()
@@ -44,7 +50,7 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
     status = signal.SIGKILL.value
     stopping: list[int] = []
     killed: list[int] = []
-    # A signal that we were started to ignore (nohup, a job in the background) stays ignored.
+    # A signal that was ignored at the start (nohup, a background job) stays ignored.
     heeded = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -64,16 +70,19 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
     kept[signal.SIGALRM] = signal.signal(signal.SIGALRM, give_up)
     kept[signal.SIGCHLD] = signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
-    )  # ignored, none to wait for
+    )  # if it were ignored, waitpid would find no child
     try:
         try:
             child = os.fork()
         except BlockingIOError:
-            print("error: no process can be started here; raise its limit", file=sys.stderr)
+            print(
+                "error: no process can be started; raise the limit of processes (ulimit -u)",
+                file=sys.stderr,
+            )
             return 1
         if child == 0:
             _work(work, parent, heeded)
-        if stopping:  # it came before there was a child to pass it on to
+        if stopping:  # the signal came before the fork
             _kill(child, stopping[0])
         _, status = os.waitpid(child, 0)
     except _LeftAloneError:
@@ -91,7 +100,7 @@ def supervised(work: Callable[[], int], explain: Callable[[int, float], str]) ->
 
 
 def open_standard_streams() -> None:
-    """Put something at descriptors 0 to 2, lest a shard be opened there and printed into."""
+    """Fill descriptors 0 to 2, so that no shard is opened there and then printed into."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -101,20 +110,20 @@ def open_standard_streams() -> None:
 
 
 def status_of(stop: KeyboardInterrupt) -> int:
-    """Give the exit status after a signal to stop, which the exception names if it was ours."""
+    """Return the exit status after a signal to stop; `_interrupt` puts its number into `stop`."""
     number = stop.args[0] if stop.args and stop.args[0] in _STOPPING else signal.SIGINT
     return 128 + int(number)
 
 
 def die_with(parent: int) -> None:
-    """Ask to be killed when the parent is: a child left alone would hold the output's lock."""
+    """Make the system kill this process with its parent: an orphan would hold the lock."""
     kill_with_parent()
     if os.getppid() != parent:  # it was killed before we asked
         os._exit(1)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with what is printed, and leave the rest to the system (6 ms less)."""
+    """Flush the standard streams, and exit without Python's own clean-up (saves 6 ms)."""
     os._exit(_flush(status))
 
 
@@ -123,7 +132,7 @@ class _LeftAloneError(Exception):
 
 
 def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) -> None:
-    """Be the child: work, and end without what the parent would do at its exit."""
+    """Run the child: work, and exit without the clean-up that belongs to the parent."""
     status = 1
     try:
         die_with(parent)
@@ -136,7 +145,7 @@ def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) ->
     except KeyboardInterrupt as stop:
         status = status_of(stop)
     except BrokenPipeError:
-        pass  # nobody reads what there is to say
+        pass  # the reader of stdout is gone
     except Exception as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
     finally:
@@ -146,7 +155,7 @@ def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) ->
 
 
 def _flush(status: int) -> int:
-    """Print what is left to print. If nobody reads it, the work is done all the same."""
+    """Flush stdout. A closed pipe is not an error: the work is done."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,7 +1,7 @@
-"""Versions of what our numbers depend on: for provenance, and for the names of compiled kernels.
+"""Versions of the libraries that results depend on, for provenance and names of compiled kernels.
 
-`importlib.metadata` would be asked for them, but importing it takes 12 ms, an eighth of a small
-soup; importing numpy 40 ms, and numba half a second.
+They are read from the packages' files: importing `importlib.metadata` takes 12 ms, an eighth of a
+small soup; importing numpy 40 ms, and numba half a second.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["llvmlite_version", "numba_version", "versions"]
 _ASSIGNED = re.compile(
     r"""^(?: "version":|version =|version_version =) ['"]([^'"]+)['"]""", re.MULTILINE
 )
-"""How numba, numpy and llvmlite write it."""
+"""Matches the version as numba, numpy and llvmlite write it."""
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python, streamsoup and the libraries, by name."""
+    """Return the versions of Python, streamsoup and the libraries, by name."""
     return {
         "numpy": _version("numpy", "version.py"),
         "numba": numba_version(),
@@ -35,21 +35,21 @@ def versions() -> dict[str, str]:
 
 
 def numba_version() -> str:
-    """Give numba's version."""
+    """Return numba's version."""
     return _version("numba", "_version.py")
 
 
 def llvmlite_version() -> str:
-    """Give the version of what compiles for numba."""
+    """Return the version of llvmlite, which compiles for numba."""
     return _version("llvmlite", "_version.py")
 
 
-def _version(package: str, room: str) -> str:
-    """Give a package's version, from the file that its builds write it to, or else the slow way."""
+def _version(package: str, file_name: str) -> str:
+    """Return a package's version from the file its build wrote, or else from its metadata."""
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         try:
-            path = os.path.join(os.path.dirname(spec.origin), room)
+            path = os.path.join(os.path.dirname(spec.origin), file_name)
             with open(path, encoding="utf-8") as file:
                 found = _ASSIGNED.search(file.read())
         except OSError:

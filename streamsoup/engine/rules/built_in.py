@@ -1,4 +1,4 @@
-"""The rules that a provenance may name without being told of them."""
+"""The rules that come with the package: a provenance may name them without their classes given."""
 
 from __future__ import annotations
 

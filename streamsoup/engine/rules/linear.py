@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Linear"]
 
 NUMBER_NBYTES = 160
-"""What one coefficient of one tensor takes: as a number, and in the texts that it comes from and
-goes to. Measured: 123 and 143 bytes each, of 320,000 and of 1,280,000."""
+"""Bytes that one coefficient of one tensor takes: as a number, and in the texts read and written.
+ Measured: 123 and 143 bytes each, of 320,000 and of 1,280,000."""
 
 
 class Linear(msgspec.Struct, frozen=True, tag="linear", forbid_unknown_fields=True):
@@ -38,7 +38,7 @@ class Linear(msgspec.Struct, frozen=True, tag="linear", forbid_unknown_fields=Tr
 
     @property
     def is_copy(self) -> bool:
-        """Whether the soup is the one ingredient there is."""
+        """True if the soup is a copy of a single ingredient."""
         return self.coefficients.is_copy
 
     def keeps_equal(self, tensor: str, dtypes: Collection[str]) -> bool:
@@ -53,15 +53,15 @@ class Linear(msgspec.Struct, frozen=True, tag="linear", forbid_unknown_fields=Tr
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
         """Raise `RecipeError` unless there is one finite factor for each ingredient."""
         self.coefficients.check(n_ingredients)
-        strangers = [name for name in self.coefficients.per_tensor if name not in names]
-        if strangers:
+        unknown = [name for name in self.coefficients.per_tensor if name not in names]
+        if unknown:
             raise RecipeError(
-                f"coefficients for tensors that no ingredient has: {some(strangers)}; leave those "
+                f"coefficients for tensors that no ingredient has: {some(unknown)}; leave those "
                 "out, or take them from a soup of the same architecture"
             )
 
     def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
-        """Count one product for each element, and the coefficients of single tensors."""
+        """Return the memory of one product per element, and of coefficients of single tensors."""
         own = NUMBER_NBYTES * sum(map(len, self.coefficients.per_tensor.values()))
         return RuleMemory(per_element=24, fixed=own)
 
@@ -79,16 +79,16 @@ class _Sum:
         self._rule = rule
 
     def start(self, tensor: TensorSpec, start: int) -> None:
-        """Keep nothing between blocks."""
+        """Return None: no state is kept between blocks."""
 
     def measure(self, state: None, block: Block) -> None:
-        """Look at nothing beforehand."""
+        """Do nothing: there are no measuring passes."""
 
     def merge(self, state: None) -> None:
-        """Keep nothing."""
+        """Do nothing: there are no measuring passes."""
 
     def end_pass(self) -> None:
-        """Keep nothing."""
+        """Do nothing: there are no measuring passes."""
 
     def reduce(self, state: None, block: Block, out: NDArray[np.float64]) -> None:
         """Sum, divide once, and keep what is the same in all ingredients of float64."""

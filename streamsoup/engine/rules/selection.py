@@ -61,11 +61,11 @@ class Selection:
         self._left = k
 
     def start(self) -> Any:
-        """Return what a leaf shows: counts, or collected keys."""
+        """Return the empty state of a leaf: counts, or collected keys."""
         return [] if self._collects else np.zeros(DIGITS, np.int32)
 
     def measure(self, state: Any, magnitudes: Floats, start: int) -> None:
-        """Look at the elements from index `start` on ``(element,) float64``, none below zero."""
+        """Measure the elements from index `start` on ``(element,) float64``, none below zero."""
         keys = magnitudes.view(np.uint64)
         indices = None
         shift = 64
@@ -92,7 +92,7 @@ class Selection:
         _count(state, digits)
 
     def merge(self, state: Any) -> None:
-        """Take what a leaf showed."""
+        """Add the state of a measured leaf."""
         if self._collects:
             self._found += state
         else:
