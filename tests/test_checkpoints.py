@@ -245,7 +245,7 @@ def test_a_pipe_for_a_state_is_not_waited_for(tmp_path: Path) -> None:
         ({"last": 7}, "the last 7 are asked for, and there are 6"),
         ({"last": 4, "every": 2}, "of which every 2 leaves 3"),
         ({"by": "age"}, "must be one of step"),
-        ({"every": 1.5}, "no whole number"),
+        ({"every": 1.5}, "not a whole number"),
     ],
 )
 def test_wrong_choices(run: Path, wrong: Any, message: str) -> None:

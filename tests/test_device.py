@@ -468,7 +468,9 @@ def test_the_adapter_passes_on_what_it_is_asked(monkeypatch: pytest.MonkeyPatch)
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another accelerator, a number too high, one without float64, an unknown word."""
     for name in ("gpu", "cpu:0", "meta", "cuda:-1", ""):
-        with pytest.raises(RecipeError, match=f"'{name}' is no device; use auto, cpu, cuda or cu"):
+        with pytest.raises(
+            RecipeError, match=f"'{name}' is not a device; use auto, cpu, cuda or cu"
+        ):
             open_device(name)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")

@@ -58,7 +58,7 @@ def test_options_take_whole_numbers(tmp_path: Path) -> None:
     """What is not a whole number is refused before anything is written; numpy's are taken."""
     a = save(tmp_path / "a", random_model(0))
     for wrong in ({"shard_size": 5e9}, {"memory": 3e8}, {"threads": 2.0}, {"threads": "2"}):
-        with pytest.raises(RecipeError, match=r"is no (size; .* )?whole"):
+        with pytest.raises(RecipeError, match=r"is not a (size; .* )?whole number"):
             uniform([a], output=tmp_path / "out", options=Options(**wrong))  # type: ignore[arg-type]
         assert os.listdir(tmp_path) == ["a"]
     numbers: dict[str, Any] = {"shard_size": 4000, "memory": 10**9, "threads": 2}
@@ -92,7 +92,7 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
     ]
     for kind, name, value in wrong:
         with pytest.raises(
-            RecipeError, match=f"^{name}: .* is no (whole number|number|truth value)$"
+            RecipeError, match=f"^{name}: .* is not a (whole number|number|truth value)$"
         ):
             kind(**{name: value})
 

@@ -174,7 +174,7 @@ class Worker(Protocol):
         """
 
     def add(self, first: int, inputs: Sequence[Bytes]) -> None:
-        """Take the blocks of ingredients `first` and following, in order."""
+        """Add the blocks of ingredients `first` and following, in order."""
 
     def result(self) -> Bytes:
         """Return the result of the oldest block, valid until the next one is started."""
@@ -188,7 +188,7 @@ class MeasuringWorker(Worker, Protocol):
     """A worker that can measure leaves before it makes any."""
 
     def read_with(self, reader: Reader) -> None:
-        """Take what a rule reads with that looks beyond its block; called once, at first."""
+        """Set the reader for rules that read beyond their block; called once, at first."""
 
     def begin(self, leaf: Leaf) -> None:
         """Begin a leaf, to be measured or to be made."""

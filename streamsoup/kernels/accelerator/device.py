@@ -203,7 +203,7 @@ def open_device(name: str) -> Accelerator | HostDevice:
         wanted = torch.device("cpu")
     if wanted.type in ("cpu", "meta"):
         raise RecipeError(
-            f"{option('device')} {name!r} is no device; use auto, cpu, cuda or cuda:N"
+            f"{option('device')} {name!r} is not a device; use auto, cpu, cuda or cuda:N"
         )
     if not _knows_accelerators():
         raise DeviceError(
