@@ -30,10 +30,10 @@ _OURS = ("journal", "lock")
 
 
 class SearchFolder(Closing):
-    """The folder of one search, with its journal. Scores and looks are kept in it."""
+    """The folder of one search, with its journal of scores and evaluations."""
 
     def __init__(self, target: str, bound_to: Mapping[str, Any], *, restart: bool) -> None:
-        """Take the folder beside the output at the real path `target`, and read its journal.
+        """Lock the folder beside the output at the real path `target`, and read its journal.
 
         `bound_to` says what the answers depend on; it is plain JSON. `restart` forgets those of an
         earlier run. Raises `OutputBusyError` if another run searches here, `ResumeError` for a
@@ -63,9 +63,9 @@ class SearchFolder(Closing):
         return itertools.islice(self.journal, 1, None)
 
     def is_of(self, run: object) -> bool:
-        """Whether a run, as a soup's report names it, is this search.
+        """Return True if a run, as a soup's report names it, may be this search.
 
-        A kill while tidying up leaves no name, and then every run may be.
+        A kill during the clean-up leaves no name, and then every run may be.
         """
         return self._lost or run == self.run
 
@@ -85,7 +85,7 @@ class SearchFolder(Closing):
         self._clear()
         for name in _OURS:
             self._folder.remove(name)
-        with suppress(OSError):  # somebody put a file of their own there
+        with suppress(OSError):  # another process put a file there
             os.rmdir(self.root)
         self._unlock()  # and no more: by now the folder may be another run's
 
@@ -110,9 +110,9 @@ class SearchFolder(Closing):
         self._folder.close()
 
     def _begin(self, bound_to: dict[str, Any]) -> str:
-        """Check what the journal belongs to, or note it in a new one; give the run's name."""
+        """Check what the journal belongs to, or note it in a new one; return the name of the run."""
         if self.journal.n_records == 1 and self.journal.first.get("search") != bound_to:
-            # Nothing was answered: whoever mends a slip in a task need not say --restart.
+            # Nothing was scored yet: a corrected task needs no --restart.
             self.journal.close()
             self._folder.remove("journal")
             self.journal = self._open_journal()
@@ -142,7 +142,7 @@ def bound_ingredients(ingredients: Sequence[Ingredient]) -> list[list[Any]]:
 def lock_folder(root: str, *, private: bool = False) -> tuple[Folder, Lock]:
     """Make a folder, and those above it, open it, and lock it against every other run.
 
-    One that is `private` is believed only if nobody else may have written there.
+    A `private` one is used only if no other user can have written there.
 
     Returns:
         The open folder, and its lock, which is closed first.

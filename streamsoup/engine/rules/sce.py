@@ -97,7 +97,7 @@ class _Sce:
         self._selecting = self._selection is not None
         self._n_varying = 0
         self._counted = False
-        """Whether the first pass, which counts what varies, has ended."""
+        """True once the first pass, which counts what varies, has ended."""
         self._energies = GrainTotals(n)
         self._weights: list[float] = []
         self.measuring = True

@@ -39,7 +39,7 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
     per_tensor: dict[str, Terms] = {}
     """Those of single tensors, by name."""
     trim: Trim = "tensor"
-    """Whether magnitudes are ranked within each tensor, or over all, in the order of names."""
+    """How magnitudes are ranked: within each tensor, or over all, in the order of names."""
     seed: int = 0
     """Of random masks; see `kernels.philox`."""
 
@@ -55,7 +55,7 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
 
     @property
     def spans_model(self) -> bool:
-        """Whether magnitudes are ranked over all tensors."""
+        """True if magnitudes are ranked over all tensors."""
         return self.trim == "model"
 
     def of(self, tensor: str) -> Terms:

@@ -52,7 +52,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def measures_sums(self) -> bool:
-        """Whether sums of magnitudes are needed before an element can be made."""
+        """True if sums of magnitudes are needed before an element can be made."""
         return self.rescale == "l1" and self.sparsifier is not None
 
     @property
