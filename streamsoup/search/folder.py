@@ -110,7 +110,7 @@ class SearchFolder(Closing):
         self._folder.close()
 
     def _begin(self, bound_to: dict[str, Any]) -> str:
-        """Check what the journal belongs to, or note it in a new one; return the name of the run."""
+        """Check what the journal belongs to, or note it in a new one; return the run's name."""
         if self.journal.n_records == 1 and self.journal.first.get("search") != bound_to:
             # Nothing was scored yet: a corrected task needs no --restart.
             self.journal.close()
