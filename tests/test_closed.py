@@ -231,7 +231,7 @@ def test_wsm_is_a_decay_of_the_learning_rate(states: Any, paths: list[str], tmp_
     for j, step in enumerate(steps, 1):
         made = {n: made[n] + (1 + math.cos(math.pi * j / 5)) / 2 * step[n] for n in made}
     same(streamsoup.wsm(paths, "cosine", output=tmp_path / "soup"), made)
-    with pytest.raises(RecipeError, match="none of"):
+    with pytest.raises(RecipeError, match="must be one of"):
         wsm_coefficients(3, "steps")
 
 

@@ -165,7 +165,7 @@ def test_killed_at_any_call(tmp_path: Path, machine: Machine, options: tuple[str
 def test_killed_while_tidying_up(tmp_path: Path, machine: Machine) -> None:
     """Killed when the soup is in place and traces are removed, a search has nothing left to do."""
     searches = Searches(tmp_path, machine)
-    assert searches.disturb("kill", step=1, start=searches.n_calls - 25) > 10
+    assert searches.disturb("kill", step=2, start=searches.n_calls - 25) > 10
 
 
 @pytest.mark.parametrize("action", ["power", "INT", "ENOSPC", "EIO"])
