@@ -14,7 +14,7 @@ from checkpoints import load, save, tensor
 import streamsoup
 from streamsoup import Options
 from streamsoup.engine import budget, plan, stream
-from streamsoup.engine.rules import task_vectors
+from streamsoup.engine.rules import compiled, task_vectors
 from streamsoup.errors import BudgetError, NonFiniteError, RecipeError
 from streamsoup.kernels import merges_reference as reference
 from streamsoup.kernels.philox import Key, key_of, philox, words
@@ -395,3 +395,21 @@ def test_long_rows_are_in_the_plan(tmp_path: Path) -> None:
             output=tmp_path / "soup",
             options=Options(memory="130MB", threads=1),
         )
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize(("method", "told"), CASES)
+def test_compiled_loops_have_the_bits_of_numpy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    told: dict[str, Any],
+    dtype: str,
+) -> None:
+    """For every dtype that is compiled for, blocks cut small too, all bytes are the same."""
+    base, others = checkpoints(tmp_path, dtype)
+    plain = merge(method, base, others, tmp_path / "plain", told)
+    monkeypatch.setattr(compiled, "WORTH", 1)
+    monkeypatch.setattr(plan, "LEAF", 4096)
+    monkeypatch.setattr(task_vectors, "MOST_COLLECTED", 40)
+    assert files(merge(method, base, others, tmp_path / "compiled", told)) == files(plain)

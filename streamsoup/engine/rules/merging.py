@@ -8,6 +8,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.engine.rules.compiled import find_compiled
 from streamsoup.engine.rules.grains import GrainTotals, grain_sums
 from streamsoup.engine.rules.selection import Selection
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked
@@ -83,6 +84,7 @@ class Merging:
         }
         """Of |d| and of |S(d)|, by tensor."""
         self.measuring = self._selecting or self._summing
+        self._compiled = find_compiled(n * n_elements)
 
     def start(self, tensor: TensorSpec, start: int) -> _Leaf:
         """Begin a leaf."""
@@ -95,6 +97,9 @@ class Merging:
 
     def measure(self, leaf: _Leaf, block: Block) -> None:
         """Count magnitudes, or add them up."""
+        if self._selecting and self._compiled is not None and self._compiled.fits(block):
+            self._count(leaf, block)
+            return
         index = self._offsets[leaf.name] + block.start
         base = block.values(0)
         for i in range(self._n):
@@ -113,6 +118,19 @@ class Merging:
                 if mask is not None:
                     task[~mask] = 0.0
                 leaf.kept[i].append(grain_sums(task))
+
+    def _count(self, leaf: _Leaf, block: Block) -> None:
+        """Count magnitudes in compiled loops."""
+        assert self._compiled is not None
+        index = self._offsets[leaf.name] + block.start
+        for (i, number), counts in leaf.counts.items():
+            selection = self._selections[i][number]
+            if self._compiled.measures(selection):
+                if self._compiled.measure(selection, counts, block, i + 1, index):
+                    block.spoil()
+            else:
+                magnitudes = np.abs(task_vector(block.values(i + 1), block.values(0)))
+                selection.measure(counts, magnitudes, index)
 
     def merge(self, leaf: _Leaf) -> None:
         """Add what a leaf showed."""
@@ -137,7 +155,11 @@ class Merging:
 
     def reduce(self, leaf: _Leaf, block: Block, out: Floats) -> None:
         """Add to the base what is kept, and agrees."""
-        base, terms = block.values(0), self._terms[leaf.name]
+        terms = self._terms[leaf.name]
+        if self._compiled is not None and self._compiled.fits(block):
+            self._reduce(leaf, block, out)
+            return
+        base = block.values(0)
         with np.errstate(all="ignore"):
             products = [self._product(i, leaf, block, base) for i in range(self._n)]
             total = np.zeros(block.n)
@@ -146,13 +168,52 @@ class Merging:
             if terms.consensus == "sum":
                 total = _agreed(products, total, terms)
             elif terms.normalize:
-                whole = 0.0
-                for coefficient in terms.coefficients:
-                    whole += coefficient
-                total /= whole if abs(whole) >= NEARLY_ZERO else 1.0
+                total /= _whole(terms)
             if terms.scale != 1.0:
                 total *= terms.scale
             add_to_base(base, total, out)
+
+    def _reduce(self, leaf: _Leaf, block: Block, out: Floats) -> None:
+        """Add to the base what is kept, and agrees, in compiled loops."""
+        compiled, terms = self._compiled, self._terms[leaf.name]
+        assert compiled is not None
+        products = np.empty((self._n, block.n))
+        index = self._offsets[leaf.name] + block.start
+        base: Floats | None = None
+        for i in range(self._n):
+            sparsifier, coefficient = terms.sparsifier, terms.coefficients[i]
+            if sparsifier is None or sparsifier.density[i] == 1:
+                spoiled = compiled.whole(block, i + 1, coefficient, products[i])
+            elif isinstance(sparsifier, Largest):
+                (selection,) = self._selections[i]
+                factor = self._factor(i, leaf.name)
+                spoiled = compiled.largest(
+                    block, i + 1, selection, index, factor, coefficient, products[i]
+                )
+            elif isinstance(sparsifier, Random):
+                drawn = compiled.words(key_of(self._seed, i, leaf.name), block.start, block.n)
+                factor = self._factor(i, leaf.name)
+                density = sparsifier.density[i]
+                spoiled = compiled.within(
+                    block, i + 1, drawn, density, factor, coefficient, products[i]
+                )
+            else:
+                base = block.values(0) if base is None else base
+                with np.errstate(all="ignore"):
+                    products[i] = self._product(i, leaf, block, base)
+                spoiled = False
+            if spoiled:
+                block.spoil()
+        compiled.elect(
+            block,
+            products,
+            np.array(terms.coefficients),
+            terms.consensus == "sum",
+            terms.normalize,
+            _whole(terms),
+            terms.scale,
+            out,
+        )
 
     def _product(self, i: int, leaf: _Leaf, block: Block, base: Floats) -> Floats:
         """Make wᵢ·S(dᵢ)."""
@@ -245,6 +306,14 @@ def _selections(terms: Terms, n_ingredients: int, n_elements: int) -> list[list[
             sizes = terms.sparsifier.bounds(i, n_elements)
         found.append([Selection(size, n_elements, most=most) for size in sizes])
     return found
+
+
+def _whole(terms: Terms) -> float:
+    """Return what divides a sum that is normalized without a consensus."""
+    whole = 0.0
+    for coefficient in terms.coefficients:
+        whole += coefficient
+    return whole if abs(whole) >= NEARLY_ZERO else 1.0
 
 
 def _agreed(products: Sequence[Floats], total: Floats, terms: Terms) -> Floats:

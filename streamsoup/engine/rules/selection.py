@@ -91,6 +91,32 @@ class Selection:
         digits = (inverted >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
         _count(state, digits)
 
+    @property
+    def wanted(self) -> tuple[int, int, bool, int] | None:
+        """What a compiled loop has to look for: prefix, bits below it, whether keys are collected.
+
+        The last is how many at most. None where the digits of indices are counted.
+        """
+        if len(self._prefix) > N_MAGNITUDE or (
+            len(self._prefix) == N_MAGNITUDE and not self._collects
+        ):
+            return None
+        prefix = 0
+        for digit in self._prefix:
+            prefix = prefix << DIGIT_BITS | digit
+        return prefix, 64 - DIGIT_BITS * len(self._prefix), self._collects, self._most
+
+    def bounds(self, start: int, n: int) -> tuple[Any, int]:
+        """Return a magnitude's bits above which elements are kept, and how many that equal them.
+
+        Those are the first ones from index `start` on.
+        """
+        if self._everything:
+            return np.uint64(0), n
+        if self._left <= 0:
+            return np.uint64(DIGITS**4 - 1), 0
+        return self._threshold, min(max(int(self._cut) + 1 - start, 0), n)
+
     def merge(self, state: Any) -> None:
         """Add the state of a measured leaf."""
         if self._collects:
