@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -413,3 +414,19 @@ def test_compiled_loops_have_the_bits_of_numpy(
     monkeypatch.setattr(plan, "LEAF", 4096)
     monkeypatch.setattr(task_vectors, "MOST_COLLECTED", 40)
     assert files(merge(method, base, others, tmp_path / "compiled", told)) == files(plain)
+
+
+def test_thresholds_of_many_tensors_hold_no_counts(tmp_path: Path) -> None:
+    """What selections count is let go of with their pass: memory does not grow with tensors."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(4):
+        content = {f"t{j}": tensor(rng.normal(size=999).astype(np.float32)) for j in range(60)}
+        paths.append(str(save(tmp_path / f"m{i}", content)))
+    tracemalloc.start()
+    try:
+        streamsoup.ties(paths[1:], 0.5, base=paths[0], output=tmp_path / "soup")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 * 3 * 8 * 65536 / 3

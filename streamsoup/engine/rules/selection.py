@@ -49,7 +49,8 @@ class Selection:
         self.select(k)
         self._prefix: list[int] = []
         self._collects = False
-        self._counts = np.zeros(DIGITS, np.int64)
+        self._counts: NDArray[np.int64] | None = None
+        """Of a pass under way alone: a model has a selection for every tensor and ingredient."""
         self._found: list[NDArray[np.uint64]] = []
         self._threshold, self._cut = np.uint64(0), np.uint64(0)
         """Kept is what lies above the threshold, or equals it at an index up to the cut."""
@@ -121,6 +122,8 @@ class Selection:
         """Add the state of a measured leaf."""
         if self._collects:
             self._found += state
+        elif self._counts is None:
+            self._counts = state.astype(np.int64)
         else:
             self._counts += state
 
@@ -133,12 +136,13 @@ class Selection:
             self._cut = ~inverted
             self._found, self.measuring = [], False
             return
+        assert self._counts is not None
         above = np.cumsum(self._counts[::-1])[::-1]
         digit = int(np.flatnonzero(above >= self._left)[-1])
         n_equal = int(self._counts[digit])
         self._left -= int(above[digit]) - n_equal
         self._prefix.append(digit)
-        self._counts[:] = 0
+        self._counts = None
         if n_equal == self._left:
             self._keep_all()
         elif n_equal <= self._most:
