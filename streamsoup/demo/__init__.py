@@ -1,14 +1,18 @@
-"""The whole idea in one minute: fine-tune ten small networks, soup them, count who wins.
+"""Model soups in one minute, on real data: fine-tune ten small networks, average and compare them.
 
-`streamsoup demo` pretrains one network on handwritten digits, fine-tunes it ten times on the digits
-of other writers, mixes the ten with `streamsoup.uniform`, and prints how often each of them is
-right; also where the soup is worse.
+`streamsoup demo` pretrains one network on handwritten digits, fine-tunes it ten times on sixty
+digits of other writers, averages the ten in three ways, and prints how often each model is right,
+and where a soup is better or worse than the best single model.
 
 * `digits`: the two data sets, their splits, and the corruptions
-* `network`: the small network, and how it lies on disk
+* `network`: the small network, and its files
 * `training`: pretraining and the fine-tunings, in plain torch
-* `table`: the rows, and an honest comparison
-* `kitchen`: all of it, in order
+* `soups`: uniform, greedy and learned
+* `judging`: right answers, and paired intervals of their differences
+* `table`: the rows and the verdicts
+* `comparison`: the report
+* `task`: the task file, as a user would write one
+* `steps`: all of it, in order
 
 Importing this package costs nothing; torch is loaded by `main`.
 """
@@ -29,14 +33,19 @@ __all__ = ["main"]
 def main(folder: str | os.PathLike[str] = "streamsoup-demo") -> None:
     """Run the demo, leave its checkpoints and results in `folder`, and print the table.
 
-    Takes under a minute on two cores.  Whatever `folder` holds from an earlier demo is
-    replaced; `OutputExistsError` if it holds anything else, `OutputError` for an address.
+    Takes about a minute on two cores.  The results of an earlier demo in `folder` are replaced.
 
-    Raises `SystemExit` with a line of advice if the extra dependencies are not installed.
+    Args:
+        folder: Where to write; made if it does not exist.
+
+    Raises:
+        OutputExistsError: `folder` holds anything but an earlier demo.
+        OutputError: `folder` is an address, or cannot be written to.
+        SystemExit: the extra dependencies are not installed; with the command that does it.
     """
     check_local(folder, OutputError)
     try:
-        from streamsoup.demo import kitchen
+        from streamsoup.demo import steps
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in {"mlxtend", "sklearn"}:
@@ -44,4 +53,4 @@ def main(folder: str | os.PathLike[str] = "streamsoup-demo") -> None:
         raise SystemExit(
             f"error: the demo needs {package}; install its extras: pip install 'streamsoup[demo]'"
         ) from None
-    kitchen.serve(folder)
+    steps.run(folder)

@@ -1,7 +1,7 @@
-"""The last page of the demo: the same ten ingredients, compared in every way.
+"""The report of the demo: the same ingredients in every soup and ensemble.
 
-What `kitchen` has learned is taken from the soup's own file; everything else is measured, once:
-answers are kept, so that a second demo measures nothing again.
+The coefficients of the learned soup are read from its own file.  Everything else is measured once:
+predictions are cached, so that a second demo measures nothing again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["write"]
 
 
 def write(folder: Path, results: Results, command: str) -> str:
-    """Write the report of the demo in `folder` into ``folder/report``; give its page's path.
+    """Write the report of the demo to ``folder/report``; return the path of its page.
 
-    Takes some ten seconds, once.
+    Takes some ten seconds, the first time.
     """
     ingredients = [folder / "ingredients" / row.name for row in results.ingredients]
     coefficients = {}

@@ -1,8 +1,7 @@
-"""A small network that reads digits, and how it lies on disk.
+"""A small network that reads digits, and its files.
 
 Three convolutions and two linear layers, about 107,000 parameters.  It has a LayerNorm and no
-BatchNorm: running statistics belong to the weights they were measured with, and the average of
-several is right for none.
+BatchNorm, whose running statistics would have to be measured anew for every average.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Network(nn.Module):
 
 
 def build(seed: int) -> Network:
-    """Make a network with random weights, the same for the same `seed`."""
+    """Return a network with random weights, the same for the same `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network()
@@ -56,7 +55,7 @@ def build(seed: int) -> Network:
 def save(network: Network, folder: Path) -> Path:
     """Write `folder/model.safetensors` and `folder/config.json`; return `folder`.
 
-    Raises `OutputError` where the disk is full, or fails.
+    Raises `OutputError` if the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
@@ -70,7 +69,7 @@ def save(network: Network, folder: Path) -> Path:
 
 
 def load(folder: Path) -> Network:
-    """Read back what `save`, or a soup of what it saved, left in `folder`."""
+    """Return the network that `save`, or an average of saved networks, wrote to `folder`."""
     network = build(seed=0)
     network.load_state_dict(load_file(folder / "model.safetensors"))
     return network

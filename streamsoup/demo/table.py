@@ -1,8 +1,8 @@
-"""The rows of the result, and an honest comparison.
+"""The tables of the demo, and a verdict on each soup.
 
-Every soup is set against one thing only: the ingredient that was best on validation, which is what
-one would have kept without soups.  The differences are printed with their sign, and the splits
-where a soup loses are named.
+Every soup is compared with one model only: the ingredient that was best on validation, which is
+what one would have kept without soups.  A soup wins or loses on a split only where the paired
+bootstrap interval of the difference leaves 0 out.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from streamsoup.demo.training import Training
+from streamsoup.study.measures.rows import Gain
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One set of weights and how often it is right."""
+    """One model, or ensemble, and how often it is right."""
 
     name: str
 
     n_right: Mapping[str, int]
-    """Right answers per split.  Counts, so that a tie is a tie."""
+    """Right answers per split."""
 
     how: Training | None = None
-    """The training it comes from; none for a soup."""
+    """The training that made it; none for a soup."""
+
+    gains: Mapping[str, Gain] = {}
+    """For a soup: its share of right answers minus that of the best ingredient, per split."""
 
 
 class Results(msgspec.Struct, frozen=True):
-    """All rows, and what they are compared by."""
+    """All rows of the demo."""
 
     n_images: Mapping[str, int]
     """Images per split, in the order of the columns."""
@@ -42,14 +47,9 @@ class Results(msgspec.Struct, frozen=True):
         """Return the ingredient that is best on validation; the first one of equals."""
         return max(self.ingredients, key=lambda row: row.n_right["val"])
 
-    def difference(self, soup: Row, split: str) -> float:
-        """Return by how many percentage points `soup` is better than the best ingredient."""
-        gain = soup.n_right[split] - self.best().n_right[split]
-        return 100 * gain / self.n_images[split]
 
-
-def render(results: Results) -> Table:
-    """Draw the table; `rich` prints it, with or without colours."""
+def scores(results: Results) -> Table:
+    """Return the percentages of right answers as a table for `rich`, 79 columns wide."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("", no_wrap=True)
     for heading in ("rate", "epochs", "augment", "smooth"):
@@ -63,21 +63,28 @@ def render(results: Results) -> Table:
     best = results.best()
     table.add_row(*_cells(best, results.n_images, name=f"best on val ({best.name})"))
     for soup in results.soups:
-        differences = [results.difference(soup, split) for split in results.n_images]
         table.add_row(*_cells(soup, results.n_images), style="bold")
-        table.add_row("  minus the best", "", "", "", "", *map(_signed, differences))
     return table
 
 
-def verdict(results: Results, soup: Row) -> str:
-    """Say in one sentence where `soup` beats the best ingredient, equals it, and loses to it."""
-    outcomes: dict[str, list[str]] = {"wins on": [], "equals it on": [], "loses on": []}
-    for split in results.n_images:
-        difference = results.difference(soup, split)
-        outcome = "wins on" if difference > 0 else "loses on" if difference < 0 else "equals it on"
-        outcomes[outcome].append(split)
-    said = [f"{outcome} {', '.join(splits)}" for outcome, splits in outcomes.items() if splits]
-    return f"Against the best single model, the {soup.name} {'; '.join(said)}."
+def gains(results: Results) -> Table:
+    """Return the soups' differences from the best ingredient as a table for `rich`."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column(f"minus {results.best().name}", no_wrap=True)
+    for split in results.soups[0].gains:
+        table.add_column(split, justify="right", no_wrap=True)
+    for soup in results.soups:
+        table.add_row(soup.name, *map(_signed, soup.gains.values()))
+    return table
+
+
+def verdict(soup: Row) -> str:
+    """Return in one sentence where `soup` wins and loses against the best ingredient."""
+    splits: dict[str, list[str]] = {"wins": [], "loses": [], "no difference": []}
+    for split, gain in soup.gains.items():
+        splits[gain.outcome].append(split)
+    parts = [f"{outcome} on {', '.join(names)}" for outcome, names in splits.items() if names]
+    return f"{soup.name}: {'; '.join(parts)}."
 
 
 def _cells(row: Row, n_images: Mapping[str, int], *, name: str | None = None) -> list[str]:
@@ -92,12 +99,12 @@ def _cells(row: Row, n_images: Mapping[str, int], *, name: str | None = None) ->
         if how
         else [""] * 4
     )
-    scores = [f"{100 * row.n_right[split] / n:.2f}" for split, n in n_images.items()]
-    return [name or row.name, *settings, *scores]
+    percent = [f"{100 * row.n_right[split] / n:.2f}" for split, n in n_images.items()]
+    return [name or row.name, *settings, *percent]
 
 
-def _signed(difference: float) -> str:
-    if difference == 0:
-        return "0"
-    colour = "green" if difference > 0 else "red"
-    return f"[{colour}]{difference:+.2f}[/{colour}]"
+def _signed(gain: Gain) -> str:
+    low, value, high = (f"{100 * x:+.1f}" for x in (gain.low, gain.value, gain.high))
+    text = escape(f"{value:>5} [{low:>5}, {high:>5}]")
+    colour = {"wins": "green", "loses": "red"}.get(gain.outcome)
+    return f"[{colour}]{text}[/]" if colour else text

@@ -1,7 +1,7 @@
-"""The demo's task, as a user would write one: plain functions in a file.
+"""The task of the demo: plain functions in a file, to copy and adapt.
 
-``--task streamsoup.demo.task`` scores any network of the demo: greedy and learned soups search on
-validation alone; MNIST and corrupted digits are the shifts.
+``--task streamsoup.demo.task`` scores any network of the demo.  Searches see the first split only;
+the second is the test split; shifts are other data that a model should not fail on.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from streamsoup.demo.digits import Digits
 splits = ["val", "test", "MNIST", "corrupted"]
 shifts = ["MNIST", "corrupted"]
 
-LEARNED = 60
-"""Images of a batch to learn from: ten batches of validation, of which two watch."""
+LEARN_BATCH = 50
+"""Images per batch of the learned soup: ten batches of validation, two of them held out."""
 
-JUDGED = 1000
-"""Images of a batch to judge."""
+JUDGE_BATCH = 1000
+"""Images per batch of predictions."""
 
 
 def build() -> nn.Module:
-    """Build the model; its weights do not matter."""
+    """Return a model to load weights into; its own do not matter."""
     return network.build(seed=0)
 
 
 def score(model: nn.Module, split: str) -> float:
-    """Give the share of right answers."""
-    n_right = sum(int((z.argmax(1) == y).sum()) for z, y in predictions(model, split))
+    """Return the share of right answers: larger is better."""
+    n_right = sum(
+        int((logits.argmax(1) == labels).sum()) for logits, labels in predictions(model, split)
+    )
     return n_right / len(_judged()[split])
 
 
 def loss(model: nn.Module, split: str) -> Iterator[tuple[Tensor, int]]:
-    """Give the cross-entropy of each batch, and its number of images."""
-    for images, labels in _batches(split, LEARNED):
+    """Yield the mean cross-entropy of each batch, with gradients, and its number of images."""
+    for images, labels in _batches(split, LEARN_BATCH):
         yield functional.cross_entropy(model(images), labels), len(labels)
 
 
 def predictions(model: nn.Module, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give logits and labels, batch by batch."""
-    for images, labels in _batches(split, JUDGED):
+    """Yield logits `(image, class)` and labels `(image,)` of each batch."""
+    for images, labels in _batches(split, JUDGE_BATCH):
         yield model(images), labels
 
 
-def _batches(split: str, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     judged = _judged()[split]
-    yield from zip(judged.images.split(n), judged.labels.split(n), strict=True)
+    yield from zip(judged.images.split(size), judged.labels.split(size), strict=True)
 
 
 @cache

@@ -23,29 +23,31 @@ from torch.nn import functional
 from streamsoup.demo.digits import Digits
 from streamsoup.demo.network import Network
 
-BATCH = 50
-
 
 class Training(msgspec.Struct, frozen=True):
-    """All that one training depends on, besides the data and the first weights."""
+    """The settings of one training."""
 
     learning_rate: float
-    """The peak; it rises during the first tenth of the steps, then falls to zero on a cosine."""
+    """Peak: linear warm-up over the first tenth of the steps, then cosine decay to zero."""
 
     epochs: int
 
     augmentation: float
-    """0: images as they are; 1: turned by up to 20 degrees, scaled and moved by up to a fifth."""
+    """0: none; 1: rotation by up to 20 degrees, scaling and translation by up to a fifth."""
 
     label_smoothing: float
 
     seed: int
+    """Of the order of the data and the augmentation."""
+
+    batch_size: int = 20
 
 
 def draw_trainings(n: int, max_epochs: int, seed: int) -> list[Training]:
     """Draw `n` fine-tunings at random; learning rates are log-uniform from 1e-4 to 1e-2.
 
-    The top of that range is too high for this network, on purpose: a random search has such runs.
+    The top of that range is too high for this network, on purpose: random
+    searches have such runs.
     """
     draw = random.Random(seed)
     return [
@@ -61,12 +63,12 @@ def draw_trainings(n: int, max_epochs: int, seed: int) -> list[Training]:
 
 
 def train(start: Network, digits: Digits, how: Training) -> Network:
-    """Return a trained copy of `start`, by AdamW on the cross-entropy; `start` is left alone."""
+    """Return a copy of `start`, trained with AdamW on the cross-entropy."""
     network = copy.deepcopy(start).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(how.seed)
-    n_steps = how.epochs * math.ceil(len(digits) / BATCH)
-    for step, batch in enumerate(_batches(digits, how.epochs, generator)):
+    n_steps = how.epochs * math.ceil(len(digits) / how.batch_size)
+    for step, batch in enumerate(_batches(digits, how, generator)):
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * _schedule((step + 1) / n_steps)
         images = augment(batch.images, how.augmentation, generator)
@@ -80,7 +82,7 @@ def train(start: Network, digits: Digits, how: Training) -> Network:
 
 
 def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Turn, scale and move each image at random; `strength` is between 0 (not at all) and 1."""
+    """Rotate, scale and translate each image at random; `strength` is between 0 (none) and 1."""
     if strength == 0:
         return images
     spread = strength * (2 * torch.rand(4, len(images), generator=generator) - 1)
@@ -95,7 +97,7 @@ def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 @contextmanager
 def reproducible(n_threads: int = 2) -> Iterator[None]:
-    """Within, torch computes the same numbers on every run; its settings are restored after."""
+    """Make torch deterministic inside the block; its settings are restored at the end."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(n_threads)
@@ -107,10 +109,10 @@ def reproducible(n_threads: int = 2) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _batches(digits: Digits, epochs: int, generator: torch.Generator) -> Iterator[Digits]:
-    for _ in range(epochs):
+def _batches(digits: Digits, how: Training, generator: torch.Generator) -> Iterator[Digits]:
+    for _ in range(how.epochs):
         order = torch.randperm(len(digits), generator=generator)
-        for indices in order.split(BATCH):
+        for indices in order.split(how.batch_size):
             yield digits.pick(indices)
 
 
