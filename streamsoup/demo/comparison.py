@@ -33,7 +33,7 @@ def write(folder: Path, results: Results, command: str) -> str:
     if learned.is_file():
         made = read_provenance(str(learned.parent))
         coefficients["learned soup, by layer"] = coefficients_of(made.recipe)
-    with training.reproducible(n_threads=1):
+    with training.reproducible():
         found = compare(
             ingredients,
             "streamsoup.demo.task",

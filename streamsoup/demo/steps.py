@@ -103,7 +103,7 @@ def produce(plan: Plan, folder: Path, console: Console) -> Results:
             "uniform soup": [uniform],
             f"greedy soup of {len(greedy.members)}": [Path(greedy.path)],
             "learned soup": [Path(learned.path)],
-            f"ensemble ({len(paths)} x cost)": paths,
+            f"ensemble, {len(paths)}x cost": paths,
         }
 
         def answers(*folders: Path) -> judging.Answers:

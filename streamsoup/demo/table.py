@@ -105,6 +105,6 @@ def _cells(row: Row, n_images: Mapping[str, int], *, name: str | None = None) ->
 
 def _signed(gain: Gain) -> str:
     low, value, high = (f"{100 * x:+.1f}" for x in (gain.low, gain.value, gain.high))
-    text = escape(f"{value:>5} [{low:>5}, {high:>5}]")
+    text = escape(f"{value} [{low},{high}]")
     colour = {"wins": "green", "loses": "red"}.get(gain.outcome)
     return f"[{colour}]{text}[/]" if colour else text

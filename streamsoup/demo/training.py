@@ -96,11 +96,14 @@ def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 
 @contextmanager
-def reproducible(n_threads: int = 2) -> Iterator[None]:
-    """Make torch deterministic inside the block; its settings are restored at the end."""
+def reproducible() -> Iterator[None]:
+    """Make torch deterministic inside the block, on one thread; restore its settings at the end.
+
+    A second thread would not pay for networks and batches this small.
+    """
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
         yield
