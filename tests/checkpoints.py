@@ -38,7 +38,7 @@ def tensor(array: Any, dtype: str | None = None) -> Tensor:
 
 
 def header_text(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
-    """Give the JSON of a header, unpadded."""
+    """Return the JSON of a header, unpadded."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -49,12 +49,12 @@ def header_text(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
 
 
 def raw(text: bytes, data: bytes = b"") -> bytes:
-    """Give the bytes of a file with this header and these data, however wrong."""
+    """Return the bytes of a file with this header and these data, however wrong."""
     return struct.pack("<Q", len(text)) + text + data
 
 
 def content(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
-    """Give the bytes of a safetensors file."""
+    """Return the bytes of a safetensors file."""
     return raw(header_text(tensors, metadata), b"".join(data for _, _, data in tensors.values()))
 
 
@@ -118,7 +118,7 @@ def load_array(path: Path, name: str) -> np.ndarray[Any, Any]:
 
 
 def random_model(seed: int, **more: Tensor) -> dict[str, Tensor]:
-    """Give a small model of several dtypes; what is not averaged is the same for every seed."""
+    """Return a small model of several dtypes; what is not averaged is the same for every seed."""
     rng = np.random.default_rng(seed)
     bf16 = (rng.standard_normal(3000).astype("<f4").view("<u4") >> 16).astype("<u2")
     return {

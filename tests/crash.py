@@ -121,7 +121,7 @@ class Disk:
             self.files[key] = Path(path).read_bytes()
 
     def forget(self, descriptor: int) -> None:
-        """Give a file the bytes of its last sync, and zeros where it has grown since."""
+        """Return a file the bytes of its last sync, and zeros where it has grown since."""
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode):
             synced = self.files[self.key(status.st_ino)][: status.st_size]

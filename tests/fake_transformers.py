@@ -165,7 +165,7 @@ def natural(name: str) -> list[Any]:
 def rename(
     name: str, renamings: list[Any], converters: list[Any], prefix: str, live: Any
 ) -> tuple[str, str | None]:
-    """Give the live name of a stored tensor, and the pattern of its conversion."""
+    """Return the live name of a stored tensor, and the pattern of its conversion."""
     found = None
     for each in renamings:
         name = re.sub(each.source, each.target, name)

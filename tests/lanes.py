@@ -70,7 +70,7 @@ def specified(
     factors: Sequence[float],
     divisor: float,
 ) -> Bytes:
-    """Give what `kernels.reference` makes of raw ingredients."""
+    """Return what `kernels.reference` makes of raw ingredients."""
     patterns = [[int(word) for word in data.view(WORDS[dtype.itemsize])] for data in ingredients]
     soup = reference.mix(patterns, dtype, factors, divisor, output)
     return np.array(soup, WORDS[output.itemsize]).view(np.uint8)

@@ -62,7 +62,7 @@ INPUTS, LABELS = data()
 
 @torch.no_grad()
 def score(model: nn.Module) -> float:
-    """Give the accuracy on the teacher's labels."""
+    """Return the accuracy on the teacher's labels."""
     return float(
         (model(INPUTS.to(next(model.parameters()).dtype)).argmax(1) == LABELS).double().mean()
     )
@@ -112,7 +112,7 @@ def plain_backward(
 
 
 def shuffled(n: int, seed: int) -> list[int]:
-    """Give the random order that a seed stands for."""
+    """Return the random order that a seed stands for."""
     draw = random.Random(seed)
     numbers: list[int] = []
     for i in range(n):

@@ -168,7 +168,7 @@ class TimedDevice:
         self._streams: list[int] = []
 
     def ticks(self) -> int:
-        """Give the time at which all that was launched is done."""
+        """Return the time at which all that was launched is done."""
         return max(self._streams, default=0)
 
     def stream(self) -> int:

@@ -86,7 +86,7 @@ def in_torch(bits: Bits, dtype: DType) -> np.ndarray[Any, Any]:
 
 
 def patterns(dtype: DType) -> Bits:
-    """Give all patterns of a small dtype, or the telling ones and random ones of a large."""
+    """Return all patterns of a small dtype, or the telling ones and random ones of a large."""
     if dtype.nbits <= 16:
         return np.arange(1 << dtype.nbits).astype(WORDS[dtype.nbits])
     rng = np.random.default_rng(dtype.nbits)
@@ -135,7 +135,7 @@ def test_every_pattern_comes_back(dtype: DType) -> None:
 
 
 def table(dtype: DType) -> list[Fraction]:
-    """Give the values of the patterns from 0 to the first that overflows, from torch's."""
+    """Return the values of the patterns from 0 to the first that overflows, from torch's."""
     codes = np.arange(dtype.largest + 1).astype(WORDS[dtype.nbits])
     values = [Fraction(float(value)) for value in in_torch(codes, dtype)]
     # One more step of the last spacing: beyond its half, everything overflows.

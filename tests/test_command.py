@@ -19,7 +19,7 @@ from streamsoup.task.command import command_task
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Give the ingredients' folders."""
+    """Return the ingredients' folders."""
     return networks.ingredients(tmp_path_factory.mktemp("ingredients"), 2)
 
 

@@ -121,12 +121,12 @@ def plain_logits(states: Sequence[Weights], split: str) -> NDArray[np.float64]:
 
 
 def accuracy(logits: NDArray[np.float64], split: str) -> float:
-    """Give the share of right answers."""
+    """Return the share of right answers."""
     return float((logits.argmax(1) == PARTS[split][1].numpy()).mean())
 
 
 def by_name(found: Comparison) -> dict[str, Any]:
-    """Give the rows by name, without what follows a colon."""
+    """Return the rows by name, without what follows a colon."""
     return {row.name.partition(":")[0]: row for row in found.rows}
 
 

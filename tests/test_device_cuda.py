@@ -105,7 +105,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def weights(soup: streamsoup.Soup) -> bytes:
-    """Give the bytes of a soup's only shard."""
+    """Return the bytes of a soup's only shard."""
     return (Path(soup.path) / "model.safetensors").read_bytes()
 
 
@@ -180,7 +180,7 @@ class Model(nn.Module):
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """Give a tensor's bytes."""
+    """Return a tensor's bytes."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 

@@ -190,7 +190,7 @@ def test_the_metric_that_counts_is_in_the_fingerprint() -> None:
 
 
 def fingerprint_of(code: str, name: str = "score") -> str:
-    """Give the fingerprint of a task that was typed in."""
+    """Return the fingerprint of a task that was typed in."""
     known: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code, "<stdin>", "exec"), known)
     return load_task(known[name]).fingerprint

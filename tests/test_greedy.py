@@ -49,12 +49,12 @@ from streamsoup.task.running import contained
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Give the ingredients' folders."""
+    """Return the ingredients' folders."""
     return networks.ingredients(tmp_path_factory.mktemp("ingredients"))
 
 
 def weights(folder: str | Path) -> bytes:
-    """Give the bytes of a soup's file."""
+    """Return the bytes of a soup's file."""
     return (Path(folder) / "model.safetensors").read_bytes()
 
 

@@ -29,25 +29,25 @@ ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
 
 def entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> bytes:
-    """Give a header of one tensor with anything in its fields."""
+    """Return a header of one tensor with anything in its fields."""
     return json.dumps(
         {"t": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}, allow_nan=True
     ).encode()
 
 
 def one(text: bytes, nbytes: int = 4) -> bytes:
-    """Give a file of this header, and as many data bytes."""
+    """Return a file of this header, and as many data bytes."""
     return raw(text, bytes(nbytes))
 
 
 def literal(shape: str = "[1]", offsets: str = "[0,4]", dtype: str = '"F32"') -> bytes:
-    """Give a file whose fields are spelled out."""
+    """Return a file whose fields are spelled out."""
     text = f'{{"t":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}'
     return one(text.encode())
 
 
 def two(a: tuple[int, int], b: tuple[int, int], nbytes: int) -> bytes:
-    """Give a file of two U8 tensors with these offsets."""
+    """Return a file of two U8 tensors with these offsets."""
     fields = {
         name: {"dtype": "U8", "shape": [max(0, e - s)], "data_offsets": [s, e]}
         for name, (s, e) in {"a": a, "b": b}.items()
@@ -369,7 +369,7 @@ def test_headers_we_write_are_read_by_safetensors() -> None:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """Give a valid file with a few bytes, or a few words of its header, changed."""
+    """Return a valid file with a few bytes, or a few words of its header, changed."""
     names = draw(st.lists(st.text(min_size=1, max_size=4), max_size=3, unique=True))
     tensors = {
         name: ("F16", shape, bytes(2 * int(np.prod(shape))))

@@ -44,19 +44,19 @@ WAYS = {"base": (0, False), "mean": (0, True), "dot": (1, False)}
 
 
 def compiled() -> Products:
-    """Give the compiled kernel."""
+    """Return the compiled kernel."""
     return find_products() or make_products()
 
 
 @functools.cache
 def plain() -> Products:
-    """Give the plain kernel."""
+    """Return the plain kernel."""
     return make_plain_products()
 
 
 @functools.cache
 def of_another_width() -> Products:
-    """Give the kernel for processors of the other kind: 16 registers of 4 lanes, or 32 of 8."""
+    """Return the kernel for processors of the other kind: 16 registers of 4 lanes, or 32 of 8."""
     from llvmlite import binding as llvm
 
     from streamsoup.kernels.fast.products import compile_for
@@ -78,7 +78,7 @@ def specified(x: Floats, y: Floats) -> float:
 
 
 def expected(values: list[Floats], way: str) -> Floats:
-    """Give what each grain of some rows should give."""
+    """Return what each grain of some rows should give."""
     reference_row, to_mean = WAYS[way]
     n, length = len(values), len(values[0])
     rows = np.zeros((n, -(-length // GRAIN) * GRAIN))

@@ -69,7 +69,7 @@ def search(marks: list[Path], *, jobs: int, **task: Any) -> GreedySoup:
 
 
 def trials(soup: GreedySoup) -> list[tuple[Any, ...]]:
-    """Give what was decided, and why."""
+    """Return what was decided, and why."""
     return [(t.members, t.score.value, t.decision, t.known) for t in soup.runs[0].trials]
 
 

@@ -19,7 +19,7 @@ RECORDS = [{"fingerprint": "0123"}, {"leaves": [[0, "ab"], [1, "ÿ\n\0"]]}, {"co
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Give a journal of three records."""
+    """Return a journal of three records."""
     path = tmp_path / "journal"
     with Journal(str(path)) as journal:
         for record in RECORDS:

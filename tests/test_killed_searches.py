@@ -42,7 +42,7 @@ print(zlib.crc32(bytes(members)) % 9)
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """Give one machine for all tests of this file."""
+    """Return one machine for all tests of this file."""
     machine = Machine()
     yield machine
     machine.close()
@@ -88,11 +88,11 @@ class Searches:
         return machine.run(*self.command, stage=stage, at=at, action=action, plant=plant)
 
     def scored(self) -> Counter[tuple[int, ...]]:
-        """Give what the last run scored: the members of each candidate, in no order."""
+        """Return what the last run scored: the members of each candidate, in no order."""
         return Counter(tuple(json.loads(line)) for line in self.log.read_text().splitlines())
 
     def known(self) -> Counter[tuple[int, ...]]:
-        """Give what the journal knows, and thereby drop its torn tail."""
+        """Return what the journal knows, and thereby drop its torn tail."""
         path = self.stage / "soup.search" / "journal"
         if not path.exists():
             return Counter()

@@ -830,7 +830,7 @@ def test_refusals(paths: list[str], tmp_path: Path) -> None:
 
 
 def ce(model: nn.Module, batch: Any) -> torch.Tensor:
-    """Give the loss of a batch."""
+    """Return the loss of a batch."""
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 

@@ -22,7 +22,7 @@ from streamsoup.task.running import contained
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Give the ingredients' folders."""
+    """Return the ingredients' folders."""
     return networks.ingredients(tmp_path_factory.mktemp("ingredients"), 2)
 
 

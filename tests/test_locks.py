@@ -20,7 +20,7 @@ from streamsoup.system.locks import HeldError, Holder, Lock
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Folder]:
-    """Give an open folder."""
+    """Return an open folder."""
     with Folder.open(str(tmp_path)) as folder:
         yield folder
 

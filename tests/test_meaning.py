@@ -287,7 +287,7 @@ def test_slerp_of_opposites_is_named(tmp_path: Path) -> None:
 
 
 def mask() -> np.ndarray[Any, Any]:
-    """Give a causal mask with −inf above the diagonal, and a few other values."""
+    """Return a causal mask with −inf above the diagonal, and a few other values."""
     full = np.zeros((700, 800), np.float32)
     full[np.triu_indices(700, 1, 800)] = -np.inf
     full[5, 0] = 0.1

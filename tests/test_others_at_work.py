@@ -160,7 +160,7 @@ def test_neighbours_do_not_disturb(tmp_path: Path) -> None:
 
 
 def child_of(pid: int) -> int:
-    """Give the process that does a command's work."""
+    """Return the process that does a command's work."""
     (child,) = psutil.Process(pid).children()
     return child.pid
 
@@ -732,7 +732,7 @@ def test_a_disk_of_few_files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Iterator[Path]:
-    """Give a folder with a checkpoint ``soup``, which lies in a lower layer."""
+    """Return a folder with a checkpoint ``soup``, which lies in a lower layer."""
     small(tmp_path / "lower" / "soup", seed=1)
     folder, disk = tmp_path / "overlay", tmp_path / "disk"
     for each in (folder, disk):

@@ -104,3 +104,34 @@ def test_a_rule_of_the_whole_model_is_not_streamed(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="to a folder instead"):
         next(streamsoup.stream_mix(checkpoints(tmp_path), Wide(0.5)))
+
+
+def test_an_iterator_takes_one_engine_for_the_whole_soup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether compiling pays is judged by all that is read, not batch by batch."""
+    sizes: list[int] = []
+    engine = streams.Engine
+
+    def counted(planned: streamsoup.MixPlan, **more: bool) -> object:
+        sizes.append(planned.nbytes_read)
+        return engine(planned, **more)
+
+    monkeypatch.setattr(streams, "Engine", counted)
+    monkeypatch.setattr(streams, "BATCH_NBYTES", 0)
+    paths = checkpoints(tmp_path)
+    assert len(list(streamsoup.stream_mix(paths))) == 4
+    assert sizes == [streamsoup.plan(paths).nbytes_read]
+
+
+def test_variances_below_zero_are_not_streamed(tmp_path: Path) -> None:
+    """What a soup on disk is refused for, an iterator and a sink are refused for, too."""
+    paths = []
+    for i in range(2):
+        values = tensor(np.full(3, 1.0 + i, np.float32))
+        model = {"bn.running_mean": values, "bn.running_var": values}
+        paths.append(str(save(tmp_path / f"m{i}", model)))
+    with pytest.raises(RecipeError, match="variances below zero"):
+        next(streamsoup.stream_mix(paths, [2.0, -1.5]))
+    with pytest.raises(RecipeError, match="variances below zero"):
+        streamsoup.mix_to(CountingSink, paths, [2.0, -1.5])

@@ -18,7 +18,7 @@ OVERWRITE = Options(overwrite=True)
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Give a checkpoint with side files, one of them in a folder."""
+    """Return a checkpoint with side files, one of them in a folder."""
     model = save(tmp_path / "model", {"t": tensor(np.ones((4, 5), "f4"))})
     (model / "config.json").write_text("{}")
     (model / "tokenizer").mkdir()

@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 
 
 def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingredient:
-    """Give an ingredient of any size whose files do not exist: plans look at headers only."""
+    """Return an ingredient of any size whose files do not exist: plans look at headers only."""
     made = []
     places = {}
     for number, tensors in enumerate(shards):

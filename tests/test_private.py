@@ -20,7 +20,7 @@ IS_ROOT = os.geteuid() == 0
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """Give a folder that nobody else may write to, whatever the umask."""
+    """Return a folder that nobody else may write to, whatever the umask."""
     before = os.umask(0o022)
     home = tmp_path / "home"
     home.mkdir()

@@ -34,7 +34,7 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def halves(seed: int) -> list[dict[str, Any]]:
-    """Give a small model in two shards."""
+    """Return a small model in two shards."""
     model = random_model(seed)
     names = list(model)
     return [{n: model[n] for n in names[:3]}, {n: model[n] for n in names[3:]}]
@@ -46,7 +46,7 @@ def ingredients(folder: Path, k: int = 3) -> list[Path]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Give the bytes of each shard and index."""
+    """Return the bytes of each shard and index."""
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
@@ -55,7 +55,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def digests(soup: Soup) -> object:
-    """Give what a provenance says of tensors and ingredients."""
+    """Return what a provenance says of tensors and ingredients."""
     return soup.provenance.tensors, [each.digest for each in soup.provenance.ingredients]
 
 

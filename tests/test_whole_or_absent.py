@@ -32,7 +32,7 @@ Tree = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """Give one machine for all tests of this file."""
+    """Return one machine for all tests of this file."""
     machine = Machine()
     yield machine
     machine.close()
@@ -167,7 +167,7 @@ def tree(folder: Path) -> Tree:
 
 @pytest.fixture
 def kitchen(tmp_path: Path, machine: Machine) -> Kitchen:
-    """Give two small sharded ingredients with side files in subfolders."""
+    """Return two small sharded ingredients with side files in subfolders."""
     return Kitchen(tmp_path, machine)
 
 
@@ -342,6 +342,28 @@ def test_notes_of_many_leaves(tmp_path: Path) -> None:
         digests = Digests(ordered.plan)
         assert all(map(ledger(staging).noted, leaves))
         assert [digests.get(leaf.number) for leaf in leaves] == [i.to_bytes(32) for i in range(n)]
+
+
+def test_what_is_noted_was_synced_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf stands in the journal only after its shard was synced: a power cut costs no note."""
+    model = save(tmp_path / "m", {"t": tensor(np.ones(3, np.float32))})
+    rule = Linear(Coefficients.uniform(1))
+    ordered = order([str(model)], rule, method="uniform", options=Options())
+    target = check_output(str(tmp_path / "soup"), (), overwrite=False, resumes=True)
+    done: list[object] = []
+    with Staging(target, "order", overwrite=False) as staging:
+        sink = FileSink(ordered.plan, ordered.files, staging.soup)
+        ledger = FileLedger(ordered.plan, sink, staging.journal, Digests(ordered.plan))
+        sink.prepare(resumes=False)
+        append = staging.journal.append
+        monkeypatch.setattr(sink, "sync", lambda numbers=None: done.append(numbers))
+        monkeypatch.setattr(
+            staging.journal, "append", lambda record: (done.append("noted"), append(record))
+        )
+        (leaf,) = ordered.plan.leaves()
+        ledger.finish_leaf(leaf, bytes(32))
+        ledger.checkpoint()
+    assert done == [[0], "noted"]
 
 
 def test_damaged_work_is_made_again(kitchen: Kitchen) -> None:

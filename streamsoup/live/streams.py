@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import Leaf, MixPlan
 from streamsoup.engine.read import Kept, open_reader
+from streamsoup.engine.reduce import Engine
 from streamsoup.engine.reducers import reducer_of
+from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.statistics import check_variances
 from streamsoup.engine.stream import Ledger, Sink, run
 from streamsoup.errors import RecipeError
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
@@ -63,11 +68,16 @@ def stream_mix(
             "soup to a folder instead"
         )
     kept = Kept()
+    # Of the whole soup, as a batch alone may be too small to be worth compiling for.
+    engine = (
+        Engine(plan, compiles=memory.compiles) if isinstance(plan.recipe.rule, Linear) else None
+    )
     for names in _batches(plan):
         part = plan.only(names)
         sink = _Tensors(part)
         reader = open_reader(part, memory, mapped=mapped, kept=kept)
-        run(part, memory, reader, reducer_of(part, memory), sink, on_event=options.on_event)
+        reducer = reducer_of(part, memory, engine)
+        run(part, memory, reader, reducer, sink, on_event=options.on_event)
         yield from sink.tensors()
 
 
@@ -115,9 +125,12 @@ def mix_to(
 def _planned(
     ingredients: Iterable[AnyIngredient], rule: AnyRule | None, options: Options
 ) -> tuple[MixPlan, bool, MemoryPlan]:
+    """Plan the pass on the CPU, and refuse what a soup on disk is refused for."""
     opened = open_ingredients(ingredients)
     chosen = find_rule(Coefficients.uniform(len(opened)) if rule is None else rule)
-    ordered = order(opened, chosen, method="mix", options=options)
+    on_host = replace(options, device="cpu")
+    ordered = order(opened, chosen, method="mix", options=on_host)
+    check_variances(ordered.plan, mapped=ordered.mapped, memory=options.memory)
     return ordered.plan, ordered.mapped, ordered.memory
 
 
