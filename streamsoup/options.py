@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from streamsoup.errors import RecipeError, printable
+from streamsoup.reading import Reading
 
 if TYPE_CHECKING:
     import torch
@@ -111,10 +112,11 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class Options(Reading, frozen=True, kw_only=True):
     """Options that every verb accepts.
 
-    Only `dtype`, `shard_size`, `non_float`, `non_finite` and `config` can change what is written.
+    Only `dtype`, `shard_size`, `non_float`, `non_finite`, `config` and the fields of
+    `streamsoup.reading.Reading` can change what is written.
     Sizes are bytes, or text such as ``"5GB"``.
     """
 
@@ -156,6 +158,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         """Convert numbers and devices of other libraries to plain ones. Raises `RecipeError`."""
         settle(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
+
+    @property
+    def reading(self) -> Reading:
+        """How ingredients are read: the part of these options that a recipe records."""
+        return Reading(**{name: getattr(self, name) for name in Reading.__struct_fields__})
 
     @property
     def n_threads(self) -> int:

@@ -15,6 +15,7 @@ import msgspec
 import xxhash
 
 from streamsoup.errors import RecipeError, check_choice, count, printable
+from streamsoup.reading import Reading
 from streamsoup.rule import Reduction, Rule, RuleMemory
 from streamsoup.tensors import TensorSpec
 from streamsoup.version import __version__
@@ -158,6 +159,8 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     """``refuse`` a NaN or Inf in the soup, or ``propagate`` it."""
     shard_size: int | None = None
     """Largest shard in bytes; None mirrors the shards of the first ingredient."""
+    reading: Reading = Reading()
+    """How the ingredients were read."""
 
     def check(self, names: Collection[str]) -> None:
         """Raise `RecipeError` unless the recipe fits ingredients with tensors of these names."""

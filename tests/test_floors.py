@@ -14,7 +14,7 @@ ROOT = Path(streamsoup.__file__).parent
 
 ROOMS = [
     # plain words and data
-    *("version", "errors", "sizes", "tensors", "rule", "recipe", "options"),
+    *("version", "errors", "sizes", "tensors", "rule", "reading", "recipe", "options"),
     # what computes
     *("system", "formats", "kernels", "engine", "output", "live"),
     # what chooses

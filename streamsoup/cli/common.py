@@ -119,7 +119,10 @@ CONFIG = click.option(
     show_default=True,
     help="Configurations must mean the same, or come from the first.",
 )
+READING = stack()
+"""How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
+    READING,
     click.option("--dtype", default="same", show_default=True, help="f32, bf16, f16, f64, …"),
     click.option(
         "--shard-size", type=Size(), metavar="SIZE", help="Largest shard; default: as in the first."

@@ -52,6 +52,7 @@ RECALIBRATE = click.option(
 )
 @RECALIBRATE
 @common.CONFIG
+@common.READING
 @common.RUNNING
 @common.TRACEBACK
 @common.REPORTING
@@ -130,6 +131,7 @@ def compare(
 )  # fmt: skip
 @RECALIBRATE
 @common.CONFIG
+@common.READING
 @common.RUNNING
 @common.TRACEBACK
 @common.REPORTING

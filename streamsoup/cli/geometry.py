@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="CKPT", help="What they were fine-tuned from.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--plot", metavar="PNG", help="Draw the angles as a heat map.")
+@common.READING
 @common.RUNNING
 @common.REPORTING
 def geometry(

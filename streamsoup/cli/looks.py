@@ -62,11 +62,12 @@ def plan(
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def inspect(checkpoint: str, tensors: bool, as_json: bool) -> int:
+@common.READING
+def inspect(checkpoint: str, tensors: bool, as_json: bool, **settings: Any) -> int:
     """Show what a checkpoint holds, from its headers alone."""
     from streamsoup.output.records import inspect
 
-    record = inspect(checkpoint, tensors=tensors)
+    record = inspect(checkpoint, tensors=tensors, options=common.make_options(settings))
     common.tell([_json(record)]) if as_json else common.print_description(_of_checkpoint(record))
     return 0
 

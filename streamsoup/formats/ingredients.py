@@ -11,8 +11,10 @@ import msgspec
 from streamsoup.errors import RecipeError, count, printable
 from streamsoup.formats.layout import HeaderCache, Layout
 from streamsoup.formats.memory import open_state
+from streamsoup.formats.opening import open_path
 from streamsoup.formats.source import REQUIRED, Source, is_source
-from streamsoup.formats.stored import open_stored
+from streamsoup.formats.stored import Stored
+from streamsoup.reading import Reading
 from streamsoup.sizes import nbytes_text
 
 __all__ = ["AnyIngredient", "Ingredient", "listed", "open_ingredients"]
@@ -107,12 +109,16 @@ def listed(
     return list(going)
 
 
-def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
+def open_ingredients(
+    paths: Iterable[AnyIngredient],
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> list[Ingredient]:
     """Open checkpoints by their headers, in the order given.
 
     Args:
         paths: Paths, sources, state dicts, modules, or ingredients that are open already, which
             are passed through after a check that they are unchanged.
+        reading: How the files of paths become tensors.
 
     Returns:
         One ingredient for each. Those whose tensors agree share one layout.
@@ -125,10 +131,10 @@ def open_ingredients(paths: Iterable[AnyIngredient]) -> list[Ingredient]:
     Reads headers and indexes only; of a state dict all of it, once, for its digest.
     """
     cache = HeaderCache()
-    return [_open(given, cache) for given in listed(paths)]
+    return [_open(given, reading, cache) for given in listed(paths)]
 
 
-def _open(given: AnyIngredient, cache: HeaderCache) -> Ingredient:
+def _open(given: AnyIngredient, reading: Reading, cache: HeaderCache) -> Ingredient:
     if isinstance(given, Ingredient):
         given.check_unchanged()
         return given
@@ -140,8 +146,9 @@ def _open(given: AnyIngredient, cache: HeaderCache) -> Ingredient:
         state = open_state(given)
         return Ingredient(state, cache.layout_of(state))
     if isinstance(given, (str, bytes, os.PathLike)):
-        stored = open_stored(given, cache)
-        return Ingredient(stored, stored.layout)
+        source = open_path(os.fsdecode(given), reading, cache)
+        layout = source.layout if isinstance(source, Stored) else cache.layout_of(source)
+        return Ingredient(source, layout)
     raise RecipeError(
         f"{printable(repr(given))} is not an ingredient; give a path, a source, a state dict or a "
         "module"

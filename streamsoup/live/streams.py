@@ -126,7 +126,7 @@ def _planned(
     ingredients: Iterable[AnyIngredient], rule: AnyRule | None, options: Options
 ) -> tuple[MixPlan, bool, MemoryPlan]:
     """Plan the pass on the CPU, and refuse what a soup on disk is refused for."""
-    opened = open_ingredients(ingredients)
+    opened = open_ingredients(ingredients, options.reading)
     chosen = find_rule(Coefficients.uniform(len(opened)) if rule is None else rule)
     on_host = replace(options, device="cpu")
     ordered = order(opened, chosen, method="mix", options=on_host)

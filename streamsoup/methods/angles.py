@@ -235,13 +235,15 @@ def plan_geometry(
     ingredients = listed(ingredients)
     if not ingredients:
         raise RecipeError("geometry needs at least one checkpoint; give some")
-    opened = open_ingredients([*([] if base is None else [base]), *ingredients])
+    given = [*([] if base is None else [base]), *ingredients]
+    opened = open_ingredients(given, options.reading)
     recipe = Recipe(
         ingredients=tuple(ingredient.name for ingredient in opened),
         rule=Linear(Coefficients.uniform(len(opened))),
         method="geometry",
         dtype="F64",
         non_float="first",
+        reading=options.reading,
     )
     refuse_codes(opened)
     plan = replace(floats_of(plan_mix(opened, recipe)), measures=True)

@@ -299,7 +299,7 @@ def stock(
     n = len(ingredients)
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
-    ingredients, base = open_both(ingredients, base)
+    ingredients, base = open_both(ingredients, base, options)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
@@ -373,7 +373,7 @@ def slerp(
     """
     ingredients = listed(ingredients)
     shares = shares_of(weights, len(ingredients))
-    ingredients, base = open_both(ingredients, base)
+    ingredients, base = open_both(ingredients, base, options)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
@@ -491,12 +491,12 @@ def shares_of(weights: Sequence[float], n: int) -> Floats:
 
 
 def open_both(
-    ingredients: Sequence[AnyIngredient], base: AnyIngredient | None
+    ingredients: Sequence[AnyIngredient], base: AnyIngredient | None, options: Options
 ) -> tuple[list[AnyIngredient], AnyIngredient | None]:
     """Open all, once for both passes: to open a state dict reads all of it."""
     if base is None:
-        return [*open_ingredients(ingredients)], None
-    first, *others = open_ingredients([base, *ingredients])
+        return [*open_ingredients(ingredients, options.reading)], None
+    first, *others = open_ingredients([base, *ingredients], options.reading)
     return [*others], first
 
 

@@ -157,7 +157,7 @@ def _make(
     ingredients = listed(ingredients)
     n = len(ingredients)
     shares = shares_of([1.0] * n if weights is None else weights, n)
-    ingredients, base = open_both(ingredients, base)
+    ingredients, base = open_both(ingredients, base, options)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}

@@ -129,7 +129,7 @@ def order(
             `RecipeError`, `BudgetError`, `DeviceError`.
     """
     check_options(options, Options)
-    opened = open_ingredients(ingredients)
+    opened = open_ingredients(ingredients, options.reading)
     size = options.shard_size
     recipe = Recipe(
         ingredients=tuple(ingredient.name for ingredient in opened),
@@ -139,6 +139,7 @@ def order(
         non_float=options.non_float,
         non_finite=options.non_finite,
         shard_size=None if size is None else parse_nbytes(size),
+        reading=options.reading,
     )
     return plan_order(opened, recipe, options)
 

@@ -81,19 +81,25 @@ class PlanRecord(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-def inspect(checkpoint: AnyIngredient, *, tensors: bool = False) -> CheckpointRecord:
+def inspect(
+    checkpoint: AnyIngredient,
+    *,
+    tensors: bool = False,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> CheckpointRecord:
     """Return what a checkpoint holds, from its headers alone.
 
     Args:
         checkpoint: A path, a state dict, a module or an open ingredient.
         tensors: Whether to list every tensor.
+        options: How its files are read; other options are not used.
 
     Raises:
         FormatError: It is damaged, or of a format that is not read; the message names the file.
 
     Reads headers and the index, no weight.
     """
-    (ingredient,) = open_ingredients([checkpoint])
+    (ingredient,) = open_ingredients([checkpoint], options.reading)
     layout, files = ingredient.layout, tuple(ingredient.file_names)
     dtypes: Counter[str] = Counter()
     for _, spec in layout.places.values():
@@ -131,7 +137,7 @@ def plan(
 
     Reads headers, configurations and tokenizers, no weight.
     """
-    opened = open_ingredients(ingredients)
+    opened = open_ingredients(ingredients, options.reading)
     chosen = find_rule(Coefficients.uniform(len(opened)) if rule is None else rule)
     method = "uniform" if rule is None else rule_name(chosen)
     return record_of(order(opened, chosen, method=method, options=options))

@@ -113,7 +113,7 @@ def greedy(
     """
     started = time.monotonic()
     check_options(settings, GreedySettings)
-    opened = open_ingredients(ingredients)
+    opened = open_ingredients(ingredients, options.reading)
     settings.check(len(opened))
     equal = Linear(Coefficients.uniform(len(opened)))
     everything = order(opened, equal, method="greedy", options=options)

@@ -1,0 +1,25 @@
+"""Which reader opens a path: by its name and what lies there, before anything is read."""
+
+from __future__ import annotations
+
+from streamsoup.formats.layout import HeaderCache
+from streamsoup.formats.source import Source
+from streamsoup.formats.stored import open_stored
+from streamsoup.reading import Reading
+
+__all__ = ["open_path"]
+
+
+def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
+    """Open the checkpoint at a path by its headers, with the reader for its kind.
+
+    Args:
+        path: As the user gave it.
+        reading: How files become tensors.
+        cache: Headers parsed so far, to be shared by the ingredients of one soup.
+
+    Raises:
+        MissingFileError: There is no such file or folder.
+        FormatError: The file is not a checkpoint; names the file and the fault.
+    """
+    return open_stored(path, cache)
