@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from comparing import PARTS, SMALL, SPLITS, Counting, accuracy, by_name, plain_logits
 from msgspec.structs import replace
-from networks import build, data, ingredients, shuffled
+from networks import ingredients, shuffled
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import streamsoup
 from streamsoup.errors import (
-    MismatchError,
     OutputBusyError,
     OutputError,
     RecipeError,
@@ -31,103 +28,15 @@ from streamsoup.errors import (
 from streamsoup.options import Options, Step
 from streamsoup.output.journal import Journal
 from streamsoup.search.trials import random_order
-from streamsoup.study.comparison import learning
 from streamsoup.study.comparison.curves import choose_counts
 from streamsoup.study.comparison.pairs import choose_pairs
 from streamsoup.study.comparison.table import CompareSettings, compare, splits_of
-from streamsoup.study.landscape.landscape import LandscapeSettings, landscape
 from streamsoup.study.landscape.paths import sweep
 from streamsoup.study.measures.cache import Cache
-from streamsoup.study.measures.rows import MEAN, Comparison
+from streamsoup.study.measures.rows import MEAN
 from streamsoup.task import load_task
 
-SPLITS = ["val", "test", "far", "farther"]
-PARTS = {
-    "val": data(0, 120),
-    "test": data(1, 150),
-    "far": (data(2, 90)[0] * 1.5 + 0.2, data(2, 90)[1]),
-    "farther": (data(3, 80)[0] - 0.7, data(3, 80)[1]),
-}
-SMALL = CompareSettings(learned=(), curve=0, pairs=0, orders=0)
-
-Weights = dict[str, torch.Tensor]
-
-
-class Counting:
-    """A task that notes what it is asked, and may fail after a while."""
-
-    def __init__(self, *, score: Any = None, predicts: bool = True, fails_after: int = -1) -> None:
-        self.splits = list(SPLITS)
-        self.asked: list[tuple[str, str]] = []
-        self._n_built = 0
-        self._fails_after = fails_after
-        self._score = score
-        if not predicts:
-            self.predictions = None  # type: ignore[assignment,method-assign]
-
-    def build(self) -> torch.nn.Module:
-        self._n_built += 1
-        return build()
-
-    def note(self, what: str, split: str) -> None:
-        if len(self.asked) == self._fails_after:
-            raise RuntimeError("the power failed")
-        self.asked.append((what, split))
-
-    def score(self, model: torch.nn.Module, split: str) -> Any:
-        self.note("score", split)
-        inputs, labels = PARTS[split]
-        logits = model(inputs)
-        if self._score is not None:
-            return self._score(logits, labels)
-        return float((logits.argmax(1) == labels).float().mean())
-
-    def predictions(
-        self, model: torch.nn.Module, split: str
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.note("predictions", split)
-        inputs, labels = PARTS[split]
-        for start in range(0, len(labels), 50):
-            yield model(inputs[start : start + 50]), labels[start : start + 50]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[str]:
-    """Return six fine-tunes of one network."""
-    return ingredients(tmp_path / "in")
-
-
-def plain_logits(states: Sequence[Weights], split: str) -> NDArray[np.float64]:
-    """Average state dicts in float64, and ask torch: no code of ours."""
-    model = build().eval()
-    mean = {
-        name: torch.stack([s[name].double() for s in states]).mean(0).float()
-        if states[0][name].is_floating_point()
-        else states[0][name]
-        for name in states[0]
-    }
-    model.load_state_dict(mean)
-    with torch.no_grad():
-        return model(PARTS[split][0]).double().numpy()
-
-
-def accuracy(logits: NDArray[np.float64], split: str) -> float:
-    """Return the share of right answers."""
-    return float((logits.argmax(1) == PARTS[split][1].numpy()).mean())
-
-
-def by_name(found: Comparison) -> dict[str, Any]:
-    """Return the rows by name, without what follows a colon."""
-    return {row.name.partition(":")[0]: row for row in found.rows}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_table_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
@@ -390,250 +299,6 @@ def test_every_measurement_is_foreseen(folders: list[str], tmp_path: Path) -> No
     assert steps[-1].n_paid == 0
 
 
-def test_a_model_of_nan_answers_nothing(folders: list[str], tmp_path: Path) -> None:
-    """Its answers are no class 0, though that is what numpy and torch call the largest of NaN."""
-
-    class Overflowing(Counting):
-        def predictions(self, model: torch.nn.Module, split: str) -> Any:
-            for logits, labels in super().predictions(model, split):
-                spoiled = torch.equal(model[0].weight, first)  # type: ignore[index]
-                yield logits * (math.nan if spoiled else 1), labels * 0
-
-        def score(self, model: torch.nn.Module, split: str) -> Any:
-            parts = list(self.predictions(model, split))
-            right = sum(int((z.argmax(1) == y).sum()) for z, y in parts)
-            return right / sum(len(y) for _, y in parts)
-
-    first = load_file(Path(folders[0]) / "model.safetensors")["0.weight"]
-    found = compare(folders[:3], Overflowing(), output=tmp_path / "out", settings=SMALL)
-    assert found.metric == "score"  # which says so, and is not the accuracy of the answers
-    assert len([note for note in found.notes if "answers on 'val' are NaN" in note]) >= 2
-    cell = found.of("ingredient")[0].cells["val"]
-    assert (cell.value, math.isnan(cell.nll)) == (1.0, True)
-
-
-def test_a_split_without_examples_is_refused(folders: list[str], tmp_path: Path) -> None:
-    """In words, and not as a division by zero."""
-    task = Counting()
-    task.predictions = lambda model, split: (torch.zeros(0, 2), torch.zeros(0).long())  # type: ignore[method-assign]
-    with pytest.raises(TaskError, match="they have no examples; yield some"):
-        compare(folders[:2], task, output=tmp_path / "out", settings=SMALL)
-
-
-def test_a_task_without_predictions(folders: list[str], tmp_path: Path) -> None:
-    """Scores alone make soups and no ensembles; examples beside the score make intervals."""
-
-    def with_examples(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        right = (logits.argmax(1) == labels).double()
-        return {"accuracy": float(right.mean()), "examples": right}
-
-    task = Counting(score=with_examples, predicts=False)
-    found = compare(folders, task, output=tmp_path / "out", settings=replace(SMALL, curve=3))
-    assert not found.of("ensemble")
-    assert not math.isnan(by_name(found)["greedy soup"].cells["test"].low)
-    full = compare(folders, Counting(), output=tmp_path / "full", settings=SMALL)
-    for split in SPLITS:
-        ours = by_name(found)["greedy soup"].cells[split]
-        theirs = by_name(full)["greedy soup"].cells[split]
-        assert (ours.value, ours.low, ours.high) == pytest.approx(
-            (theirs.value, theirs.low, theirs.high)
-        )
-
-
-def test_examples_in_another_order_are_refused(folders: list[str], tmp_path: Path) -> None:
-    """Logits of different models are compared example by example, so their order must stay."""
-
-    class Shuffling(Counting):
-        def predictions(self, model: Any, split: str) -> Iterator[Any]:
-            for logits, labels in super().predictions(model, split):
-                order = torch.tensor(
-                    np.random.default_rng(len(self.asked)).permutation(len(labels))
-                )
-                yield logits[order], labels[order]
-
-    with pytest.raises(TaskError, match="same order"):
-        compare(folders, Shuffling(), output=tmp_path / "out", settings=SMALL)
-
-
-class Changing(Counting):
-    """A task that changes the weights it measures, in place."""
-
-    def __init__(self, how: str, splits: list[str], **more: Any) -> None:
-        super().__init__(**more)
-        self.splits = splits
-        self._how = how
-
-    def build(self) -> torch.nn.Module:
-        with torch.inference_mode(self._how == "inference"):
-            return super().build()
-
-    def score(self, model: torch.nn.Module, split: str) -> Any:
-        found = super().score(model, split)
-        self._change(model)
-        return found
-
-    def predictions(self, model: torch.nn.Module, split: str) -> Iterator[Any]:
-        yield from super().predictions(model, split)
-        self._change(model)
-
-    def _change(self, model: torch.nn.Module) -> None:
-        if self._how == "statistics":
-            model.train()
-            model(4 * PARTS["far"][0] + 3)
-        else:
-            with torch.inference_mode():
-                model[3].bias[0] += 5
-
-
-@pytest.mark.parametrize("how", ["weights", "statistics", "inference"])
-@pytest.mark.parametrize("predicts", [True, False])
-def test_scoring_may_change_the_weights(
-    folders: list[str], tmp_path: Path, how: str, predicts: bool
-) -> None:
-    """Whatever a task does to the weights on one split, the next sees the mixture itself."""
-    found = [
-        list(compare(folders[:3], task, output=tmp_path / name, settings=SMALL).to_lines())
-        for name, task in (
-            ("plain", Counting(predicts=predicts)),
-            ("changing", Changing(how, list(SPLITS), predicts=predicts)),
-        )
-    ]
-    assert found[0] == found[1]
-    rows = [
-        sweep(*folders[:2], task, [0, 0.5], cache=tmp_path / f"cache-{name}").values
-        for name, task in (
-            ("plain", Counting(predicts=predicts)),
-            ("changing", Changing(how, SPLITS[::-1], predicts=predicts)),
-        )
-    ]
-    assert rows[0] == rows[1]
-
-
-def test_a_mixture_that_stays_is_put_once(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four splits of an ingredient cost one pass over its weights; four, if the task changes it."""
-    from streamsoup.engine import stream
-
-    runs: list[int] = []
-    run = stream.run
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        runs.append(kwargs.get("ledger") is not None)
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(stream, "run", counted)
-    counts = []
-    for name, task in (("a", Counting()), ("b", Changing("weights", list(SPLITS)))):
-        runs.clear()
-        compare(folders[:1], task, output=tmp_path / name, settings=SMALL)
-        counts.append(runs.count(False))
-    assert counts == [1, 5]  # predictions of four splits, and the score of one
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda z, y: (z[0], y), "shapes"),
-        (lambda z, y: (z[:, 0], y.double()), "a task without classes has a score"),
-        (lambda z, y: (z[:, : len(y) // 15], y), r"\[20, 1\] and \[20\]; the first batch had 3"),
-        (lambda z, y: (z, y.double()), "not numbers of classes"),
-        (lambda z, y: (z, y + 4), "there are 4 classes"),
-    ],
-)
-def test_predictions_that_are_none(
-    folders: list[str], tmp_path: Path, spoil: Any, message: str
-) -> None:
-    """What is no logits and labels is refused by name."""
-
-    class Wrong(Counting):
-        def predictions(self, model: Any, split: str) -> Iterator[Any]:
-            for logits, labels in super().predictions(model, split):
-                yield spoil(logits, labels)
-
-    with pytest.raises(TaskError, match=message):
-        compare(folders, Wrong(), output=tmp_path / "out", settings=SMALL)
-
-
-class Deaf(Counting):
-    """A task whose predictions have no gradient: as most are written."""
-
-    def __init__(self, how: str, **more: Any) -> None:
-        super().__init__(**more)
-        self._how = how
-
-    def predictions(self, model: Any, split: str) -> Iterator[Any]:
-        if self._how == "context":
-            with torch.no_grad():
-                yield from super().predictions(model, split)
-            return
-        for logits, labels in super().predictions(model, split):
-            yield logits.detach().numpy(), labels.numpy()
-
-
-@pytest.mark.parametrize("how", ["context", "numpy"])
-def test_predictions_without_a_gradient(folders: list[str], tmp_path: Path, how: str) -> None:
-    """Nothing can be learned from them: that is said, and the rest is compared; once."""
-    settings = replace(SMALL, learned=("global",))
-    found = compare(folders, Deaf(how), output=tmp_path / "out", settings=settings)
-    assert any("carry no gradient" in note for note in found.notes)
-    assert "learned soup" not in by_name(found)
-    again = Deaf(how)
-    compare(folders, again, output=tmp_path / "out", settings=settings)
-    assert (again.asked, again._n_built) == ([], 0)
-
-
-def test_a_frozen_model_can_still_be_learned_in(folders: list[str], tmp_path: Path) -> None:
-    """A task may build its model without gradients; learned soups turn them on, and off again."""
-    model = build().requires_grad_(False)
-    settings = replace(SMALL, learned=("global",))
-    out = tmp_path / "out"
-    found = compare(folders, Counting(), output=out, model=model, settings=settings)
-    assert "learned soup" in by_name(found)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_learning_that_was_killed(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A learned search that was killed is no obstacle to one over other ingredients."""
-    from streamsoup.search.learning.search import LearnedSearch
-
-    def killed(search: Any, **more: Any) -> None:
-        raise KeyboardInterrupt
-
-    settings = replace(SMALL, learned=("global",))
-    with monkeypatch.context() as patch:
-        patch.setattr(LearnedSearch, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            compare(folders[:4], Counting(), output=tmp_path / "out", settings=settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(learning, "shutil", SimpleNamespace(rmtree=killed))
-        with pytest.raises(KeyboardInterrupt):
-            compare(folders, Counting(), output=tmp_path / "out", settings=settings)
-    found = compare(folders, Counting(), output=tmp_path / "out", settings=settings)
-    assert by_name(found)["learned soup"].n_ingredients == 6
-    cache = tmp_path / "out" / "cache"
-    assert [path.suffix for path in cache.glob("learned-*")] == [".search"]  # of the four
-
-
-def test_learning_goes_on_anew_where_paths_changed(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is kept goes by content; the notes of a learned search, by path and time, may go."""
-    settings = replace(SMALL, learned=("global",))
-    before, whole = Counting(), Counting()
-    compare(folders[:3], before, output=tmp_path / "before", settings=SMALL)
-    compare(folders[:3], whole, output=tmp_path / "whole", settings=settings)
-    fails = Counting(fails_after=(len(before.asked) + len(whole.asked)) // 2)
-    with pytest.raises(TaskError):
-        compare(folders[:3], fails, output=tmp_path / "out", settings=settings)
-    assert list((tmp_path / "out" / "cache").glob("learned-*.search"))
-    os.utime(Path(folders[0]) / "model.safetensors", (1, 1))
-    found = compare(folders[:3], Counting(), output=tmp_path / "out", settings=settings)
-    assert "learned soup" in by_name(found)
-
-
 def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:
     """Angles are those of plain task vectors, and the middle's gain is that of plain averages."""
     states = [load_file(Path(folder) / "model.safetensors") for folder in folders]
@@ -660,103 +325,6 @@ def test_pairs_and_angles(folders: list[str], tmp_path: Path) -> None:
         assert pair.advantage == pytest.approx(middle - np.mean(ends))
         assert math.isfinite(pair.approximation)
     assert by_name(found)["base"].kind == "base"
-
-
-def test_sweep_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
-    """Each point is the plain interpolation; more points later cost what is new."""
-    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:2]]
-    found = sweep(*folders[:2], Counting(), [0, 0.5, 1], cache=tmp_path / "cache")
-    for split in SPLITS:
-        expected = [
-            accuracy(plain_logits(some, split), split) for some in (states[:1], states, states[1:])
-        ]
-        assert found.values[split] == pytest.approx(expected)
-    task = Counting()
-    more = sweep(*folders[:2], task, [0, 0.25, 0.5, 1], cache=tmp_path / "cache")
-    assert len(task.asked) == 4
-    assert more.best in more.alphas
-    of_numpy = sweep(*folders[:2], Counting(), np.linspace(0, 1, 5)[:2], cache=tmp_path / "cache")
-    assert of_numpy.values["val"] == more.values["val"][:2]
-    barrier = more.barrier("test")
-    assert barrier is not None
-    assert barrier.over_chord >= 0
-    lines = [json.loads(line) for line in more.to_lines()]
-    assert sum(line["kind"] == "point" for line in lines) == 16
-    with pytest.raises(RecipeError):
-        sweep(*folders[:2], task, [math.nan], cache=tmp_path / "cache")
-
-
-def test_a_model_that_is_an_ingredient_is_refused(folders: list[str], tmp_path: Path) -> None:
-    """The first mixture would overwrite it, and all later ones would be of something else."""
-    model = build()
-    before = model[0].weight.clone()
-    with pytest.raises(MismatchError, match="shares memory with the model"):
-        sweep(model, folders[0], Counting(), [0.5, 0], cache=tmp_path / "cache", model=model)
-    assert torch.equal(model[0].weight, before)
-
-
-def test_landscape_equals_plain_code(folders: list[str], tmp_path: Path) -> None:
-    """A grid point is the plain mixture at that place; a second run measures nothing."""
-    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:3]]
-
-    def draw(task: Counting) -> Any:
-        return landscape(
-            *folders[:3],
-            task,
-            cache=tmp_path / "cache",
-            settings=LandscapeSettings(resolution=5, splits=("test",)),
-        )
-
-    found, again = draw(Counting()), Counting()
-    y, x = 1, 3
-    c = found.plane.coefficients(found.xs[x], found.ys[y])
-    model = build().eval()
-    mixed = {
-        n: sum(k * s[n].double() for k, s in zip(c, states, strict=True)).float()
-        if states[0][n].is_floating_point()
-        else states[0][n]
-        for n in states[0]
-    }
-    model.load_state_dict(mixed)
-    with torch.no_grad():
-        logits = model(PARTS["test"][0]).double().numpy()
-    expected = accuracy(logits, "test")
-    assert found.values["test"][y, x] == pytest.approx(expected)
-    assert [mark.name for mark in found.marks[:3]] == ["run0", "run1", "run2"]
-    np.testing.assert_array_equal(draw(again).values["test"], found.values["test"])
-    assert again.asked == []
-    with pytest.raises(RecipeError, match="on one line"):
-        landscape(*folders[:2], folders[1], again, cache=tmp_path / "none")
-    assert again.asked == []
-
-
-def test_recalibrated_points_equal_plain_code(folders: list[str], tmp_path: Path) -> None:
-    """BatchNorm statistics are those of the mixture: of each point of a path, but its ends."""
-
-    class Recalibrating(Counting):
-        def recalibration(self) -> Iterator[torch.Tensor]:
-            yield PARTS["val"][0]
-
-    states = [load_file(Path(folder) / "model.safetensors") for folder in folders[:2]]
-    found = sweep(
-        *folders[:2], Recalibrating(), [0, 0.25, 1], cache=tmp_path / "cache", recalibrate=True
-    )
-    model = build()
-    for alpha, nll in zip((0, 0.25, 1), found.losses["test"], strict=True):
-        model.load_state_dict(
-            {
-                n: ((1 - alpha) * t.double() + alpha * states[1][n].double()).float()
-                if t.is_floating_point()
-                else t
-                for n, t in states[0].items()
-            }
-        )
-        if alpha == 0.25:
-            torch.optim.swa_utils.update_bn([PARTS["val"][0]], model)
-        model.eval()
-        with torch.no_grad():
-            loss = torch.nn.functional.cross_entropy(model(PARTS["test"][0]), PARTS["test"][1])
-        assert nll == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_what_splits_are_for() -> None:

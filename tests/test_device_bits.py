@@ -9,11 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lanes import COEFFICIENTS, FLOATS, random_ingredients, specified, through_lane
 
 from streamsoup.kernels import blocks
 from streamsoup.kernels.accelerator import torch_blocks
 from streamsoup.kernels.accelerator.device import HostDevice
+from streamsoup.selftest.lanes import (
+    COEFFICIENTS,
+    FLOATS,
+    random_ingredients,
+    specified,
+    through_lane,
+)
 from streamsoup.tensors import DTYPES, DType
 
 
@@ -94,7 +100,7 @@ def test_narrowing_every_16_bit_neighbourhood() -> None:
 def test_bits_do_not_depend_on_vector_units(capability: str) -> None:
     """Torch chooses other loops for other processors: the bits stay."""
     code = """
-from lanes import *
+from streamsoup.selftest.lanes import *
 from streamsoup.kernels.accelerator.device import HostDevice
 import torch
 for source in FLOATS:

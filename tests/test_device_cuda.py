@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lanes import COEFFICIENTS, FLOATS, random_ingredients, specified, through_lane
 from safetensors.torch import load_file, save_file
 from simulated import KINDS
 from torch import nn
@@ -39,6 +38,13 @@ from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.backward import _vector
 from streamsoup.search.learning.parametrisation import parametrise
 from streamsoup.search.learning.slopes import Slopes
+from streamsoup.selftest.lanes import (
+    COEFFICIENTS,
+    FLOATS,
+    random_ingredients,
+    specified,
+    through_lane,
+)
 from streamsoup.sizes import nbytes_text, parse_nbytes
 from streamsoup.task import load_task
 from streamsoup.tensors import DTYPES, DType

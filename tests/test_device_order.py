@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from lanes import WORDS, random_ingredients, specified, through_lane
 from simulated import KINDS, MOVES, SimulatedDevice, Stream, TimedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
+from streamsoup.selftest.lanes import WORDS, random_ingredients, specified, through_lane
 from streamsoup.tensors import DTYPES
 
 BLOCK = 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,358 +14,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file as save_numpy
+from learning import InMemory, K, Net, Stop, files, learn, make_batches, make_slopes, task_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import streamsoup
-from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, ResumeError, TaskError
-from streamsoup.formats.ingredients import open_ingredients
-from streamsoup.live.model import ModelSink
+from streamsoup.errors import RecipeError, TaskError
 from streamsoup.options import Options
-from streamsoup.output.make import order
-from streamsoup.recipe import Coefficients
 from streamsoup.search.learned import learned
 from streamsoup.search.learning.backward import _vector
 from streamsoup.search.learning.descent import AdamW, lbfgs
-from streamsoup.search.learning.journal import LearningJournal
-from streamsoup.search.learning.parametrisation import parametrise
 from streamsoup.search.learning.search import Losses
 from streamsoup.search.learning.settings import LearnedSettings
-from streamsoup.search.learning.slopes import Slopes, find_equal
 from streamsoup.study.plot import plot_coefficients
-from streamsoup.task import load_task
 
-K = 4
-
-
-class Net(nn.Module):
-    """Two blocks, tied embedding and head, a norm with buffers, and a frozen table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.table = nn.Parameter(torch.zeros(6), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(2)
-        )
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.embed(x).mean(1) + self.table
-        for block in self.blocks:
-            h = block(h)
-        return self.head(h)
-
-
-def make_state(seed: int, *, tied_name: bool = True) -> dict[str, torch.Tensor]:
-    """Weights of one fine-tune: near to a common base; the norms' weights never moved."""
-    base = torch.Generator().manual_seed(0)
-    own = torch.Generator().manual_seed(100 + seed)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in Net().double().state_dict().items():
-        if not tensor.is_floating_point():
-            state[name] = tensor.clone()
-            continue
-        start = torch.randn(tensor.shape, generator=base, dtype=torch.float64)
-        moved = 0.3 * torch.randn(tensor.shape, generator=own, dtype=torch.float64)
-        state[name] = start.abs() + 0.5 if "running_var" in name else start
-        if not name.endswith("1.weight"):
-            state[name] = state[name] + (moved.abs() if "running_var" in name else moved)
-    state["head.weight"] = state["embed.weight"].clone()
-    if not tied_name:
-        del state["head.weight"]
-    return state
-
-
-def make_batches(n: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Held-out batches of different sizes."""
-    generator = torch.Generator().manual_seed(7)
-    sizes = [5 + i % 3 for i in range(n)]
-    return [
-        (
-            torch.randint(0, 11, (size, 3), generator=generator),
-            torch.randint(0, 11, (size,), generator=generator),
-        )
-        for size in sizes
-    ]
-
-
-def task_of(batches: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """The task of classifying them, weighed by examples."""
-
-    def loss(model: nn.Module, split: str) -> Any:
-        for x, y in batches:
-            yield nn.functional.cross_entropy(model(x), y), len(y)
-
-    def build() -> nn.Module:
-        return Net().to(dtype)
-
-    def score(model: nn.Module) -> float:
-        return 0.0
-
-    return SimpleNamespace(loss=loss, build=build, score=score, splits=["val"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Keep torch to one thread: these models are small, and other tests run beside."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files of all ingredients."""
-    folder = tmp_path_factory.mktemp("learned")
-    for i in range(K):
-        save_file(make_state(i), folder / f"{i}.safetensors")
-    return [str(folder / f"{i}.safetensors") for i in range(K)]
-
-
-def make_slopes(
-    paths: list[str], task: Any, mixture_kind: dict[str, Any], guard_every: int = 0, **options: Any
-) -> Slopes:
-    """Plan the passes of a search."""
-    opts = Options(non_float="first", **options)
-    plan = order(
-        open_ingredients(paths),
-        Linear(Coefficients.uniform(len(paths))),
-        method="learned",
-        options=opts,
-    ).plan
-    loaded = load_task(task)
-    sink = ModelSink(loaded.build(), plan)
-    mapped = opts.io != "read"
-    equal, _ = find_equal(plan, mapped=mapped, options=opts)
-    assert equal["blocks.0.1.weight"] == equal["blocks.1.1.weight"] == (0,) * len(paths)
-    names = [tensor.name for tensor in plan.tensors if tensor.operation == "mix"]
-    mixture = parametrise(names, sink.tied, len(paths), **mixture_kind)
-    return Slopes(
-        loaded,
-        sink,
-        mixture,
-        equal,
-        split="val",
-        guard_split=None,
-        guard_every=guard_every,
-        mapped=mapped,
-        options=opts,
-    )
-
-
-class InMemory:
-    """The learned soup as the paper's code has it: all in memory, autograd through the sum."""
-
-    def __init__(self, paths: list[str], mixture: Any) -> None:
-        self.states = [load_file(path) for path in paths]
-        self.mixture = mixture
-        self.model = Net().double().eval()
-
-    def coefficients(self, raw: torch.Tensor) -> torch.Tensor:
-        k = len(self.states)
-        n = len(self.mixture.groups) * k
-        z = raw[:n].reshape(-1, k)
-        if self.mixture.constraint == "softmax":
-            return torch.softmax(z, dim=1)
-        if self.mixture.constraint == "affine":
-            return z - z.mean(dim=1, keepdim=True) + 1 / k
-        return z
-
-    def loss(self, raw: torch.Tensor, batches: Any) -> torch.Tensor:
-        rows = self.coefficients(raw)
-        mixed = {}
-        for name, group in self.mixture.group_of.items():
-            stacked = torch.stack([state[name] for state in self.states])
-            mixed[name] = torch.tensordot(rows[group], stacked, dims=1)
-            if "running" in name:
-                mixed[name] = mixed[name].detach()
-        mixed["head.weight"] = mixed["embed.weight"]
-        beta = raw[-1] if self.mixture.temperature else 1.0
-        total, n = torch.zeros((), dtype=torch.float64), 0
-        for x, y in batches:
-            logits = torch.func.functional_call(self.model, mixed, (x,), tie_weights=False)
-            total = total + nn.functional.cross_entropy(beta * logits, y) * len(y)
-            n += len(y)
-        return total / n
-
-    def gradient(self, raw: np.ndarray, batches: Any) -> tuple[float, np.ndarray]:
-        leaf = torch.tensor(raw, requires_grad=True)
-        loss = self.loss(leaf, batches)
-        loss.backward()
-        assert leaf.grad is not None
-        return loss.item(), leaf.grad.numpy()
-
-
-KINDS = [
-    {"granularity": g, "constraint": c, "temperature": t}
-    for g in ("global", "layer", "tensor")
-    for c in ("softmax", "affine", "free")
-    for t in ((False, True) if g == "layer" else (False,))
-]
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
-def test_slopes_are_those_of_autograd(paths: list[str], kind: dict[str, Any]) -> None:
-    """Streamed gradients equal autograd through the in-memory sum, to float64 accuracy."""
-    batches = make_batches()
-    slopes = make_slopes(paths, task_of(batches), kind)
-    mixture = slopes._parametrisation
-    reference = InMemory(paths, mixture)
-    raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
-    for _ in range(2):  # the second time, gradients are taken as they become ready
-        seen = slopes.evaluate(raw, backward=True)
-        loss, gradient = reference.gradient(raw, batches)
-        assert seen.loss == pytest.approx(loss, rel=1e-13)
-        ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
-        np.testing.assert_allclose(ours, gradient, rtol=1e-11, atol=1e-14)
-
-
-def test_a_wrong_slope_is_seen(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted fault: a tensor whose products are dropped does not pass for autograd's."""
-    kind = {"granularity": "global", "constraint": "softmax", "temperature": False}
-    slopes = make_slopes(paths, task_of(make_batches()), kind)
-    products = slopes.products
-    monkeypatch.setattr(
-        slopes, "products", lambda v: (p for p in products(v) if p[0] != "blocks.0.0.bias")
-    )
-    raw = slopes._parametrisation.start()
-    seen = slopes.evaluate(raw, backward=True)
-    _, gradient = InMemory(paths, slopes._parametrisation).gradient(raw, make_batches())
-    ours = slopes._parametrisation.gradient(raw, seen.slopes, 0.0)
-    assert not np.allclose(ours, gradient, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_batches_of_a_narrow_model_add_up(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Slopes of one batch, seen 600 times, are those of seeing it once."""
-    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
-    for i, path in enumerate(paths):
-        state = make_state(i)
-        save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, path)
-    (batch,) = make_batches(1)
-    kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
-    found = []
-    for n in (1, 600):
-        slopes = make_slopes(paths, task_of([batch] * n, dtype), kind)
-        raw = slopes._parametrisation.start()
-        found += [slopes.evaluate(raw, backward=True).slopes for _ in range(2)]
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 3}, {"io": "read"}], ids=str)
-def test_slopes_do_not_depend_on_how_they_are_read(
-    paths: list[str], options: dict[str, Any]
-) -> None:
-    """Threads and the way of reading leave every bit of the slopes as it is."""
-    kind = {"granularity": "tensor", "constraint": "free", "temperature": False}
-    first = make_slopes(paths, task_of(make_batches()), kind)
-    other = make_slopes(paths, task_of(make_batches()), kind, **options)
-    raw = first._parametrisation.start()
-    ours, theirs = first.evaluate(raw, backward=True), other.evaluate(raw, backward=True)
-    assert np.array_equal(ours.slopes, theirs.slopes)
-    again = first.evaluate(raw, backward=True)
-    assert np.array_equal(ours.slopes, again.slopes)
-
-
-def test_what_is_common_is_read_once(paths: list[str]) -> None:
-    """Bytes read are those predicted; tensors that all share are not among them."""
-    kind = {"granularity": "global", "constraint": "softmax", "temperature": False}
-    slopes = make_slopes(paths, task_of(make_batches()), kind)
-    raw = slopes._parametrisation.start()
-    slopes.evaluate(raw, backward=True)
-    first = slopes.nbytes_read
-    slopes.evaluate(raw, backward=True)
-    state = make_state(0)
-    learned = {n: t for n, t in state.items() if "running" not in n and t.is_floating_point()}
-    moved = sum(
-        t.nbytes for n, t in state.items() if not n.endswith("1.weight") and t.is_floating_point()
-    )
-    multiplied = sum(
-        t.nbytes for n, t in learned.items() if not n.endswith("1.weight") and n != "head.weight"
-    )
-    assert slopes.nbytes_read - first == K * (moved + multiplied)
-    assert slopes.nbytes_read - first <= slopes.nbytes_of_mix + slopes.nbytes_of_products
-    assert first - (slopes.nbytes_read - first) == slopes.nbytes_once
-
-
-@pytest.mark.parametrize("constraint", ["softmax", "affine", "free"])
-@pytest.mark.parametrize("granularity", ["global", "tensor"])
-def test_what_some_share_is_multiplied_once(
-    constraint: str, granularity: str, tmp_path: Path
-) -> None:
-    """Where runs froze a layer, or are copies, slopes are autograd's, from fewer bytes."""
-    states = [make_state(i) for i in range(K)]
-    frozen = [name for name in states[0] if name.startswith("blocks.0.")]
-    for name in frozen:
-        states[3][name] = states[1][name].clone()
-    states[2]["embed.weight"] = states[0]["embed.weight"].clone()
-    states[2]["head.weight"] = states[0]["head.weight"].clone()
-    paths = [str(tmp_path / f"{i}.safetensors") for i in range(K)]
-    for state, path in zip(states, paths, strict=True):
-        save_file(state, path)
-    batches = make_batches()
-    kind = {"granularity": granularity, "constraint": constraint, "temperature": False}
-    slopes = make_slopes(paths, task_of(batches), kind)
-    mixture = slopes._parametrisation
-    raw = mixture.start() + 0.1 * np.random.default_rng(1).normal(size=mixture.n_raw)
-    slopes.evaluate(raw, backward=True)
-    before = slopes.nbytes_read
-    seen = slopes.evaluate(raw, backward=True)
-    loss, gradient = InMemory(paths, mixture).gradient(raw, batches)
-    assert seen.loss == pytest.approx(loss, rel=1e-13)
-    ours = mixture.gradient(raw, seen.slopes, seen.beta_slope)
-    np.testing.assert_allclose(ours, gradient, rtol=1e-11, atol=1e-14)
-    once = {name: state.nbytes for name, state in states[0].items() if state.is_floating_point()}
-    common = {name for name in once if name.endswith("1.weight")}
-    n_read = {name: 1 if name in common else 3 if name in frozen else K for name in once}
-    n_read["embed.weight"] = 3
-    times_common = 2 if constraint == "free" else 0
-    expected = sum((times_common if name in common else K) * n for name, n in once.items())
-    expected += sum(
-        n * n_read[name]
-        for name, n in once.items()
-        if name not in common and "running" not in name and name != "head.weight"
-    )
-    assert slopes.nbytes_read - before == expected
-
-
-def test_equal_tensors_are_found(tmp_path: Path) -> None:
-    """Each is led back to the first that has its bits; −0 and 0 are not the same, NaNs may be."""
-    values = [[1.0, 0.0], [1.0, -0.0], [1.0, 0.0], [2.0, math.nan], [2.0, math.nan]]
-    for i, value in enumerate(values):
-        own = np.arange(2.0) + i
-        tensors = {"own": own, "some": np.array(value), "all": np.ones(3), "none": np.ones((0, 2))}
-        save_numpy(tensors, tmp_path / f"{i}.safetensors")
-    opened = open_ingredients([str(tmp_path / f"{i}.safetensors") for i in range(5)])
-    plan = order(opened, Linear(Coefficients.uniform(5)), method="learned", options=Options()).plan
-    equal, nbytes = find_equal(plan, mapped=True, options=Options())
-    assert equal == {"some": (0, 1, 0, 3, 3), "all": (0,) * 5, "none": (0,) * 5}
-    assert nbytes == 5 * 7 * 8
-
-
-def test_the_model_is_left_as_it_was(paths: list[str]) -> None:
-    """Flags, modes, gradients and hooks are as before; only weights are the mixture's."""
-    kind = {"granularity": "tensor", "constraint": "free", "temperature": True}
-    slopes = make_slopes(paths, task_of(make_batches()), kind)
-    model = slopes._sink.model
-    model.train()
-    mark = torch.ones_like(model.embed.weight)
-    model.embed.weight.grad = mark
-    slopes.evaluate(slopes._parametrisation.start(), backward=True)
-    assert model.training
-    assert model.blocks[0].training
-    assert not model.table.requires_grad
-    assert model.embed.weight.requires_grad
-    assert model.embed.weight.grad is mark
-    assert model.blocks[0][0].weight.grad is None
-    assert not model._forward_hooks
-    assert not model.embed.weight._post_accumulate_grad_hooks
+    """Return the paths of the ingredients."""
+    return files(tmp_path_factory.mktemp("learned"))
 
 
 @pytest.mark.parametrize("constraint", ["softmax", "affine"])
@@ -423,18 +91,6 @@ def test_lbfgs_finds_the_bottom() -> None:
         np.testing.assert_allclose(best, np.ones(len(start)), atol=1e-5)
 
 
-def learn(paths: list[str], output: Path, task: Any = None, **learning: Any) -> Any:
-    """Learn a soup of all."""
-    options = Options(non_float="first", threads=1)
-    return learned(
-        paths,
-        task or task_of(make_batches(10)),
-        output=output,
-        settings=LearnedSettings(**learning),
-        options=options,
-    )
-
-
 @pytest.mark.parametrize("granularity", ["global", "layer", "tensor"])
 @pytest.mark.parametrize("constraint", ["softmax", "affine"])
 def test_a_learned_soup_is_better_where_it_learned(
@@ -474,7 +130,8 @@ def test_quasi_newton_reaches_the_in_memory_minimum(paths: list[str], tmp_path: 
         tolerance=1e-10,
         evaluations=80,
     )
-    reference = InMemory(paths, make_slopes(paths, task_of(batches), KINDS[1])._parametrisation)
+    kind = {"granularity": "global", "constraint": "affine", "temperature": False}
+    reference = InMemory(paths, make_slopes(paths, task_of(batches), kind)._parametrisation)
     leaf = torch.full((K,), 1 / K, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([leaf], max_iter=60, line_search_fn="strong_wolfe")
 
@@ -487,103 +144,6 @@ def test_quasi_newton_reaches_the_in_memory_minimum(paths: list[str], tmp_path: 
     optimizer.step(closure)
     assert soup.evaluations[soup.best].loss == pytest.approx(closure().item(), abs=1e-7)
     assert len(soup.evaluations) < 40
-
-
-class Stop(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
-def test_a_search_that_was_stopped_goes_on(
-    paths: list[str], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped after any number of batches, the same call ends with the same bits."""
-    monkeypatch.setattr("streamsoup.search.learning.search.NOTE_S", 0.0)
-    settings = {"optimizer": optimizer, "epochs": 2, "evaluations": 5, "granularity": "layer"}
-    batches = make_batches(10)
-    whole = learn(paths, tmp_path / "whole", task_of(batches), **settings)
-    left = [0]
-
-    def loss(model: nn.Module, split: str) -> Any:
-        for x, y in batches:
-            if left[0] == 0:
-                raise Stop
-            left[0] -= 1
-            yield nn.functional.cross_entropy(model(x), y), len(y)
-
-    task = task_of(batches)
-    task.loss = loss
-    n_stops = 0
-    for budget in [3, 14, 14, 25, 25, 10_000]:
-        left[0] = budget
-        try:
-            soup = learn(paths, tmp_path / "soup", task, **settings)
-            break
-        except TaskError:
-            n_stops += 1
-    assert n_stops >= 2
-    assert soup.rows == whole.rows
-    assert [(a.loss, a.guard) for a in soup.evaluations] == [
-        (a.loss, a.guard) for a in whole.evaluations
-    ]
-    assert soup.provenance.tensors == whole.provenance.tensors
-    # All that led to a note is counted, in whichever run; each run reads some things anew.
-    report, expected = soup.report, whole.report
-    assert (expected["n_runs"], report["n_runs"]) == (1, 1 + n_stops)
-    assert report["n_passes"] == expected["n_passes"]
-    assert report["nbytes_read"] >= expected["nbytes_read"]
-    assert report["elapsed_s"] > report["reading_s"] > 0
-    left[0] = 3
-    with pytest.raises(TaskError):
-        learn(paths, tmp_path / "other", task, **settings)
-    with pytest.raises(ResumeError, match="granularity"):
-        learn(paths, tmp_path / "other", task, **settings | {"granularity": "global"})
-
-
-def test_a_kill_while_tidying_up_is_mended(
-    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the soup in place, and a trace of its making left, the same call finds it finished."""
-
-    def finish(self: LearningJournal) -> None:
-        raise Stop
-
-    task = task_of(make_batches(4))
-    settings = {"evaluations": 3}
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningJournal, "finish", finish)
-        with pytest.raises(Stop):
-            learn(paths, tmp_path / "soup", task, **settings)
-    (tmp_path / "soup.partial").mkdir()
-    before = (tmp_path / "soup" / "streamsoup.json").read_bytes()
-    assert learn(paths, tmp_path / "soup", task, **settings).finished
-    assert [path.name for path in tmp_path.iterdir()] == ["soup"]
-    assert (tmp_path / "soup" / "streamsoup.json").read_bytes() == before
-
-
-def test_a_finished_soup_in_other_shards_is_not_taken_for_this_one(
-    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed when the soup was in place, and asked for smaller shards: those are made."""
-
-    def search(**options: Any) -> Any:
-        return learned(
-            paths,
-            task_of(make_batches(4)),
-            output=tmp_path / "soup",
-            settings=LearnedSettings(evaluations=3),
-            options=Options(non_float="first", overwrite=True, **options),
-        )
-
-    def finish(self: LearningJournal) -> None:
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningJournal, "finish", finish)
-        with pytest.raises(Stop):
-            search()
-    assert not search(shard_size=300).finished
-    assert len(list((tmp_path / "soup").glob("*.safetensors"))) > 1
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
@@ -734,31 +294,6 @@ def test_a_mixture_that_cannot_be_watched_is_no_better() -> None:
     assert not Losses(nan, nan).beats(Losses(1.0, nan))
 
 
-def test_looks_come_back_from_the_notes_as_they_were(paths: list[str], tmp_path: Path) -> None:
-    """Also where a watched loss was infinite: the search that goes on is the same."""
-    number = [0]  # of the look; the sixth is stopped, once
-
-    def loss(model: nn.Module, split: str) -> Any:
-        number[0] += 1
-        if number[0] == number[-1]:
-            raise Stop
-        for n, (x, y) in enumerate(make_batches(5)):
-            far = n == 4 and number[0] == 3
-            yield nn.functional.cross_entropy(model(x), y) * (math.inf if far else 1), len(y)
-
-    task = task_of([])
-    task.loss = loss
-    number[:] = [0, -1]
-    whole = learn(paths, tmp_path / "whole", task, evaluations=8)
-    assert not math.isfinite(whole.evaluations[2].guard)
-    number[:] = [0, 6]
-    with pytest.raises(TaskError):
-        learn(paths, tmp_path / "soup", task, evaluations=8)
-    number[:] = [5, -1]
-    soup = learn(paths, tmp_path / "soup", task, evaluations=8)
-    assert (soup.rows, soup.best) == (whole.rows, whole.best)
-
-
 def test_what_watches_is_never_learned_from(paths: list[str], tmp_path: Path) -> None:
     """A loss that shuffles has the same order in each epoch as where its mixtures are looked at."""
     orders = []
@@ -777,40 +312,6 @@ def test_what_watches_is_never_learned_from(paths: list[str], tmp_path: Path) ->
     orders.clear()
     learn(paths, tmp_path / "unwatched", task, optimizer="adamw", epochs=3, guard_every=0)
     assert len(set(map(tuple, orders))) == 3
-
-
-def test_an_older_soup_of_the_same_is_not_the_one_under_way(
-    paths: list[str], tmp_path: Path
-) -> None:
-    """A search to replace it that was stopped goes on: its data may have changed meanwhile."""
-    batches, left = make_batches(4), [0]
-
-    def loss(model: nn.Module, split: str) -> Any:
-        left[0] -= 1
-        if not left[0]:
-            raise Stop
-        for x, y in batches:
-            yield nn.functional.cross_entropy(model(x), y), len(y)
-
-    def search() -> Any:
-        return learned(
-            paths,
-            task,
-            output=tmp_path / "soup",
-            settings=LearnedSettings(evaluations=4),
-            options=Options(non_float="first", overwrite=True),
-        )
-
-    task = task_of([])
-    task.loss = loss
-    before = search()
-    batches[:], left[0] = make_batches(8)[4:], 2
-    with pytest.raises(TaskError):
-        search()
-    after = search()
-    assert not after.finished
-    assert after.rows != before.rows
-    assert not (tmp_path / "soup.search").exists()
 
 
 def test_refusals(paths: list[str], tmp_path: Path) -> None:
@@ -926,22 +427,6 @@ def test_nothing_to_learn_is_the_uniform_soup(paths: list[str], tmp_path: Path) 
     task.build = build
     sparse = learn(paths, tmp_path / "sparse", task, evaluations=2)
     np.testing.assert_allclose(sparse.rows, dense.rows, rtol=1e-12)
-
-
-def test_notes_are_kept_on_disk_alone(tmp_path: Path) -> None:
-    """A long search takes notes every ten seconds, each as large as all it learns."""
-    target = str(tmp_path / "soup")
-    tracemalloc.start()
-    with LearningJournal(target, {"of": "this"}, restart=False) as notebook:
-        for number in range(200):
-            notebook.put({"adamw": 0, "done": number, "raw": [0.1 + number] * 1000})
-        held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert held < 300_000
-    with LearningJournal(target, {"of": "this"}, restart=False) as notebook:
-        found = notebook.find("adamw")
-    assert found is not None
-    assert found["done"] == 199
 
 
 def test_layers_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,19 @@ from streamsoup.formats.header import make_header
 from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.formats.source import Cursor
 from streamsoup.formats.stored import Stored, open_stored
-from streamsoup.kernels import blocks, reference
+from streamsoup.kernels import blocks
 from streamsoup.kernels.accelerator.device import Accelerator, Device, HostDevice, our_errors
 from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.options import Options
 from streamsoup.output.make import Order, make, order
 from streamsoup.recipe import Coefficients
+from streamsoup.selftest.lanes import (
+    COEFFICIENTS,
+    FLOATS,
+    random_ingredients,
+    specified,
+    through_lane,
+)
 from streamsoup.sizes import nbytes_text
 from streamsoup.tensors import DTYPES, DType
 
@@ -42,16 +49,6 @@ __all__ = ["all_checks", "make_checkpoints", "order_on"]
 Array = NDArray[np.uint8]
 Outcome = tuple[bool, str]
 
-FLOATS = [DTYPES[name] for name in ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")]
-COEFFICIENTS: list[tuple[tuple[float, ...], float]] = [
-    ((1.0,), 1.0),
-    ((1.0, 1.0), 2.0),
-    ((1.0,) * 3, 3.0),
-    ((1.0,) * 8, 8.0),
-    ((0.7, -0.3, 1 / 3), 1.0),
-    ((0.7, 1.0, 1 / 3), 0.7 + 1.0 + 1 / 3),
-]
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 BLOCK = 64
 
 
@@ -125,101 +122,60 @@ def order_on(
     return replace(ordered, memory=plan.memory, on_device=OnDevice(device, plan))
 
 
-def _patterns(dtype: DType, k: int, n: int, seed: int) -> list[Array]:
-    """Return random bits, so every kind of value; half as often, values whose sums are ties."""
-    rng = np.random.default_rng([k, n, seed, dtype.nbits, dtype.bias])
-    if seed % 2 == 0:
-        return [rng.integers(0, 256, n * dtype.itemsize, dtype=np.uint8) for _ in range(k)]
-    made = []
-    for _ in range(k):
-        raw = np.empty(n * dtype.itemsize, np.uint8)
-        blocks.narrow(rng.integers(-(1 << 9), 1 << 9, n) / 8.0, dtype, raw)
-        made.append(raw)
-    return made
-
-
-def _specified(
-    data: Sequence[Array], source: DType, factors: Sequence[float], divisor: float, output: DType
-) -> bytes:
-    bits = [[int(word) for word in each.view(_WORDS[source.itemsize])] for each in data]
-    soup = reference.mix(bits, source, factors, divisor, output)
-    return np.array(soup, _WORDS[output.itemsize]).tobytes()
-
-
 def _through(
     device: Device[Any, Any],
     data: Sequence[Array],
     source: DType,
-    factors: Sequence[float],
-    divisor: float,
     output: DType,
+    coefficients: tuple[tuple[float, ...], float],
     n_slots: int,
-) -> bytes:
-    """Mix in blocks of `BLOCK` by way of a lane."""
-    uniform = set(factors) == {1.0} and divisor == len(factors) > 1
-    shape = LaneShape(BLOCK, n_slots, 8, 8, uniform and source.name == "F64")
-    lane = Lane(device, shape)
-    n = len(data[0]) // source.itemsize
-    parts: list[bytes] = []
-    under_way = 0
-    for start in range(0, n, BLOCK):
-        if under_way == shape.in_flight:
-            parts.append(lane.take()[0].tobytes())
-            under_way -= 1
-        end = min(start + BLOCK, n)
-        lane.start(end - start, output, divisor, compares=shape.compares, canonical=True)
-        for each, factor in zip(data, factors, strict=True):
-            lane.add(each[start * source.itemsize : end * source.itemsize], source, factor)
-        lane.finish()
-        under_way += 1
-    parts += [lane.take()[0].tobytes() for _ in range(under_way)]
-    lane.close()
-    return b"".join(parts)
+) -> Array:
+    soup, _ = through_lane(
+        device, data, source, output, *coefficients, block=BLOCK, n_slots=n_slots
+    )
+    return soup
 
 
 def _bits_of_blocks() -> Outcome:
     """Compare `kernels.blocks` with the specification; float64's rule of equal values is apart."""
     wrong: list[str] = []
-    count = 0
-    for source, output, (factors, divisor) in itertools.product(FLOATS, FLOATS, COEFFICIENTS):
-        data = _patterns(source, len(factors), 101, count)
+    cases = list(itertools.product(FLOATS, FLOATS, COEFFICIENTS.items(), (False, True)))
+    cases = [case for case in cases if case[3] or case[0].name != "F64"]
+    for source, output, (what, (factors, divisor)), ties in cases:
+        data = random_ingredients(source, len(factors), 101, ties=ties)
         sums = np.empty(101)
         blocks.accumulate(sums, data, [source] * len(factors), factors, fresh=True)
         soup = np.empty(101 * output.itemsize, np.uint8)
         blocks.finish(sums, divisor, output, soup)
-        count += 1
-        if soup.tobytes() != _specified(data, source, factors, divisor, output):
-            wrong.append(f"{source.name} to {output.name}, {len(factors)} ingredients")
-    return _tell(wrong, count, "dtype pairs and coefficients")
+        if not np.array_equal(soup, specified(data, source, output, factors, divisor)):
+            wrong.append(f"{source.name} to {output.name}, {what}")
+    return _tell(wrong, len(cases), "dtype pairs, coefficients and kinds of values")
 
 
 def _bits(device: Accelerator | HostDevice) -> Outcome:
     """Compare the pipeline with the specification, dtype by dtype, special values included."""
     wrong: list[str] = []
-    count = 0
-    for source, output, (factors, divisor) in itertools.product(FLOATS, FLOATS, COEFFICIENTS):
-        for seed in (0, 1):
-            data = _patterns(source, len(factors), 101, seed)
-            soup = _through(device, data, source, factors, divisor, output, 2)
-            count += 1
-            if soup != _specified(data, source, factors, divisor, output):
-                wrong.append(f"{source.name} to {output.name}, {len(factors)} ingredients")
-    return _tell(wrong, count, "dtype pairs, coefficients and kinds of values")
+    cases = list(itertools.product(FLOATS, FLOATS, COEFFICIENTS.items(), (False, True)))
+    for source, output, (what, coefficients), ties in cases:
+        data = random_ingredients(source, len(coefficients[0]), 101, ties=ties)
+        soup = _through(device, data, source, output, coefficients, 2)
+        if not np.array_equal(soup, specified(data, source, output, *coefficients)):
+            wrong.append(f"{source.name} to {output.name}, {what}")
+    return _tell(wrong, len(cases), "dtype pairs, coefficients and kinds of values")
 
 
 def _sizes(device: Accelerator | HostDevice) -> Outcome:
     """Sizes 0, 1 and around the block, rings of several lengths."""
     wrong: list[str] = []
-    count = 0
-    for n, n_slots in itertools.product((0, 1, 63, 64, 65, 257), (1, 2, 3, 8)):
-        for name, (factors, divisor) in itertools.product(("BF16", "F32"), COEFFICIENTS[2:5]):
-            dtype = DTYPES[name]
-            data = _patterns(dtype, len(factors), n, 0)
-            soup = _through(device, data, dtype, factors, divisor, dtype, n_slots)
-            count += 1
-            if soup != _specified(data, dtype, factors, divisor, dtype):
-                wrong.append(f"{n} elements of {name}, {n_slots} slots")
-    return _tell(wrong, count, "sizes, slots and coefficients")
+    numbers = itertools.product((0, 1, 63, 64, 65, 257), (1, 2, 3, 8))
+    cases = list(itertools.product(numbers, ("BF16", "F32"), COEFFICIENTS.values()))
+    for (n, n_slots), name, coefficients in cases:
+        dtype = DTYPES[name]
+        data = random_ingredients(dtype, len(coefficients[0]), n)
+        soup = _through(device, data, dtype, dtype, coefficients, n_slots)
+        if not np.array_equal(soup, specified(data, dtype, dtype, *coefficients)):
+            wrong.append(f"{n} elements of {name}, {n_slots} slots")
+    return _tell(wrong, len(cases), "sizes, slots and coefficients")
 
 
 class _Delayed(Accelerator):
@@ -251,15 +207,15 @@ class _Delayed(Accelerator):
 def _order(device: Accelerator, which: int) -> Outcome:
     """With one stream far behind the others, no byte changes."""
     wrong: list[str] = []
-    count = 0
-    for n_slots, (factors, divisor) in itertools.product((1, 2, 3), COEFFICIENTS[3:5]):
-        dtype = DTYPES["BF16"]
-        data = _patterns(dtype, len(factors), 1000, 1)
-        soup = _through(_Delayed(device, which), data, dtype, factors, divisor, dtype, n_slots)
-        count += 1
-        if soup != _specified(data, dtype, factors, divisor, dtype):
-            wrong.append(f"{n_slots} slots, {len(factors)} ingredients")
-    return _tell(wrong, count, "runs")
+    dtype = DTYPES["BF16"]
+    cases = list(itertools.product((1, 2, 3), ("mean of eight", "weighted")))
+    for n_slots, what in cases:
+        coefficients = COEFFICIENTS[what]
+        data = random_ingredients(dtype, len(coefficients[0]), 1000, ties=True)
+        soup = _through(_Delayed(device, which), data, dtype, dtype, coefficients, n_slots)
+        if not np.array_equal(soup, specified(data, dtype, dtype, *coefficients)):
+            wrong.append(f"{n_slots} slots, {what}")
+    return _tell(wrong, len(cases), "runs")
 
 
 def _soups(device: Accelerator | HostDevice, paths: Sequence[str], room: str) -> Outcome:

@@ -1,4 +1,7 @@
-"""Blocks through a lane of the pipeline, and what the specification makes of them."""
+"""Blocks through a lane of the pipeline, and what the specification makes of them.
+
+The cases of `streamsoup selftest`, and of the tests of the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from streamsoup.kernels import reference
 from streamsoup.kernels.accelerator.device import Device
 from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape
 from streamsoup.tensors import DTYPES, DType
+
+__all__ = ["COEFFICIENTS", "FLOATS", "WORDS", "random_ingredients", "specified", "through_lane"]
 
 Bytes = NDArray[np.uint8]
 
@@ -30,7 +35,7 @@ def through_lane(
     block: int,
     n_slots: int = 2,
 ) -> tuple[Bytes, bool]:
-    """Mix raw ingredients in blocks, as a worker does; give the soup, and whether it is spoiled."""
+    """Mix raw ingredients in blocks, as a worker does; return the soup, and if it is spoiled."""
     uniform = set(factors) == {1.0} and divisor == len(factors) > 1
     compares = uniform and dtype.name == "F64"
     shape = LaneShape(block, n_slots, 8, 8, compares)
@@ -77,7 +82,7 @@ def specified(
 
 
 def random_ingredients(dtype: DType, k: int, n: int, *, ties: bool = False) -> list[Bytes]:
-    """Give `k` ingredients of `n` random bit patterns: every kind of value, NaN and Inf too.
+    """Return `k` ingredients of `n` random bit patterns: every kind of value, NaN and Inf too.
 
     Half of float64's are moved into the range of bfloat16, where narrowing rounds; with `ties`, all
     are finite and of like size, so that sums are often halfway between two results.
@@ -109,7 +114,7 @@ COEFFICIENTS = {
     "one": ((1.0,), 1.0),
     "mean of two": ((1.0, 1.0), 2.0),
     "mean of three": ((1.0, 1.0, 1.0), 3.0),
-    "mean of seven": ((1.0,) * 7, 7.0),
+    "mean of eight": ((1.0,) * 8, 8.0),
     "weighted": ((0.7, -0.3, 1 / 3), 1.0),
     "normalised": ((0.7, 1.0, 1 / 3), 0.7 + 1.0 + 1 / 3),
 }
