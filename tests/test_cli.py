@@ -471,7 +471,7 @@ def imported(words: list[str], cwd: Path) -> set[str]:
 
 
 def test_commands_import_no_more_than_they_need(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Help, inspect, plan and quick verify load neither torch nor numba, averaging no torch."""
+    """Help, inspect, plan and quick verify load neither torch nor numba, making soups no torch."""
     for words in (["--help"], ["uniform", "--help"], ["--version"]):
         names = imported(words, tmp_path)
         assert not names.intersection((*HEAVY, "numpy", "rich", "psutil")), words
@@ -485,6 +485,8 @@ def test_commands_import_no_more_than_they_need(pair: tuple[Path, Path], tmp_pat
     working = {*HEAVY, "psutil"} - (set() if processor.is_x86() else {"llvmlite"})
     assert not averaged.intersection(working)
     assert not imported(["verify", "out"], tmp_path).intersection(working)
+    search = ["greedy", "a", "b", "--command", "echo 1 {checkpoint}", "-o", "found", "--quiet"]
+    assert "torch" not in imported(search, tmp_path)
 
 
 def test_import_does_nothing_heavy() -> None:

@@ -34,6 +34,7 @@ from streamsoup.live.running import Sums, SumsPlace, SumsPlan, can_carry
 from streamsoup.options import Options, check_options, take
 from streamsoup.output.coefficients import AnyRule, find_rule
 from streamsoup.output.make import Soup, order
+from streamsoup.reading import Reading
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.sizes import nbytes_text
 
@@ -310,8 +311,8 @@ def _targets(sink: ModelSink, found: OnDevice) -> Any:
     return target
 
 
-def put_into(model: nn.Module | None, soup: Soup, options: Options) -> None:
-    """Put a finished soup into a live model, if there is one, to the bit; costs a read of it."""
-    if model is not None:
-        quietly = replace(options, dtype="same", on_event=None)
-        mix_into(model, [soup.path], options=quietly)
+def put_into(model: nn.Module, soup: Soup, options: Options) -> None:
+    """Put a finished soup into a live model, to the bit; costs a read of it."""
+    as_it_is = {name: getattr(Reading(), name) for name in Reading.__struct_fields__}
+    quietly = replace(options, dtype="same", on_event=None, **as_it_is)
+    mix_into(model, [soup.path], options=quietly)

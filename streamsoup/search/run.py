@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from streamsoup.errors import OutputExistsError, RecipeError
 from streamsoup.formats.ingredients import Ingredient
-from streamsoup.live.mix import put_into
 from streamsoup.options import Options
 from streamsoup.output.destination import check_output
 from streamsoup.output.make import Order, Soup, make
@@ -104,7 +103,10 @@ class SearchRun:
                     soup = self._known(identity, journal)
                     if soup is None:
                         raise
-            put_into(model, soup, self._options)
+            if model is not None:
+                from streamsoup.live.mix import put_into  # which imports torch
+
+                put_into(model, soup, self._options)
             journal.finish()
         return soup
 

@@ -140,7 +140,7 @@ def _bits_of_blocks() -> Outcome:
     """Compare `kernels.blocks` with the specification; float64's rule of equal values is apart."""
     wrong: list[str] = []
     cases = list(itertools.product(FLOATS, FLOATS, COEFFICIENTS.items(), (False, True)))
-    cases = [case for case in cases if case[3] or case[0].name != "F64"]
+    cases = [case for case in cases if case[0].name != "F64" or not case[2][0].startswith("mean")]
     for source, output, (what, (factors, divisor)), ties in cases:
         data = random_ingredients(source, len(factors), 101, ties=ties)
         sums = np.empty(101)
