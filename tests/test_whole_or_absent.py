@@ -194,13 +194,13 @@ def test_a_finished_soup_is_refused_and_known(kitchen: Kitchen) -> None:
 def test_killed_while_replacing(kitchen: Kitchen) -> None:
     """A kill during an --overwrite leaves the old soup or the new one."""
     kitchen.with_old_soup()
-    kitchen.disturb("kill", step=3)
+    kitchen.disturb("kill", step=5)
 
 
 def test_killed_while_resuming(kitchen: Kitchen) -> None:
     """A kill of a run that resumes another is mended like the first."""
     kitchen.half_done()
-    kitchen.disturb("kill", step=4)
+    kitchen.disturb("kill", step=7)
 
 
 def test_killed_without_exchange(kitchen: Kitchen) -> None:
@@ -224,7 +224,7 @@ def test_killed_without_exchange(kitchen: Kitchen) -> None:
 def test_power_cut_at_any_call(kitchen: Kitchen) -> None:
     """What was never synced may be lost at any call; the output is whole or absent all the same."""
     kitchen.output = kitchen.stage / "new" / "folders" / "soup"
-    results = kitchen.disturb("power", step=3)
+    results = kitchen.disturb("power", step=5)
     assert len(results) > 30
 
 
