@@ -30,7 +30,7 @@ def needs(module: ModuleType, *version: int) -> pytest.MarkDecorator:
 
 
 def tensor(array: Any, dtype: str | None = None) -> Tensor:
-    """Take a numpy array as a tensor; `dtype` names the bits where numpy has no name for them."""
+    """Return a numpy array as a tensor; `dtype` names the bits where numpy has no name for them."""
     array = np.asarray(array)
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64"}
     names |= {"int32": "I32", "uint8": "U8", "bool": "BOOL"}

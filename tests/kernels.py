@@ -90,7 +90,7 @@ def patterns(dtype: DType) -> Bits:
 
 
 def same_values(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    """Whether float64 values are the same, signs of zeros included; all NaNs are one."""
+    """Return True if float64 values are the same, signs of zeros included; all NaNs are one."""
     nan = np.isnan(a)
     return bool(
         (nan == np.isnan(b)).all()

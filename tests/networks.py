@@ -20,7 +20,7 @@ def build() -> nn.Module:
 
 
 def data(seed: int = 0, n: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give inputs, and labels from a network that no ingredient is."""
+    """Return inputs, and labels from a network that is none of the ingredients."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(n, 12, generator=generator)
     return inputs, teacher()(inputs).argmax(1)

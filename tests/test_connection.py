@@ -15,7 +15,7 @@ from streamsoup.search.scoring.connection import Connection
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Connection, Connection, socket.socket]]:
-    """Give both ends, and the socket of the second for whoever wants to write past it."""
+    """Return both ends, and the socket of the second, to write past it."""
     ours, theirs = socket.socketpair()
     yield Connection(ours), Connection(theirs), theirs
     ours.close()

@@ -236,7 +236,7 @@ def half_model() -> torch.nn.Module:
 def candidates_by_the_pipeline(
     paths: list[Path], *, place: Any, device_memory: str | None
 ) -> tuple[DeviceCandidates, ModelSink]:
-    """Give candidates as they are made on a device, on plain memory, and a model for them."""
+    """Return candidates as they are made on a device, on plain memory, and a model for them."""
     options = Options(device="cpu", device_memory=device_memory, threads=1)
     ordered = order(
         paths, Linear(Coefficients.uniform(len(paths))), method="greedy", options=options

@@ -37,7 +37,7 @@ class Shelf:
         self.n_puts = {t.name: np.zeros(t.nbytes, np.int64) for t in ordered.plan.tensors}
         self.n_blocks = 0
         self.roomy, self.n_made_there = False, 0
-        """Whether results may be made where they belong."""
+        """Return True if results may be made where they belong."""
 
     def session(self) -> Shelf:
         return self

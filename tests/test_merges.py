@@ -144,7 +144,7 @@ def expected(method: str, base: str, others: Sequence[str], dtype: str, paramete
 
 
 def parameters(**own: Any) -> dict[str, Any]:
-    """Give parameters of a sum of task vectors, all of them told."""
+    """Return all parameters of a sum of task vectors."""
     usual = {
         "density": (0.3, 0.5, 0.7),
         "coefficients": (1.0, -0.4, 0.7),

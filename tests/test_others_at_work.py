@@ -62,7 +62,7 @@ def child_of(pid: int) -> int:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process is there, and not just its name."""
+    """Return True if a process runs; one that has ended may still have a name."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -28,7 +28,7 @@ from streamsoup.tensors import DTYPES, DType
 
 @pytest.fixture(params=["numpy", "numba", "both", "read"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Options:
-    """Give options of a run with one engine, with both by turns, or by plain reads."""
+    """Return options of a run with one engine, with both by turns, or by plain reads."""
     if request.param == "numpy":
         monkeypatch.setattr(reduce.Engine, "mixer", lambda self, sources, output: None)
         return Options(threads=2)

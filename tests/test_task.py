@@ -308,7 +308,7 @@ while not (os.path.exists({mark!r}) and os.path.getsize({mark!r})):
 
 
 def is_alive(pid: str) -> bool:
-    """Whether a process is there yet."""
+    """Return True if a process still runs."""
     try:
         return psutil.Process(int(pid)).status() != "zombie"
     except psutil.NoSuchProcess:
@@ -356,7 +356,7 @@ def test_nothing_outlives_a_killed_search(tmp_path: Path, paths: list[str], jobs
 
 
 def comes_true(condition: Callable[[], bool]) -> bool:
-    """Whether something is so within half a minute."""
+    """Return True if a condition is met within half a minute."""
     for _ in range(600):
         if condition():
             return True

@@ -62,7 +62,7 @@ class Halved(Source):
 
     @property
     def folder(self) -> str | None:
-        """Take its side files along."""
+        """Pass on the side files of the other source."""
         return self.of.folder
 
     @property
