@@ -100,7 +100,7 @@ class Searches:
             return Counter(tuple(sorted(r["members"])) for r in journal if "members" in r)
 
     def at_most_once(self, scores: Counter[tuple[int, ...]]) -> bool:
-        """Return True if no candidate was scored twice, nor any that one scorer would not ask for."""
+        """Return True if nothing was scored twice, nor anything one scorer would not ask for."""
         if self.jobs > 1:
             return set(scores.values()) == {1}
         return scores == self.once
