@@ -13,7 +13,8 @@ import numpy as np
 
 from streamsoup.search.trials import best_first
 from streamsoup.study.comparison.selection import Ensemble, grow_soup
-from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.bench import Bench
+from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.rows import MEAN, CurvePoint, Row, Splits
 
 __all__ = ["choose_counts", "draw_curves", "values_of"]

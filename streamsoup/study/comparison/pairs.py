@@ -14,8 +14,9 @@ from msgspec.structs import replace
 
 from streamsoup.study.comparison.theory import compare_with_ensemble
 from streamsoup.study.measures.barriers import advantage
-from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.bench import Bench
 from streamsoup.study.measures.calibration import fit_beta
+from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.rows import Pair, Splits
 
 __all__ = ["choose_pairs", "look_between"]

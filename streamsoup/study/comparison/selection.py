@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.bench import Bench
 from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of
+from streamsoup.study.measures.mixture import Mixture
 
 __all__ = ["Ensemble", "grow", "grow_ensemble", "grow_soup"]
 

@@ -34,11 +34,11 @@ from streamsoup.recipe import Coefficients
 from streamsoup.search.learning.parametrisation import Granularity, layer_of
 from streamsoup.search.trials import best_first, random_order
 from streamsoup.study.comparison.curves import choose_counts, draw_curves, values_of
+from streamsoup.study.comparison.judging import with_gains, with_intervals
 from streamsoup.study.comparison.learning import learn, why_not
 from streamsoup.study.comparison.pairs import choose_pairs, look_between
 from streamsoup.study.comparison.selection import Ensemble, grow_ensemble, grow_soup
-from streamsoup.study.measures.bench import AVERAGED, EQUAL, Bench, Mixture
-from streamsoup.study.measures.bootstrap import interval, resampled_means
+from streamsoup.study.measures.bench import AVERAGED, EQUAL, Bench
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import (
     NONE,
@@ -48,7 +48,8 @@ from streamsoup.study.measures.calibration import (
     calibrate,
     fit_beta,
 )
-from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Gain, Pair, Row, Splits
+from streamsoup.study.measures.mixture import Mixture
+from streamsoup.study.measures.rows import MEAN, Cell, Comparison, Pair, Row, Splits
 from streamsoup.study.names import short_names
 from streamsoup.system.schemes import check_local
 from streamsoup.task import AnyTask, Task, load_task
@@ -264,8 +265,8 @@ class _Table:
                 f"The task has no test split: what was chosen on {val!r} is judged on it too, "
                 "which flatters every choice."
             )
-        self._add_gains()
-        self._add_intervals()
+        judged = with_gains(self.rows)
+        self.rows = with_intervals(judged, self.right, self.splits, self.settings.seed)
         self._expect("curves")
         curves = draw_curves(self.bench, self.splits, singles, self.settings.curve)
         self._expect("pairs")
@@ -461,70 +462,6 @@ class _Table:
         for i in members:
             ensemble.add(i)
         return ensemble
-
-    def _add_intervals(self) -> None:
-        """Put confidence intervals into the rows; all rows of a split are resampled alike."""
-        means: dict[int, list[Floats]] = {}
-        n_shifts = len(self.splits.shifts)
-        for number, split in enumerate(self.splits.all):
-            known = self.right.get(split, [])
-            if not known or len({len(examples) for _, examples in known}) != 1:
-                continue
-            seed = self.settings.seed + number
-            drawn = resampled_means(np.stack([examples for _, examples in known]), seed=seed)
-            for (row, _), values in zip(known, drawn, strict=True):
-                self._set_interval(row, split, values)
-                if split in self.splits.shifts:
-                    means.setdefault(row, []).append(values)
-            self._set_gains(split, {row: x for (row, _), x in zip(known, drawn, strict=True)})
-        whole = {
-            row: np.asarray(np.mean(each, axis=0))
-            for row, each in means.items()
-            if len(each) == n_shifts > 1
-        }
-        for row, values in whole.items():
-            self._set_interval(row, MEAN, values)
-        self._set_gains(MEAN, whole)
-
-    def _references(self) -> dict[str, int]:
-        """Return the numbers of the rows that others are set against, by the field of a `Cell`."""
-        kinds = {"over_best": "best", "over_base": "base"}
-        return {
-            field: number
-            for field, kind in kinds.items()
-            for number, row in enumerate(self.rows)
-            if row.kind == kind
-        }
-
-    def _add_gains(self) -> None:
-        """Put into cells how much better they are than the best on validation, and the base."""
-        for field, reference in self._references().items():
-            theirs = self.rows[reference].cells
-            for number, row in enumerate(self.rows):
-                cells = {
-                    column: replace(cell, **{field: Gain(cell.value - theirs[column].value)})
-                    if number != reference and math.isfinite(cell.value - theirs[column].value)
-                    else cell
-                    for column, cell in row.cells.items()
-                }
-                self.rows[number] = replace(row, cells=cells)
-
-    def _set_gains(self, column: str, means: Mapping[int, Floats]) -> None:
-        """Put intervals to the gains of a column: all rows were resampled alike, so in pairs."""
-        for field, reference in self._references().items():
-            for number, values in means.items() if reference in means else ():
-                row = self.rows[number]
-                gain = getattr(row.cells[column], field)
-                if gain is not None:
-                    found = interval(values - means[reference])
-                    gain = replace(gain, low=found.low, high=found.high)
-                    cell = replace(row.cells[column], **{field: gain})
-                    self.rows[number] = replace(row, cells={**row.cells, column: cell})
-
-    def _set_interval(self, number: int, column: str, means: Floats) -> None:
-        row, found = self.rows[number], interval(means)
-        cell = replace(row.cells[column], low=found.low, high=found.high)
-        self.rows[number] = replace(row, cells={**row.cells, column: cell})
 
     def _pairs(self, singles: Sequence[Row]) -> list[Pair]:
         """Look half-way between pairs of ingredients, as many as were asked for."""

@@ -18,8 +18,9 @@ from streamsoup.errors import RecipeError
 from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.options import Options, check_options, settle
 from streamsoup.study.landscape.plane import Plane
-from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.bench import Bench
 from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.rows import to_line
 from streamsoup.study.names import short_names
 from streamsoup.task import AnyTask, load_task

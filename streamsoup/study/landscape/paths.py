@@ -18,8 +18,9 @@ from streamsoup.options import Options, take
 from streamsoup.search.trials import best_first
 from streamsoup.study.comparison.table import splits_of
 from streamsoup.study.measures.barriers import Barrier, advantage, barrier
-from streamsoup.study.measures.bench import Bench, Mixture
+from streamsoup.study.measures.bench import Bench
 from streamsoup.study.measures.cache import Cache
+from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.rows import Splits, to_line
 from streamsoup.task import AnyTask, load_task
 

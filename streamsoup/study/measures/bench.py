@@ -35,6 +35,8 @@ from streamsoup.output.make import order
 from streamsoup.recipe import ARITHMETIC, Coefficients, Recipe
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.calibration import AnyFloats, Labels, answers_of, calibrate
+from streamsoup.study.measures.mixture import Mixture
+from streamsoup.study.measures.predictions import as_arrays, joined
 from streamsoup.task import Score, Task
 from streamsoup.task.code import digest_model
 from streamsoup.task.scores import MAIN_NAMES, training_mode
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from streamsoup.live.mix import LiveMix
     from streamsoup.live.model import ModelSink
 
-__all__ = ["EQUAL", "Bench", "Mixture"]
+__all__ = ["AVERAGED", "EQUAL", "Bench"]
 
 log = logging.getLogger("streamsoup")
 
@@ -53,32 +55,8 @@ AVERAGED = (
 )
 """What is said of models with BatchNorm, unless it is done."""
 
-_NO_CLASSES = "a task without classes has a score, and no predictions"
-
 EQUAL = 1e-6
 """Difference up to which the task's score and the accuracy of its predictions are one thing."""
-
-
-class Mixture(msgspec.Struct, frozen=True):
-    """Some of the ingredients, and their coefficients."""
-
-    members: tuple[int, ...]
-    """Numbers of ingredients, in the order of the sum."""
-    coefficients: Coefficients
-    """One factor for each member."""
-
-    @classmethod
-    def uniform(cls, members: Sequence[int]) -> Mixture:
-        """Weigh all members alike; one member is the ingredient itself."""
-        return cls(tuple(members), Coefficients.uniform(len(members)))
-
-    @classmethod
-    def of(cls, members: Sequence[int], values: Sequence[float]) -> Mixture:
-        """Return the mixture with these factors; members whose factor is zero are left out."""
-        used = [(i, c) for i, c in zip(members, values, strict=True) if c != 0]
-        if [c for _, c in used] == [1.0]:
-            return cls.uniform([used[0][0]])
-        return cls(tuple(i for i, _ in used), Coefficients.given([c for _, c in used]))
 
 
 class Bench:
@@ -444,37 +422,12 @@ class Bench:
 
         self._put(mixture)
         model = self._live().model
-        logits, labels = [], []
         with contained(self.task, "predictions"):
             model.eval()
-            for some, right in self.task.predictions(model, split):
-                logits.append(_to_numpy(some))
-                labels.append(_to_numpy(right))
+            given = list(map(as_arrays, self.task.predictions(model, split)))
         where = f"{self.task.name}: predictions on {split!r}"
         self._watch_mode(f"predictions on {split!r}")
-        if not logits:
-            raise TaskError(f"{where}: there are none; yield a batch at least")
-        for z, y in zip(logits, labels, strict=True):
-            if z.ndim != 2 or y.shape != z.shape[:1] or z.shape[1] != logits[0].shape[1]:
-                what = f"{where}: logits and labels of a batch are to have the shapes"
-                found = f"{list(z.shape)} and {list(y.shape)}"
-                advice = _NO_CLASSES
-                if z.ndim == logits[0].ndim == 2:
-                    advice = f"the first batch had {logits[0].shape[1]} classes"
-                raise TaskError(f"{what} (example, class) and (example,), not {found}; {advice}")
-        answers, truth = np.concatenate(logits), np.concatenate(labels)
-        if not len(truth):
-            raise TaskError(f"{where}: they have no examples; yield some")
-        if not np.issubdtype(truth.dtype, np.integer):
-            raise TaskError(
-                f"{where}: labels are {truth.dtype}, not numbers of classes; {_NO_CLASSES}"
-            )
-        if len(truth) and not 0 <= truth.min() <= truth.max() < answers.shape[1]:
-            raise TaskError(
-                f"{where}: labels go from {truth.min()} to {truth.max()}, "
-                f"where there are {answers.shape[1]} classes"
-            )
-        return answers, truth.astype(np.int64)
+        return joined(given, where)
 
     def _watch_mode(self, what: str) -> None:
         """Warn, the first time, if the task measured a model in training mode."""
@@ -506,16 +459,6 @@ def _name_of(score: Score, main: str | None) -> str:
     if len(score.metrics) == 1:
         return next(iter(score.metrics))
     return next((name for name in MAIN_NAMES if name in score.metrics), "")
-
-
-def _to_numpy(tensor: Any) -> Any:
-    """Copy a tensor as it is; what numpy has no dtype for, and half precision, as float32."""
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-        if tensor.is_floating_point() and tensor.element_size() < 4:
-            tensor = tensor.float()
-        return tensor.numpy().copy()
-    return np.asarray(tensor)
 
 
 def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
