@@ -60,6 +60,7 @@ _HOMES = {
     "ema": "methods.closed",
     "geometry": "methods.angles",
     "greedy": "search.greedy",
+    "commit": "output.jobs",
     "inspect": "output.records",
     "interpolate": "methods.fixed",
     "karcher": "methods.spheres",
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
     from streamsoup.options import Options as Options
     from streamsoup.options import Progress as Progress
     from streamsoup.options import Step as Step
+    from streamsoup.output.jobs import commit as commit
     from streamsoup.output.make import Soup as Soup
     from streamsoup.output.records import CheckpointRecord as CheckpointRecord
     from streamsoup.output.records import PlanRecord as PlanRecord

@@ -146,6 +146,11 @@ class Options(Reading, frozen=True, kw_only=True):
     None for an eighth of the free memory."""
     io: Literal["auto", "mmap", "read"] = "auto"
     """Map shards, or read them into buffers; ``auto`` maps unless they lie on a network."""
+    part: str | None = None
+    """Make one part of the soup: ``3/8``, or ``auto`` for what the launcher of an array job says
+    (``auto/8`` where it does not say how many there are). For soups made by a formula."""
+    commit: bool = False
+    """If all parts are made after this one, put the soup in place."""
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
     on_event: Callable[[Any], None] | None = None

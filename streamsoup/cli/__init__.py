@@ -56,6 +56,7 @@ ROOMS = {
     "inspect": "looks",
     "plan": "looks",
     "verify": "looks",
+    "commit": "commit",
     "stock": "closed",
     "slerp": "closed",
     "ema": "closed",

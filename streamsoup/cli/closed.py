@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CHOICE = ("by", "every", "last")
 """The options of `common.CHOOSING`."""
 
-SOUP = common.stack(common.WRITING, common.MAKING, common.RUNNING, common.REPORTING)
+SOUP = common.stack(common.WRITING, common.SHARING, common.MAKING, common.RUNNING, common.REPORTING)
 BASE = click.option(
     "--base", required=True, metavar="CKPT", help="What the others were fine-tuned from."
 )

@@ -184,6 +184,15 @@ CHOOSING = stack(
     click.option("--last", type=Integer(1), metavar="N", help="Then only the N newest."),
 )
 """Which checkpoints of a run are averaged."""
+SHARING = stack(
+    click.option(
+        "--part",
+        metavar="I/N",
+        help="Make one part of N; auto or auto/N: as the launcher of the job says.",
+    ),
+    click.option("--commit", is_flag=True, help="After the last part, put the soup in place."),
+)
+"""How the work of one soup is shared out to several processes."""
 WRITING = stack(
     click.option("--output", "-o", required=True, metavar="OUT", help="Folder to make."),
     click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step."),
@@ -263,14 +272,29 @@ def make_soup(
             return
         n = len(soup.recipe.ingredients)
         what = f"{soup.recipe.method} soup of {n} in {printable(soup.path)}"
+        if soup.part is not None:
+            what = f"part {soup.part[0]} of {soup.part[1]} of the {what}"
         if soup.finished:
             tell([f"{what}: an earlier run had finished it"])
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
         done = f"{summary(what, *numbers, soup.n_passes)}; summed on {soup.summed_on}"
-        tell([done, *_chosen(soup), *(say(soup) if say is not None else ())])
+        tell([done, *_chosen(soup), *(say(soup) if say is not None else ()), *_left(soup)])
 
     return supervise(work, "soup", ingredients, settings)
+
+
+def _left(soup: Soup) -> list[str]:
+    """Return a line on what is left to do, after a part."""
+    from streamsoup.errors import some
+
+    if soup.part is None:
+        return []
+    if not soup.missing:
+        return [
+            f"all parts are made; unless another one does it: streamsoup commit {printable(soup.path)}"
+        ]
+    return [f"parts still missing: {some([str(each) for each in soup.missing], 12)}"]
 
 
 def _chosen(soup: Soup) -> list[str]:
@@ -391,6 +415,8 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "elapsed_s": soup.elapsed_s,
         "peak_nbytes": peak_nbytes,
         "summed_on": soup.summed_on,
+        "part": soup.part,
+        "missing": soup.missing,
         "warnings": warnings_of(soup),
     }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @common.INGREDIENTS
 @common.CHOOSING
 @common.WRITING
+@common.SHARING
 @common.MAKING
 @common.RUNNING
 @common.REPORTING
@@ -38,6 +39,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 @common.COEFFICIENTS
 @common.NORMALIZE
 @common.WRITING
+@common.SHARING
 @common.MAKING
 @common.RUNNING
 @common.REPORTING
@@ -80,6 +82,7 @@ def mix(
     "--recalibrate", is_flag=True, help="For --alphas: measure BatchNorm statistics anew for each."
 )
 @common.WRITING
+@common.SHARING
 @common.MAKING
 @common.RUNNING
 @common.TRACEBACK

@@ -35,7 +35,8 @@ from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.methods.checkpoints import By, Given, choose
 from streamsoup.options import Options, check_options, take
 from streamsoup.output.destination import check_output
-from streamsoup.output.make import Soup, make, order
+from streamsoup.output.jobs import make
+from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients
 
 __all__ = ["arithmetic", "ema", "lawa", "slerp", "stock", "wsm"]

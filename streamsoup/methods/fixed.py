@@ -20,7 +20,8 @@ from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
-from streamsoup.output.make import Soup, make, order
+from streamsoup.output.jobs import make
+from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients, rule_name
 from streamsoup.rule import Rule
 

@@ -28,7 +28,8 @@ from streamsoup.engine.rules.terms import Consensus, Rescale, Terms
 from streamsoup.errors import RecipeError, count
 from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.options import Options, take
-from streamsoup.output.make import Soup, make, order
+from streamsoup.output.jobs import make
+from streamsoup.output.make import Soup, order
 from streamsoup.rule import Rule
 
 __all__ = ["breadcrumbs", "dare", "della", "nearswap", "ram", "sce", "ties"]

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +26,7 @@ from streamsoup.errors import (
     Message,
     OutputError,
     OutputExistsError,
+    RecipeError,
     StreamsoupError,
     option,
     printable,
@@ -60,7 +61,7 @@ from streamsoup.tensors import float_dtype
 if TYPE_CHECKING:
     from streamsoup.engine.device import OnDevice
 
-__all__ = ["Order", "Soup", "make", "order", "plan_order", "write_beside"]
+__all__ = ["Order", "Soup", "make", "order", "plan_order", "warned", "write_beside"]
 
 log = logging.getLogger("streamsoup")
 
@@ -84,6 +85,10 @@ class Soup(msgspec.Struct, frozen=True):
     """All warnings about it, a line each; logged, too."""
     n_passes: int = 1
     """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of."""
+    part: tuple[int, int] | None = None
+    """The number of the part that was made, from 1 on, and the number of parts; None for all."""
+    missing: tuple[int, ...] = ()
+    """Parts that are not made yet: until all are, and committed, there is no output."""
 
     def __repr__(self) -> str:
         """Return a one-line summary: a provenance is too long for a notebook or the REPL."""
@@ -191,7 +196,14 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
     )
 
 
-def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) -> Soup:
+def make(
+    ordered: Order,
+    *,
+    output: str | os.PathLike[str],
+    options: Options,
+    fingerprint: str | None = None,
+    hand_over: Callable[[Staging], None] = lambda staging: None,
+) -> Soup:
     """Make a planned soup in the folder `output`.
 
     Until the last step, a rename, the output is the former one, or absent; after it, the output is
@@ -201,6 +213,9 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         ordered: The planned soup.
         output: The folder to make.
         options: The caller's options.
+        fingerprint: What tells unfinished work from that of other soups; None for the paths,
+            inodes, sizes and times of the ingredients, and the recipe.
+        hand_over: Called before the work begins, to move finished work of others into it.
 
     Raises:
         OutputError: The output exists, is being written by another run, or cannot be written.
@@ -210,16 +225,18 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
 
     Reads each byte of each ingredient once for each pass of the rule.
     """
+    if options.part is not None:
+        raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
     started = time.monotonic()
     given = os.fsdecode(output)
     plan = ordered.plan
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
         check_variances(plan, mapped=ordered.mapped, memory=options.memory)
-        _warned(ordered.warnings)
+        warned(ordered.warnings)
         with Staging(
             target,
-            _fingerprint(ordered),
+            _fingerprint(ordered) if fingerprint is None else fingerprint,
             overwrite=options.overwrite,
             is_current=lambda folder: _has_current_side_files(ordered, folder),
         ) as staging:
@@ -229,6 +246,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
             if staging.complete:
                 staging.commit(staging.complete)
                 return _finished(target, ordered, started)
+            hand_over(staging)
             provenance, late = _fill(ordered, staging, options)
     except OutputExistsError as error:
         # A run that was killed after its last step left nothing to resume: the output is finished,
@@ -253,11 +271,11 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         plan.nbytes_written,
         elapsed_s,
         summed_on=ordered.summed_on,
-        warnings=(*map(Message, ordered.warnings), *_warned(late)),
+        warnings=(*map(Message, ordered.warnings), *warned(late)),
     )
 
 
-def _warned(warnings: Sequence[str]) -> Sequence[str]:
+def warned(warnings: Sequence[str]) -> Sequence[str]:
     """Log warnings, and return them with options rendered as Python arguments."""
     messages = [Message(warning) for warning in warnings]
     for message in messages:
@@ -325,7 +343,7 @@ def _finished(target: str, ordered: Order, started: float) -> Soup:
     """Return the soup that an earlier run had made, except for the last step."""
     elapsed_s = time.monotonic() - started
     provenance = read_provenance(target)
-    late = _warned(doubts.after(ordered.plan, provenance, None))
+    late = warned(doubts.after(ordered.plan, provenance, None))
     warnings = (*map(Message, ordered.warnings), *late)
     recipe = ordered.plan.recipe
     return Soup(target, recipe, provenance, 0, 0, elapsed_s, finished=True, warnings=warnings)

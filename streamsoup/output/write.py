@@ -96,6 +96,29 @@ class FileSink:
             finally:
                 os.close(descriptor)
 
+    def join(self, *, resumes: bool) -> None:
+        """Open or make all shards at their full size, as other processes do at the same time.
+
+        Nothing is removed, and no file shrinks. Raises `OSError` for a file with other names.
+        """
+        for file in self._files.files:
+            folder, name = self.folder.below(file.name)
+            descriptor = folder.file(name, os.O_RDWR | os.O_CREAT)
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                    raise OSError(errno.EPERM, "is not a regular file with one name", file.name)
+                if status.st_size < file.nbytes:
+                    _reserve(descriptor, file.nbytes, self.folder)
+                elif resumes:
+                    # After a failed write the disk and the cache may differ.
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                write_at(descriptor, file.header, 0)
+            finally:
+                os.close(descriptor)
+                if folder is not self.folder:
+                    folder.close()
+
     def sync(self, numbers: Iterable[int] | None = None) -> None:
         """Wait until some shards, or all, are on disk."""
         for number in range(len(self._files.files)) if numbers is None else numbers:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
-from streamsoup.errors import OutputExistsError, RecipeError
+from streamsoup.errors import OutputExistsError, RecipeError, option
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.options import Options
 from streamsoup.output.destination import check_output
@@ -61,6 +61,11 @@ class SearchRun:
         options: Options,
     ) -> None:
         """Raise `OutputExistsError` for an output that may not be replaced."""
+        if options.part is not None:
+            raise RecipeError(
+                f"{option('part')}: a search is not made in parts, as each trial depends on those "
+                f"before it; leave out {option('part')}"
+            )
         self._output, self._ingredients, self._options = output, ingredients, options
         self.target = os.path.realpath(os.fsdecode(output))
         """The real path of the output."""
