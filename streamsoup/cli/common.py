@@ -291,9 +291,8 @@ def _left(soup: Soup) -> list[str]:
     if soup.part is None:
         return []
     if not soup.missing:
-        return [
-            f"all parts are made; unless another one does it: streamsoup commit {printable(soup.path)}"
-        ]
+        line = f"streamsoup commit {printable(soup.path)}"
+        return [f"all parts are made; unless another one does it, put them in place: {line}"]
     return [f"parts still missing: {some([str(each) for each in soup.missing], 12)}"]
 
 
