@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cuda check bench bench-full clean-bench format clean
+.PHONY: help demo test test-cuda check docs bench bench-full clean-bench format clean
 
 help:  ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ check: $(VENV)/.dev  ## check format, lint and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the documentation into build/docs
+	@$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo build/docs/index.html
 
 format: $(VENV)/.dev  ## format the code and sort its imports
 	@$(BIN)/ruff check --select I --fix
@@ -49,8 +53,8 @@ clean:  ## remove .venv, caches and what the demo wrote
 	find streamsoup benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last, so an interrupted set-up is taken up again.
-$(VENV)/.dev: $(VENV)/.demo
-$(VENV)/.dev $(VENV)/.demo: pyproject.toml constraints.txt
+$(VENV)/.dev $(VENV)/.docs: $(VENV)/.demo
+$(VENV)/.dev $(VENV)/.docs $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("streamsoup needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@echo 'Setting up $(VENV) for $(@F:.%=%); the first time takes some minutes.'
 	@$(PYTHON) -m venv $(VENV)
