@@ -13,6 +13,7 @@ from test_readme import parse
 import streamsoup
 from streamsoup import errors
 from streamsoup.cli import main
+from streamsoup.cli.contents import COMMANDS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -76,6 +77,17 @@ def test_each_page_is_in_the_contents() -> None:
     there = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES} - {"index"}
     assert set(listed) == there
     assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_an_example_and_a_page(name: str) -> None:
+    """The example of each command parses and is of that command; its page exists; its line fits."""
+    entry = COMMANDS[name]
+    parse(entry.example)
+    assert entry.example.split()[1] == name
+    assert (DOCS / entry.page).exists()
+    assert len(entry.line) <= 62
+    assert main.commands[name].name == name
 
 
 def test_the_reference_is_complete() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
@@ -21,7 +22,7 @@ BASE = click.option(
 )
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @click.option(
     "--decay", type=common.Number(), default=0.9, show_default=True, help="Kept at each step."
@@ -40,7 +41,7 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
     return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @click.option(
     "--window", type=common.Integer(), metavar="K", help="How many of the latest; or say --last."
@@ -61,7 +62,7 @@ def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settin
     return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @click.option(
     "--curve",
@@ -84,7 +85,7 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
     return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @click.option(
@@ -106,7 +107,7 @@ def arithmetic(
     return common.make_soup(make, (base, *ingredients), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @SOUP
@@ -134,7 +135,7 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
     return common.make_soup(make, (base, *ingredients), settings, say)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import StreamsoupError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from streamsoup.output.make import Soup
 
 
-@click.command()
+@command()
 @click.argument("output", metavar="OUT")
 @click.option(
     "--ingredient",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import OutputExistsError, printable
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ RECALIBRATE = click.option(
 )
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @common.TASK
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
@@ -114,7 +115,7 @@ def compare(
     return common.supervise(work, "compare", paths, settings)
 
 
-@click.command()
+@command()
 @click.argument("base")
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 
 
-@click.command()
+@command()
 @click.option("--output", "-o", default="streamsoup-demo", show_default=True, metavar="DIR")
 def demo(output: str) -> int:
     """Fine-tune ten small networks on digits, soup them, and show how well it worked."""

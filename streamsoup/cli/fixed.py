@@ -8,13 +8,14 @@ import click
 from click.core import ParameterSource
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
     from streamsoup.output.make import Soup
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @common.CHOOSING
 @common.WRITING
@@ -34,7 +35,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     return common.make_soup(make, common.run_paths(ingredients), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @common.COEFFICIENTS
 @common.NORMALIZE
@@ -68,7 +69,7 @@ def mix(
     return common.make_soup(make, ingredients, settings, say)
 
 
-@click.command()
+@command()
 @click.argument("base")
 @click.argument("fine_tuned", metavar="FT")
 @click.option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import printable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from streamsoup.options import Options
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="What they were fine-tuned from.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import RecipeError, count, printable
 from streamsoup.system.regular import read_whole
 from streamsoup.system.schemes import check_local
@@ -92,7 +93,7 @@ RULES = (
 """The options of `SEARCHING`."""
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @TASK
 @SEARCHING

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import count, printable
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from streamsoup.search.learned import LearnedSoup
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @common.TASK
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import StreamsoupError, count, in_options, printable
 from streamsoup.sizes import nbytes_text
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from streamsoup.output.records import CheckpointRecord, PlanRecord
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @common.COEFFICIENTS
 @common.NORMALIZE
@@ -58,7 +59,7 @@ def plan(
     return 0
 
 
-@click.command()
+@command()
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
@@ -72,7 +73,7 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool, **settings: Any) -> i
     return 0
 
 
-@click.command()
+@command()
 @click.argument("soup", metavar="SOUP")
 @click.option("--quick", is_flag=True, help="Digest the soup only; do not derive it again.")
 @click.option(

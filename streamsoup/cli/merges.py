@@ -9,6 +9,7 @@ import click
 
 from streamsoup.cli import common
 from streamsoup.cli.closed import BASE, SOUP
+from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
@@ -80,7 +81,7 @@ SEED = click.option(
 )
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @terms(consensus="sum", normalize="yes", rescale="none")
@@ -91,7 +92,7 @@ def ties(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("ties", ingredients, settings, ["density"])
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="l1")
@@ -102,7 +103,7 @@ def dare(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("dare", ingredients, settings, ["density"])
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="none")
@@ -114,7 +115,7 @@ def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("breadcrumbs", ingredients, settings, ["density", "gamma"])
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @terms(consensus="sum", normalize="if there is a consensus", rescale="l1")
@@ -128,7 +129,7 @@ def della(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("della", ingredients, settings, ["density", "epsilon"])
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @click.option(
@@ -144,7 +145,7 @@ def sce(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("sce", ingredients, settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @BASE
 @click.option(
@@ -160,7 +161,7 @@ def ram(ingredients: tuple[str, ...], **settings: Any) -> int:
     return merge("ram", ingredients, settings)
 
 
-@click.command()
+@command()
 @click.argument("ingredients", nargs=1, metavar="CKPT")
 @BASE
 @click.option(
@@ -172,7 +173,7 @@ def nearswap(ingredients: str, **settings: Any) -> int:
     return merge("nearswap", (ingredients,), settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @WEIGHTS
 @SOUP
@@ -181,7 +182,7 @@ def karcher(ingredients: tuple[str, ...], **settings: Any) -> int:
     return mean("karcher", ingredients, settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @WEIGHTS
 @SOUP
@@ -190,7 +191,7 @@ def multislerp(ingredients: tuple[str, ...], **settings: Any) -> int:
     return mean("multislerp", ingredients, settings)
 
 
-@click.command()
+@command()
 @common.INGREDIENTS
 @WEIGHTS
 @click.option("-t", "t", type=common.Number(0, 1), help="0 is the first, 1 the second; default .5.")

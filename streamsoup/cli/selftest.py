@@ -8,9 +8,10 @@ import sys
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 
 
-@click.command()
+@command()
 @click.option(
     "--device",
     default="auto",
