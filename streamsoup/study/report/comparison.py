@@ -289,7 +289,27 @@ def _main_table(found: Comparison) -> Table:
     judged = [row for row in rows if row.kind != "oracle"]
     columns = found.splits.columns
     best = {c: _largest(row.cells[c].value for row in judged) for c in columns}
-    return Table(head, lines, _bold(rows, columns, best, lambda row, c: row.cells[c].value))
+    bold = _bold(rows, columns, best, lambda row, c: row.cells[c].value)
+    return Table(head, lines, bold, _hints(found, rows))
+
+
+def _hints(found: Comparison, rows: Sequence[Row]) -> dict[tuple[int, int], str]:
+    """Return what cells of values say in full: every digit, examples, and the gains."""
+    hints: dict[tuple[int, int], str] = {}
+    for n, row in enumerate(rows):
+        for m, column in enumerate(found.splits.columns, 1):
+            cell = row.cells[column]
+            if not math.isfinite(cell.value):
+                continue
+            lines = [f"{row.name} on {column}: {cell.value!r}"]
+            if column in found.n_examples:
+                lines.append(f"{found.n_examples[column]:,} examples")
+            for field, what in ((BEST, f"the best on {found.splits.val}"), (BASE, "the base")):
+                gain: Gain | None = getattr(cell, field)
+                if gain is not None:
+                    lines.append(f"{gain.value:+.4g} over {what}: {gain.outcome}")
+            hints[n, m] = "; ".join(lines)
+    return hints
 
 
 def _bold(
@@ -324,7 +344,7 @@ def _ingredient_table(found: Comparison) -> Table:
     ]
     best = {c: _largest(row.cells[c].value for row in rows) for c in columns}
     bold = _bold(rows, columns, best, lambda row, c: row.cells[c].value)
-    return Table(["", *columns, "path"], lines, bold)
+    return Table(["", *columns, "path"], lines, bold, _hints(found, rows))
 
 
 def _calibration_table(found: Comparison, measure: str) -> Table:
