@@ -143,8 +143,8 @@ def commit(
         options = replace(options, device="cpu", overwrite=overwrite, **beside)
         ordered = plan_order(opened, recipe, options)
         ordered = replace(ordered, report=planned.provenance.report)
-        found = _shared_plan(ordered, planned.n_parts, options)
-        differences = planned.differences(found)
+        now = _shared_plan(ordered, planned.n_parts, options)
+        differences = planned.differences(now)
         if differences:
             raise OutputError(
                 f"{printable(given)}: its parts were made of others: {some(differences, 3)}; "
