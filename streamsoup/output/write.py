@@ -33,8 +33,14 @@ EARLY_NBYTES = 1 << 20
 class FileSink:
     """The shards of a soup in the making: where each block goes."""
 
-    def __init__(self, plan: MixPlan, files: FilePlan, folder: Folder) -> None:
-        """Hold the folder of the shards; nothing is opened yet."""
+    def __init__(
+        self, plan: MixPlan, files: FilePlan, folder: Folder, *, early: bool = True
+    ) -> None:
+        """Hold the folder of the shards; nothing is opened yet.
+
+        Finished leaves start on their way to the disk at once unless it is not `early`.
+        """
+        self.early = early
         self._plan = plan
         self._files = files
         self.folder = folder
@@ -226,7 +232,8 @@ class FileSession:
         write_at(self._files.writing(name, self._sink.folder), block, offset)
         unit = self._sink.unit_nbytes(leaf)
         nbytes = leaf.n_units * unit
-        if nbytes >= EARLY_NBYTES and start + len(block) // unit == leaf.start + leaf.n_units:
+        ends = start + len(block) // unit == leaf.start + leaf.n_units
+        if self._sink.early and nbytes >= EARLY_NBYTES and ends:
             begin = self._sink.place(leaf, leaf.start)[1]
             begin_writing(self._sink.folder, name, begin, nbytes)
 
