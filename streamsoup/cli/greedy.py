@@ -84,11 +84,32 @@ SEARCHING = common.stack(
         help="Where the running sum is kept; default: where the fewest bytes are moved.",
     ),
     click.option("--restart", is_flag=True, help="Forget the scores of an unfinished search."),
+    click.option(
+        "--server",
+        "servers",
+        multiple=True,
+        metavar="URL",
+        help="Score in an inference server; several score side by side.",
+    ),
+    click.option(
+        "--server-kind", type=click.Choice(["vllm", "sglang"]), help="What the servers are."
+    ),
+    click.option(
+        "--scratch", metavar="DIR", help="Where servers find candidates: tmpfs, or an NVMe disk."
+    ),
+    click.option(
+        "--reload-timeout",
+        type=common.Number(),
+        default=600.0,
+        metavar="S",
+        help="Seconds that a server may take to load one.",
+    ),
 )
 
 RULES = (
     *("scores", "order", "n_orders", "seed", "ties", "min_gain", "z", "backward", "passes"),
     *("recalibrate", "jobs", "timeout", "sums", "restart"),
+    *("servers", "server_kind", "scratch", "reload_timeout"),
 )
 """The options of `SEARCHING`."""
 
@@ -124,7 +145,8 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 
         from streamsoup.search.greedy import greedy
 
-        task = _make_task(told, rules["timeout"], ingredients[0])
+        in_server = bool(rules["servers"])
+        task = _make_task(told, rules["timeout"], ingredients[0], in_server=in_server)
         search = _settings(told["split"], rules)
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
         options = replace(options, on_event=watch)
@@ -139,12 +161,15 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     return common.supervise(work, "greedy", ingredients, settings)
 
 
-def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> Any:
+def _make_task(
+    told: Mapping[str, Any], timeout: float | None, first: str, *, in_server: bool
+) -> Any:
     """Return the task that the options name."""
     if told["command"] is not None:
         from streamsoup.task.command import command_task
 
-        return command_task(told["command"], main=told["metric"], timeout=timeout)
+        main = told["metric"]
+        return command_task(told["command"], main=main, timeout=timeout, in_server=in_server)
     if told["lm_eval"] is not None:
         from streamsoup.task.harness import HarnessTask
 
@@ -153,6 +178,11 @@ def _make_task(told: Mapping[str, Any], timeout: float | None, first: str) -> An
         if not re.fullmatch(r"[1-9][0-9]*|auto(:[1-9][0-9]*)?", batch_size):
             raise RecipeError(f"--batch-size {printable(batch_size)}: give a number, or auto")
         where = os.path.abspath(first)
+        if in_server:
+            raise RecipeError(
+                "--lm-eval scores a model in this process; for a server, give --command 'lm_eval "
+                "--model local-completions --model_args base_url={server}/v1/completions …'"
+            )
         return HarnessTask(tasks, told["limit"], told["metric"], batch_size, where)
     if told["metric"] is not None:
         raise RecipeError("--metric goes with --command and --lm-eval; a task file says main = …")
@@ -167,7 +197,7 @@ def _settings(split: str | None, rules: Mapping[str, Any]) -> GreedySettings:
     return GreedySettings(
         **rules,
         split=split,
-        isolate=True,
+        isolate=not rules["servers"],
     )
 
 

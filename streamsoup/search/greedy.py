@@ -45,6 +45,7 @@ from streamsoup.search.scoring.asking import Asking
 from streamsoup.search.scoring.choice import choose_scorer
 from streamsoup.search.scoring.journal import ScoreJournal
 from streamsoup.search.scoring.scorer import Members, Outcome, Scorer
+from streamsoup.search.scoring.servers import ServerScorer
 from streamsoup.search.trials import Ask, GreedySettings, Run, Trial, best_run
 from streamsoup.search.trials import search as go_through
 from streamsoup.task import AnyTask, Score
@@ -134,6 +135,8 @@ def greedy(
             best = best_run(result.runs)
             report: dict[str, Any] = {"task": scorer.name, "code": scorer.fingerprint}
             report["split"] = scorer.split
+            if isinstance(scorer, ServerScorer):
+                report["servers"] = scorer.report
             report |= report_of(result, settings, paid=journal.paid, n_resumed=len(journal.resumed))
             report["seconds"]["before"] = time.monotonic() - started - result.elapsed_s
             report |= {"search": identity, "run": journal.run, "bound_to": bound_to}

@@ -77,6 +77,15 @@ class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that building the model, or one score, may take; scores in other processes."""
     isolate: bool = False
     """Score in another process even for one job, so that a task cannot harm this one."""
+    servers: Sequence[str] = ()
+    """Addresses of inference servers that score side by side, one candidate in each."""
+    server_kind: Literal["vllm", "sglang"] | None = None
+    """What the servers are."""
+    scratch: str | None = None
+    """A folder for candidates that the servers see under the same path, such as one in memory or
+    on an NVMe disk; None for the folder of the search."""
+    reload_timeout: float = 600.0
+    """Seconds that a server may take to load a candidate, or to come back."""
     sums: SumsPlace | None = None
     """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is the
     device's, if candidates are made on one."""
@@ -118,6 +127,14 @@ class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.jobs > JOBS:
             raise RecipeError(f"{self.jobs} jobs are more processes than any machine has room for")
+        if bool(self.servers) != (self.server_kind is not None):
+            raise RecipeError("servers and server_kind go together; give both")
+        if isinstance(self.servers, str) or len(set(self.servers)) != len(self.servers):
+            raise RecipeError("servers is a list of addresses, each once")
+        if not 0 < self.reload_timeout < math.inf:
+            raise RecipeError(f"reload_timeout must be above 0, got {self.reload_timeout}")
+        if self.scratch is not None and not self.servers:
+            raise RecipeError("scratch is where servers find candidates; give servers, too")
         check_choice("ties", self.ties, ("accept", "reject"))
         check_choice("order", self.order, ("scores", "given", "random"))
         check_choice("direction", self.direction, ("forward", "backward"))

@@ -17,6 +17,7 @@ import re
 import selectors
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -69,17 +70,33 @@ class CommandTask(msgspec.Struct, frozen=True):
             raise TaskError(f"{self.name}: takes no split; write {{split}} in the command")
         return split or "val"
 
-    def run(self, folder: str, split: str, to_beat: float | None) -> Score:
-        """Score the checkpoint in `folder`.
+    def run(
+        self,
+        folder: str,
+        split: str,
+        to_beat: float | None,
+        *,
+        server: str | None = None,
+        stop: threading.Event | None = None,
+    ) -> Score:
+        """Score the checkpoint in `folder`, which the server at an address has loaded, if given.
+
+        Once `stop` is set, the command is killed.
 
         Raises `TaskError`, with the end of the output, when the command fails, prints no score or
         takes too long.
         """
         values = {"checkpoint": folder, "split": split, "to_beat": repr(to_beat)}
+        environment: dict[str, str] | None = None
+        if server is not None:
+            values["server"] = server
+            environment = {**os.environ, "STREAMSOUP_SERVER": server}
         line = re.sub(
-            r"\{(checkpoint|split|to_beat)\}", lambda m: shlex.quote(values[m[1]]), self.command
+            r"\{(checkpoint|split|to_beat|server)\}",
+            lambda m: shlex.quote(values[m[1]]) if m[1] in values else m[0],
+            self.command,
         )
-        status, output, tail = _run(line, self.timeout)
+        status, output, tail = _run(line, self.timeout, environment, stop)
         if digest_scripts(self.scripts, version="") != self.code:
             raise TaskError(
                 f"{self.name}: {some(self.scripts)}, or what it imports, changed as it was used; "
@@ -95,15 +112,18 @@ class CommandTask(msgspec.Struct, frozen=True):
         return read_score(answer, main=self.main, to_beat=to_beat, where=where)
 
 
-def command_task(command: str, *, main: str | None, timeout: float | None) -> CommandTask:
+def command_task(
+    command: str, *, main: str | None, timeout: float | None, in_server: bool = False
+) -> CommandTask:
     """Make a task of a shell command, such as ``python eval.py {checkpoint}``.
 
     ``{checkpoint}`` stands for the folder to score, ``{split}`` and ``{to_beat}`` for what a
     task file would be told. Files named in it are part of what its scores depend on, and what those
     import that lies beside them; not those that output goes to (``>> log``), but any other that it
-    writes to and so changes. Raises `TaskError` for a command that takes no checkpoint.
+    writes to and so changes. Raises `TaskError` for a command that takes no checkpoint, unless the
+    candidates are `in_server`: then ``{server}``, and ``STREAMSOUP_SERVER``, are its address.
     """
-    if "{checkpoint}" not in command:
+    if "{checkpoint}" not in command and not in_server:
         raise TaskError(
             f"{printable(command)}: takes no checkpoint; "
             "write it as 'python eval.py {checkpoint}'"
@@ -152,10 +172,16 @@ def _files_of(before: str, word: str) -> list[str]:
     return found
 
 
-def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
+def _run(
+    line: str,
+    timeout: float | None,
+    environment: dict[str, str] | None,
+    stop: threading.Event | None,
+) -> tuple[int | None, Tail, Tail]:
     """Run a shell command; return its status (None: too late), standard output and all output."""
     tree = ProcessTree(
         ["/bin/sh", "-c", line],
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -164,7 +190,7 @@ def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
     deadline = None if timeout is None else time.monotonic() + timeout
     output, tail = Tail(OUTPUT_NBYTES), Tail()
     try:
-        status = _follow(process, deadline, output, tail)
+        status = _follow(process, deadline, output, tail, stop)
     finally:
         tree.kill()
         for stream in (process.stdout, process.stderr):
@@ -174,7 +200,11 @@ def _run(line: str, timeout: float | None) -> tuple[int | None, Tail, Tail]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], deadline: float | None, output: Tail, tail: Tail
+    process: subprocess.Popen[bytes],
+    deadline: float | None,
+    output: Tail,
+    tail: Tail,
+    stop: threading.Event | None = None,
 ) -> int | None:
     """Read what a process prints until it ends: its children may keep the pipes open."""
     with selectors.DefaultSelector() as selector:
@@ -189,6 +219,8 @@ def _follow(
             _drain(selector, process, output, tail, 0.0 if status is not None else 0.05)
             if status is not None:
                 return status
+            if stop is not None and stop.is_set():
+                raise TaskError("the search is over")
             if late:
                 return None
 

@@ -20,7 +20,7 @@ from streamsoup import version
 from streamsoup.errors import StreamsoupError, TaskError, printable
 from streamsoup.task.code import is_installed
 
-__all__ = ["alone", "contained", "loaded"]
+__all__ = ["alone", "contained", "described", "loaded"]
 
 _PACKAGE = os.path.dirname(os.path.abspath(version.__file__)) + os.sep
 
@@ -64,7 +64,7 @@ def contained(task: _Named, what: str, *, seed: int = 0) -> Iterator[None]:
     except (KeyboardInterrupt, GeneratorExit, StreamsoupError):
         raise
     except BaseException as error:
-        raise TaskError(f"{task.name}: {what} failed: {_described(error)}") from error
+        raise TaskError(f"{task.name}: {what} failed: {described(error)}") from error
 
 
 def loaded(where: str, run: Callable[[], Any]) -> Any:
@@ -76,7 +76,7 @@ def loaded(where: str, run: Callable[[], Any]) -> Any:
         with alone():
             return run()
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{where}: cannot be loaded: {_described(error)}") from error
+        raise TaskError(f"{where}: cannot be loaded: {described(error)}") from error
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def _same_randomness(seed: int) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _described(error: BaseException) -> str:
-    """Describe an error, with the last line of the user's own code that led to it."""
+def described(error: BaseException) -> str:
+    """Return an error in words, with the last line of the user's own code that led to it."""
     text = printable(error, 500)
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, SystemExit):

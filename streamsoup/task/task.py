@@ -101,13 +101,26 @@ class Task(msgspec.Struct, frozen=True):
         Raises:
             TaskError: For an answer that is not a score.
         """
+        with alone():
+            return self.score_beside_others(model, split, to_beat)
+
+    def score_beside_others(self, model: Any, split: str, to_beat: float | None = None) -> Score:
+        """Score as `score` does, in several threads at once: for models that live in servers.
+
+        Args:
+            model: What the task's ``score`` is given first; of a server, its address.
+            split: The split to score on.
+            to_beat: The score that is to be reached, if there is one.
+
+        Raises:
+            TaskError: For an answer that is not a score.
+        """
         function = self.need("score")
         given: dict[str, Any] = {"split": split, "to_beat": to_beat}
         known = _parameters(function)
         if known is not None:
             given = {name: value for name, value in given.items() if name in known}
-        with alone():
-            answer = function(model, **given)
+        answer = function(model, **given)
         where = f"{self.name}: score on {split!r}"
         return read_score(answer, main=self.main, to_beat=to_beat, where=where)
 

@@ -2,6 +2,7 @@
 
 ====================================  =============================================
 a `Scorer`                            itself
+a command or task, and servers        `ServerScorer`, one candidate in each server
 a command, one at a time              `FolderScorer`: it limits its own time
 a command, several at once            `WorkerScorer`, with a `FolderScorer` in each
 a task, a time limit or several jobs  `WorkerScorer`, with a `LiveScorer` in each
@@ -24,7 +25,9 @@ from streamsoup.options import Note, Options
 from streamsoup.output.make import Order
 from streamsoup.search.scoring.folders import FolderScorer
 from streamsoup.search.scoring.live import LiveScorer
+from streamsoup.search.scoring.protocols import open_server
 from streamsoup.search.scoring.scorer import Scorer
+from streamsoup.search.scoring.servers import ServerScorer
 from streamsoup.search.scoring.work import Work
 from streamsoup.search.scoring.workers import WorkerScorer
 from streamsoup.search.trials import GreedySettings
@@ -77,6 +80,21 @@ def choose_scorer(
         if task.n_at_once < 1:
             raise RecipeError(f"{task.name}: n_at_once must be at least 1, got {task.n_at_once}")
         return task
+    if settings.servers:
+        limited = settings.timeout is not None and not isinstance(task, CommandTask)
+        others = settings.jobs > 1 or settings.isolate or settings.recalibrate
+        if model is not None or others or limited:
+            raise RecipeError(
+                "the servers have the model, and score one candidate each: leave out model, "
+                "recalibrate, jobs and isolate, and for a task file timeout, too"
+            )
+        return ServerScorer(
+            task if isinstance(task, CommandTask) else load_task(task),
+            [work(None, n) for n in range(len(settings.servers))],
+            [open_server(url, str(settings.server_kind)) for url in settings.servers],
+            scratch=settings.scratch,
+            reload_timeout=settings.reload_timeout,
+        )
     if isinstance(task, CommandTask):
         if settings.recalibrate:
             raise RecipeError("a command cannot recalibrate; give a task file")
