@@ -433,11 +433,12 @@ def test_no_floats_lie_nowhere(tmp_path: Path) -> None:
 
 
 def test_json_is_written_a_tensor_at_a_time(files: list[str]) -> None:
-    """What is printed is all of it."""
+    """What is printed is all of it, and the warnings."""
     found = geometry(files[1:], base=files[0])
     printed = io.StringIO()
-    write_json(found, printed)
-    assert json.loads(printed.getvalue()) == found.to_builtins()
+    write_json(found, ["a warning"], printed)
+    warned = {"warnings": ["a warning"]}
+    assert json.loads(printed.getvalue()) == {**found.to_builtins(), **warned}
 
 
 @pytest.mark.parametrize("method", ["slerp", "stock"])

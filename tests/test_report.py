@@ -557,7 +557,9 @@ def test_the_commands(tmp_path: Path) -> None:
     again = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2, "--json")
     assert again.returncode == 0
     assert sorted(again.stderr.splitlines()) == ["ready", "ready, too"]
-    kinds = {row["kind"] for row in json.loads(again.stdout)}
+    printed = json.loads(again.stdout)
+    assert any("BatchNorm" in each for each in printed[0]["warnings"])  # though it was quiet
+    kinds = {row["kind"] for row in printed}
     assert kinds >= {"comparison", "ingredient", "base", "oracle", "soup", "ensemble", "pair"}
 
     swept = command(

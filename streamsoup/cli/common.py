@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -396,6 +396,12 @@ def telling() -> Iterator[None]:
         ) from None
 
 
+def tell_rows(lines: Iterable[str], watcher: Watcher) -> None:
+    """Print JSON lines as one list, whose first entry has the warnings, too."""
+    first, *others = [json.loads(line) for line in lines]
+    tell([json.dumps([first | {"warnings": watcher.warnings}, *others])])
+
+
 def warnings_of(soup: Soup) -> list[str]:
     """Return the warnings about a soup, with options as the command line has them."""
     return [in_options(getattr(each, "text", each)) for each in soup.warnings]
@@ -442,7 +448,7 @@ def supervise(
         if as_json:
             keep_for_the_result()
         watcher = Watcher(label, quiet)
-        show_warnings(quiet)
+        watcher.warnings = show_warnings(quiet)
         try:
             work(make_options(settings, watcher), watcher, as_json)
         except StreamsoupError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -105,7 +104,7 @@ def compare(
         found = replace(found, commands=(_this_command(),))
         page = write_report(found, output)
         if as_json:
-            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
+            common.tell_rows(found.to_lines(), watcher)
             return
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
         last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
@@ -186,7 +185,7 @@ def landscape(
         draw_landscape(found, plot)
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
-            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
+            common.tell_rows(found.to_lines(), watcher)
             return
         n = len(found.xs) * len(found.ys)
         common.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
@@ -226,7 +225,7 @@ def sweep(
         write_text(os.path.join(output, "report.md"), page.to_markdown())
         write_text(os.path.join(output, "report.html"), page.to_html(output))
         if as_json:
-            common.tell([json.dumps([json.loads(each) for each in found.to_lines()])])
+            common.tell_rows(found.to_lines(), watcher)
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]

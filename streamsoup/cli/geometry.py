@@ -59,7 +59,7 @@ def geometry(
             for note in notes:
                 common.say(note)
             with common.telling():
-                write_json(found, sys.stdout)
+                write_json(found, watcher.warnings, sys.stdout)
             return
         what = f"geometry of {len(found.names)}"
         last = summary(what, found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)
@@ -72,9 +72,10 @@ def geometry(
     return common.supervise(work, "geometry", paths, settings)
 
 
-def write_json(found: Geometry, file: TextIO) -> None:
+def write_json(found: Geometry, warnings: list[str], file: TextIO) -> None:
     """Write all as JSON, a tensor at a time: of 64 ingredients each has 4096 products."""
-    file.write(json.dumps(found.summary())[:-1] + ', "tensors": [')
+    head = json.dumps({**found.summary(), "warnings": warnings})
+    file.write(head[:-1] + ', "tensors": [')
     separators = itertools.chain([""], itertools.repeat(", "))
     file.writelines(
         separator + json.dumps(tensor.to_builtins())

@@ -9,6 +9,7 @@ a plain line every half minute instead.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -87,7 +88,11 @@ def fitted(text: str, stream: TextIO) -> str:
 
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # typeshed has one for the stream
-    """Prints warnings, a line each."""
+    """Prints warnings, a line each, and keeps them."""
+
+    def __init__(self, stream: TextIO, kept: list[str]) -> None:
+        super().__init__(stream)
+        self._kept = kept
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, fitted to a terminal, with options as the command line has them."""
@@ -97,14 +102,20 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # typeshed has o
             record.args = tuple(
                 in_options(each.text) if isinstance(each, Message) else each for each in args
             )
-        return fitted(f"warning: {record.getMessage()}", self.stream)
+        self._kept.append(record.getMessage())
+        return fitted(f"warning: {self._kept[-1]}", self.stream)
 
 
-def show_warnings(quiet: bool) -> None:
-    """Print the library's warnings on stderr, a line each, or none if `quiet`."""
+def show_warnings(quiet: bool) -> list[str]:
+    """Print the library's warnings on stderr, a line each, or none if `quiet`.
+
+    Returns the list to which each is added, printed or not.
+    """
     log = logging.getLogger("streamsoup")
-    log.handlers[:] = [logging.NullHandler() if quiet else _Lines(sys.stderr)]
+    kept: list[str] = []
+    log.handlers[:] = [_Lines(io.StringIO() if quiet else sys.stderr, kept)]
     log.propagate = False
+    return kept
 
 
 class Watcher:
@@ -116,6 +127,8 @@ class Watcher:
 
     def __init__(self, label: str, quiet: bool) -> None:
         """Show nothing before the first event, and nothing at all if `quiet`."""
+        self.warnings: list[str] = []
+        """The warnings so far, as the command line has them."""
         self._label = label
         self._quiet = quiet
         self._draws = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
