@@ -237,13 +237,17 @@ def test_the_choice_of_the_papers_script() -> None:
     assert n_tied > 50
 
 
-def test_nan_never_wins(tmp_path: Path) -> None:
-    """A NaN score is tried last and never kept; where all are NaN, that is said."""
+def test_nan_never_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A NaN score is tried last, never kept, and warned about; where all are NaN, that is said."""
     nan = float("nan")
     ingredients = marks(tmp_path / "in", 3)
     scores = {(0,): nan, (1,): 0.5, (2,): 0.4, (1, 2): nan, (0, 1): 0.6}
     soup = greedy(ingredients, table(scores), model=Marks(3), output=tmp_path / "out")
     assert soup.members == (1, 0)
+    assert [line.message.split(", and")[0] for line in caplog.records] == [
+        f"the score of {ingredients[0]} is NaN",
+        f"the score of the mean of {ingredients[1]}, {ingredients[2]} is NaN",
+    ]
     with pytest.raises(TaskError, match="every score is NaN"):
         greedy(ingredients, table({}, nan), model=Marks(3), output=tmp_path / "nan")
 

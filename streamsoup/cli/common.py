@@ -268,7 +268,7 @@ def make_soup(
         soup = make(options)
         watcher.close()
         if json_wanted:
-            tell([json.dumps(as_json(soup, watcher.peak_nbytes))])
+            tell([json.dumps(as_json(soup, watcher))])
             return
         n = len(soup.recipe.ingredients)
         what = f"{soup.recipe.method} soup of {n} in {printable(soup.path)}"
@@ -402,12 +402,7 @@ def tell_rows(lines: Iterable[str], watcher: Watcher) -> None:
     tell([json.dumps([first | {"warnings": watcher.warnings}, *others])])
 
 
-def warnings_of(soup: Soup) -> list[str]:
-    """Return the warnings about a soup, with options as the command line has them."""
-    return [in_options(getattr(each, "text", each)) for each in soup.warnings]
-
-
-def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
+def as_json(soup: Soup, watcher: Watcher) -> dict[str, Any]:
     """Describe a finished soup as plain JSON."""
     import msgspec
 
@@ -418,11 +413,11 @@ def as_json(soup: Soup, peak_nbytes: int) -> dict[str, Any]:
         "n_passes": soup.n_passes,
         "nbytes_written": soup.nbytes_written,
         "elapsed_s": soup.elapsed_s,
-        "peak_nbytes": peak_nbytes,
+        "peak_nbytes": watcher.peak_nbytes,
         "summed_on": soup.summed_on,
         "part": soup.part,
         "missing": soup.missing,
-        "warnings": warnings_of(soup),
+        "warnings": watcher.warnings,
     }
 
 

@@ -153,7 +153,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         soup = greedy(ingredients, task, output=output, settings=search, options=options)
         watcher.close()
         if as_json:
-            found = common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}
+            found = common.as_json(soup, watcher) | {"report": soup.report}
             common.tell([json.dumps(found)])
             return
         common.tell(lines(soup))

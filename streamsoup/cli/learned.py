@@ -136,7 +136,7 @@ def learned(
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
         if as_json:
             found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
-            found["warnings"] = common.warnings_of(soup)
+            found["warnings"] = watcher.warnings
             common.tell([json.dumps(found)])
             return
         common.tell(describe(soup))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamsoup.errors import TaskError, option, printable, some
 
-__all__ = ["Score", "read_score", "training_mode"]
+__all__ = ["Score", "doubt", "read_score", "training_mode"]
 
 log = logging.getLogger("streamsoup")
 
@@ -61,6 +61,20 @@ class Score(msgspec.Struct, frozen=True):
         metrics = {name: float(value) for name, value in record.get("metrics", {}).items()}
         stopped = bool(record.get("stopped", False))
         return cls(float(record["value"]), metrics, examples, stopped)
+
+
+def doubt(score: Score, what: str) -> str:
+    """Return a warning about the score of `what`, or nothing.
+
+    A NaN is a score, as one diverged model must not end a search of hours: it never wins. But what
+    it comes from is more often a mistake.
+    """
+    if not math.isnan(score.value):
+        return ""
+    return (
+        f"the score of {what} is NaN, and never wins: its weights hold or lead to a NaN, or the "
+        "task divides by nothing"
+    )
 
 
 def read_score(answer: object, *, main: str | None, to_beat: float | None, where: str) -> Score:

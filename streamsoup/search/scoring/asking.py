@@ -13,6 +13,7 @@ search when it asks, so the outcome is that of one at a time:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,14 +21,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import StreamsoupError, TaskError, printable
+from streamsoup.errors import StreamsoupError, TaskError, printable, some
 from streamsoup.live.candidates import Moved
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.search.scoring.journal import ScoreJournal
 from streamsoup.search.scoring.scorer import Candidate, Members, Outcome, Scorer, which
 from streamsoup.task import Score, read_score
+from streamsoup.task.scores import doubt
 
 __all__ = ["Asking"]
+
+log = logging.getLogger("streamsoup")
 
 
 class Asking:
@@ -51,7 +55,7 @@ class Asking:
             self._prepare()
             if self._scorer.n_at_once == 1:
                 candidate = self._candidate(first, to_beat)
-                self._journal.put(first, self._score(candidate), to_beat)
+                self._record(candidate, self._score(candidate))
             else:
                 self._score_ahead(wanted, to_beat)
                 self._collect()
@@ -90,6 +94,14 @@ class Asking:
             raise TaskError(f"{where}: scoring failed: {text}{which(candidate)}") from error
         return Outcome(answer, None, Moved(0, 0, 0.0), time.monotonic() - started)
 
+    def _record(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Put a score into the journal; warn of one that comes from a mistake, most likely."""
+        self._journal.put(candidate.members, outcome, candidate.to_beat)
+        names = candidate.recipe.ingredients
+        what = printable(names[0]) if len(names) == 1 else f"the mean of {some(names, 4)}"
+        if doubts := doubt(outcome.score, what):
+            log.warning("%s", doubts)
+
     def _score_ahead(self, wanted: Sequence[Members], to_beat: float | None) -> None:
         """Start scoring the first of `wanted`, and as many of the others as the scorer can."""
         if self._pool is None:
@@ -113,4 +125,4 @@ class Asking:
             except StreamsoupError as error:
                 self._failed[candidate.members] = error
             else:
-                self._journal.put(candidate.members, outcome, candidate.to_beat)
+                self._record(candidate, outcome)

@@ -28,7 +28,7 @@ from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import averaged_variances, may_be_negative
-from streamsoup.errors import Message, TaskError, count, option, some
+from streamsoup.errors import Message, TaskError, count, option, printable, some
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.options import Note, Options, Step
 from streamsoup.output.make import order
@@ -39,7 +39,7 @@ from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.predictions import as_arrays, joined
 from streamsoup.task import Score, Task
 from streamsoup.task.code import digest_model
-from streamsoup.task.scores import MAIN_NAMES, training_mode
+from streamsoup.task.scores import MAIN_NAMES, doubt, training_mode
 
 if TYPE_CHECKING:
     from streamsoup.live.mix import LiveMix
@@ -414,7 +414,15 @@ class Bench:
             model.eval()
             score = self.task.score(model, split)
         self._watch_mode(f"score on {split!r}")
+        if doubts := doubt(score, f"{self._named(mixture)} on {split!r}"):
+            log.warning("%s", doubts)
         return score
+
+    def _named(self, mixture: Mixture) -> str:
+        """Return what a mixture is called in a warning."""
+        if len(mixture.members) == 1:
+            return printable(self.plan.ingredients[mixture.members[0]].name)
+        return f"a mixture of {len(mixture.members)}"
 
     def _predict(self, mixture: Mixture, split: str) -> tuple[AnyFloats, Labels]:
         """Ask the task for a mixture's logits, and labels, of a whole split."""
