@@ -54,7 +54,16 @@ def opened(shards: list[dict[str, tuple[str, Shape]]], name: str = "m") -> Ingre
         path = f"/nowhere/{name}/{number}.safetensors"
         attributes = Attributes(0, 1, 0, 0, 0)
         identity = Identity(0, number, offset, 0)
-        made.append(Shard(path, identity, header, 8 + len(text), attributes, b"", 0))
+        made.append(
+            Shard(
+                path=path,
+                identity=identity,
+                attributes=attributes,
+                heads=((0, 8 + len(text)),),
+                head_digest=b"",
+                header=header,
+            )
+        )
     layout = Layout(tuple(shard.header for shard in made), places)
     index = "model.safetensors.index.json"
     return Ingredient(Stored(name, f"/nowhere/{name}", made, layout, index), layout)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from streamsoup.errors import FormatError, option, printable
-from streamsoup.formats.shards import Identity, Shard
+from streamsoup.formats.shards import Identity, StoredFile
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.folders import Folder
 from streamsoup.system.libc import map_file, unmap
@@ -49,7 +49,7 @@ KEPT_NBYTES = 1 << 32
 """Bytes of ingredients that stay mapped from one run to the next: 8 MiB of page tables."""
 
 
-def open_shard(shard: Shard) -> int:
+def open_shard(shard: StoredFile) -> int:
     """Open a shard for reading. Raise `ChangedIngredientError` if it is another file now."""
     try:
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,7 +91,7 @@ class Window:
     and pages that were mapped around those touched.
     """
 
-    def __init__(self, shard: Shard, begin: int, end: int) -> None:
+    def __init__(self, shard: StoredFile, begin: int, end: int) -> None:
         """Map bytes `begin` to `end` of the shard, read-only."""
         self._begin = begin - begin % mmap.PAGESIZE
         self._end = end
@@ -132,7 +132,7 @@ class Kept:
         self._windows: dict[str, Window] = {}
         self._lock = threading.Lock()
 
-    def of(self, shard: Shard) -> Window | None:
+    def of(self, shard: StoredFile) -> Window | None:
         """Return a shard's window, or None if there is no more room for it."""
         window = self._windows.get(shard.path)
         if window is not None:
@@ -157,7 +157,7 @@ class Descriptors:
         self._open: OrderedDict[str, int] = OrderedDict()
         self._close: Callable[[int], None] = close_read
 
-    def reading(self, shard: Shard) -> int:
+    def reading(self, shard: StoredFile) -> int:
         """Return a descriptor to read `shard` with."""
         found = self._get(shard.path)
         return self._keep(shard.path, open_shard(shard)) if found is None else found

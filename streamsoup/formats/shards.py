@@ -1,4 +1,4 @@
-"""One safetensors file of a stored checkpoint, as it was when its header was read."""
+"""Files of a checkpoint, as they were when what describes their tensors was read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamsoup.errors import ChangedIngredientError, FormatError, printable
 from streamsoup.formats.header import Header
 from streamsoup.system.regular import reading
 
-__all__ = ["Attributes", "Identity", "Shard"]
+__all__ = ["Attributes", "Identity", "Shard", "StoredFile"]
 
 _PIECE = 1 << 20
 """Bytes of a header that are digested at a time."""
@@ -55,21 +55,20 @@ class Attributes(msgspec.Struct, frozen=True):
         )
 
 
-class Shard(msgspec.Struct, frozen=True):
-    """One safetensors file: its path, its header, and what tells it from a changed one."""
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file, and what tells it from a changed one."""
 
     path: str
     identity: Identity
-    header: Header
-    data_begin: int
-    """Offset of the first byte after the header."""
     attributes: Attributes
     """As they were when it was opened. Not a part of the identity: backups change them under a run
-    that goes on. `stored.Stored.suspects` says what becomes of a change."""
-    header_digest: bytes
-    """The xxh3-128 of its first `data_begin` bytes."""
-    opening_nbytes: int
-    """Bytes held at most while its header was read."""
+    that goes on. `on_disk.OnDisk.suspects` says what becomes of a change."""
+    heads: tuple[tuple[int, int], ...]
+    """Ranges of bytes that describe its tensors: of a safetensors file, the header."""
+    head_digest: bytes
+    """The xxh3-128 of these ranges, one after the other."""
+    opening_nbytes: int = 0
+    """Bytes held at most while they were read."""
 
     def check_unchanged(self) -> None:
         """Raise `ChangedIngredientError` unless the path leads to the same file of the same time.
@@ -89,16 +88,16 @@ class Shard(msgspec.Struct, frozen=True):
         raise self.changed(what)
 
     def check_header(self) -> None:
-        """Raise `ChangedIngredientError` if the header is no longer the one that was read."""
+        """Raise `ChangedIngredientError` if `heads` are no longer the ones that were read."""
         digest = xxhash.xxh3_128()
         try:
             with reading(self.path) as (descriptor, _):
-                for at in range(0, self.data_begin, _PIECE):
-                    n = min(_PIECE, self.data_begin - at)
-                    digest.update(os.pread(descriptor, n, at))
+                for begin, end in self.heads:
+                    for at in range(begin, end, _PIECE):
+                        digest.update(os.pread(descriptor, min(_PIECE, end - at), at))
         except OSError as error:
             raise self._unreadable(error) from None
-        if digest.digest() != self.header_digest:
+        if digest.digest() != self.head_digest:
             raise self.changed("was rewritten in place, with its old time stamp,")
 
     def status(self) -> os.stat_result:
@@ -125,3 +124,14 @@ class Shard(msgspec.Struct, frozen=True):
             f"{printable(self.path)}: cannot be read any more: {error.strerror}; fix that and run "
             "again"
         )
+
+
+class Shard(StoredFile, frozen=True, kw_only=True):
+    """One safetensors file: its header is its first `data_begin` bytes."""
+
+    header: Header
+
+    @property
+    def data_begin(self) -> int:
+        """Offset of the first byte after the header."""
+        return self.heads[0][1]

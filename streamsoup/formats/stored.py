@@ -16,7 +16,6 @@ from typing import Any
 import xxhash
 
 from streamsoup.errors import (
-    ChangedIngredientError,
     CorruptFileError,
     FormatError,
     MissingFileError,
@@ -24,13 +23,14 @@ from streamsoup.errors import (
     printable,
 )
 from streamsoup.formats.conversions import of_hub_id, of_pickle
-from streamsoup.formats.files import Access, Window, read_into
+from streamsoup.formats.files import Access, read_into
 from streamsoup.formats.header import header_nbytes, opening_nbytes
 from streamsoup.formats.index import check_files, check_index, is_index, read_index
 from streamsoup.formats.layout import HeaderCache, Layout
 from streamsoup.formats.links import check_inside
+from streamsoup.formats.on_disk import MappedRanges, OnDisk, ReadRanges
 from streamsoup.formats.shards import Attributes, Identity, Shard
-from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor, Suspects
+from streamsoup.formats.source import Cursor, ReadingCost, SourceTensor
 from streamsoup.formats.weights import PICKLES, find_weights, names_in
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.regular import reading
@@ -39,7 +39,7 @@ from streamsoup.system.schemes import check_local
 __all__ = ["Stored", "open_stored"]
 
 
-class Stored(Source):
+class Stored(OnDisk):
     """A checkpoint in one or several safetensors files."""
 
     def __init__(
@@ -61,17 +61,11 @@ class Stored(Source):
             index_name: File name of its index, if it has one.
             index_opening_nbytes: Bytes held at most while its index was read.
         """
-        self._name, self._folder, self._index_name = name, folder, index_name
+        super().__init__(name, folder, shards)
+        self._index_name = index_name
         self.shards = tuple(shards)
         self.layout = layout
         self._index_opening_nbytes = index_opening_nbytes
-        self._settled = [shard.attributes for shard in self.shards]
-        """As they were when each shard was last known to hold the bytes that were opened."""
-
-    @property
-    def name(self) -> str:
-        """The path as it was given."""
-        return self._name
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
@@ -80,16 +74,6 @@ class Stored(Source):
             name: SourceTensor(spec.dtype.name, spec.shape, None, number)
             for name, (number, spec) in self.layout.places.items()
         }
-
-    @property
-    def path(self) -> str:
-        """Its absolute path."""
-        return os.path.abspath(self._name)
-
-    @property
-    def folder(self) -> str | None:
-        """The folder whose side files belong to it; None for a lone file."""
-        return self._folder
 
     @property
     def file_names(self) -> Sequence[str]:
@@ -102,109 +86,42 @@ class Stored(Source):
         return self._index_name
 
     @property
-    def files(self) -> Sequence[str]:
-        """The paths of its files."""
-        return tuple(shard.path for shard in self.shards)
-
-    @property
     def contiguous(self) -> bool:
         """Tensors lie side by side: headers with holes are refused."""
         return True
 
-    @property
-    def fingerprint(self) -> list[list[str | int]]:
-        """Path, inode, size and times of each file.
-
-        The device is left out, as its number may change when the machine starts anew.
-        """
-        return [
-            [
-                os.path.realpath(shard.path),
-                *(shard.identity.inode, shard.identity.size),
-                *(shard.identity.mtime_ns, shard.attributes.ctime_ns),
-            ]
-            for shard in self.shards
-        ]
+    def files_of(self, tensor: str) -> Sequence[int]:
+        """Return the number of the file that holds a tensor."""
+        return (self.layout.places[tensor][0],)
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that maps the files or reads them, as `access` has it."""
         return _Mapped(self, access) if access.mapped else _Read(self, access)
-
-    def check_unchanged(self, tensor: str | None = None) -> None:
-        """Look at the file of a tensor, or at all. See `Shard.check_unchanged`."""
-        if tensor is not None:
-            self.shards[self.layout.places[tensor][0]].check_unchanged()
-            return
-        for shard in self.shards:
-            shard.check_unchanged()
 
     def cost(self, *, mapped: bool) -> ReadingCost:
         """Mapped pages are the page cache's; what is read goes into the block itself."""
         opening = max(self._index_opening_nbytes, *(shard.opening_nbytes for shard in self.shards))
         return ReadingCost(views=mapped, opening_nbytes=opening)
 
-    def suspects(self, *, strict: bool) -> Suspects | None:
-        """Return the tensors of files whose change time moved though size and time stamp did not.
-
-        Such a file was written in place and given its old time stamp, or only linked, renamed,
-        chowned or the like; the digests of what was read tell which. Costs one `stat` a file, and
-        for each of those a read of its header, which raises `ChangedIngredientError` if it
-        differs. Without `strict`, a new link, mode or owner is taken as the reason.
-        """
-        state: dict[int, Attributes] = {}
-        for number, shard in enumerate(self.shards):
-            found = Attributes.of(shard.status())
-            if found == self._settled[number]:
-                continue
-            shard.check_unchanged()
-            shard.check_header()
-            if not strict and self._settled[number].explains(found):
-                self._settled[number] = found
-            else:
-                state[number] = found
-        names = [name for name, (number, _) in self.layout.places.items() if number in state]
-        return Suspects(names, state) if state else None
-
-    def settle(self, suspects: Suspects) -> None:
-        """Remember the attributes that the suspected files had by then."""
-        for number, attributes in suspects.state.items():
-            self._settled[number] = attributes
-
-    def where(self, tensor: str) -> str:
-        """Return the file that holds a tensor, and the tensor."""
-        number, _ = self.layout.places[tensor]
-        return f"{printable(self.shards[number].path)}: {printable(tensor)}"
-
 
 class _Mapped(Cursor):
-    """A window into the file that is being read, which moves along with the stream."""
+    """Views of the files, through a window."""
 
     def __init__(self, stored: Stored, access: Access) -> None:
         self._places, self._shards = stored.layout.places, stored.shards
-        self._kept, self._nbytes = access.kept, access.window_nbytes
-        self._number = -1
-        self._window: Window | None = None
+        self._ranges = MappedRanges(access)
 
     def view(self, tensor: str, begin: int, end: int) -> Bytes:
         number, spec = self._places[tensor]
         shard = self._shards[number]
         at = shard.data_begin + spec.begin
-        begin, end = at + begin, at + end
-        if self._kept is not None and (whole := self._kept.of(shard)) is not None:
-            return whole.view(begin, end)
-        window = self._window
-        if window is None or number != self._number or not window.covers(begin, end):
-            self._window = window = None  # the former one goes first
-            stop = min(max(end, begin + self._nbytes), shard.identity.size)
-            self._window = window = Window(shard, begin, stop)
-            self._number = number
-        return window.view(begin, end)
+        return self._ranges.view(shard, at + begin, at + end)
 
     def read(self, tensor: str, begin: int, block: Bytes) -> None:
         block[:] = self.view(tensor, begin, begin + len(block))
 
     def close(self) -> None:
-        self._window = None
+        self._ranges.close()
 
 
 class _Read(Cursor):
@@ -212,25 +129,12 @@ class _Read(Cursor):
 
     def __init__(self, stored: Stored, access: Access) -> None:
         self._places, self._shards = stored.layout.places, stored.shards
-        self._descriptors = access.descriptors
+        self._ranges = ReadRanges(access)
 
     def read(self, tensor: str, begin: int, block: Bytes) -> None:
         number, spec = self._places[tensor]
         shard = self._shards[number]
-        at = shard.data_begin + spec.begin + begin
-        try:
-            read_into(self._descriptors.reading(shard), block, at)
-        except EOFError:
-            shard.check_unchanged()
-            raise ChangedIngredientError(
-                f"{printable(shard.path)}: ended at byte {at}, before its header says; run again "
-                "once no other process writes to it"
-            ) from None
-        except OSError as error:
-            raise FormatError(
-                f"{printable(shard.path)}: cannot be read at byte {at}: {error.strerror}; fix "
-                "that, or restore the file"
-            ) from error
+        self._ranges.read(shard, shard.data_begin + spec.begin + begin, block)
 
 
 def open_stored(path: str | bytes | os.PathLike[Any], cache: HeaderCache | None = None) -> Stored:
@@ -326,13 +230,13 @@ def _open_shard(path: str, cache: HeaderCache, *, within: str | None = None) -> 
     digest = xxhash.xxh3_128(head)
     digest.update(text)
     return Shard(
-        path,
-        Identity.of(status),
-        header,
-        8 + length,
-        Attributes.of(status),
-        digest.digest(),
-        opening_nbytes(length, header),
+        path=path,
+        identity=Identity.of(status),
+        attributes=Attributes.of(status),
+        heads=((0, 8 + length),),
+        head_digest=digest.digest(),
+        opening_nbytes=opening_nbytes(length, header),
+        header=header,
     )
 
 
