@@ -13,3 +13,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `streamsoup.Options` has the same fields, and a `Recipe` records them, so that `verify` reads
     the ingredients as they were read when the soup was made.
     """
+
+    key: str | None = None
+    """Where in pickled checkpoints the weights are: a key such as ``state_dict_ema``, keys with
+    dots between them, ``.`` for the top; None to find them."""

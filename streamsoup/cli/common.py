@@ -119,7 +119,9 @@ CONFIG = click.option(
     show_default=True,
     help="Configurations must mean the same, or come from the first.",
 )
-READING = stack()
+READING = stack(
+    click.option("--key", metavar="KEY", help="Where in a pickle the weights are; default: found."),
+)
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
     READING,

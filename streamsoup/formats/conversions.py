@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-__all__ = ["of_hub_id", "of_pickle", "of_training_folder"]
+__all__ = ["of_hub_id", "of_pickle", "of_torchscript", "of_training_folder"]
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?", re.ASCII)
 _FILE = re.compile(r"\.(safetensors|json|bin|pth?|ckpt|pkl|gguf|txt|ya?ml|py|npz|h5)$")
@@ -25,6 +25,16 @@ def of_pickle(path: str) -> str:
         "d = d.get('state_dict', d.get('model', d)); "
         "save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2], "
         "{'format': 'pt'})"
+    )
+    return f'python -c "{script}" {shlex.quote(path)} {shlex.quote(made)}'
+
+
+def of_torchscript(path: str) -> str:
+    """Return the line that saves the state dict of a TorchScript archive, whose code it loads."""
+    made = f"{os.path.splitext(path)[0]}-weights.pt"
+    script = (
+        "import sys, torch; "
+        "torch.save(torch.jit.load(sys.argv[1], 'cpu').state_dict(), sys.argv[2])"
     )
     return f'python -c "{script}" {shlex.quote(path)} {shlex.quote(made)}'
 

@@ -98,10 +98,13 @@ def index_name(stem: str) -> str:
     return f"{base}.safetensors.index.{variant}.json"
 
 
-def read_index(path: str) -> tuple[dict[str, str], int]:
+def read_index(
+    path: str, suffixes: tuple[str, ...] = (".safetensors",)
+) -> tuple[dict[str, str], int]:
     """Read the weight map of an index, tensor name to file name; and what that took, in bytes.
 
-    Raises `FormatError` for any other file, and for names that lead out of its folder.
+    The files that it names end in one of `suffixes`. Raises `FormatError` for any other file, and
+    for names that lead out of its folder.
     """
     where = printable(path)
     try:
@@ -132,18 +135,18 @@ def read_index(path: str) -> tuple[dict[str, str], int]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{where}: has no weight_map of tensor names to file names")
     for name, file in weight_map.items():
-        # One plain name: an index must not lead out of its folder, nor to a pickle.
+        # One plain name: an index must not lead out of its folder, nor to another format.
         if (
             not isinstance(file, str)
             or os.path.basename(file) != file
             or file.startswith(".")
             or "\\" in file
             or "\0" in file
-            or not file.endswith(".safetensors")
+            or not file.endswith(suffixes)
         ):
             raise CorruptFileError(
                 f"{where}: places tensor {printable(name)!r} in {printable(file)!r}, "
-                "which is not the plain name of a safetensors file"
+                f"which is not the plain name of a {' or '.join(suffixes)} file"
             )
     for file in sorted(set(weight_map.values())):
         try:

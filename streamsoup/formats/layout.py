@@ -7,6 +7,7 @@ of each, so that 64 ingredients of 200 shards take the memory of one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import xxhash
@@ -45,6 +46,8 @@ class HeaderCache(msgspec.Struct):
     headers: dict[tuple[TensorSpec, ...], Header] = {}
     layouts: dict[tuple[int, ...], Layout] = {}
     """By the ids of its headers."""
+    pickled: dict[Any, Any] = {}
+    """What was read of pickles, by their digest: see `formats.pickled.saved`."""
 
     def header(self, text: bytes | bytearray, file_nbytes: int) -> Header:
         """Parse a header, unless the same bytes were parsed before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamsoup.formats.layout import HeaderCache
+from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.source import Source
 from streamsoup.formats.stored import open_stored
 from streamsoup.reading import Reading
@@ -22,4 +23,6 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
+    if is_pickled(path):
+        return open_pickled(path, reading.key, cache)
     return open_stored(path, cache)
