@@ -49,7 +49,8 @@ class Record:
 
     def __init__(self, kind: str, args: Any) -> None:
         """Keep the name of its class and what it was made of."""
-        self.kind, self.args, self.state = kind, args, None
+        self.kind, self.args = kind, args
+        self.state: Any = None
 
 
 class Storage:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from streamsoup.formats.conversions import of_training_folder
 from streamsoup.formats.index import is_index as is_safetensors_index
 from streamsoup.formats.layout import HeaderCache
+from streamsoup.formats.pickled.distributed import METADATA, open_distributed
 from streamsoup.formats.pickled.saved import is_index, open_saved
 from streamsoup.formats.pickled.source import Pickled
 from streamsoup.formats.weights import PICKLES
@@ -30,6 +31,8 @@ def is_pickled(path: str) -> bool:
         return False
     if any(name.endswith(".safetensors") or is_safetensors_index(name) for name in names):
         return False
+    if METADATA in names and any(name.endswith(".distcp") for name in names):
+        return True
     if of_training_folder(path, names) is not None:
         return False
     return any(is_index(name) or name.endswith(PICKLES) for name in names)
@@ -43,5 +46,7 @@ def _is_pickled_file(path: str) -> bool:
 
 
 def open_pickled(path: str, key: str | None, cache: HeaderCache) -> Pickled:
-    """Open a pickled checkpoint. See `saved.open_saved`."""
+    """Open a pickled checkpoint. See `saved.open_saved` and `distributed.open_distributed`."""
+    if os.path.lexists(os.path.join(path, METADATA)):
+        return open_distributed(path, key, cache)
     return open_saved(path, key, cache)

@@ -30,9 +30,9 @@ class Place(msgspec.Struct, frozen=True):
     """True if it is a range of one file, its elements in order and aligned."""
 
     @property
-    def begin(self) -> int:
-        """Offset of its first byte in its first file; 0 without any."""
-        return self.chunks[0].begin if self.chunks else 0
+    def lies_at(self) -> tuple[int, int]:
+        """Number of its first file, and the offset of its first element there: to sort by."""
+        return (self.chunks[0].file, self.chunks[0].begin) if self.chunks else (0, 0)
 
 
 def element_nbytes(dtype: str) -> int:

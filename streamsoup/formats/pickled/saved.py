@@ -421,5 +421,5 @@ def place_all(weights: Weights, number: int, found: Finder) -> Contents:
             places.append((name, place(tensor, find)))
         except FormatError as error:
             raise type(error)(f"tensor {printable(name)!r} {error.text}") from None
-    places.sort(key=lambda each: each[1].begin)
+    places.sort(key=lambda each: each[1].lies_at)
     return Contents(dict(places), tuple(listed))
