@@ -443,7 +443,7 @@ def test_spare_weights_beside_an_index_are_named(tmp_path: Path) -> None:
 
 
 def test_refusals_name_the_line_that_makes_a_checkpoint(tmp_path: Path) -> None:
-    """Pickles, DeepSpeed, FSDP and DCP folders and Hub ids are refused with a command."""
+    """Legacy pickles, DeepSpeed and FSDP folders and Hub ids are refused with a command."""
 
     def folder(*names: str) -> Path:
         at = tmp_path / names[0].replace("/", "_")
@@ -456,13 +456,13 @@ def test_refusals_name_the_line_that_makes_a_checkpoint(tmp_path: Path) -> None:
         (("zero_to_fp32.py", "latest", "global_step5/x.pt"), "zero_to_fp32.py "),
         (("global_step5/mp_rank_00_model_states.pt", "x.pt"), "--safe_serialization"),
         (("pytorch_model_fsdp_0/__0_0.distcp", "x.pt"), "accelerate merge-weights "),
-        (("__0_0.distcp", ".metadata"), "format_utils dcp_to_torch "),
+        (("__0_0.distcp",), "format_utils dcp_to_torch "),
     ):
         with pytest.raises(FormatError, match=phrase):
             uniform([folder(*names)], output=tmp_path / "out")
     for given_ in (folder("pytorch_model.bin"), folder("y") / "model.pt"):
-        if not given_.exists():
-            given_.write_text("")
+        at = given_ / "pytorch_model.bin" if given_.is_dir() else given_
+        at.write_bytes(b"\x80\x02}q\x00.")
         with pytest.raises(UnsafePickleError, match=r"first: python -c .*weights_only=True"):
             uniform([given_], output=tmp_path / "out")
     ran = command("uniform", "org/some-model@v2", "-o", tmp_path / "out", cwd=tmp_path)

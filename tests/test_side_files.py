@@ -52,7 +52,8 @@ def names_of(folder: Path) -> set[str]:
 def test_side_files_go_along_and_weights_do_not(tmp_path: Path) -> None:
     """Everything that makes the model work is copied; weights and training state stay behind."""
     a = fill(tmp_path / "a", KEPT + LEFT)
-    _, (warning,) = gather_side_files(open_ingredients([a]), None)
+    _, (warning, passed_over) = gather_side_files(open_ingredients([a]), None)
+    assert "left out pytorch_model.bin, as there is model.safetensors" in passed_over
     assert warning.endswith("copy it there, or a soup of it: lora, onnx")  # the rest is familiar
     uniform([a, a], output=tmp_path / "out")
     assert names_of(tmp_path / "out") == {*KEPT, "model.safetensors", "streamsoup.json"}

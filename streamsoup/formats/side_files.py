@@ -53,6 +53,9 @@ _FAMILIAR = (
 )
 """What weights and the state of a run are called, where `LEFT_OUT` needs no word."""
 
+_MODELS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")
+"""How the names of pickled weights begin that loaders look for."""
+
 _OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
 """What a soup has files of, so that no folder may have such a name in it."""
 
@@ -98,7 +101,8 @@ def gather_side_files(
             "config.json, is not copied; copy it, or give the folder"
         ]
     names, strange, heavy = _walk(first)
-    heavy = [name for name in heavy if name not in ingredients[0].file_names]
+    ours = {*ingredients[0].file_names, *map(os.path.basename, ingredients[0].source.files)}
+    heavy = [name for name in heavy if name not in ours]
     spare = [name for name in names_in(first) if name.endswith(".safetensors") and name[0] != "."]
     spare = [name for name in spare if name not in {*ingredients[0].file_names, *heavy}]
     warnings = []
@@ -106,6 +110,13 @@ def gather_side_files(
         warnings.append(
             f"{printable(first)}: left out what may be weights of another model; if the soup needs "
             f"it, copy it there, or a soup of it: {some(heavy)}"
+        )
+    pickles = [name for name in names_in(first) if name.startswith(_MODELS)]
+    pickles = [name for name in pickles if name.endswith(PICKLES) and name not in ours]
+    if pickles:
+        warnings.append(
+            f"{printable(first)}: left out {some(pickles)}, as there is "
+            f"{printable(next(iter(sorted(ours))))}"
         )
     if spare:
         warnings.append(

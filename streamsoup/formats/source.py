@@ -161,6 +161,11 @@ class Source(Protocol):
         return {}
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What is worth a warning about how it is read, such as tensors that are left out."""
+        return ()
+
+    @property
     def contiguous(self) -> bool:
         """Return True if the tensors of a file lie side by side, so that ranges may span them.
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import msgspec
 
+from streamsoup.errors import printable, some
 from streamsoup.formats.files import Access
 from streamsoup.formats.on_disk import MappedRanges, OnDisk, ReadRanges
 from streamsoup.formats.pickled.checksums import Checked, Checksums, Running
 from streamsoup.formats.pickled.places import Place
 from streamsoup.formats.pickled.strided import Chunk, gather
+from streamsoup.formats.pickled.trees import TOP
 from streamsoup.formats.shards import StoredFile
 from streamsoup.formats.source import Cursor, ReadingCost, SourceTensor, Suspects
 from streamsoup.system.buffers import Bytes, buffer
@@ -89,9 +91,12 @@ class Pickled(OnDisk):
         return self._index_name
 
     @property
-    def left_out(self) -> Sequence[str]:
-        """Keys that hold something else than the weights: optimizer, epoch, arguments."""
-        return self._left_out
+    def notes(self) -> Sequence[str]:
+        """Which keys hold something else than the weights: optimizer, epoch, arguments."""
+        if not self._left_out:
+            return ()
+        what = "" if self._key == TOP else f", {printable(self._key)!r} alone is read"
+        return (f"of pickles{what}; left out as no weights of the model: {some(self._left_out)}",)
 
     def files_of(self, tensor: str) -> Sequence[int]:
         """Return the numbers of the files that hold a tensor; that of the first if it is empty."""
