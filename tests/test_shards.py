@@ -228,7 +228,7 @@ ADVICE += (
     "put the file itself there",
     "give one of those",
     "give the file you mean",
-    "convert them",
+    "convert it to safetensors first",
     "give a folder",
     "rename it",
 )

@@ -46,6 +46,7 @@ class Checked(msgspec.Struct, frozen=True):
     """A member that is checked."""
 
     name: str
+    """Without the folder that all members of an archive lie in."""
     file: int
     begin: int
     """Offset of its first byte in the file."""

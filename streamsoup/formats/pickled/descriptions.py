@@ -133,6 +133,7 @@ _INERT = {
     *("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "enum.Enum"),
     # what trainers save beside weights
     *("torch.device", "torch.Generator", "torch.strided", "torch.nn.parameter.Parameter"),
+    *("torch.per_tensor_affine", "torch.per_channel_affine"),
     *("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer"),
     *("torch.serialization._get_layout", "torch.contiguous_format", "torch.preserve_format"),
     *(f"numpy.{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar",)),

@@ -393,7 +393,7 @@ def _open_file(
                     )
                 )
                 members += listed
-                crcs += [opened.archive.members[each.name].crc for each in listed]
+                crcs += [opened.archive.members[opened.prefix + each.name].crc for each in listed]
                 for begin, stop in opened.heads:
                     digest.update(read(begin, stop - begin))
                 heads += opened.heads

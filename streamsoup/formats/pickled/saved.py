@@ -365,21 +365,25 @@ def _contents(
     then they share what was made of the first.
     """
     members = opened.archive.members
-    rows = "\n".join(f"{each.name}\t{each.begin}\t{each.nbytes}" for each in members.values())
+    prefix = opened.prefix  # made of the name that the file was saved under
+    rows = "\n".join(f"{name[len(prefix) :]}\t{each.nbytes}" for name, each in members.items())
     digest = xxhash.xxh3_128(opened.text)
     digest.update(rows.encode())
     known = (digest.digest(), number, key)
     found = cache.pickled.get(known)
     if found is not None:
         contents, weights, held = found
-        begins = [data_begin(read, members[each.name]) for each in contents.members]
-        if begins == [each.begin for each in contents.members]:
-            return contents, [members[each.name].crc for each in contents.members], weights, held
+        used = [members[prefix + each.name] for each in contents.members]
+        if all(
+            data_begin(read, one) == each.begin
+            for one, each in zip(used, contents.members, strict=True)
+        ):
+            return contents, [one.crc for one in used], weights, held
     root, held = interpret(opened.text)
     chosen = find_weights(root, key)
     contents = place_all(chosen, number, finder(read, opened, number))
     cache.pickled[known] = contents, (chosen.key, chosen.left_out), held
-    crcs = [members[each.name].crc for each in contents.members]
+    crcs = [members[prefix + each.name].crc for each in contents.members]
     return contents, crcs, (chosen.key, chosen.left_out), held
 
 
@@ -393,9 +397,9 @@ def finder(read: ReadAt, opened: Opened, number: int) -> Finder:
     listed: list[Checked] = []
 
     def find(key: str, nbytes: int) -> tuple[int, Checked]:
-        name = f"{opened.prefix}data/{key}"
+        name = f"data/{key}"
         if name not in found:
-            member = opened.archive.members.get(name)
+            member = opened.archive.members.get(opened.prefix + name)
             if member is None:
                 raise CorruptFileError(f"lies in {printable(name)!r}, which the archive lacks")
             at = data_begin(read, member)
