@@ -56,7 +56,7 @@ def state(seed: int) -> State:
         "f8": normal(6, 6).to(torch.float8_e4m3fn),
         "f8 across": normal(6, 6).to(torch.float8_e5m2).t(),
         "across": normal(40, 50).t(),
-        "large across": normal(900, 700).t(),
+        "large across": normal(300, 200).t(),
         "channels last": normal(8, 3, 5, 5).to(memory_format=torch.channels_last),
         "rows": base[3:20],
         "part": base[3:20, 2:9],
