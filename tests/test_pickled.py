@@ -457,7 +457,7 @@ def test_checksums_of_ranges_join_in_any_order() -> None:
         rng.shuffle(ranges)
         for crc, is_right in ((zlib.crc32(raw), True), (zlib.crc32(raw) ^ 1, False)):
             checksums = Checksums([], [Checked("m", 0, 0, len(raw))], [crc])
-            runs = [Running(checksums) for _ in range(3)]
+            runs = [Running(checksums, zlib.crc32) for _ in range(3)]
             for begin, end in ranges:
                 runs[int(rng.integers(3))]._checksums.note(
                     0, int(begin), int(end), zlib.crc32(raw[begin:end])
@@ -465,6 +465,30 @@ def test_checksums_of_ranges_join_in_any_order() -> None:
             assert checksums.done[0]
             assert (not checksums._wrong) == is_right
     assert joined(zlib.crc32(b"a"), zlib.crc32(b""), 0) == zlib.crc32(b"a")
+
+
+def test_the_compiled_crc_is_that_of_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of the fast tier gives zlib's numbers, for any range, length and beginning."""
+    from streamsoup.kernels import crc
+    from streamsoup.system.buffers import buffer
+
+    monkeypatch.setenv("STREAMSOUP_KERNELS", "plain")
+    assert crc.fastest_crc32(compiles=True) is zlib.crc32
+    monkeypatch.setenv("STREAMSOUP_KERNELS", "fast")
+    if not crc.has_folding():
+        pytest.skip("no carry-less products here")
+    monkeypatch.setattr(crc, "_LEAST", 128)
+    folded = crc.fastest_crc32(compiles=True)
+    assert isinstance(folded, crc.FoldedCrc32)
+    rng = np.random.default_rng(0)
+    block = buffer(20_000)
+    block[:] = rng.bytes(20_000)
+    for _ in range(500):
+        begin, end = sorted(int(n) for n in rng.integers(0, 20_001, 2))
+        before = int(rng.integers(1 << 32))
+        assert folded(block[begin:end], before) == zlib.crc32(block[begin:end], before)
+    for n in (0, 1, 127, 128, 129, 255, 256, 257, 384):
+        assert folded(block[:n], 0) == zlib.crc32(block[:n])
 
 
 def test_archives_of_other_writers_are_read(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
     from streamsoup.output.make import Soup
+    from streamsoup.reading import Reading
 
 Command = Callable[..., Any]
 
@@ -120,7 +121,11 @@ CONFIG = click.option(
     help="Configurations must mean the same, or come from the first.",
 )
 READING = stack(
-    click.option("--key", metavar="KEY", help="Where in a pickle the weights are; default: found."),
+    click.option(
+        "--key",
+        metavar="KEY",
+        help="Of pickles with several sets of weights: which, such as state_dict_ema.",
+    ),
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
@@ -470,7 +475,11 @@ def supervise(
 
     def explain(number: int, started: float) -> str:
         clear_line()
-        return _explain(number, started, paths() if callable(paths) else paths, after)
+        from streamsoup.reading import Reading
+
+        names = Reading.__struct_fields__
+        reading = Reading(**{name: settings[name] for name in names if name in settings})
+        return _explain(number, started, paths() if callable(paths) else paths, after, reading)
 
     status = supervised(child, explain)
     if status > 128:
@@ -500,7 +509,9 @@ def in_words(error: Exception) -> str:
     )
 
 
-def _explain(number: int, started: float, paths: Sequence[str], after: str) -> str:
+def _explain(
+    number: int, started: float, paths: Sequence[str], after: str, reading: Reading
+) -> str:
     """Return why the child died, with the shard if one caused it, followed by `after`."""
     from streamsoup.formats.ingredients import open_ingredients
 
@@ -508,7 +519,7 @@ def _explain(number: int, started: float, paths: Sequence[str], after: str) -> s
         times: dict[str, int] = {}
         for path in paths:
             try:
-                (ingredient,) = open_ingredients([path])
+                (ingredient,) = open_ingredients([path], reading)
                 times |= {file: os.stat(file).st_mtime_ns for file in ingredient.source.files}
             except (StreamsoupError, OSError) as error:
                 return f"an ingredient shrank while it was being read: {error}"

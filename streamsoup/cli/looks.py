@@ -136,6 +136,8 @@ def _of_checkpoint(record: CheckpointRecord) -> dict[str, Any]:
         "dtypes": ", ".join(f"{name} {n}" for name, n in record.dtypes.items()),
         "size": _bytes(record.nbytes),
     }
+    if record.notes:
+        described["notes"] = [in_options(note) for note in record.notes]
     if record.tensors:
         described["tensor_list"] = [
             f"{printable(name)}  {each.dtype}  {list(each.shape)}  {printable(each.file)}"

@@ -15,12 +15,16 @@ from typing import Literal
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.errors import FormatError, check_choice
-from streamsoup.formats.files import Access, Kept, on_network
+from streamsoup.formats.files import Access, Crc32, Kept, on_network
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.source import Cursor
+from streamsoup.kernels.crc import fastest_crc32
 from streamsoup.system.buffers import Bytes, buffer
 
 __all__ = ["Kept", "Reader", "Session", "mapped_nbytes", "open_reader", "will_map"]
+
+COMPILE_NBYTES = 1_000_000_000
+"""Bytes read from which on it is worth a twentieth of a second to compile a CRC-32, once."""
 
 WINDOW = 1 << 23
 """Bytes of an ingredient that a thread maps at once, at least: small enough for any number of
@@ -85,6 +89,7 @@ class Reader:
         """Open nothing yet."""
         self._plan, self._memory, self._mapped, self._kept = plan, memory, mapped, kept
         self._window = window_nbytes(plan, memory)
+        self._crc32: Crc32 | None = None
 
     def session(self) -> Session:
         """Return a session for one thread."""
@@ -94,8 +99,16 @@ class Reader:
             n_descriptors=min(64, limit),
             window_nbytes=self._window,
             kept=self._kept,
+            find_crc32=self._find_crc32,
         )
         return Session(self._plan, self._memory, access)
+
+    def _find_crc32(self) -> Crc32:
+        """Return what computes CRC-32 fastest: compiled, if it was or the job is worth it."""
+        if self._crc32 is None:
+            worth = self._memory.compiles and self._plan.nbytes_read >= COMPILE_NBYTES
+            self._crc32 = fastest_crc32(compiles=worth)
+        return self._crc32
 
 
 class Session:

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from streamsoup.system.regular import close_read
 
 __all__ = [
     "Access",
+    "Crc32",
     "Descriptors",
     "Kept",
     "Window",
@@ -33,6 +35,9 @@ __all__ = [
     "open_shard",
     "read_into",
 ]
+
+Crc32 = Callable[[Bytes, int], int]
+"""Returns the CRC-32 of what had that of its second argument, followed by a block."""
 
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
 """Beginnings of the names of network file systems, where mapping reads page by page.
@@ -202,6 +207,7 @@ class Access:
         n_descriptors: int = 1,
         window_nbytes: int = 1 << 23,
         kept: Kept | None = None,
+        find_crc32: Callable[[], Crc32] = lambda: zlib.crc32,
     ) -> None:
         """Open nothing yet.
 
@@ -210,8 +216,10 @@ class Access:
             n_descriptors: How many files are kept open to be read at once.
             window_nbytes: Bytes of a file that are mapped at once, at least.
             kept: Shards that stay mapped from one run to the next.
+            find_crc32: Returns what computes CRC-32; called by those that check one.
         """
         self.mapped = mapped
+        self.find_crc32 = find_crc32
         self.window_nbytes = window_nbytes
         self.kept = kept
         self.descriptors = Descriptors(n_descriptors)

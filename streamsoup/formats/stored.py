@@ -19,10 +19,9 @@ from streamsoup.errors import (
     CorruptFileError,
     FormatError,
     MissingFileError,
-    UnsafePickleError,
     printable,
 )
-from streamsoup.formats.conversions import of_hub_id, of_pickle
+from streamsoup.formats.conversions import of_hub_id
 from streamsoup.formats.files import Access, read_into
 from streamsoup.formats.header import header_nbytes, opening_nbytes
 from streamsoup.formats.index import check_files, check_index, is_index, read_index
@@ -31,7 +30,7 @@ from streamsoup.formats.links import check_inside
 from streamsoup.formats.on_disk import MappedRanges, OnDisk, ReadRanges
 from streamsoup.formats.shards import Attributes, Identity, Shard
 from streamsoup.formats.source import Cursor, ReadingCost, SourceTensor
-from streamsoup.formats.weights import PICKLES, find_weights, names_in
+from streamsoup.formats.weights import find_weights, names_in
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.regular import reading
 from streamsoup.system.schemes import check_local
@@ -205,11 +204,6 @@ def _open_shard(path: str, cache: HeaderCache, *, within: str | None = None) -> 
     _check_path(path)
     if within is not None:
         check_inside(path, within)
-    if path.endswith(PICKLES):
-        raise UnsafePickleError(
-            f"{printable(path)}: is a PyTorch pickle, which could run code when opened; "
-            f"convert it to safetensors first: {printable(of_pickle(path), 800)}"
-        )
     try:
         with reading(path) as (descriptor, status):
             head = _read(descriptor, 0, min(8, status.st_size))

@@ -45,6 +45,8 @@ class CheckpointRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes of all tensors together."""
     tensors: dict[str, TensorRecord] = {}
     """By name, where they were asked for."""
+    notes: tuple[str, ...] = ()
+    """What is worth a warning about how it is read."""
 
 
 class PlanRecord(msgspec.Struct, frozen=True):
@@ -100,22 +102,25 @@ def inspect(
     Reads headers and the index, no weight.
     """
     (ingredient,) = open_ingredients([checkpoint], options.reading)
-    layout, files = ingredient.layout, tuple(ingredient.file_names)
+    layout, files = ingredient.layout, tuple(map(os.path.basename, ingredient.source.files))
+    mirrored = len(files) == len(ingredient.file_names)
+    homes = files if mirrored else tuple(ingredient.file_names)
     dtypes: Counter[str] = Counter()
     for _, spec in layout.places.values():
         dtypes[spec.dtype.name] += spec.n_elements
     listed = {
-        name: TensorRecord(spec.dtype.name, spec.shape, files[number], spec.nbytes)
+        name: TensorRecord(spec.dtype.name, spec.shape, homes[number], spec.nbytes)
         for name, (number, spec) in layout.places.items()
     }
     return CheckpointRecord(
         checkpoint=ingredient.name,
-        files=files,
+        files=files or homes,
         n_tensors=len(layout.places),
         n_parameters=layout.n_parameters,
         dtypes=dict(dtypes.most_common()),
         nbytes=layout.nbytes,
         tensors=listed if tensors else {},
+        notes=tuple(ingredient.source.notes),
     )
 
 

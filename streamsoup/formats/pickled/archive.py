@@ -25,7 +25,10 @@ ReadAt = Callable[[int, int], bytes]
 """Returns `n` bytes from an offset of the file: ``read(offset, n)``."""
 
 LARGEST_DIRECTORY = 64_000_000
-"""Bytes of a directory at most: some 600,000 members, ten times what any published model has."""
+"""Bytes of a directory at most."""
+
+MOST_MEMBERS = 400_000
+"""Members at most: ten times the tensors that any published model has."""
 
 MEMBER_NBYTES = 500
 """Bytes that a member takes while the directory is read, at most, beside its name."""
@@ -98,7 +101,7 @@ def read_archive(read: ReadAt, begin: int, end: int) -> Archive:
             f"has its zip directory at byte {offset} to {offset + size}, expected it to end at "
             f"{at - begin}"
         )
-    if size > LARGEST_DIRECTORY or n > size // _ENTRY.size:
+    if size > LARGEST_DIRECTORY or n > min(MOST_MEMBERS, size // _ENTRY.size):
         raise CorruptFileError(f"claims a zip directory of {n} members in {size} bytes")
     members = _entries(read(begin + offset, size), n, begin, begin + offset)
     return Archive(members, (begin + offset, end))

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import msgspec
 
 from streamsoup.errors import CorruptFileError, printable
-from streamsoup.formats.files import open_shard
+from streamsoup.formats.files import Crc32, open_shard
 from streamsoup.formats.shards import StoredFile
 from streamsoup.system.buffers import Bytes
 from streamsoup.system.regular import close_read
@@ -130,9 +130,9 @@ class Checksums:
 class Running:
     """The CRC of what one thread reads, for as long as it reads on in one member."""
 
-    def __init__(self, checksums: Checksums) -> None:
+    def __init__(self, checksums: Checksums, crc32: Crc32) -> None:
         """Begin nowhere."""
-        self._checksums = checksums
+        self._checksums, self._crc32 = checksums, crc32
         self._number = -1
         self._begin = self._end = self._crc = 0
 
@@ -145,7 +145,7 @@ class Running:
         if number != self._number or begin != self._end:
             self.stop()
             self._number, self._begin, self._end, self._crc = number, begin, begin, 0
-        self._crc = zlib.crc32(block, self._crc)
+        self._crc = self._crc32(block, self._crc)
         self._end += len(block)
         if self._end == checksums.size(number):
             self.stop()

@@ -116,13 +116,11 @@ def open_distributed(folder: str, key: str | None, cache: HeaderCache) -> Pickle
         ) from None
     names = sorted({part.file for each in parts.values() for part in each})
     files, contents, crcs = _open_parts(folder, names, weights.tensors, parts)
-    digest = xxhash.xxh3_128_digest(msgspec.msgpack.encode(contents))
-    contents = cache.pickled.setdefault(digest, contents)
     return Pickled(
         folder,
         folder,
         [*files, metadata],
-        contents,
+        contents.shared(cache.pickled),
         crcs,
         key=weights.key,
         left_out=weights.left_out,

@@ -39,10 +39,11 @@ def is_pickled(path: str) -> bool:
 
 
 def _is_pickled_file(path: str) -> bool:
-    if not path.endswith((".safetensors", ".json")):
-        with suppress(OSError), reading(path) as (descriptor, _):
-            return path.endswith(PICKLES) or os.pread(descriptor, 4, 0) == b"PK\x03\x04"
-    return is_index(os.path.basename(path))
+    if path.endswith((".safetensors", ".json")):
+        return is_index(os.path.basename(path))
+    with suppress(OSError), reading(path) as (descriptor, _):
+        return path.endswith(PICKLES) or os.pread(descriptor, 4, 0) == b"PK\x03\x04"
+    return path.endswith(PICKLES)  # to be refused for what it is
 
 
 def open_pickled(path: str, key: str | None, cache: HeaderCache) -> Pickled:

@@ -151,7 +151,7 @@ def open_saved(path: str, key: str | None, cache: HeaderCache) -> Pickled:
     if folder is not None:
         check_inside(where, folder)
     file = _open_file(where, 0, key, cache)
-    return _source(path, folder, [file], [saved_name(name)], None, 0)
+    return _source(path, folder, [file], [saved_name(name)], None, 0, cache)
 
 
 def _chosen(folder: str) -> str:
@@ -194,7 +194,7 @@ def _open_index(
     made = [saved_name(name) for name in names]
     if len({*made}) < len(made):
         made = [f"{stem}-{n + 1:05}-of-{len(made):05}.safetensors" for n in range(len(made))]
-    return _source(given, folder, files, made, index_name(stem), opening)
+    return _source(given, folder, files, made, index_name(stem), opening, cache)
 
 
 def _source(
@@ -204,12 +204,13 @@ def _source(
     file_names: Sequence[str],
     index: str | None,
     opening: int,
+    cache: HeaderCache,
 ) -> Pickled:
     """Make one source of opened files, each with the number that its places have."""
     if len(files) == 1:
         contents = files[0].contents
     else:
-        contents = _merged([file.contents for file in files])
+        contents = _merged([file.contents for file in files]).shared(cache.pickled)
     crcs = [crc for file in files for crc in file.crcs]
     return Pickled(
         given,
@@ -381,7 +382,7 @@ def _contents(
             return contents, [one.crc for one in used], weights, held
     root, held = interpret(opened.text)
     chosen = find_weights(root, key)
-    contents = place_all(chosen, number, finder(read, opened, number))
+    contents = place_all(chosen, number, finder(read, opened, number)).shared(cache.pickled)
     cache.pickled[known] = contents, (chosen.key, chosen.left_out), held
     crcs = [members[prefix + each.name].crc for each in contents.members]
     return contents, crcs, (chosen.key, chosen.left_out), held

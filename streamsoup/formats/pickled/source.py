@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import xxhash
 
 from streamsoup.errors import printable, some
 from streamsoup.formats.files import Access
@@ -31,6 +32,12 @@ class Contents(msgspec.Struct, frozen=True, eq=False):
     """In the order of the soup."""
     members: tuple[Checked, ...]
     """The zip members that the tensors lie in."""
+
+    def shared(self, cache: dict[Any, Any]) -> Contents:
+        """Return equal contents that were opened before, or these, for the next to share."""
+        digest = xxhash.xxh3_128_digest(msgspec.msgpack.encode(self))
+        found: Contents = cache.setdefault(digest, self)
+        return found
 
 
 class Pickled(OnDisk):
@@ -136,7 +143,7 @@ class _Tensors(Cursor):
         access: Access,
     ) -> None:
         self._places, self._files = contents.places, files
-        self._running = Running(checksums)
+        self._running = Running(checksums, access.find_crc32())
         self._mapped = MappedRanges(access) if access.mapped else None
         self._read = ReadRanges(access)
         self._limit = access.window_nbytes if access.mapped else _PIECE

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 
-__all__ = ["description", "has_f16c", "is_x86"]
+__all__ = ["description", "has_f16c", "has_pclmulqdq", "is_x86"]
 
 _CPUINFO = "/proc/cpuinfo"
 
@@ -37,6 +37,11 @@ def has_f16c() -> bool:
     except (ImportError, OSError):
         return False
     return bool(llvm.get_host_cpu_features().get("f16c"))
+
+
+def has_pclmulqdq() -> bool:
+    """Return True if the system says that an x86-64 has carry-less products."""
+    return "pclmulqdq" in _facts().get("flags", "").split()
 
 
 def description() -> str:
