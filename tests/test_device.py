@@ -26,7 +26,7 @@ from streamsoup.engine import device as device_mix
 from streamsoup.engine.device import LARGEST_DEVICE_BLOCK, OnDevice, device_budget, plan_device
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, RecipeError
-from streamsoup.formats import stored
+from streamsoup.formats import on_disk
 from streamsoup.kernels.accelerator import pipeline
 from streamsoup.kernels.accelerator.device import Accelerator, HostDevice, open_device, our_errors
 from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape, held_nbytes, taken_nbytes
@@ -300,7 +300,7 @@ def test_a_worker_that_failed_leaves_nothing_under_way(
     paths = make_half_checkpoints(tmp_path, 3)
     device = SimulatedDevice("lazy")
     ordered = replace(by_simulation(paths, device, 64), mapped=False)
-    whole, calls = stored.read_into, itertools.count()
+    whole, calls = on_disk.read_into, itertools.count()
 
     def failing(*arguments: Any) -> None:
         if next(calls) == 4:
@@ -308,7 +308,7 @@ def test_a_worker_that_failed_leaves_nothing_under_way(
             raise OSError(5, "Input/output error")
         whole(*arguments)
 
-    monkeypatch.setattr(stored, "read_into", failing)
+    monkeypatch.setattr(on_disk, "read_into", failing)
     with pytest.raises(streamsoup.StreamsoupError, match="cannot be read"):
         make(ordered, output=tmp_path / "soup", options=Options())
     assert device.is_idle()

@@ -27,7 +27,7 @@ from torch import nn
 import streamsoup
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError, NonFiniteError
-from streamsoup.formats import stored
+from streamsoup.formats import on_disk
 from streamsoup.kernels.accelerator.device import Accelerator, open_device, our_errors
 from streamsoup.kernels.accelerator.pipeline import Lane, LaneShape, held_nbytes
 from streamsoup.live.mix import DeviceCandidates
@@ -347,7 +347,7 @@ def test_a_failing_read_in_mid_stream(
     checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error comes out as it is, nothing is left behind, and the next run works."""
-    whole = stored.read_into
+    whole = on_disk.read_into
     count = [0]
 
     def failing(*arguments: Any) -> None:
@@ -357,11 +357,11 @@ def test_a_failing_read_in_mid_stream(
         whole(*arguments)
 
     options = Options(device="cuda", io="read", memory="2GB")
-    monkeypatch.setattr(stored, "read_into", failing)
+    monkeypatch.setattr(on_disk, "read_into", failing)
     with pytest.raises(streamsoup.StreamsoupError, match="cannot be read"):
         streamsoup.uniform(checkpoints, output=tmp_path / "soup", options=options)
     assert not (tmp_path / "soup").exists()
-    monkeypatch.setattr(stored, "read_into", whole)
+    monkeypatch.setattr(on_disk, "read_into", whole)
     streamsoup.uniform(checkpoints, output=tmp_path / "soup", options=options)
     streamsoup.verify(tmp_path / "soup")
 

@@ -22,7 +22,7 @@ import streamsoup
 from streamsoup.engine.device import OnDevice
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import BudgetError, DeviceError
-from streamsoup.formats import stored
+from streamsoup.formats import on_disk
 from streamsoup.kernels.accelerator import device as kernels_device
 from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.live import mix as live_mix
@@ -260,7 +260,7 @@ def test_reads_and_writes_that_fail(
     attempt(paths, device, tmp_path / "whole", threads, io="read")
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for room, name, said, n in (
-        (stored, "read_into", "cannot be read", 7),
+        (on_disk, "read_into", "cannot be read", 7),
         (write, "write_at", "cannot be written: No space left", 2),
     ):
         whole, calls = getattr(room, name), itertools.count()

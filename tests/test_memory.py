@@ -21,7 +21,7 @@ from streamsoup import Options, uniform
 from streamsoup.engine import inner, read, reduce
 from streamsoup.engine.budget import fixed_nbytes
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.formats import stored
+from streamsoup.formats import on_disk
 from streamsoup.formats.files import Window
 from streamsoup.methods.angles import geometry, plan_geometry
 from streamsoup.methods.fixed import find_coefficients
@@ -95,7 +95,7 @@ def test_no_more_is_mapped_than_is_planned(
             mapping = self._content.obj.mapping
             weakref.finalize(mapping, live.remove, pages * PAGESIZE)
 
-    monkeypatch.setattr(stored, "Window", Counted)
+    monkeypatch.setattr(on_disk, "Window", Counted)
     monkeypatch.setattr(read, "WINDOW", 1 << 21)
     monkeypatch.setattr(read, "WINDOWS", 1 << 23)
     found = {}
