@@ -281,6 +281,56 @@ def test_all_studies_and_searches_take_pickles(tmp_path: Path) -> None:
     )
 
 
+class Table(streamsoup.Scorer):
+    """Scores candidates by the names of their ingredients."""
+
+    name, split, n_at_once, fingerprint = "table", "val", 1, "table"
+
+    def prepare(self, recipe: Any) -> None:
+        """Need nothing."""
+
+    def score(self, candidate: Any) -> float:
+        """Return more for each ingredient but the last one given."""
+        names = candidate.recipe.ingredients
+        return sum(-9 if Path(name).name.startswith("2") else 1 for name in names)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+def test_greedy_takes_pickles(tmp_path: Path) -> None:
+    """A greedy soup of pickles has the bytes of that of the same safetensors, and is verified."""
+    pickles, twins = [], []
+    for seed in range(3):
+        tensors = {"a": torch.randn(40, 30, generator=torch.Generator().manual_seed(seed)).t()}
+        pickles.append(tmp_path / f"{seed}.pt")
+        twins.append(tmp_path / f"{seed}.safetensors")
+        torch.save({"ema": tensors, "model": {"b": torch.ones(3)}}, pickles[-1])
+        safetensors_torch.save_file(plain(tensors), twins[-1])
+    options = Options(key="ema")
+    streamsoup.greedy(pickles, Table(), output=tmp_path / "ours", options=options)
+    streamsoup.greedy(twins, Table(), output=tmp_path / "theirs")
+    both = [load(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")]
+    assert both[0] == both[1]
+    streamsoup.verify(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_memory_is_as_planned(tmp_path: Path, io: str) -> None:
+    """Tensors that lie across their storages are read within the memory that `plan` says."""
+    paths = []
+    for seed in range(3):
+        made = torch.Generator().manual_seed(seed)
+        tensors = {"a": torch.randn(3000, 2000, generator=made).t(), "b": torch.ones(1 << 22)}
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(tensors, paths[-1])
+    planned = command("plan", *paths, "--io", io, "--json")
+    soup = command("uniform", *paths, "--io", io, "--json", "-o", tmp_path / "out")
+    assert soup.returncode == 0, soup.stderr
+    peak = json.loads(soup.stdout)["peak_nbytes"]
+    assert peak <= json.loads(planned.stdout)["peak_nbytes"] <= 150_000_000
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_no_plain_dense_ones_are_refused(tmp_path: Path) -> None:
     """Sparse, quantised, conjugated and complex128 tensors are refused by name."""
