@@ -265,6 +265,18 @@ LIES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "no places": (lambda m: setattr(m, "storage_data", None), "no mapping of places"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "no mapping of tensors"),
+    "a tensor itself": (
+        lambda m: m.state_dict_metadata.update(rows=torch.eye(2).to_sparse()),
+        "neither tensor nor bytes|could run code",
+    ),
+    "a mapping": (
+        lambda m: m.state_dict_metadata.update(rows={"w": 3}),
+        "neither tensor nor bytes",
+    ),
+    "a name that is a list": (
+        lambda m: object.__setattr__(next(iter(m.storage_data)), "fqn", []),
+        "but 3 places",
+    ),
     "keys that are none": (lambda m: setattr(m, "planner_data", {"rows": 5}), "no keys for"),
     "keys twice": (
         lambda m: setattr(m, "planner_data", {"rows": ("a",), "both": ("a",)}),

@@ -174,6 +174,12 @@ BY_HAND: dict[str, tuple[bytes, type[FormatError]]] = {
         CorruptFileError,
     ),
     "a tensor of nothing": (b"ctorch._utils\n_rebuild_tensor_v2\n(tR.", CorruptFileError),
+    "a bit of a million levels": (
+        b"}(X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n(("
+        b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ"
+        b"K\x00(K\x06t(K\x01t\x89)}(" + b"]" * 200_000 + b"a" * 199_999 + b"\x88utRu.",
+        FormatError,
+    ),
     "pairs that are none": (b"ccollections\nOrderedDict\n(](K\x01)etR.", CorruptFileError),
     "a name that is not text": (b"\x80\x04K\x01K\x02\x93.", CorruptFileError),
 }

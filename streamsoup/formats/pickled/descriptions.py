@@ -171,7 +171,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
     """`torch._utils._rebuild_tensor_v2`: requires_grad, hooks and metadata follow."""
     metadata = rest[2] if len(rest) > 2 else None
     bits = [key for key, value in metadata.pairs if value] if isinstance(metadata, Items) else []
-    strange = f"is a view with the {bits[0]} bit" if bits else ""
+    what = printable(bits[0], 40) if bits and isinstance(bits[0], str) else "an unknown"
+    strange = f"is a view with the {what} bit" if bits else ""
     return _checked(storage, offset, shape, strides, getattr(storage, "dtype", ""), strange)
 
 
