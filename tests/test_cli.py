@@ -21,6 +21,7 @@ import streamsoup
 from streamsoup.cli import cli, main
 from streamsoup.cli.common import _explain
 from streamsoup.kernels.fast import processor
+from streamsoup.reading import Reading
 from streamsoup.search.report import beyond_scoring
 
 HEAVY = ("torch", "numba", "llvmlite", "matplotlib", "ray", "pandas", "sklearn", "transformers")
@@ -303,7 +304,7 @@ def test_a_time_in_the_future_is_no_proof(tmp_path: Path) -> None:
     os.utime(b, (started, started))
 
     def explained(started: float) -> str:
-        return _explain(signal.SIGBUS, started, [str(a), str(b)], "")
+        return _explain(signal.SIGBUS, started, [str(a), str(b)], "", Reading())
 
     assert explained(started).startswith(f"{b}: was rewritten while it was being read")
     assert explained(started + 10).startswith("a mapped ingredient could not be read")
