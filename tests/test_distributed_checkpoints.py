@@ -359,6 +359,7 @@ def test_noise_is_refused_or_read(tmp_path: Path, made: Path) -> None:
                 nbytes = opened(folder).layout.places[name][1].nbytes
                 cursor.read(name, 0, memoryview(bytearray(nbytes)))
             access.close()
+            source.check_read([*source.tensors])
             source.suspects(strict=True)
         except StreamsoupError as error:
             refused += str(error).isprintable()

@@ -487,6 +487,34 @@ def test_a_flipped_bit_is_found_again_after_a_kill(tmp_path: Path, machine: Mach
         assert not (folder / "out").exists()
 
 
+def test_a_pass_checks_the_members_of_its_own_tensors(tmp_path: Path) -> None:
+    """A pass over some tensors reads no others for their CRCs; one over all finds each."""
+    tensors = {name: torch.arange(100.0) + n for n, name in enumerate(["a", "b", "c"])}
+    torch.save(tensors, tmp_path / "m.pt")
+    flipped(tmp_path / "m.pt", "b")
+    source = opened(tmp_path / "m.pt").source
+    source.check_read(["a", "c"])
+    assert [*source._checksums.done] == [
+        source._contents.members[n].name != "data/1" for n in range(3)
+    ]
+    with pytest.raises(CorruptFileError, match="data/1 is damaged"):
+        source.check_read(["b"])
+
+
+def test_parts_find_a_flipped_bit(tmp_path: Path) -> None:
+    """The part that a damaged tensor falls to is refused, so the soup is never put in place."""
+    for n in range(2):
+        tensors = {name: torch.full((700, 3000), float(n)) for name in "abcd"}
+        torch.save(tensors, tmp_path / f"{n}.pt")
+    flipped(tmp_path / "1.pt", "c")
+    given = [tmp_path / "0.pt", tmp_path / "1.pt", "-o", tmp_path / "out"]
+    ended = [command("uniform", *given, "--part", f"{n}/2") for n in (1, 2)]
+    assert sorted(each.returncode for each in ended) == [0, 1]
+    assert any("data/2 is damaged" in each.stderr for each in ended)
+    assert command("uniform", *given, "--commit").returncode != 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_members_without_a_crc_are_read(tmp_path: Path) -> None:
     """`set_crc32_options(False)` writes 0 for every CRC, which says nothing."""
     torch.serialization.set_crc32_options(False)

@@ -47,6 +47,7 @@ def read_all(path: Path) -> None:
         cursor.close()
         access.close()
     source.check_unchanged()
+    source.check_read([*source.tensors])
     source.suspects(strict=True)
 
 

@@ -45,20 +45,30 @@ def check_read(
         digests: Their digests; None where there are none. Then a change that has an innocent
             explanation is taken for that, and any other raises.
 
-    Costs a `stat` for each file; suspected leaves are read once more.
+    Costs a `stat` for each file; suspected leaves are read once more, and what a source has a
+    checksum of and was not read whole.
     """
     sources: dict[int, Source] = {}
     columns: dict[int, list[int]] = {}
     for i, ingredient in enumerate(plan.ingredients):
         sources[id(ingredient.source)] = ingredient.source
         columns.setdefault(id(ingredient.source), []).append(i)
+    names = _names(plan, leaves)
     for key, source in sources.items():
         source.check_unchanged()
+        source.check_read(names)
         while (suspects := source.suspects(strict=digests is not None)) is not None:
             with closing(reader.session()) as reading:
                 for i in columns[key]:
                     _read_again(plan, memory, reading, leaves, digests, i, suspects)
             source.settle(suspects)
+
+
+def _names(plan: MixPlan, leaves: Sequence[Leaf] | None) -> list[str]:
+    """Return the names of the tensors that a pass was over."""
+    if leaves is None:
+        return [tensor.name for tensor in plan.tensors]
+    return [plan.tensors[i].name for i in sorted({leaf.tensor for leaf in leaves})]
 
 
 def _read_again(

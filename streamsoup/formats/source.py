@@ -173,6 +173,14 @@ class Source(Protocol):
         """
         return False
 
+    def check_read(self, tensors: Collection[str]) -> None:
+        """Raise `CorruptFileError` if some of these tensors are known to be damaged in their files.
+
+        Called at the end of a pass over them, by one thread: for checksums that files hold. A pass
+        that went on from a killed one may not have read all of them.
+        """
+        return
+
     def suspects(self, *, strict: bool) -> Suspects | None:
         """Return what may have changed since it was opened or last settled, or None.
 

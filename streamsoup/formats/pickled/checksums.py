@@ -7,7 +7,7 @@ their lengths. So a member that was read whole, by whichever threads, was checke
 
 What is left at the end of a pass (members of which only a view was needed, what an earlier run had
 read, what a search had no need of) is read once for that: `Checksums.finish`. So no pass ends
-before every member that the weights lie in was checked, once for each time the files are opened.
+before every member that its tensors lie in was checked, once for each time the files are opened.
 The members of anything else are never read. 0 as CRC says that none was recorded
 (`torch.serialization.set_crc32_options`).
 
@@ -99,12 +99,12 @@ class Checksums:
                 "save the checkpoint again"
             )
 
-    def finish(self) -> None:
-        """Check what is not checked yet, by reading it in small pieces."""
+    def finish(self, numbers: Sequence[int]) -> None:
+        """Check which of some members are not checked yet, by reading them in small pieces."""
         self.check()
-        for number, member in enumerate(self._members):
+        for number in numbers:
             if not self.done[number]:
-                self._read(number, member)
+                self._read(number, self._members[number])
                 self.check()
 
     def _settle(self, number: int, crc: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from streamsoup.formats.pickled.places import Place
 from streamsoup.formats.pickled.strided import Chunk, gather
 from streamsoup.formats.pickled.trees import TOP
 from streamsoup.formats.shards import StoredFile
-from streamsoup.formats.source import Cursor, ReadingCost, SourceTensor, Suspects
+from streamsoup.formats.source import Cursor, ReadingCost, SourceTensor
 from streamsoup.system.buffers import Bytes, buffer
 
 __all__ = ["Contents", "Pickled"]
@@ -113,14 +113,14 @@ class Pickled(OnDisk):
         """Return a cursor that maps the files or reads them, as `access` has it."""
         return _Tensors(self._contents, self._files, self._checksums, access)
 
-    def suspects(self, *, strict: bool) -> Suspects | None:
-        """Return what may have changed, once all members were found to have their CRCs.
+    def check_read(self, tensors: Collection[str]) -> None:
+        """Raise `CorruptFileError` unless all members that these tensors lie in have their CRCs.
 
-        Raises:
-            CorruptFileError: One has another.
+        Reads those that were not read whole, once.
         """
-        self._checksums.finish()
-        return super().suspects(strict=strict)
+        places = self._contents.places
+        found = {chunk.member for name in tensors for chunk in places[name].chunks}
+        self._checksums.finish(sorted(found))
 
     def cost(self, *, mapped: bool) -> ReadingCost:
         """What lies in order is viewed, or read into the block; the rest is picked from pieces."""
