@@ -13,3 +13,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `streamsoup.Options` has the same fields, and a `Recipe` records them, so that `verify` reads
     the ingredients as they were read when the soup was made.
     """
+
+    dequantize: bool = False
+    """Read quantised weights as codes times scales, exact, and write them in bfloat16 unless
+    `Options.dtype` says otherwise; else they are copied where they are equal, or refused."""

@@ -119,7 +119,11 @@ CONFIG = click.option(
     show_default=True,
     help="Configurations must mean the same, or come from the first.",
 )
-READING = stack()
+READING = stack(
+    click.option(
+        "--dequantize", is_flag=True, help="Read quantised weights as what they stand for, in bf16."
+    ),
+)
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
     READING,

@@ -55,6 +55,8 @@ class Place(msgspec.Struct, frozen=True):
     offset: int
     """From the end of the shard's header."""
     dtype: DType
+    significant: int = 53
+    """Bits that a float64 needs at most."""
 
 
 class PlannedTensor(msgspec.Struct, frozen=True):
@@ -290,7 +292,9 @@ def _plan_tensor(
     is_coded: bool,
 ) -> PlannedTensor:
     found = [layout.places[name] for layout in layouts]
-    sources = tuple(Place(shard, each.begin, each.comes_as) for shard, each in found)
+    sources = tuple(
+        Place(shard, each.begin, each.comes_as, each.significant) for shard, each in found
+    )
     n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
     if is_coded:
         if any(each.delivered for _, each in found):

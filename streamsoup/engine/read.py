@@ -94,6 +94,7 @@ class Reader:
             n_descriptors=min(64, limit),
             window_nbytes=self._window,
             kept=self._kept,
+            compiles=self._memory.compiles,
         )
         return Session(self._plan, self._memory, access)
 

@@ -19,16 +19,22 @@ from typing import Any, Literal
 import msgspec
 
 from streamsoup.errors import FormatError, printable
+from streamsoup.formats.source import Source
 from streamsoup.system.regular import reading
 
 __all__ = [
     "CONFIG_LIMIT",
     "Change",
+    "QUANTISED_KEYS",
+    "Quantisation",
     "changes",
+    "config_folder",
     "is_config",
-    "quantised_by",
+    "is_of_quantisation",
+    "quantisation",
     "read_config",
     "says_tied",
+    "without_quantisation",
 ]
 
 CONFIG_LIMIT = 4_000_000
@@ -62,12 +68,15 @@ _RUNNING = re.compile(
 )
 """Keys of training or run time alone: dropout rates, caches, sampling, and which code runs."""
 
-_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
-_QUANTISED_FILES = (
-    *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
-    *("quantization_config.json", "quant_model_description.json"),
-)
-"""Where libraries say that a model is quantised: transformers, MLX, ModelOpt, GPTQ, AWQ, ..."""
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTISED_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": None,
+    "quant_model_description.json": "msmodelslim",
+}
+"""Where libraries say that a model is quantised, and which, where the file itself does not."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -83,6 +92,15 @@ class Change(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         """Return the key with both values, the other's first, as in messages."""
         return f"{self.key} {self.other} and {self.first}"
+
+
+class Quantisation(msgspec.Struct, frozen=True):
+    """What a folder says of how its weights are quantised."""
+
+    where: str
+    """The file that says so, and its key if it has one, for a message."""
+    says: Mapping[str, Any]
+    """All that it says, such as ``quant_method`` and ``weight_block_size``."""
 
 
 def is_config(name: str) -> bool:
@@ -177,25 +195,56 @@ def _modern(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {"rope_parameters": rope}
 
 
-def quantised_by(folder: str) -> str | None:
-    """Return what says that the model in a folder is quantised: a file, and its key if it has one.
+def config_folder(source: Source) -> str | None:
+    """Return the folder in which a source's configuration lies; None if it has none.
 
-    Any configuration in the file may say so, such as that of one part of a model.
+    Of a lone file, that of the file, though its side files are not taken along.
     """
-    for name in _QUANTISED_FILES:
-        path = os.path.join(folder, name)
+    lone = source.path if len(source.files) == 1 else None
+    return source.folder or (None if lone is None else os.path.dirname(lone))
+
+
+def quantisation(folder: str | None) -> Quantisation | None:
+    """Return what the files of a folder say of quantisation; None if they say nothing.
+
+    Any configuration in a file may say so, such as that of one part of a model.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name, method in _QUANTISED_FILES.items() if folder is not None else ():
+        path = os.path.join(folder or "", name)
         if os.path.isfile(path):
-            return f"{printable(path)}: is there"
-    for name in ("config.json", "params.json"):
-        path = os.path.join(folder, name)
+            says = read_config(path) or {}
+            inner = says.get("quantization")
+            says = inner if isinstance(inner, dict) else says
+            found.append((f"{printable(path)}: is there", {"quant_method": method} | says))
+    for name in ("config.json", "params.json") if folder is not None else ():
+        path = os.path.join(folder or "", name)
         pending: list[tuple[str, Any]] = [("", read_config(path) or {})]
         for at, config in pending:
             for key, value in config.items():
-                if key in _QUANTISED_KEYS and value:
-                    return f"{printable(path)}: has {printable(at + key)}"
-                if isinstance(value, Mapping):
+                if key in QUANTISED_KEYS and value:
+                    what = f"{printable(path)}: has {printable(at + key)}"
+                    found.append((what, value if isinstance(value, Mapping) else {}))
+                elif isinstance(value, Mapping):
                     pending.append((f"{at}{key}.", value))
-    return None
+    if not found:
+        return None
+    merged = {key: value for _, says in reversed(found) for key, value in says.items()}
+    return Quantisation(found[0][0], merged)
+
+
+def is_of_quantisation(name: str) -> bool:
+    """Return True for a side file that is about quantisation alone."""
+    return name in _QUANTISED_FILES
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says nothing of quantisation, nor do those within it."""
+    return {
+        key: without_quantisation(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in QUANTISED_KEYS
+    }
 
 
 def says_tied(folder: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import count, option, printable, some
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["differing", "disagreements", "in_words"]
@@ -159,15 +160,15 @@ def differing(
     what += f"from that of ingredient 1 ({printable(first.name)})"
     if coded:
         return (
-            f"{what}, and is a part of a quantised weight, of which codes and scales have no mean: "
-            "dequantise the ingredients first, or use those they were quantised from"
+            f"{what}, and is a part of a quantised weight, of which codes and scales have no mean; "
+            f"{advice_for(ingredient.source.tensors)}"
         )
     if dtype in _MASKS or first.layout.places[tensor][1].n_elements == 1:
         takes = f"{option('non_float', 'first')} takes it from the first ingredient"
         return f"{what}, and is not averaged; {takes}"
     return (
-        f"{what}, and is not averaged; if it holds codes of quantised weights, dequantise the "
-        "ingredients first, else leave this ingredient out"
+        f"{what}, and is not averaged; if it holds codes of quantised weights, use the checkpoints "
+        "they were quantised from, else leave this ingredient out"
     )
 
 

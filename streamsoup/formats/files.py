@@ -202,6 +202,7 @@ class Access:
         n_descriptors: int = 1,
         window_nbytes: int = 1 << 23,
         kept: Kept | None = None,
+        compiles: bool = False,
     ) -> None:
         """Open nothing yet.
 
@@ -210,8 +211,10 @@ class Access:
             n_descriptors: How many files are kept open to be read at once.
             window_nbytes: Bytes of a file that are mapped at once, at least.
             kept: Shards that stay mapped from one run to the next.
+            compiles: Whether a source that computes may compile what it computes with.
         """
         self.mapped = mapped
+        self.compiles = compiles
         self.window_nbytes = window_nbytes
         self.kept = kept
         self.descriptors = Descriptors(n_descriptors)

@@ -22,4 +22,9 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
-    return open_stored(path, cache)
+    stored = open_stored(path, cache)
+    if reading.dequantize:
+        from streamsoup.formats.quantised.opening import dequantised
+
+        return dequantised(stored)
+    return stored

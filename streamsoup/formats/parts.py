@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import in_words
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DType, TensorSpec
 
@@ -97,7 +98,7 @@ def parts_of(
         if len(dtypes) > 1:
             problems.append(
                 f"{owners[0].where(name)} is a part of a quantised weight, and is stored as "
-                f"{' and '.join(sorted(dtypes))}: dequantise the ingredients first"
+                f"{' and '.join(sorted(dtypes))}; {advice_for(owners[0].source.tensors)}"
             )
             break
     return frozenset(coded), problems
@@ -114,8 +115,7 @@ def _refusal(owner: Ingredient) -> str:
     codes = _codes(owner.layout.places)
     return (
         f"{owner.where(codes[0])}{_more(codes)} is a code that a scale stands beside; "
-        "averaging codes and scales apart makes no soup: dequantise the ingredients first, or use "
-        "those they were quantised from"
+        f"averaging codes and scales apart makes no soup; {advice_for(owner.source.tensors)}"
     )
 
 

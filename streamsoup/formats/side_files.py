@@ -12,19 +12,24 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import NoReturn
 
 import msgspec
 
 from streamsoup.errors import FormatError, printable, some
-from streamsoup.formats.configs import changes, read_config
+from streamsoup.formats.configs import (
+    changes,
+    is_of_quantisation,
+    read_config,
+    without_quantisation,
+)
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.links import real_inside
 from streamsoup.formats.weights import PICKLES, names_in
 from streamsoup.system.regular import reading
-from streamsoup.tensors import TORCH_NAMES, DType
+from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
 
@@ -78,11 +83,12 @@ class SideFile(msgspec.Struct, frozen=True):
 
 
 def gather_side_files(
-    ingredients: Sequence[Ingredient], dtype: DType | None
+    ingredients: Sequence[Ingredient], dtype: DType | None, *, dequantised: bool = False
 ) -> tuple[list[SideFile], list[str]]:
     """List the side files of the first ingredient, and warn where others have different ones.
 
-    With `dtype`, the configuration is made to say it. Reads the side files of all ingredients that
+    With `dtype`, the configuration is made to say it; if weights are `dequantised`, nothing is said
+    of quantisation any more. Reads the side files of all ingredients that
     have any.
     """
     first = ingredients[0].folder
@@ -129,7 +135,13 @@ def gather_side_files(
             f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
         )
     # As links lead now, so that what they lead to later is not copied.
+    if dequantised:
+        names = [name for name in names if not is_of_quantisation(name)]
     files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
+    if dequantised:
+        files = [_without_quantisation(file) for file in files]
+        values = any(spec.delivered for _, spec in ingredients[0].layout.places.values())
+        dtype = DTYPES["BF16"] if dtype is None and values else dtype
     if dtype is not None:
         files = [_with_dtype(file, dtype) for file in files]
     for other in ingredients[1:]:
@@ -139,7 +151,8 @@ def gather_side_files(
         different = [
             text
             for name in sorted({*theirs, *names})
-            if (text := _difference(name, first, other.folder)) is not None
+            if not (dequantised and is_of_quantisation(name))
+            and (text := _difference(name, first, other.folder, dequantised)) is not None
         ]
         if different:
             warnings.append(
@@ -149,7 +162,7 @@ def gather_side_files(
     return files, warnings
 
 
-def _difference(name: str, first: str, other: str) -> str | None:
+def _difference(name: str, first: str, other: str, dequantised: bool) -> str | None:
     """Return a side file's name where two folders differ in it, with the keys if it has any.
 
     None where they do not, or in bookkeeping alone.
@@ -160,7 +173,10 @@ def _difference(name: str, first: str, other: str) -> str | None:
     configs = [read_config(path) if name.endswith(".json") else None for path in paths]
     if configs[0] is None or configs[1] is None:
         return name
-    found = changes(configs[0], configs[1])
+    one, two = configs[0], configs[1]
+    if dequantised:
+        one, two = without_quantisation(one), without_quantisation(two)
+    found = changes(one, two)
     telling = [change for change in found if change.kind != "bookkeeping"]
     if telling:
         return f"{name} ({some(telling, 3)})"
@@ -295,6 +311,20 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
         return file
     if not _say_dtype(config, TORCH_NAMES[dtype.name]):
         return file
+    return _rewritten(file, config)
+
+
+def _without_quantisation(file: SideFile) -> SideFile:
+    """Make a model's configuration say nothing of quantisation."""
+    config = read_config(file.path) if file.name in ("config.json", "params.json") else None
+    if config is None:
+        return file
+    plain = without_quantisation(config)
+    return file if plain == config else _rewritten(file, plain)
+
+
+def _rewritten(file: SideFile, config: Mapping[str, object]) -> SideFile:
+    """Return a configuration with another content."""
     try:
         content = json.dumps(config, indent=2, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a character can only be written as the escape it came as

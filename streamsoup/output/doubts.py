@@ -39,7 +39,8 @@ _OUTPUTS = (
 
 def before(plan: MixPlan) -> list[str]:
     """Return warnings that follow from headers and paths. Takes time in the number of tensors."""
-    return [*_empty(plan), *_coded(plan), *_twice(plan.ingredients)]
+    notes = [note for each in plan.ingredients for note in each.source.notes]
+    return [*_empty(plan), *_coded(plan), *_twice(plan.ingredients), *dict.fromkeys(notes)]
 
 
 def after(plan: MixPlan, provenance: Provenance, digests: Digests | None) -> list[str]:
