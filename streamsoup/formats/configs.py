@@ -24,8 +24,8 @@ from streamsoup.system.regular import reading
 
 __all__ = [
     "CONFIG_LIMIT",
-    "Change",
     "QUANTISED_KEYS",
+    "Change",
     "Quantisation",
     "changes",
     "config_folder",

@@ -1,4 +1,4 @@
-"""Quantised weights in numpy: codes times scales, exact in float64. The specification of `decoding`.
+"""Quantised weights in numpy: codes times scales, exact in float64; the specification.
 
 A code is a small float: E4M3 or E5M2 in a byte (OCP 8-bit floating point, 2023), or E2M1, two in a
 byte with the lower half first (OCP Microscaling Formats, 2023). A code has 4 significant bits at
@@ -9,64 +9,19 @@ rounded. Every NaN is the positive quiet one, so that digests do not depend on w
 
 from __future__ import annotations
 
-from typing import Literal
-
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.kernels.coding import FLOATS, Coding
 from streamsoup.tensors import DTYPES
 
-__all__ = [
-    *("DECODING_NBYTES", "FLOATS", "KERNELS_NBYTES", "TILE", "Coding"),
-    *("decode", "decode_transposed", "scale_values", "values_of"),
-]
-
-FLOATS = {"F8_E4M3": (8, 3, 7), "F8_E5M2": (8, 2, 15), "E2M1": (4, 1, 1)}
-"""Bits, fraction bits and exponent bias of each kind of code."""
+__all__ = ["TILE", "decode", "decode_transposed", "scale_values", "values_of"]
 
 TILE = 1 << 12
 """Codes that numpy decodes at once: what it holds of them is some 300 KB."""
 
-DECODING_NBYTES = 320_000
-"""Bytes that numpy holds of a tile: three numbers of 8 bytes for each code, and their parts."""
-
-KERNELS_NBYTES = 18 * 2**20
-"""Bytes that compiling both loops of `plain_codes` takes, beside other kernels."""
-
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
-
-
-class Coding(msgspec.Struct, frozen=True):
-    """How the codes of equally large matrices, one after the other, belong to their scales."""
-
-    kind: Literal["F8_E4M3", "F8_E5M2", "E2M1"]
-    n_rows: int
-    """Rows of one matrix."""
-    n_columns: int
-    """Codes of one row."""
-    block: tuple[int, int]
-    """Rows and columns that have a scale in common; the last ones of a matrix may be fewer."""
-
-    @property
-    def scale_rows(self) -> int:
-        """Rows of scales of one matrix."""
-        return -(-self.n_rows // self.block[0])
-
-    @property
-    def scale_columns(self) -> int:
-        """Scales of one of these rows."""
-        return -(-self.n_columns // self.block[1])
-
-    def scale_row(self, element: int) -> int:
-        """Return the row of scales of an element, counted over all matrices."""
-        matrix, row = divmod(element // self.n_columns, self.n_rows)
-        return matrix * self.scale_rows + row // self.block[0]
-
-    def nbytes(self, n_codes: int) -> int:
-        """Return the bytes that codes take, which begin and end with a byte."""
-        return n_codes * FLOATS[self.kind][0] // 8
 
 
 def values_of(kind: str) -> Floats:
@@ -81,7 +36,8 @@ def values_of(kind: str) -> Floats:
         values[magnitude > DTYPES[kind].largest] = np.nan
         if DTYPES[kind].overflow != DTYPES[kind].nan:
             values[magnitude == DTYPES[kind].overflow] = np.inf
-    return np.where(codes == magnitude, values, -values)
+    signed: Floats = np.where(codes == magnitude, values, -values)
+    return signed
 
 
 def scale_values(raw: Bytes, dtype: str) -> Floats:
@@ -89,7 +45,8 @@ def scale_values(raw: Bytes, dtype: str) -> Floats:
     if dtype in ("U8", "F8_E8M0"):  # 2^(byte - 127), and 255 for NaN
         powers = np.ldexp(1.0, np.arange(256) - 127)
         powers[255] = np.nan
-        return powers[raw]
+        found: Floats = powers[raw]
+        return found
     if dtype in FLOATS:
         return values_of(dtype)[raw]
     if dtype == "BF16":

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsoup.kernels import codes, tiers
-from streamsoup.kernels.codes import Coding
+from streamsoup.kernels.coding import Coding
 from streamsoup.kernels.fast import objects
 from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.system.buffers import Bytes, address_of
@@ -31,7 +31,7 @@ COMPILE_ROOM = 219_000_000
 _KINDS = ("F8_E4M3", "F8_E5M2", "E2M1")
 _DECODE = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 10, ctypes.c_double, ctypes.c_int64)
 _TRANSPOSED = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 11)
-_ROOMS = ("codes.py", "constants.py", "plain.py", "plain_codes.py")
+_ROOMS = ("codes.py", "coding.py", "constants.py", "plain.py", "plain_codes.py")
 
 Floats = NDArray[np.float64]
 

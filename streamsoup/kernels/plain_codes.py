@@ -31,7 +31,9 @@ _VALUES = values_of("E2M1")
 
 
 @numba.njit(forceinline=True)
-def _bytes_to_values(x: Any, fraction: int, bias: int, infinity: int, scale: float, out: Any) -> Any:
+def _bytes_to_values(
+    x: Any, fraction: int, bias: int, infinity: int, scale: float, out: Any
+) -> Any:
     """Write codes of a byte each, times a scale. `infinity` is 256 for a kind that has none."""
     least = np.uint32(1 << fraction)
     shift = np.uint32(23 - fraction)

@@ -20,7 +20,7 @@ from streamsoup.formats.derived import Derived
 from streamsoup.formats.files import Access
 from streamsoup.formats.quantised.layouts import Weight, Weights
 from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor
-from streamsoup.kernels.codes import DECODING_NBYTES, KERNELS_NBYTES
+from streamsoup.kernels.coding import DECODING_NBYTES, KERNELS_NBYTES
 from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import DTYPES
 

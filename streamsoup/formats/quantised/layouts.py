@@ -33,7 +33,7 @@ import msgspec
 
 from streamsoup.errors import FormatError, printable, some
 from streamsoup.formats.source import SourceTensor
-from streamsoup.kernels.codes import Coding
+from streamsoup.kernels.coding import Coding
 
 __all__ = ["Weight", "Weights", "find_weights"]
 
@@ -136,7 +136,9 @@ def _layout(
         own = (f"{name}_scale_inv", f"{name}_scale")
         for scales in (*own, f"{module}scale", f"{module}qscale_weight"):
             if scales in tensors:
-                return name, tensor.dtype, scales, None
+                kind: Literal["F8_E4M3", "F8_E5M2"]
+                kind = "F8_E4M3" if tensor.dtype == "F8_E4M3" else "F8_E5M2"
+                return name, kind, scales, None
         return None
     if tensor.dtype != "U8":
         return None
@@ -194,9 +196,7 @@ def _weight(
         return _misfit(scales, scale, [list(each) for each in fitting]), None
     block = fitting[scale.shape][0]
     exact: Literal["F8_E4M3", "F8_E5M2"] = "F8_E4M3" if kind == "F8_E4M3" else "F8_E5M2"
-    return "", Weight(
-        shape, codes, scales, scale.dtype, Coding(exact, n_rows, n_columns, block)
-    )
+    return "", Weight(shape, codes, scales, scale.dtype, Coding(exact, n_rows, n_columns, block))
 
 
 def _fitting(
