@@ -410,7 +410,13 @@ def copy(
     of them differs from the first ingredient's, unless the operation is ``first``.
     """
     if first == 0:
-        output[:] = inputs[0]
+        source = tensor.sources[plan.layout_of[0]].dtype
+        if source == tensor.dtype:
+            output[:] = inputs[0]
+        else:  # what is delivered exactly is rounded once
+            from streamsoup.kernels.blocks import rounded
+
+            rounded(inputs[0], source, tensor.dtype, output)
     if tensor.operation == "first":
         return
     for i, block in enumerate(inputs, first):

@@ -24,6 +24,9 @@ from streamsoup.system.regular import reading
 
 __all__ = [
     "CONFIG_LIMIT",
+    "INPUTS",
+    "OF_WORDS",
+    "OUTPUTS",
     "QUANTISED_KEYS",
     "Change",
     "Quantisation",
@@ -34,6 +37,8 @@ __all__ = [
     "quantisation",
     "read_config",
     "says_tied",
+    "tied_in",
+    "with_vocabulary",
     "without_quantisation",
 ]
 
@@ -79,6 +84,22 @@ _QUANTISED_FILES = {
 """Where libraries say that a model is quantised, and which, where the file itself does not."""
 
 
+INPUTS = (
+    *("embed_tokens.weight", "word_embeddings.weight", "shared.weight", "wte.weight"),
+    *("tok_embeddings.weight", "embed_in.weight"),
+)
+"""How the names of input embeddings end."""
+
+OUTPUTS = (
+    *("lm_head.weight", "embed_out.weight", "proj_out.weight", "output.weight"),
+    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
+)
+"""How the names of output embeddings end, in the order in which they are looked for."""
+
+OF_WORDS = (*INPUTS, *OUTPUTS, "lm_head.bias", "decoder.bias", "predictions.bias")
+"""How the names of tensors end that have a row for each word of a vocabulary."""
+
+
 class Change(msgspec.Struct, frozen=True):
     """A key that two configurations do not agree on."""
 
@@ -88,6 +109,15 @@ class Change(msgspec.Struct, frozen=True):
     first: str
     """The value in the first, as JSON; ``nothing`` where it has no such key."""
     other: str
+
+    @property
+    def is_of_vocabulary(self) -> bool:
+        """True for the length of a vocabulary, and for padding that only one has a token for."""
+        name = self.key.rpartition(".")[2]
+        unset = {"nothing", "null"}
+        return name == "vocab_size" or (
+            name == "pad_token_id" and not unset.isdisjoint((self.first, self.other))
+        )
 
     def __str__(self) -> str:
         """Return the key with both values, the other's first, as in messages."""
@@ -247,11 +277,30 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_vocabulary(config: Mapping[str, Any], longest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the length of another's vocabulary, and its padding."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        other = longest.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found[key] = with_vocabulary(value, other)
+        else:
+            found[key] = other if key in ("vocab_size", "pad_token_id") and other else value
+    if "pad_token_id" in longest and "vocab_size" in found:
+        found.setdefault("pad_token_id", longest["pad_token_id"])
+    return found
+
+
 def says_tied(folder: str) -> bool:
     """Return True if the model's configuration ties its output to its input embeddings."""
-    config = read_config(os.path.join(folder, "config.json")) or {}
+    return tied_in(read_config(os.path.join(folder, "config.json")) or {}) is True
+
+
+def tied_in(config: Mapping[str, Any]) -> bool | None:
+    """Return what a configuration says of tied embeddings; None if nothing."""
     whole = config.get("tie_word_embeddings")
     if isinstance(whole, bool):
         return whole
     parts = [value for value in config.values() if isinstance(value, Mapping)]
-    return any(part.get("tie_word_embeddings") is True for part in parts)
+    told = [part.get("tie_word_embeddings") for part in parts]
+    return True if True in told else False if False in told else None

@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from streamsoup.formats.source import Source, Suspects
+import msgspec
 
-__all__ = ["Derived"]
+from streamsoup.formats.source import Source, SourceTensor, Suspects
+
+__all__ = ["Derived", "in_files"]
+
+
+def in_files(
+    tensors: Mapping[str, SourceTensor], names: Sequence[str]
+) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
+    """Return tensors, and the names of those files that hold any of them: no other is made."""
+    numbers = sorted({tensor.file for tensor in tensors.values()})
+    place = {number: new for new, number in enumerate(numbers)}
+    found = {
+        name: msgspec.structs.replace(tensor, file=place[tensor.file])
+        for name, tensor in tensors.items()
+    }
+    return found, tuple(names[number] for number in numbers) or tuple(names[:1])
 
 
 class Derived(Source):

@@ -23,6 +23,7 @@ from streamsoup.formats.parts import coded_in
 from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.formats.side_files import is_equal
 from streamsoup.formats.vocabularies import compare_vocabularies, is_vocabulary
+from streamsoup.reading import Reading
 
 __all__ = ["check_meaning", "check_quantised", "folder_of"]
 
@@ -32,14 +33,17 @@ def folder_of(ingredient: Ingredient) -> str | None:
     return config_folder(ingredient.source)
 
 
-def check_quantised(ingredients: Sequence[Ingredient], *, dequantised: bool = False) -> None:
+def check_quantised(
+    ingredients: Sequence[Ingredient],
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> None:
     """Raise `MismatchError` for a model that is quantised in a way that its tensors do not show.
 
     Where codes stand beside their scales, `parts` tells them, and they are copied if equal. Paths
-    that were opened `dequantised` were looked at then. Reads the configurations.
+    whose weights are dequantised in `reading` were looked at then. Reads the configurations.
     """
     for ingredient in ingredients:
-        if dequantised and ingredient.source.files:
+        if reading.dequantize and ingredient.source.files:
             continue
         told = quantisation(folder_of(ingredient))
         if told is None:
@@ -61,13 +65,16 @@ def check_quantised(ingredients: Sequence[Ingredient], *, dequantised: bool = Fa
 
 
 def check_meaning(
-    ingredients: Sequence[Ingredient], *, config: str, dequantised: bool = False
+    ingredients: Sequence[Ingredient],
+    *,
+    config: str,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> None:
     """Raise `MismatchError` where ingredients differ from the first in what weights mean.
 
     That is any key of a configuration but those of bookkeeping and of run time, unless `config` is
-    ``first``; and the id of any token, whatever it is. What is said of quantisation is passed over
-    where weights are `dequantised`. Reads what differs of these files.
+    ``first``; and the id of any token, whatever it is. What `reading` makes the same is passed
+    over: quantisation, or the length of a vocabulary. Reads what differs of these files.
     """
     first = folder_of(ingredients[0])
     problems: list[str] = []
@@ -89,18 +96,20 @@ def check_meaning(
                     moved |= conflict.moved
                     problems.append(f"{pair} have other token ids: {conflict.what}")
             elif config == "same":
-                problems += _of_configs(pair, *paths, dequantised=dequantised)
+                problems += _of_configs(pair, *paths, reading)
     if problems:
         raise MismatchError(_in_words(problems, moved=moved))
 
 
-def _of_configs(pair: str, first: str, other: str, *, dequantised: bool) -> list[str]:
+def _of_configs(pair: str, first: str, other: str, reading: Reading) -> list[str]:
     one, two = read_config(first), read_config(other)
     if one is None or two is None:
         return []
-    if dequantised:
+    if reading.dequantize:
         one, two = without_quantisation(one), without_quantisation(two)
     found = [change for change in changes(one, two) if change.kind == "meaning"]
+    if reading.embeddings == "common":
+        found = [change for change in found if not change.is_of_vocabulary]
     if not found:
         return []
     keys = count(len(found), "key")

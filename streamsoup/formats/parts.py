@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import in_words
@@ -77,18 +77,23 @@ def factors_in(ingredient: Ingredient) -> str | None:
 
 
 def parts_of(
-    owners: Sequence[Ingredient], coefficients: Coefficients | None, *, disagree: bool
+    owners: Sequence[Ingredient],
+    coefficients: Coefficients | None,
+    *,
+    disagree: bool,
+    takes: Callable[[str], bool],
 ) -> tuple[frozenset[str], list[str]]:
     """Return the tensors that are parts of quantised weights, and why they cannot be copied.
 
     `owners` has an ingredient of each layout. `coefficients` are those of the soup, None where
     another rule makes it, which leaves equal weights as they are. `disagree` says that they do not
-    fit together for other reasons, of which codes are the likely one. Costs a look at each tensor.
+    fit together for other reasons, of which codes are the likely one. `takes` returns False for
+    tensors that are not averaged whatever they are. Costs a look at each tensor.
     """
     coded: set[str] = set()
     problems: list[str] = []
     for owner in owners:
-        found = coded_in(owner.layout.places)
+        found = frozenset(filter(takes, coded_in(owner.layout.places)))
         coded |= found
         keeps = coefficients is None or all(map(coefficients.is_affine, found))
         if found and (disagree or not keeps):

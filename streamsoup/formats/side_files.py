@@ -21,14 +21,19 @@ import msgspec
 from streamsoup.errors import FormatError, printable, some
 from streamsoup.formats.configs import (
     changes,
+    config_folder,
     is_of_quantisation,
     read_config,
+    with_vocabulary,
     without_quantisation,
 )
+from streamsoup.formats.fitting.rows import Lengthened
+from streamsoup.formats.fitting.vocabulary import is_of_tokenizer
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.links import real_inside
 from streamsoup.formats.weights import PICKLES, names_in
-from streamsoup.system.regular import reading
+from streamsoup.reading import Reading
+from streamsoup.system.regular import reading as reading_of
 from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
@@ -83,12 +88,15 @@ class SideFile(msgspec.Struct, frozen=True):
 
 
 def gather_side_files(
-    ingredients: Sequence[Ingredient], dtype: DType | None, *, dequantised: bool = False
+    ingredients: Sequence[Ingredient],
+    dtype: DType | None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> tuple[list[SideFile], list[str]]:
     """List the side files of the first ingredient, and warn where others have different ones.
 
-    With `dtype`, the configuration is made to say it; if weights are `dequantised`, nothing is said
-    of quantisation any more. Reads the side files of all ingredients that
+    With `dtype`, the configuration is made to say it; if weights are dequantised in `reading`, it
+    says nothing of quantisation. The tokenizer is that of the longest vocabulary. Reads the side
+    files of all ingredients that
     have any.
     """
     first = ingredients[0].folder
@@ -135,9 +143,14 @@ def gather_side_files(
             f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
         )
     # As links lead now, so that what they lead to later is not copied.
+    dequantised = reading.dequantize
     if dequantised:
         names = [name for name in names if not is_of_quantisation(name)]
     files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
+    source = ingredients[0].source
+    longest = config_folder(source.longest) if isinstance(source, Lengthened) else None
+    if longest is not None:
+        files = _with_vocabulary(files, longest)
     if dequantised:
         files = [_without_quantisation(file) for file in files]
         values = any(spec.delivered for _, spec in ingredients[0].layout.places.values())
@@ -152,6 +165,7 @@ def gather_side_files(
             text
             for name in sorted({*theirs, *names})
             if not (dequantised and is_of_quantisation(name))
+            and not (longest is not None and is_of_tokenizer(name))
             and (text := _difference(name, first, other.folder, dequantised)) is not None
         ]
         if different:
@@ -270,7 +284,7 @@ def _holds_weights(path: str) -> bool:
 
 def pieces(path: str, *, follows: bool = True) -> Iterator[bytes]:
     """Yield the content of a regular file, a piece at a time. Raise `OSError` for all others."""
-    with reading(path, follows=follows) as (descriptor, _):
+    with reading_of(path, follows=follows) as (descriptor, _):
         while piece := os.read(descriptor, 1 << 20):
             yield piece
 
@@ -314,9 +328,28 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     return _rewritten(file, config)
 
 
+def _with_vocabulary(files: Sequence[SideFile], longest: str) -> list[SideFile]:
+    """Return side files with the tokenizer in a folder, and a configuration with its length."""
+    names, _, _ = _walk(longest)
+    found = [file for file in files if not is_of_tokenizer(file.name)]
+    found += [
+        SideFile(name, os.path.realpath(os.path.join(longest, name)), None)
+        for name in names
+        if is_of_tokenizer(name)
+    ]
+    whole = read_config(os.path.join(longest, "config.json"))
+    for number, file in enumerate(found):
+        config = read_config(file.path) if file.name == "config.json" else None
+        if config is not None and whole is not None:
+            found[number] = _rewritten(file, with_vocabulary(config, whole))
+    return sorted(found, key=lambda file: file.name)
+
+
 def _without_quantisation(file: SideFile) -> SideFile:
     """Make a model's configuration say nothing of quantisation."""
-    config = read_config(file.path) if file.name in ("config.json", "params.json") else None
+    if file.name not in ("config.json", "params.json"):
+        return file
+    config = read_config(file.path) if file.content is None else json.loads(file.content)
     if config is None:
         return file
     plain = without_quantisation(config)

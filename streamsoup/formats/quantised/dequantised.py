@@ -13,10 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from streamsoup.errors import count, some
-from streamsoup.formats.derived import Derived
+from streamsoup.formats.derived import Derived, in_files
 from streamsoup.formats.files import Access
 from streamsoup.formats.quantised.layouts import Weight, Weights
 from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor
@@ -56,19 +54,16 @@ class Dequantised(Derived):
         dropped = {*parts, *self._left_out} - {weight.codes for weight in self.weights.values()}
         whole_of = {weight.codes: name for name, weight in self.weights.items()}
         kept = {name: each for name, each in of.tensors.items() if name not in dropped}
-        # Files without tensors, as of scales alone, are not made.
-        numbers = sorted({each.file for each in kept.values()})
-        self._file_names = tuple(of.file_names[number] for number in numbers)
-        self._tensors: dict[str, SourceTensor] = {}
+        found: dict[str, SourceTensor] = {}
         for name, each in kept.items():
-            file = numbers.index(each.file)
             if name in whole_of:
                 weight = self.weights[whole_of[name]]
                 bits = 53 if weight.divides else SIGNIFICANT
-                made = SourceTensor(STANDS_FOR, weight.shape, "F64", file, bits)
-                self._tensors[whole_of[name]] = made
+                made = SourceTensor(STANDS_FOR, weight.shape, "F64", each.file, bits)
+                found[whole_of[name]] = made
             else:
-                self._tensors[name] = msgspec.structs.replace(each, file=file)
+                found[name] = each
+        self._tensors, self._file_names = in_files(found, of.file_names)
         self._lock = threading.Lock()
         self._decoder: Decoder | None = None
 
