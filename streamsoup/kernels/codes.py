@@ -97,7 +97,7 @@ def decode_transposed(
     scales: Floats,
     out: Floats,
 ) -> None:
-    """Decode elements of the transpose of one matrix, in C order.
+    """Decode elements of the transpose of one matrix, whose blocks have one row, in C order.
 
     Args:
         coding: Where which scale belongs, in the matrix that is stored.
@@ -114,7 +114,7 @@ def decode_transposed(
         columns, rows = np.divmod(elements, coding.n_rows)
         halves = codes[rows, (columns - column) // 2]
         found = np.where(columns % 2 == 0, halves & 15, halves >> 4)
-        scale = scales[rows // coding.block[0], columns // coding.block[1] - block]
+        scale = scales[rows, columns // coding.block[1] - block]
         _multiply(table[found], scale, 1.0, out[start : start + len(elements)])
 
 

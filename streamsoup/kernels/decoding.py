@@ -30,7 +30,7 @@ COMPILE_ROOM = 219_000_000
 
 _KINDS = ("F8_E4M3", "F8_E5M2", "E2M1")
 _DECODE = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 10, ctypes.c_double, ctypes.c_int64)
-_TRANSPOSED = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 11)
+_TRANSPOSED = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 10)
 _ROOMS = ("codes.py", "coding.py", "constants.py", "plain.py", "plain_codes.py")
 
 Floats = NDArray[np.float64]
@@ -104,7 +104,7 @@ class Decoder:
             first,
             len(out) // 8,
             coding.n_rows,
-            *coding.block,
+            coding.block[1],
             scales.ctypes.data,
             scales.shape[1],
             address_of(out),

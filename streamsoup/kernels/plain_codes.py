@@ -22,7 +22,7 @@ from streamsoup.kernels.plain import pointer
 __all__ = ["compile_decode", "compile_transposed"]
 
 DECODE_SIGNATURE = types.int64(*[types.int64] * 10, types.float64, types.int64)
-TRANSPOSED_SIGNATURE = types.int64(*[types.int64] * 11)
+TRANSPOSED_SIGNATURE = types.int64(*[types.int64] * 10)
 
 _ROWS = 16
 """Stored rows that are transposed at once: their results fill two lines of a cache."""
@@ -143,7 +143,6 @@ def transposed(
     first: int,
     n: int,
     n_rows: int,
-    block_rows: int,
     block_columns: int,
     scales_at: Any,
     scale_columns: int,
@@ -157,18 +156,23 @@ def transposed(
     first_block = begin // block_columns
     out = numba.carray(pointer(out_at, types.float64), (n,))
     codes = numba.carray(pointer(codes_at, types.uint8), (n_rows * stride,))
-    n_scales = (n_rows + block_rows - 1) // block_rows * scale_columns
-    scales = numba.carray(pointer(scales_at, types.float64), (n_scales,))
+    scales = numba.carray(pointer(scales_at, types.float64), (n_rows * scale_columns,))
     for tile in range(0, n_rows, _ROWS):
         for at in range(begin, end):
             start = at * n_rows - first
-            byte = tile * stride + ((at - column) >> 1)
+            low, high = max(tile, -start), min(tile + _ROWS, n_rows, n - start)
+            if low >= high:
+                continue
+            byte = low * stride + ((at - column) >> 1)
+            scale = low * scale_columns + at // block_columns - first_block
             shift = 4 * (at & 1)
-            place = at // block_columns - first_block
-            for row in range(max(tile, -start), min(tile + _ROWS, n_rows, n - start)):
-                bits = (np.int64(codes[byte + (row - tile) * stride]) >> shift) & 15
-                product = _VALUES[bits] * scales[row // block_rows * scale_columns + place]
-                out[start + row] = product if product == product else np.nan
+            made = out[start + low : start + high]
+            for j in range(len(made)):
+                bits = (np.int64(codes[byte]) >> shift) & 15
+                product = _VALUES[bits] * scales[scale]
+                made[j] = product if product == product else np.nan
+                byte += stride
+                scale += scale_columns
     return 0
 
 
