@@ -166,7 +166,7 @@ def gather_side_files(
             for name in sorted({*theirs, *names})
             if not (dequantised and is_of_quantisation(name))
             and not (longest is not None and is_of_tokenizer(name))
-            and (text := _difference(name, first, other.folder, dequantised)) is not None
+            and (text := _difference(name, first, other.folder, reading)) is not None
         ]
         if different:
             warnings.append(
@@ -176,7 +176,7 @@ def gather_side_files(
     return files, warnings
 
 
-def _difference(name: str, first: str, other: str, dequantised: bool) -> str | None:
+def _difference(name: str, first: str, other: str, reading: Reading) -> str | None:
     """Return a side file's name where two folders differ in it, with the keys if it has any.
 
     None where they do not, or in bookkeeping alone.
@@ -188,10 +188,12 @@ def _difference(name: str, first: str, other: str, dequantised: bool) -> str | N
     if configs[0] is None or configs[1] is None:
         return name
     one, two = configs[0], configs[1]
-    if dequantised:
+    if reading.dequantize:
         one, two = without_quantisation(one), without_quantisation(two)
     found = changes(one, two)
     telling = [change for change in found if change.kind != "bookkeeping"]
+    if reading.embeddings == "common":
+        telling = [change for change in telling if not change.is_of_vocabulary]
     if telling:
         return f"{name} ({some(telling, 3)})"
     return None  # or the same keys and values, written in another way

@@ -14,7 +14,7 @@ FLOATS = {"F8_E4M3": (8, 3, 7), "F8_E5M2": (8, 2, 15), "E2M1": (4, 1, 1)}
 DECODING_NBYTES = 320_000
 """Bytes that numpy holds of a tile: three numbers of 8 bytes for each code, and their parts."""
 
-KERNELS_NBYTES = 18 * 2**20
+KERNELS_NBYTES = 9 * 2**20
 """Bytes that compiling both loops of `plain_codes` takes, beside other kernels."""
 
 
