@@ -30,6 +30,7 @@ command line ``--overwrite``.
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 from collections.abc import Collection, Iterable
 
@@ -107,7 +108,8 @@ def in_options(text: str) -> str:
     """Return a message with its options rendered as command-line flags."""
 
     def name(found: re.Match[str]) -> str:
-        return f"--{found[2]}{f' {found[3]}' if found[3] not in ('', 'True') else ''}"
+        value = f" {shlex.quote(found[3])}" if found[3] not in ("", "True") else ""
+        return f"--{found[2]}{value}"
 
     return _OPTION.sub(name, text) if "\x02" in text else text
 

@@ -162,6 +162,7 @@ class Options(Reading, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Convert numbers and devices of other libraries to plain ones. Raises `RecipeError`."""
         settle(self)
+        Reading.__post_init__(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
 
     @property

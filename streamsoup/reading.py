@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
 import msgspec
+
+from streamsoup.errors import RecipeError, check_choice, option, printable
 
 __all__ = ["Reading"]
 
@@ -17,3 +22,71 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key: str | None = None
     """Where in pickled checkpoints the weights are: a key such as ``state_dict_ema``, keys with
     dots between them, ``.`` for the top; None to find them."""
+    dequantize: bool = False
+    """Read quantised weights as codes times scales, exact, and write them in bfloat16 unless
+    `Options.dtype` says otherwise; else they are copied where they are equal, or refused."""
+    rename: tuple[str, ...] = ()
+    """``old=>new``: replaces a prefix of the names of tensors, in all ingredients; of several, the
+    first that fits."""
+    include: tuple[str, ...] = ()
+    """Shell patterns of the tensors to average; none for all. The others are those of the first
+    ingredient, copied."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of tensors not to average, even if they are included."""
+    drop: bool = False
+    """Leave out of the soup what is not averaged by `include` and `exclude`."""
+    embeddings: Literal["same", "common"] = "same"
+    """Embeddings and heads of vocabularies of several lengths: refuse, or average the rows that all
+    have, and give the ingredients that lack a row the mean of that row in those that have it. Then
+    the longest vocabulary is the soup's."""
+
+    def __post_init__(self) -> None:
+        """Make tuples of lists, and check all. Raises `RecipeError`."""
+        if self.dequantize not in (False, True) or self.drop not in (False, True):
+            raise RecipeError(
+                f"{option('dequantize')} and {option('drop')} are truth values, got "
+                f"{printable(repr((self.dequantize, self.drop)), 80)}"
+            )
+        for name in ("rename", "include", "exclude"):
+            msgspec.structs.force_setattr(self, name, _texts(name, getattr(self, name)))
+        check_choice("embeddings", self.embeddings, ("same", "common"))
+        for pair in self.rename:
+            if pair.count("=>") != 1 or pair.startswith("=>"):
+                raise RecipeError(
+                    f"{option('rename')} {printable(repr(pair))} is not a prefix and its "
+                    "replacement, such as 'module.=>'"
+                )
+        if self.drop and not (self.include or self.exclude):
+            raise RecipeError(
+                f"{option('drop', True)} leaves out what {option('include')} or "
+                f"{option('exclude')} choose; give one of them"
+            )
+
+    def takes(self, tensor: str) -> bool:
+        """Return True for a tensor that is averaged, if its dtype is: chosen by its name."""
+        wanted = not self.include or any(fnmatchcase(tensor, each) for each in self.include)
+        return wanted and not any(fnmatchcase(tensor, each) for each in self.exclude)
+
+    def renamed(self, tensor: str) -> str:
+        """Return the name of a tensor with its prefix replaced.
+
+        >>> Reading(rename=("module.=>",)).renamed("module.head.weight")
+        'head.weight'
+        """
+        for pair in self.rename:
+            old, _, new = pair.partition("=>")
+            if tensor.startswith(old):
+                return new + tensor.removeprefix(old)
+        return tensor
+
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    """Return one text, or several, as a tuple."""
+    texts = (given,) if isinstance(given, str) else tuple(given) if _is_list(given) else (None,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise RecipeError(f"{option(name)}: {printable(repr(given), 100)} is not a list of texts")
+    return texts
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, (list, tuple))

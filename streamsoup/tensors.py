@@ -131,6 +131,8 @@ class TensorSpec(msgspec.Struct, frozen=True):
     """Offset of the first byte, from the end of the header."""
     delivered: DType | None = None
     """Dtype in which its source delivers it, if that differs from `dtype` (`formats.source`)."""
+    significant: int = 53
+    """Bits that a delivered float64 needs at most."""
 
     @property
     def comes_as(self) -> DType:

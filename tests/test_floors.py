@@ -16,7 +16,7 @@ ROOMS = [
     # plain words and data
     *("version", "errors", "sizes", "tensors", "rule", "reading", "recipe", "options"),
     # what computes
-    *("system", "formats", "kernels", "engine", "output", "live"),
+    *("system", "kernels", "formats", "engine", "output", "live"),
     # what chooses
     *("methods", "task", "search", "study"),
     # what people call

@@ -66,6 +66,9 @@ CODES: dict[str, tuple[str, Model]] = {
     "QuIP#": ("m.Qidxs", {"m.Qidxs": ("I16", (8,)), "m.Wscale": ("F32", ())}),
 }
 
+READ = ("bare", "DeepSeek", "DeepSeek, its own code", "DeepSeek, E8M0", "Mistral", "E5M2")
+"""Those whose shapes above are as published, so that the option is named that reads them."""
+
 PLAIN: dict[str, Model] = {
     "CLIP": {"logit_scale": ("F32", ()), "text_projection": W},
     "CLIP in 8 bits": {"logit_scale": ("F32", ()), "text_projection": F8, "visual.proj": F8},
@@ -131,6 +134,14 @@ def test_codes_beside_their_scales_are_refused(library: str, tmp_path: Path) -> 
     """Codes of any library are never averaged: refused by name where a copy would not do."""
     named, model = CODES[library]
     paths = [store(tmp_path / name, model | {"z.weight": W}) for name in "ab"]
+    advice = "use the checkpoint that it was quantised from"
+    if library in READ:
+        advice = "read it with dequantize=True"
+    if library.startswith("bitsandbytes"):
+        advice += (
+            ", or load it with transformers, call its dequantize(), and save it with "
+            "save_pretrained"
+        )
     twice = Recipe(("a", "b"), Linear(Coefficients((1.0, 1.0))))
     for refusing in (
         lambda: plan_mix(open_ingredients(paths), twice),
@@ -140,8 +151,8 @@ def test_codes_beside_their_scales_are_refused(library: str, tmp_path: Path) -> 
             refusing()
         assert str(refused.value) == (
             f"these ingredients cannot be averaged: {paths[0]}/model.safetensors: {named} is a "
-            "code that a scale stands beside; averaging codes and scales apart makes no soup: "
-            "dequantise the ingredients first, or use those they were quantised from"
+            f"code that a scale stands beside; averaging codes and scales apart makes no soup; "
+            f"{advice}"
         )
 
 
@@ -199,7 +210,7 @@ def test_blocks_beside_scales_are_codes_of_any_width(dtype: str, tmp_path: Path)
             for i in (1, 2)
         ]
         paths = [save(tmp_path / "ab"[i], models[i]) for i in (0, 1)]
-        with pytest.raises(MismatchError, match="dequantise the ingredients first"):
+        with pytest.raises(MismatchError, match="use the checkpoint that it was quantised from"):
             uniform(paths, output=tmp_path / "out", options=Options(non_float="first"))
 
 

@@ -288,8 +288,8 @@ def test_a_side_file_that_vanishes_is_named(
     a = fill(tmp_path / "a", ("config.json",))
     gather = make.gather_side_files
 
-    def gathering(*arguments: object) -> object:
-        found = gather(*arguments)  # type: ignore[arg-type]
+    def gathering(*arguments: object, **settings: object) -> object:
+        found = gather(*arguments, **settings)  # type: ignore[arg-type]
         (a / "config.json").unlink()
         return found
 

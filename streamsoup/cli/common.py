@@ -126,6 +126,32 @@ READING = stack(
         metavar="KEY",
         help="Of pickles with several sets of weights: which, such as state_dict_ema.",
     ),
+    click.option(
+        "--dequantize", is_flag=True, help="Read quantised weights as what they stand for, in bf16."
+    ),
+    click.option(
+        "--rename",
+        multiple=True,
+        metavar="OLD=>NEW",
+        help="Replace a prefix of the names of tensors, as in 'module.=>'.",
+    ),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="Average these tensors only, as in '*.layers.*'; the rest is the first's.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Do not average these tensors."
+    ),
+    click.option("--drop", is_flag=True, help="Leave out the rest, rather than take the first's."),
+    click.option(
+        "--embeddings",
+        type=click.Choice(["same", "common"]),
+        default="same",
+        show_default=True,
+        help="Vocabularies of one length, or average the rows that all have.",
+    ),
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(

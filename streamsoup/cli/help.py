@@ -22,14 +22,20 @@ _OPTIONS: Mapping[str, frozenset[str]] = {
 }
 """The options that many commands share, by name. Others come first, as those of the command."""
 
+_READING = "How checkpoints are read"
+"""The group of the fields of `streamsoup.reading.Reading`, which come before all others."""
+
 
 class Command(click.Command):
     """A command whose help has options in groups, an example, and a page to read on."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, those of the command itself first."""
-        shared = {name: group for group, names in _OPTIONS.items() for name in names}
-        rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in _OPTIONS}}
+        from streamsoup.reading import Reading
+
+        groups = {_READING: frozenset(Reading.__struct_fields__), **_OPTIONS}
+        shared = {name: group for group, names in groups.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in groups}}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):

@@ -216,7 +216,9 @@ def fixed_nbytes(plan: MixPlan) -> int:
     # A row of digests and a number for each leaf; the text of a record, four times over.
     leaves = (17 * rows + 64) * plan.n_leaves + 128 * rows * NOTES
     own = rule_memory(plan).fixed
-    return PROCESS_NBYTES + 1200 * n_shards + specs + leaves + own
+    costs = [ingredient.source.cost(mapped=True) for ingredient in plan.ingredients]
+    compiling = max(cost.compiling_nbytes for cost in costs)
+    return PROCESS_NBYTES + compiling + 1200 * n_shards + specs + leaves + own
 
 
 def rule_memory(plan: MixPlan) -> RuleMemory:

@@ -55,6 +55,8 @@ class Place(msgspec.Struct, frozen=True):
     offset: int
     """From the end of the shard's header."""
     dtype: DType
+    significant: int = 53
+    """Bits that a float64 needs at most."""
 
 
 class PlannedTensor(msgspec.Struct, frozen=True):
@@ -64,7 +66,8 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     operation: Operation
-    """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied;
+    """``mix``: the weighted sum; ``same``: copied, refused unless equal; ``first``: copied, and
+    rounded once if it is delivered in another dtype;
     ``code``: as ``same``, for a part of a quantised weight, whatever `Recipe.non_float` is."""
     n_units: int
     """Elements of a float, averaged or not; bytes of what is never averaged."""
@@ -229,7 +232,9 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     problems, advice = disagreements(owners, convert=output is not None)
     is_copy = isinstance(recipe.rule, Linear) and recipe.rule.is_copy
     coefficients = recipe.rule.coefficients if isinstance(recipe.rule, Linear) else None
-    coded, causes = parts_of(owners, coefficients, disagree=bool(problems))
+    coded, causes = parts_of(
+        owners, coefficients, disagree=bool(problems), takes=recipe.reading.takes
+    )
     # Ingredients of one layout may differ in the names of their files, which tell adapters.
     adapters = [each for each in ingredients if ADAPTER_FILE in each.file_names]
     for owner in dict.fromkeys([*owners, *adapters[:1]]):
@@ -290,7 +295,11 @@ def _plan_tensor(
     is_coded: bool,
 ) -> PlannedTensor:
     found = [layout.places[name] for layout in layouts]
-    sources = tuple(Place(shard, each.begin, each.comes_as) for shard, each in found)
+    if not recipe.reading.takes(name):
+        return _copied(name, spec, found, first_leaf)
+    sources = tuple(
+        Place(shard, each.begin, each.comes_as, each.significant) for shard, each in found
+    )
     n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
     if is_coded:
         if any(each.delivered for _, each in found):
@@ -307,6 +316,15 @@ def _plan_tensor(
     counter = name.rpartition(".")[2] == "num_batches_tracked"
     rule: Operation = "first" if recipe.non_float == "first" or counter else "same"
     return PlannedTensor(name, spec.dtype, spec.shape, rule, spec.nbytes, sources, first_leaf)
+
+
+def _copied(
+    name: str, spec: TensorSpec, found: Sequence[tuple[int, TensorSpec]], first_leaf: int
+) -> PlannedTensor:
+    """Plan a tensor that was chosen not to be averaged: that of the first ingredient."""
+    sources = tuple(Place(shard, each.begin, each.comes_as) for shard, each in found)
+    n_units = spec.n_elements if spec.dtype.averaged else spec.nbytes
+    return PlannedTensor(name, spec.dtype, spec.shape, "first", n_units, sources, first_leaf)
 
 
 def _stem(ingredient: Ingredient) -> str:

@@ -100,6 +100,7 @@ class Reader:
             window_nbytes=self._window,
             kept=self._kept,
             find_crc32=self._find_crc32,
+            compiles=self._memory.compiles,
         )
         return Session(self._plan, self._memory, access)
 

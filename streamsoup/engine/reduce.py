@@ -288,7 +288,13 @@ class Mix(OnePass):
         return MixWorker(self)
 
     def keeps_equal(self, tensor: PlannedTensor) -> bool:
-        """Return True if elements of `tensor` that are the same in all ingredients are kept."""
+        """Return True if elements of `tensor` that are the same in all ingredients are kept.
+
+        Not where sums of equal elements are exact: k times n bits have n + ⌈log₂ k⌉ of them.
+        """
+        n_bits = max(source.significant for source in tensor.sources)
+        if n_bits + (len(self.plan.ingredients) - 1).bit_length() <= 53:
+            return False
         return self.rule.keeps_equal(tensor.name, {source.dtype.name for source in tensor.sources})
 
 
@@ -381,8 +387,9 @@ class MixWorker:
             digests = 0 if self._digests is None else self._digests.address(first)
             leaf = self._leaf if self._left == 0 else 0
             result = address_of(output)
+            begins = 0 if not fresh else 1 if self._watch_sameness else 2
             spoiled = mixer(
-                sums, addresses, factors, fresh, divisor, result, self._n, digests, leaf
+                sums, addresses, factors, begins, divisor, result, self._n, digests, leaf
             )
             if self._done:
                 self.spoiled = spoiled
@@ -403,7 +410,13 @@ def copy(
     of them differs from the first ingredient's, unless the operation is ``first``.
     """
     if first == 0:
-        output[:] = inputs[0]
+        source = tensor.sources[plan.layout_of[0]].dtype
+        if source == tensor.dtype:
+            output[:] = inputs[0]
+        else:  # what is delivered exactly is rounded once
+            from streamsoup.kernels.blocks import rounded
+
+            rounded(inputs[0], source, tensor.dtype, output)
     if tensor.operation == "first":
         return
     for i, block in enumerate(inputs, first):

@@ -19,16 +19,27 @@ from typing import Any, Literal
 import msgspec
 
 from streamsoup.errors import FormatError, printable
+from streamsoup.formats.source import Source
 from streamsoup.system.regular import reading
 
 __all__ = [
     "CONFIG_LIMIT",
+    "INPUTS",
+    "OF_WORDS",
+    "OUTPUTS",
+    "QUANTISED_KEYS",
     "Change",
+    "Quantisation",
     "changes",
+    "config_folder",
     "is_config",
-    "quantised_by",
+    "is_of_quantisation",
+    "quantisation",
     "read_config",
     "says_tied",
+    "tied_in",
+    "with_vocabulary",
+    "without_quantisation",
 ]
 
 CONFIG_LIMIT = 4_000_000
@@ -62,12 +73,31 @@ _RUNNING = re.compile(
 )
 """Keys of training or run time alone: dropout rates, caches, sampling, and which code runs."""
 
-_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
-_QUANTISED_FILES = (
-    *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
-    *("quantization_config.json", "quant_model_description.json"),
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTISED_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": None,
+    "quant_model_description.json": "msmodelslim",
+}
+"""Where libraries say that a model is quantised, and which, where the file itself does not."""
+
+
+INPUTS = (
+    *("embed_tokens.weight", "word_embeddings.weight", "shared.weight", "wte.weight"),
+    *("tok_embeddings.weight", "embed_in.weight"),
 )
-"""Where libraries say that a model is quantised: transformers, MLX, ModelOpt, GPTQ, AWQ, ..."""
+"""How the names of input embeddings end."""
+
+OUTPUTS = (
+    *("lm_head.weight", "embed_out.weight", "proj_out.weight", "output.weight"),
+    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
+)
+"""How the names of output embeddings end, in the order in which they are looked for."""
+
+OF_WORDS = (*INPUTS, *OUTPUTS, "lm_head.bias", "decoder.bias", "predictions.bias")
+"""How the names of tensors end that have a row for each word of a vocabulary."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -80,9 +110,27 @@ class Change(msgspec.Struct, frozen=True):
     """The value in the first, as JSON; ``nothing`` where it has no such key."""
     other: str
 
+    @property
+    def is_of_vocabulary(self) -> bool:
+        """True for the length of a vocabulary, and for padding that only one has a token for."""
+        name = self.key.rpartition(".")[2]
+        unset = {"nothing", "null"}
+        return name == "vocab_size" or (
+            name == "pad_token_id" and not unset.isdisjoint((self.first, self.other))
+        )
+
     def __str__(self) -> str:
         """Return the key with both values, the other's first, as in messages."""
         return f"{self.key} {self.other} and {self.first}"
+
+
+class Quantisation(msgspec.Struct, frozen=True):
+    """What a folder says of how its weights are quantised."""
+
+    where: str
+    """The file that says so, and its key if it has one, for a message."""
+    says: Mapping[str, Any]
+    """All that it says, such as ``quant_method`` and ``weight_block_size``."""
 
 
 def is_config(name: str) -> bool:
@@ -177,32 +225,82 @@ def _modern(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {"rope_parameters": rope}
 
 
-def quantised_by(folder: str) -> str | None:
-    """Return what says that the model in a folder is quantised: a file, and its key if it has one.
+def config_folder(source: Source) -> str | None:
+    """Return the folder in which a source's configuration lies; None if it has none.
 
-    Any configuration in the file may say so, such as that of one part of a model.
+    Of a lone file, that of the file, though its side files are not taken along.
     """
-    for name in _QUANTISED_FILES:
-        path = os.path.join(folder, name)
+    lone = source.path if len(source.files) == 1 else None
+    return source.folder or (None if lone is None else os.path.dirname(lone))
+
+
+def quantisation(folder: str | None) -> Quantisation | None:
+    """Return what the files of a folder say of quantisation; None if they say nothing.
+
+    Any configuration in a file may say so, such as that of one part of a model.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name, method in _QUANTISED_FILES.items() if folder is not None else ():
+        path = os.path.join(folder or "", name)
         if os.path.isfile(path):
-            return f"{printable(path)}: is there"
-    for name in ("config.json", "params.json"):
-        path = os.path.join(folder, name)
+            says = read_config(path) or {}
+            inner = says.get("quantization")
+            says = inner if isinstance(inner, dict) else says
+            found.append((f"{printable(path)}: is there", {"quant_method": method} | says))
+    for name in ("config.json", "params.json") if folder is not None else ():
+        path = os.path.join(folder or "", name)
         pending: list[tuple[str, Any]] = [("", read_config(path) or {})]
         for at, config in pending:
             for key, value in config.items():
-                if key in _QUANTISED_KEYS and value:
-                    return f"{printable(path)}: has {printable(at + key)}"
-                if isinstance(value, Mapping):
+                if key in QUANTISED_KEYS and value:
+                    what = f"{printable(path)}: has {printable(at + key)}"
+                    found.append((what, value if isinstance(value, Mapping) else {}))
+                elif isinstance(value, Mapping):
                     pending.append((f"{at}{key}.", value))
-    return None
+    if not found:
+        return None
+    merged = {key: value for _, says in reversed(found) for key, value in says.items()}
+    return Quantisation(found[0][0], merged)
+
+
+def is_of_quantisation(name: str) -> bool:
+    """Return True for a side file that is about quantisation alone."""
+    return name in _QUANTISED_FILES
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says nothing of quantisation, nor do those within it."""
+    return {
+        key: without_quantisation(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in QUANTISED_KEYS
+    }
+
+
+def with_vocabulary(config: Mapping[str, Any], longest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the length of another's vocabulary, and its padding."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        other = longest.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found[key] = with_vocabulary(value, other)
+        else:
+            found[key] = other if key in ("vocab_size", "pad_token_id") and other else value
+    if "pad_token_id" in longest and "vocab_size" in found:
+        found.setdefault("pad_token_id", longest["pad_token_id"])
+    return found
 
 
 def says_tied(folder: str) -> bool:
     """Return True if the model's configuration ties its output to its input embeddings."""
-    config = read_config(os.path.join(folder, "config.json")) or {}
+    return tied_in(read_config(os.path.join(folder, "config.json")) or {}) is True
+
+
+def tied_in(config: Mapping[str, Any]) -> bool | None:
+    """Return what a configuration says of tied embeddings; None if nothing."""
     whole = config.get("tie_word_embeddings")
     if isinstance(whole, bool):
         return whole
     parts = [value for value in config.values() if isinstance(value, Mapping)]
-    return any(part.get("tie_word_embeddings") is True for part in parts)
+    told = [part.get("tie_word_embeddings") for part in parts]
+    return True if True in told else False if False in told else None

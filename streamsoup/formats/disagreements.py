@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import count, option, printable, some
+from streamsoup.formats.configs import OF_WORDS
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.quantised.causes import advice_for
+from streamsoup.reading import Reading
 from streamsoup.tensors import TensorSpec
 
 __all__ = ["differing", "disagreements", "in_words"]
@@ -14,11 +17,18 @@ Places = Mapping[str, tuple[int, TensorSpec]]
 
 _OTHER_NAMES = "leave out what is of another architecture, or save it with the same tensors"
 _OTHER_SHAPES = "leave out what is of another architecture, or has resized embeddings"
+_OTHER_ROWS = (
+    "these have a row for each word of a vocabulary: average those that all have, if the words are "
+    f"the same, with {option('embeddings', 'common')}"
+)
 _OTHER_FLOATS = f"convert all floats to one dtype with {option('dtype')}"
 _OTHER_DTYPES = "save the tensors that are not floats in the same dtype"
 _OTHER_PREFIX = "save each model itself, not its wrapper, so that all names are the same"
 _TIED_COPY = "save all with the same tie_word_embeddings, or write the copy into those that lack it"
-_ADVICE = (_OTHER_PREFIX, _TIED_COPY, _OTHER_NAMES, _OTHER_SHAPES, _OTHER_FLOATS, _OTHER_DTYPES)
+_ADVICE = (
+    *(_OTHER_PREFIX, _TIED_COPY, _OTHER_NAMES, _OTHER_ROWS, _OTHER_SHAPES),
+    *(_OTHER_FLOATS, _OTHER_DTYPES),
+)
 
 _WRAPPERS = {
     "module.": "DataParallel, DistributedDataParallel or DeepSpeed",
@@ -63,22 +73,25 @@ def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[
             problems += [cause] if found else _by_name(first, other, lacking, extra)
             advice.add(todo)
         shapes, dtypes = [], []
+        rows = 0
         for name, (_, spec) in places.items():
             if name not in theirs:
                 continue
             there = theirs[name][1]
             if there.shape != spec.shape:
+                rows += name.endswith(OF_WORDS) and there.shape[1:] == spec.shape[1:]
                 shapes.append(f"{printable(name)} {list(there.shape)} and {list(spec.shape)}")
             averaged = there.dtype.averaged and spec.dtype.averaged
             if there.dtype != spec.dtype and not (convert and averaged):
                 dtypes.append(f"{printable(name)} {there.dtype.name} and {spec.dtype.name}")
                 advice.add(_OTHER_FLOATS if averaged else _OTHER_DTYPES)
         if shapes:
-            advice.add(_OTHER_SHAPES)
+            advice.add(_OTHER_ROWS if rows == len(shapes) else _OTHER_SHAPES)
             problems.append(f"{pair} differ in the shape of {_count(shapes)}: {some(shapes)}")
         if dtypes:
             problems.append(f"{pair} differ in the dtype of {_count(dtypes)}: {some(dtypes)}")
-    return problems, [each for each in _ADVICE if each in advice]
+    known = [each for each in _ADVICE if each in advice]
+    return problems, [*sorted(advice - set(known)), *known]
 
 
 def _by_name(
@@ -99,13 +112,26 @@ def _by_prefix(first: Ingredient, other: Ingredient) -> tuple[str, str] | None:
         for wrapped, plain, has in ((theirs, ours, other), (ours, theirs, first)):
             if not any(prefix in name for name in wrapped):
                 continue
-            if _bare(wrapped, prefix) == _bare(plain, prefix):
+            pair = _renaming(wrapped, plain, prefix)
+            if pair is not None or _bare(wrapped, prefix) == _bare(plain, prefix):
                 lone = next(name for name in wrapped if name not in plain)
                 return (
                     f"the names in {printable(other.name)} and {printable(first.name)} differ by "
                     f"{prefix!r} alone, which {wrapper} puts into {printable(has.name)}: "
                     f"{printable(lone)}"
-                ), _OTHER_PREFIX
+                ), _OTHER_PREFIX if pair is None else f"rename it with {option('rename', pair)}"
+    return None
+
+
+def _renaming(wrapped: Iterable[str], plain: Iterable[str], prefix: str) -> str | None:
+    """Return the prefix to replace, and by what, that makes the names the same; None for none."""
+    heads = dict.fromkeys(name.partition(".")[0] + "." for name in plain)
+    pairs = [f"{prefix}=>", *(f"{prefix}{head}=>{head}" for head in list(heads)[:4])]
+    for pair in pairs:
+        reading = Reading(rename=(pair,))
+        names = [sorted(map(reading.renamed, each)) for each in (wrapped, plain)]
+        if names[0] == names[1] and len(set(names[0])) == len(names[0]):
+            return pair
     return None
 
 
@@ -159,15 +185,15 @@ def differing(
     what += f"from that of ingredient 1 ({printable(first.name)})"
     if coded:
         return (
-            f"{what}, and is a part of a quantised weight, of which codes and scales have no mean: "
-            "dequantise the ingredients first, or use those they were quantised from"
+            f"{what}, and is a part of a quantised weight, of which codes and scales have no mean; "
+            f"{advice_for(ingredient.source.tensors)}"
         )
     if dtype in _MASKS or first.layout.places[tensor][1].n_elements == 1:
         takes = f"{option('non_float', 'first')} takes it from the first ingredient"
         return f"{what}, and is not averaged; {takes}"
     return (
-        f"{what}, and is not averaged; if it holds codes of quantised weights, dequantise the "
-        "ingredients first, else leave this ingredient out"
+        f"{what}, and is not averaged; if it holds codes of quantised weights, use the checkpoints "
+        "they were quantised from, else leave this ingredient out"
     )
 
 

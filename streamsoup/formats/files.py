@@ -208,6 +208,7 @@ class Access:
         window_nbytes: int = 1 << 23,
         kept: Kept | None = None,
         find_crc32: Callable[[], Crc32] = lambda: zlib.crc32,
+        compiles: bool = False,
     ) -> None:
         """Open nothing yet.
 
@@ -217,9 +218,11 @@ class Access:
             window_nbytes: Bytes of a file that are mapped at once, at least.
             kept: Shards that stay mapped from one run to the next.
             find_crc32: Returns what computes CRC-32; called by those that check one.
+            compiles: Whether a source that computes may compile what it computes with.
         """
         self.mapped = mapped
         self.find_crc32 = find_crc32
+        self.compiles = compiles
         self.window_nbytes = window_nbytes
         self.kept = kept
         self.descriptors = Descriptors(n_descriptors)

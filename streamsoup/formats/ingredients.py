@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from streamsoup.errors import RecipeError, count, printable
+from streamsoup.formats.fitting.arranged import Fitted
 from streamsoup.formats.layout import HeaderCache, Layout
 from streamsoup.formats.memory import open_state
 from streamsoup.formats.opening import open_path
@@ -131,7 +132,29 @@ def open_ingredients(
     Reads headers and indexes only; of a state dict all of it, once, for its digest.
     """
     cache = HeaderCache()
-    return [_open(given, reading, cache) for given in listed(paths)]
+    opened = [_open(given, reading, cache) for given in listed(paths)]
+    return _fitted(opened, reading, cache)
+
+
+def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> list[Ingredient]:
+    """Return ingredients made to fit each other, where they have to be."""
+    asked = reading.rename or reading.include or reading.exclude or reading.embeddings != "same"
+    names = opened[0].layout.places.keys() if opened else ()
+    differ = any(each.layout.places.keys() != names for each in opened)
+    was_fitted = any(isinstance(each.source, Fitted) for each in opened)
+    if not (asked or differ or was_fitted):
+        return opened
+    from streamsoup.formats.fitting.fit import fit
+
+    sources = fit([each.source for each in opened], reading)
+    return [
+        each if source is each.source else Ingredient(source, _layout_of(source, cache))
+        for each, source in zip(opened, sources, strict=True)
+    ]
+
+
+def _layout_of(source: Source, cache: HeaderCache) -> Layout:
+    return source.layout if isinstance(source, Stored) else cache.layout_of(source)
 
 
 def _open(given: AnyIngredient, reading: Reading, cache: HeaderCache) -> Ingredient:
@@ -147,8 +170,7 @@ def _open(given: AnyIngredient, reading: Reading, cache: HeaderCache) -> Ingredi
         return Ingredient(state, cache.layout_of(state))
     if isinstance(given, (str, bytes, os.PathLike)):
         source = open_path(os.fsdecode(given), reading, cache)
-        layout = source.layout if isinstance(source, Stored) else cache.layout_of(source)
-        return Ingredient(source, layout)
+        return Ingredient(source, _layout_of(source, cache))
     raise RecipeError(
         f"{printable(repr(given))} is not an ingredient; give a path, a source, a state dict or a "
         "module"

@@ -119,7 +119,7 @@ def _spec(name: object, tensor: SourceTensor, ends: Sequence[int], n_files: int)
     if not 0 <= tensor.file < n_files:
         raise FormatError(f"is in file {tensor.file} of {n_files}")
     own = None if delivered == dtype else delivered
-    spec = TensorSpec(name, dtype, shape, ends[tensor.file], own)
+    spec = TensorSpec(name, dtype, shape, ends[tensor.file], own, tensor.significant)
     if spec.n_elements * dtype.nbits % 8 or spec.n_elements * dtype.nbits > LARGEST:
         raise FormatError(f"has the shape {list(shape)}, which does not fill whole bytes of a file")
     return spec

@@ -10,33 +10,42 @@ import os
 from collections.abc import Sequence
 
 from streamsoup.errors import FormatError, MismatchError, count, option, printable, some
-from streamsoup.formats.configs import changes, is_config, quantised_by, read_config
+from streamsoup.formats.configs import (
+    changes,
+    config_folder,
+    is_config,
+    quantisation,
+    read_config,
+    without_quantisation,
+)
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.parts import coded_in
+from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.formats.side_files import is_equal
 from streamsoup.formats.vocabularies import compare_vocabularies, is_vocabulary
+from streamsoup.reading import Reading
 
 __all__ = ["check_meaning", "check_quantised", "folder_of"]
 
 
 def folder_of(ingredient: Ingredient) -> str | None:
-    """Return the folder in which an ingredient's configuration lies; None if it has none.
-
-    Of a lone file, that of the file, though its side files are not taken along.
-    """
-    lone = ingredient.source.path if len(ingredient.source.files) == 1 else None
-    return ingredient.folder or (None if lone is None else os.path.dirname(lone))
+    """Return the folder in which an ingredient's configuration lies; None if it has none."""
+    return config_folder(ingredient.source)
 
 
-def check_quantised(ingredients: Sequence[Ingredient]) -> None:
+def check_quantised(
+    ingredients: Sequence[Ingredient],
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> None:
     """Raise `MismatchError` for a model that is quantised in a way that its tensors do not show.
 
-    Where codes stand beside their scales, `parts` tells them, and they are copied if equal. Reads
-    the configurations.
+    Where codes stand beside their scales, `parts` tells them, and they are copied if equal. Paths
+    whose weights are dequantised in `reading` were looked at then. Reads the configurations.
     """
     for ingredient in ingredients:
-        folder = folder_of(ingredient)
-        told = None if folder is None else quantised_by(folder)
+        if reading.dequantize and ingredient.source.files:
+            continue
+        told = quantisation(folder_of(ingredient))
         if told is None:
             continue
         places = ingredient.layout.places
@@ -48,17 +57,24 @@ def check_quantised(ingredients: Sequence[Ingredient]) -> None:
         ]
         if not coded or unknown:
             among = f" (such as {some(unknown, 1)})" if unknown else ""
+            advice = advice_for(ingredient.source.tensors)
             raise MismatchError(
-                f"{told}, so the model is quantised, and codes{among} cannot be averaged; use the "
-                "ingredients it was quantised from, or dequantise it first"
+                f"{told.where}, so the model is quantised, and codes{among} cannot be averaged; "
+                f"{advice}"
             )
 
 
-def check_meaning(ingredients: Sequence[Ingredient], *, config: str) -> None:
+def check_meaning(
+    ingredients: Sequence[Ingredient],
+    *,
+    config: str,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> None:
     """Raise `MismatchError` where ingredients differ from the first in what weights mean.
 
     That is any key of a configuration but those of bookkeeping and of run time, unless `config` is
-    ``first``; and the id of any token, whatever it is. Reads what differs of these files.
+    ``first``; and the id of any token, whatever it is. What `reading` makes the same is passed
+    over: quantisation, or the length of a vocabulary. Reads what differs of these files.
     """
     first = folder_of(ingredients[0])
     problems: list[str] = []
@@ -80,16 +96,20 @@ def check_meaning(ingredients: Sequence[Ingredient], *, config: str) -> None:
                     moved |= conflict.moved
                     problems.append(f"{pair} have other token ids: {conflict.what}")
             elif config == "same":
-                problems += _of_configs(pair, *paths)
+                problems += _of_configs(pair, *paths, reading)
     if problems:
         raise MismatchError(_in_words(problems, moved=moved))
 
 
-def _of_configs(pair: str, first: str, other: str) -> list[str]:
+def _of_configs(pair: str, first: str, other: str, reading: Reading) -> list[str]:
     one, two = read_config(first), read_config(other)
     if one is None or two is None:
         return []
+    if reading.dequantize:
+        one, two = without_quantisation(one), without_quantisation(two)
     found = [change for change in changes(one, two) if change.kind == "meaning"]
+    if reading.embeddings == "common":
+        found = [change for change in found if not change.is_of_vocabulary]
     if not found:
         return []
     keys = count(len(found), "key")

@@ -25,4 +25,9 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
     """
     if is_pickled(path):
         return open_pickled(path, reading.key, cache)
-    return open_stored(path, cache)
+    stored = open_stored(path, cache)
+    if reading.dequantize:
+        from streamsoup.formats.quantised.opening import dequantised
+
+        return dequantised(stored)
+    return stored

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import in_words
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DType, TensorSpec
 
@@ -76,18 +77,23 @@ def factors_in(ingredient: Ingredient) -> str | None:
 
 
 def parts_of(
-    owners: Sequence[Ingredient], coefficients: Coefficients | None, *, disagree: bool
+    owners: Sequence[Ingredient],
+    coefficients: Coefficients | None,
+    *,
+    disagree: bool,
+    takes: Callable[[str], bool],
 ) -> tuple[frozenset[str], list[str]]:
     """Return the tensors that are parts of quantised weights, and why they cannot be copied.
 
     `owners` has an ingredient of each layout. `coefficients` are those of the soup, None where
     another rule makes it, which leaves equal weights as they are. `disagree` says that they do not
-    fit together for other reasons, of which codes are the likely one. Costs a look at each tensor.
+    fit together for other reasons, of which codes are the likely one. `takes` returns False for
+    tensors that are not averaged whatever they are. Costs a look at each tensor.
     """
     coded: set[str] = set()
     problems: list[str] = []
     for owner in owners:
-        found = coded_in(owner.layout.places)
+        found = frozenset(filter(takes, coded_in(owner.layout.places)))
         coded |= found
         keeps = coefficients is None or all(map(coefficients.is_affine, found))
         if found and (disagree or not keeps):
@@ -97,7 +103,7 @@ def parts_of(
         if len(dtypes) > 1:
             problems.append(
                 f"{owners[0].where(name)} is a part of a quantised weight, and is stored as "
-                f"{' and '.join(sorted(dtypes))}: dequantise the ingredients first"
+                f"{' and '.join(sorted(dtypes))}; {advice_for(owners[0].source.tensors)}"
             )
             break
     return frozenset(coded), problems
@@ -114,8 +120,7 @@ def _refusal(owner: Ingredient) -> str:
     codes = _codes(owner.layout.places)
     return (
         f"{owner.where(codes[0])}{_more(codes)} is a code that a scale stands beside; "
-        "averaging codes and scales apart makes no soup: dequantise the ingredients first, or use "
-        "those they were quantised from"
+        f"averaging codes and scales apart makes no soup; {advice_for(owner.source.tensors)}"
     )
 
 

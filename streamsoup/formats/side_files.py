@@ -12,19 +12,29 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import NoReturn
 
 import msgspec
 
 from streamsoup.errors import FormatError, printable, some
-from streamsoup.formats.configs import changes, read_config
+from streamsoup.formats.configs import (
+    changes,
+    config_folder,
+    is_of_quantisation,
+    read_config,
+    with_vocabulary,
+    without_quantisation,
+)
+from streamsoup.formats.fitting.rows import Lengthened
+from streamsoup.formats.fitting.vocabulary import is_of_tokenizer
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.links import real_inside
 from streamsoup.formats.weights import PICKLES, names_in
-from streamsoup.system.regular import reading
-from streamsoup.tensors import TORCH_NAMES, DType
+from streamsoup.reading import Reading
+from streamsoup.system.regular import reading as reading_of
+from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
 
@@ -81,11 +91,15 @@ class SideFile(msgspec.Struct, frozen=True):
 
 
 def gather_side_files(
-    ingredients: Sequence[Ingredient], dtype: DType | None
+    ingredients: Sequence[Ingredient],
+    dtype: DType | None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> tuple[list[SideFile], list[str]]:
     """List the side files of the first ingredient, and warn where others have different ones.
 
-    With `dtype`, the configuration is made to say it. Reads the side files of all ingredients that
+    With `dtype`, the configuration is made to say it; if weights are dequantised in `reading`, it
+    says nothing of quantisation. The tokenizer is that of the longest vocabulary. Reads the side
+    files of all ingredients that
     have any.
     """
     first = ingredients[0].folder
@@ -140,7 +154,18 @@ def gather_side_files(
             f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
         )
     # As links lead now, so that what they lead to later is not copied.
+    dequantised = reading.dequantize
+    if dequantised:
+        names = [name for name in names if not is_of_quantisation(name)]
     files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
+    source = ingredients[0].source
+    longest = config_folder(source.longest) if isinstance(source, Lengthened) else None
+    if longest is not None:
+        files = _with_vocabulary(files, longest)
+    if dequantised:
+        files = [_without_quantisation(file) for file in files]
+        values = any(spec.delivered for _, spec in ingredients[0].layout.places.values())
+        dtype = DTYPES["BF16"] if dtype is None and values else dtype
     if dtype is not None:
         files = [_with_dtype(file, dtype) for file in files]
     for other in ingredients[1:]:
@@ -150,7 +175,9 @@ def gather_side_files(
         different = [
             text
             for name in sorted({*theirs, *names})
-            if (text := _difference(name, first, other.folder)) is not None
+            if not (dequantised and is_of_quantisation(name))
+            and not (longest is not None and is_of_tokenizer(name))
+            and (text := _difference(name, first, other.folder, reading)) is not None
         ]
         if different:
             warnings.append(
@@ -160,7 +187,7 @@ def gather_side_files(
     return files, warnings
 
 
-def _difference(name: str, first: str, other: str) -> str | None:
+def _difference(name: str, first: str, other: str, reading: Reading) -> str | None:
     """Return a side file's name where two folders differ in it, with the keys if it has any.
 
     None where they do not, or in bookkeeping alone.
@@ -171,8 +198,13 @@ def _difference(name: str, first: str, other: str) -> str | None:
     configs = [read_config(path) if name.endswith(".json") else None for path in paths]
     if configs[0] is None or configs[1] is None:
         return name
-    found = changes(configs[0], configs[1])
+    one, two = configs[0], configs[1]
+    if reading.dequantize:
+        one, two = without_quantisation(one), without_quantisation(two)
+    found = changes(one, two)
     telling = [change for change in found if change.kind != "bookkeeping"]
+    if reading.embeddings == "common":
+        telling = [change for change in telling if not change.is_of_vocabulary]
     if telling:
         return f"{name} ({some(telling, 3)})"
     return None  # or the same keys and values, written in another way
@@ -265,7 +297,7 @@ def _holds_weights(path: str) -> bool:
 
 def pieces(path: str, *, follows: bool = True) -> Iterator[bytes]:
     """Yield the content of a regular file, a piece at a time. Raise `OSError` for all others."""
-    with reading(path, follows=follows) as (descriptor, _):
+    with reading_of(path, follows=follows) as (descriptor, _):
         while piece := os.read(descriptor, 1 << 20):
             yield piece
 
@@ -306,6 +338,39 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
         return file
     if not _say_dtype(config, TORCH_NAMES[dtype.name]):
         return file
+    return _rewritten(file, config)
+
+
+def _with_vocabulary(files: Sequence[SideFile], longest: str) -> list[SideFile]:
+    """Return side files with the tokenizer in a folder, and a configuration with its length."""
+    names, _, _ = _walk(longest)
+    found = [file for file in files if not is_of_tokenizer(file.name)]
+    found += [
+        SideFile(name, os.path.realpath(os.path.join(longest, name)), None)
+        for name in names
+        if is_of_tokenizer(name)
+    ]
+    whole = read_config(os.path.join(longest, "config.json"))
+    for number, file in enumerate(found):
+        config = read_config(file.path) if file.name == "config.json" else None
+        if config is not None and whole is not None:
+            found[number] = _rewritten(file, with_vocabulary(config, whole))
+    return sorted(found, key=lambda file: file.name)
+
+
+def _without_quantisation(file: SideFile) -> SideFile:
+    """Make a model's configuration say nothing of quantisation."""
+    if file.name not in ("config.json", "params.json"):
+        return file
+    config = read_config(file.path) if file.content is None else json.loads(file.content)
+    if config is None:
+        return file
+    plain = without_quantisation(config)
+    return file if plain == config else _rewritten(file, plain)
+
+
+def _rewritten(file: SideFile, config: Mapping[str, object]) -> SideFile:
+    """Return a configuration with another content."""
     try:
         content = json.dumps(config, indent=2, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a character can only be written as the escape it came as

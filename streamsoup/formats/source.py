@@ -36,6 +36,9 @@ class SourceTensor(msgspec.Struct, frozen=True):
     """The dtype its bytes come in, such as ``F64``; None for `dtype`. Floats only."""
     file: int = 0
     """Which of `Source.file_names` it belongs to, in a soup that mirrors them."""
+    significant: int = 53
+    """Bits that a delivered float64 needs at most: where they are few, sums of equal values are
+    exact, so that the mean of equal tensors needs no comparison."""
 
 
 class ReadingCost(msgspec.Struct, frozen=True):
@@ -50,6 +53,8 @@ class ReadingCost(msgspec.Struct, frozen=True):
     """Bytes a cursor holds from one call to the next."""
     opening_nbytes: int = 0
     """Bytes held at most while the source was opened."""
+    compiling_nbytes: int = 0
+    """Bytes that compiling what it computes with takes, once for all sources of its kind."""
 
 
 class Suspects(msgspec.Struct, frozen=True):

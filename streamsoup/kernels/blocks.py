@@ -23,6 +23,7 @@ __all__ = [
     "first_non_finite",
     "floats_of",
     "narrow",
+    "rounded",
     "widen",
 ]
 
@@ -163,6 +164,16 @@ def widen(data: Array, dtype: DType) -> NDArray[np.float64] | NDArray[np.float32
     values = halves.view(np.float16).astype(np.float32) * np.float32(256)
     values[magnitudes == dtype.nan] = np.nan
     return values
+
+
+def rounded(block: memoryview, source: DType, dtype: DType, output: memoryview) -> None:
+    """Round raw elements of a dtype once to another, into `output`."""
+    for start in range(0, len(block) // source.itemsize, NUMPY_TILE):
+        stop = min(start + NUMPY_TILE, len(block) // source.itemsize)
+        part = array_of(block[start * source.itemsize : stop * source.itemsize])
+        with np.errstate(all="ignore"):
+            values = widen(part, source).astype(np.float64)
+            narrow(values, dtype, array_of(output[start * dtype.itemsize : stop * dtype.itemsize]))
 
 
 def narrow(values: Floats, dtype: DType, output: Array) -> bool:

@@ -58,7 +58,7 @@ class Mixer:
         sums: int,
         addresses: Sequence[int],
         factors: Sequence[float],
-        fresh: bool,
+        fresh: int,
         divisor: float,
         output: int,
         n: int,
@@ -74,7 +74,8 @@ class Mixer:
                 be both fresh and finished.
             addresses: ``(ingredient,)``, those of the blocks.
             factors: ``(ingredient,)``, theirs.
-            fresh: the sums start anew.
+            fresh: 1 if the sums start anew, and 0 if they go on; 2 if they start anew and float64
+                that are the same in all ingredients need not be kept, as their sums are exact.
             divisor: what the sums are divided by, once they are finished.
             output: address of the result, or 0 to leave the sums unfinished for a later call.
             n: elements of each block. If there are digests and this block does not end the leaf, a

@@ -242,7 +242,7 @@ def mix(
         if output != 0:
             for j in range(m):
                 sums[j] /= divisor
-            if uniform:
+            if uniform and fresh == 1:
                 differ_at = scratch_at + 8 * TILE
                 differ = numba.carray(pointer(differ_at, types.uint64), (m,))
                 keep_equal(sums, addresses, start, differ)

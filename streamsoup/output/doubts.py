@@ -15,7 +15,7 @@ import xxhash
 from streamsoup.engine.digest import Digests
 from streamsoup.engine.plan import LEAF, MixPlan, PlannedTensor
 from streamsoup.errors import count, printable, some
-from streamsoup.formats.configs import says_tied
+from streamsoup.formats.configs import INPUTS, OUTPUTS, says_tied
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.meaning import folder_of
 from streamsoup.recipe import Provenance
@@ -23,18 +23,6 @@ from streamsoup.recipe import Provenance
 __all__ = ["after", "before"]
 
 _PIECE = bytes(1 << 20)
-
-_INPUTS = (
-    *("embed_tokens.weight", "word_embeddings.weight", "shared.weight", "wte.weight"),
-    *("tok_embeddings.weight", "embed_in.weight"),
-)
-"""How the names of input embeddings end."""
-
-_OUTPUTS = (
-    *("lm_head.weight", "embed_out.weight", "proj_out.weight", "output.weight"),
-    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
-)
-"""How the names of output embeddings end, in the order in which they are looked for."""
 
 
 def before(plan: MixPlan) -> list[str]:
@@ -132,11 +120,11 @@ def _tied(plan: MixPlan, tensors: Mapping[str, str]) -> Iterator[str]:
     """Yield the output embeddings that a configuration ties to input embeddings which differ."""
     pairs = [
         (output, name)
-        for end in _OUTPUTS
+        for end in OUTPUTS
         for output in tensors
         if output.endswith(end)
         for name in tensors
-        if name.endswith(_INPUTS)
+        if name.endswith(INPUTS)
     ][:1]
     folder = folder_of(plan.ingredients[0])
     for output, name in pairs:

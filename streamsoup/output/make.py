@@ -170,9 +170,9 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
             budget=memory_budget(plan, options.memory),
         )
     dtype = None if recipe.dtype == "same" else float_dtype(recipe.dtype)
-    check_quantised(opened)
-    check_meaning(opened, config=options.config)
-    side_files, warnings = gather_side_files(opened, dtype)
+    check_quantised(opened, recipe.reading)
+    check_meaning(opened, config=options.config, reading=recipe.reading)
+    side_files, warnings = gather_side_files(opened, dtype, recipe.reading)
     warnings += doubts.before(plan)
     mixed = plan.reduced
     stored = [(t, [layout.places[t.name][1].dtype.nbits for layout in plan.layouts]) for t in mixed]

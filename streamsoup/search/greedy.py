@@ -33,6 +33,7 @@ from msgspec.structs import replace
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable, some
+from streamsoup.formats.fitting.fit import check_independent
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
 from streamsoup.options import Options, check_options
@@ -116,6 +117,7 @@ def greedy(
     check_options(settings, GreedySettings)
     opened = open_ingredients(ingredients, options.reading)
     settings.check(len(opened))
+    check_independent([each.source for each in opened])
     equal = Linear(Coefficients.uniform(len(opened)))
     everything = order(opened, equal, method="greedy", options=options)
     run = SearchRun(output, opened, restart=settings.restart, options=options)

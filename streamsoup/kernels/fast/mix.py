@@ -150,7 +150,8 @@ def _compile(source: DType, output: DType) -> Any:
             if output != 0:
                 sums = numba.carray(pointer(tile_at, types.float64), (m,))
                 y_at = output + start * to_size
-                spoiled |= finish(sums, divisor, uniform, addresses, start, scratch_at, y_at)
+                kept = uniform and fresh == 1
+                spoiled |= finish(sums, divisor, kept, addresses, start, scratch_at, y_at)
         if digests_at != 0:
             digest_end(table, k, n_digested, n, leaf, digests_at, secret_at)
         return spoiled
