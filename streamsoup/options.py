@@ -93,6 +93,14 @@ def settle(options: msgspec.Struct) -> None:
             raise RecipeError(f"{name}: {printable(repr(value))} is not callable")
 
 
+def _names(what: str, value: Any) -> tuple[str, ...]:
+    """Return a list of names as a tuple. Raise `RecipeError` for text, and for anything else."""
+    listed = value if isinstance(value, (list, tuple)) else None
+    if listed is None or not all(isinstance(name, str) for name in listed):
+        raise RecipeError(f"{what}: {printable(repr(value))} is not a list of names")
+    return tuple(listed)
+
+
 def check_options(given: object, kind: type[msgspec.Struct]) -> None:
     """Raise `RecipeError` unless `given` are options of a `kind`."""
     if not isinstance(given, kind):
@@ -163,6 +171,7 @@ class Options(Reading, frozen=True, kw_only=True):
         """Convert numbers and devices of other libraries to plain ones. Raises `RecipeError`."""
         settle(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
+        msgspec.structs.force_setattr(self, "components", _names("components", self.components))
 
     @property
     def reading(self) -> Reading:

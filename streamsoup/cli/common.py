@@ -119,7 +119,34 @@ CONFIG = click.option(
     show_default=True,
     help="Configurations must mean the same, or come from the first.",
 )
-READING = stack()
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """A list of names, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the names in order; refuse empty ones."""
+        if not isinstance(value, str):
+            return value
+        names = tuple(value.split(","))
+        if not all(names):
+            raise click.BadParameter(
+                f"{printable(value)!r} is not a list of names such as unet,vae", ctx, param
+            )
+        return names
+
+
+READING = stack(
+    click.option(
+        "--components",
+        type=Names(),
+        default=(),
+        metavar="NAME,…",
+        help="Of pipelines: make a soup of these, and take the others from the first.",
+    ),
+)
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
     READING,

@@ -166,10 +166,11 @@ class Descriptors:
         """Return a descriptor to write the existing file at `path`, relative to `folder`."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         self._close = os.close  # its error may be the only word of a write that failed
-        found = self._get(path)
+        key = path if folder is None else os.path.join(folder.path, path)
+        found = self._get(key)
         if found is None:
             above = None if folder is None else folder.descriptor
-            found = self._keep(path, os.open(path, flags, dir_fd=above))
+            found = self._keep(key, os.open(path, flags, dir_fd=above))
         return found
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamsoup.formats.layout import HeaderCache
+from streamsoup.formats.pipelines import open_pipeline
 from streamsoup.formats.source import Source
 from streamsoup.formats.stored import open_stored
 from streamsoup.reading import Reading
@@ -22,4 +23,8 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
-    return open_stored(path, cache)
+
+    def open_folder(folder: str) -> Source:
+        return open_stored(folder, cache)
+
+    return open_pipeline(path, reading.components, open_folder) or open_folder(path)

@@ -22,19 +22,14 @@ from streamsoup.errors import FormatError, printable, some
 from streamsoup.formats.configs import changes, read_config
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.links import real_inside
-from streamsoup.formats.weights import PICKLES, names_in
+from streamsoup.formats.weights import SUFFIXES, names_in
 from streamsoup.system.regular import reading
 from streamsoup.tensors import TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
 
-_WEIGHTS = (
-    *(".safetensors", *PICKLES),
-    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".tflite", ".ot", ".distcp"),
-)
-
 LEFT_OUT = (
-    *(f"*{suffix}" for suffix in _WEIGHTS),
+    *(f"*{suffix}" for suffix in SUFFIXES),
     *("*.index.json", "*.index.*.json"),
     *("weights*.npz", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
     *("training_loss.png", "*_results.json", "latest", "zero_to_fp32.py"),
@@ -53,7 +48,7 @@ _FAMILIAR = (
 )
 """What weights and the state of a run are called, where `LEFT_OUT` needs no word."""
 
-_OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
+_OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json", "readme.md")
 """What a soup has files of, so that no folder may have such a name in it."""
 
 _OF_TRAINING = (
@@ -87,7 +82,9 @@ def gather_side_files(
     """
     first = ingredients[0].folder
     if first is None and (held := _held(ingredients[0])):
-        return [_with_dtype(file, dtype) for file in held] if dtype is not None else held, []
+        if dtype is None:
+            return held, []
+        return [_with_dtype(f, dtype) if f.name == "config.json" else f for f in held], []
     if first is None:
         weights = ingredients[0].source.files
         beside = os.path.join(os.path.dirname(weights[0]), "config.json") if weights else ""
@@ -97,10 +94,18 @@ def gather_side_files(
             f"{printable(ingredients[0].name)}: is a lone file, so what lies beside it, such as "
             "config.json, is not copied; copy it, or give the folder"
         ]
-    names, strange, heavy = _walk(first)
-    heavy = [name for name in heavy if name not in ingredients[0].file_names]
-    spare = [name for name in names_in(first) if name.endswith(".safetensors") and name[0] != "."]
-    spare = [name for name in spare if name not in {*ingredients[0].file_names, *heavy}]
+    copied = ingredients[0].source.copied
+    whole = [name for name in copied if _is_inside(os.path.join(first, name), first)]
+    names, strange, heavy = _walk(first, ingredients[0])
+    strange += [name for name in copied if name not in whole]
+    ours = {*ingredients[0].file_names, *copied}
+    heavy = [name for name in heavy if name not in ours]
+    spare = [
+        name
+        for component in _folders(ingredients[0])
+        for name in _safetensors_in(first, component)
+        if name not in {*ours, *heavy}
+    ]
     warnings = []
     if heavy:
         warnings.append(
@@ -110,7 +115,7 @@ def gather_side_files(
     if spare:
         warnings.append(
             f"{printable(first)}: left out weights that are not part of "
-            f"{printable(ingredients[0].index_name or ingredients[0].file_names[0])}: {some(spare)}"
+            f"{printable(_called(ingredients[0]))}: {some(spare)}"
         )
     if strange:
         warnings.append(
@@ -129,16 +134,25 @@ def gather_side_files(
             f"`git lfs pull`, or put the content beside the soup: {some(unfetched)}"
         )
     # As links lead now, so that what they lead to later is not copied.
-    files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
+    files = [
+        SideFile(name, os.path.realpath(os.path.join(first, name)), None)
+        for name in (*names, *whole)
+    ]
     if dtype is not None:
-        files = [_with_dtype(file, dtype) for file in files]
+        configs = {
+            os.path.join(component, "config.json") for component in ingredients[0].components
+        }
+        files = [_with_dtype(file, dtype) if file.name in configs else file for file in files]
+    first_parts = ingredients[0].components
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs, _, _ = _walk(other.folder)
+        theirs, _, _ = _walk(other.folder, other)
+        apart = tuple(f"{each}/" for each in _folders(ingredients[0]) if each not in first_parts)
         different = [
             text
             for name in sorted({*theirs, *names})
+            if not (apart and name.startswith(apart))
             if (text := _difference(name, first, other.folder)) is not None
         ]
         if different:
@@ -173,7 +187,31 @@ def _held(ingredient: Ingredient) -> list[SideFile]:
     return [SideFile(name, ingredient.path, content) for name, content in files.items()]
 
 
-def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
+def _folders(ingredient: Ingredient) -> list[str]:
+    """List the folders in that of an ingredient whose files may belong to the soup."""
+    copied = map(os.path.dirname, ingredient.source.copied)
+    return list(dict.fromkeys(["", *ingredient.components, *copied]))
+
+
+def _safetensors_in(folder: str, component: str) -> list[str]:
+    """List the safetensors files in a folder of an ingredient, relative to it."""
+    inner = os.path.join(folder, component)
+    names = names_in(inner) if os.path.isdir(inner) else []
+    return [
+        os.path.join(component, name)
+        for name in names
+        if name.endswith(".safetensors") and name[0] != "."
+    ]
+
+
+def _called(ingredient: Ingredient) -> str:
+    """Return what the weights of an ingredient are called: its index, file or components."""
+    if ingredient.components != ("",):
+        return f"the components {some(ingredient.components)}"
+    return ingredient.index_name or ingredient.file_names[0]
+
+
+def _walk(folder: str, ingredient: Ingredient) -> tuple[list[str], list[str], list[str]]:
     """List the side files below a folder, and what has their place but is not a regular file.
 
     What may be weights of another model comes third, folders with all that they hold; those of a
@@ -183,9 +221,15 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
     names: list[str] = []
     strange: list[str] = []
     heavy: list[str] = []
+    parts = _folders(ingredient)
     for at, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith(_OF_TRAINING))
-        weighty = [name for name in folders if _holds_weights(os.path.join(at, name))]
+        weighty = [
+            name
+            for name in folders
+            if _holds_weights(os.path.join(at, name))
+            and os.path.relpath(os.path.join(at, name), folder) not in parts
+        ]
         heavy += [os.path.relpath(os.path.join(at, name), folder) for name in weighty]
         folders[:] = [name for name in folders if name not in weighty]
         ours = [name for name in folders if _matches(name, _OF_A_SOUP)]
@@ -198,7 +242,7 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
             if name.startswith("."):
                 continue
             if _matches(name, LEFT_OUT):
-                if name.lower().endswith(_WEIGHTS) and not _matches(name, _FAMILIAR):
+                if name.lower().endswith(SUFFIXES) and not _matches(name, _FAMILIAR):
                     heavy.append(relative)
                 continue
             fits = _is_regular(path) and _is_inside(path, folder)
@@ -249,7 +293,7 @@ def _holds_weights(path: str) -> bool:
         files = os.listdir(path)
     except OSError as error:
         _refuse_unlisted(error)
-    return any(file.lower().endswith(_WEIGHTS) for file in files)
+    return any(file.lower().endswith(SUFFIXES) for file in files)
 
 
 def pieces(path: str, *, follows: bool = True) -> Iterator[bytes]:
@@ -288,8 +332,6 @@ def is_equal(a: str, b: str) -> bool:
 
 def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     """Make a model's configuration name the dtype of the soup, under the key it uses."""
-    if file.name != "config.json":
-        return file
     config = read_config(file.path) if file.content is None else json.loads(file.content)
     if config is None:
         return file

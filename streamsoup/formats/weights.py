@@ -12,10 +12,16 @@ from streamsoup.errors import FormatError, UnsafePickleError, printable, some
 from streamsoup.formats.conversions import of_pickle, of_training_folder
 from streamsoup.formats.index import is_index, n_shards, read_index, stem
 
-__all__ = ["PICKLES", "find_weights", "names_in"]
+__all__ = ["PICKLES", "SUFFIXES", "find_weights", "names_in"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """How the names of weights end that are not safetensors."""
+
+SUFFIXES = (
+    *(".safetensors", *PICKLES),
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".tflite", ".ot", ".distcp"),
+)
+"""How the names of weights end, of any kind."""
 
 
 def names_in(folder: str) -> list[str]:

@@ -6,8 +6,10 @@ import errno
 import json
 import logging
 import os
+import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,6 +35,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.formats.layout import name_in_file
 from streamsoup.formats.meaning import check_meaning, check_quantised
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options, check_options
@@ -289,6 +292,14 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
     digests = Digests(plan)
     sink = FileSink(plan, files, staging.soup)
     ledger = FileLedger(plan, sink, staging.journal, digests)
+    with closing(sink):
+        return _written(ordered, staging, sink, ledger, options)
+
+
+def _written(
+    ordered: Order, staging: Staging, sink: FileSink, ledger: FileLedger, options: Options
+) -> tuple[Provenance, list[str]]:
+    plan, digests = ordered.plan, ledger.digests
     sink.prepare(resumes=ledger.resumes)
     # Side files first: they can still fail, and weights may take hours.
     side_files = write_beside(ordered, staging.soup)
@@ -395,8 +406,8 @@ def _beside(ordered: Order) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Yield the name and the content of each file beside the weights."""
     for file in ordered.side_files:
         yield file.name, _content(file)
-    if ordered.files.index_name is not None:
-        yield ordered.files.index_name, [_index(ordered.plan, ordered.files)]
+    for name in ordered.files.index_names:
+        yield name, [_index(ordered.plan, ordered.files, name)]
 
 
 class _Counted:
@@ -438,13 +449,17 @@ def _content(file: SideFile) -> Iterator[bytes]:
         ) from None
 
 
-def _index(plan: MixPlan, files: FilePlan) -> bytes:
-    """Write the index as transformers does: total size and parameters, name to file."""
-    weight_map = {plan.tensors[t].name: file.name for file in files.files for t in file.tensors}
-    metadata = {
-        "total_parameters": plan.layouts[0].n_parameters,
-        "total_size": plan.nbytes_written,
-    }
+def _index(plan: MixPlan, files: FilePlan, name: str) -> bytes:
+    """Write the index of a folder as transformers does: size and parameters, name to file."""
+    weight_map: dict[str, str] = {}
+    metadata = {"total_parameters": 0, "total_size": 0}
+    for file in files.files:
+        if posixpath.dirname(file.name) != posixpath.dirname(name):
+            continue
+        for tensor in (plan.tensors[t] for t in file.tensors):
+            weight_map[name_in_file(tensor.name, file.name)] = posixpath.basename(file.name)
+            metadata["total_parameters"] += tensor.spec.n_elements
+            metadata["total_size"] += tensor.nbytes
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 
