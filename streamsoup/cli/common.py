@@ -144,7 +144,7 @@ READING = stack(
         type=Names(),
         default=(),
         metavar="NAME,…",
-        help="Of pipelines: make a soup of these, and take the others from the first.",
+        help="Of pipelines: read these alone; a soup has the others of the first.",
     ),
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
