@@ -123,7 +123,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 class Options(Reading, frozen=True, kw_only=True):
     """Options that every verb accepts.
 
-    Only `dtype`, `shard_size`, `non_float`, `non_finite`, `config` and the fields of
+    Only `dtype`, `shard_size`, `non_float`, `non_finite`, `config`, `card` and the fields of
     `streamsoup.reading.Reading` can change what is written.
     Sizes are bytes, or text such as ``"5GB"``.
     """
@@ -141,6 +141,8 @@ class Options(Reading, frozen=True, kw_only=True):
     config: Literal["same", "first"] = "same"
     """Configurations and tokenizers that change what weights mean: refuse where they differ, or
     take those of the first ingredient. Token ids that are in another order are always refused."""
+    card: bool = True
+    """Write a model card, ``README.md``, beside the soup."""
     memory: int | str | None = None
     """Anonymous memory of the whole process, at its peak; None for 150 MB, or what a plan of more
     than some 5,000 tensors takes."""

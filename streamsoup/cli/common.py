@@ -163,6 +163,9 @@ MAKING = stack(
     ),
     CONFIG,
     click.option(
+        "--card/--no-card", default=True, help="Write a model card, README.md; default: yes."
+    ),
+    click.option(
         "--non-finite",
         type=click.Choice(["refuse", "propagate"]),
         default="refuse",

@@ -40,6 +40,7 @@ from streamsoup.formats.meaning import check_meaning, check_quantised
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options, check_options
 from streamsoup.output import doubts
+from streamsoup.output.card import CARD_NAME, make_card
 from streamsoup.output.destination import check_output
 from streamsoup.output.staging import Staging
 from streamsoup.output.verification import read_provenance
@@ -111,6 +112,8 @@ class Order(msgspec.Struct, frozen=True):
     warnings: list[str]
     report: Mapping[str, object] = {}
     """How a search found the coefficients; becomes part of the provenance."""
+    card: bool = True
+    """Write a model card, made of the plan and the report."""
     on_device: OnDevice | None = None
     """The accelerator that makes the sums, and what it will hold; None for the CPU."""
     summed_on: str = "cpu"
@@ -194,6 +197,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
         mapped,
         side_files,
         warnings,
+        card=options.card,
         on_device=on_device,
         summed_on=summed_on,
     )
@@ -370,7 +374,7 @@ def _fingerprint(ordered: Order) -> str:
 
 
 def write_beside(ordered: Order, folder: Folder) -> list[FileRecord]:
-    """Write the files beside the weights into `folder`: side files, and the index if there is one.
+    """Write the files beside the weights into `folder`: side files, model card, and indexes.
 
     None of them may exist yet. Returns their records. Raises `FormatError` for a side file that can
     no longer be read.
@@ -406,6 +410,8 @@ def _beside(ordered: Order) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Yield the name and the content of each file beside the weights."""
     for file in ordered.side_files:
         yield file.name, _content(file)
+    if ordered.card:
+        yield CARD_NAME, [make_card(ordered.plan, ordered.report)]
     for name in ordered.files.index_names:
         yield name, [_index(ordered.plan, ordered.files, name)]
 

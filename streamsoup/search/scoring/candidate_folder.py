@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 
+from msgspec.structs import replace
+
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.live.candidates import Candidates, Moved
 from streamsoup.output.make import Order, write_beside
@@ -49,7 +51,7 @@ class CandidateFolder:
             with closing(FileSink(ordered.plan, ordered.files, folder, early=False)) as sink:
                 sink.prepare(resumes=False)
                 moved = candidates.mix(members, sink, keep=keep)
-            write_beside(ordered, folder)
+            write_beside(replace(ordered, card=False), folder)
         except OSError as error:
             if isinstance(error, StreamsoupError):
                 raise
