@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +165,74 @@ def test_sentence_transformers_loads_a_soup(tmp_path: Path) -> None:
         assert torch.equal(value, mean.to(value.dtype)), name
     assert soup.encode("a b").shape == (8,)
     assert verify(tmp_path / "soup").rederived
+
+
+def test_transformers_loads_a_sharded_soup(tmp_path: Path) -> None:
+    """`from_pretrained` gives the mean of each parameter, in bfloat16 and with its own shards."""
+    transformers = pytest.importorskip("transformers")
+    paths = [_llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    uniform(paths, output=tmp_path / "soup")
+    kind = transformers.AutoModelForCausalLM
+    one, two, soup = (
+        kind.from_pretrained(path, dtype="auto").state_dict()
+        for path in (*paths, tmp_path / "soup")
+    )
+    assert len(list((tmp_path / "soup").glob("*.safetensors"))) > 1
+    assert soup.keys() == one.keys()
+    for name, value in soup.items():
+        mean = (one[name].double() + two[name].double()) / 2
+        assert torch.equal(value, mean.to(torch.bfloat16)), name
+
+
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="needs a checkout in LLAMA_CPP")
+def test_llama_cpp_converts_a_soup(tmp_path: Path) -> None:
+    """Its converter writes the means, and takes the base models out of the card."""
+    gguf = pytest.importorskip("gguf")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = (f"the quick brown fox jumps over the lazy dog {i}" for i in range(300))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words,
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+    )
+    paths = [_llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for path in paths:
+        (path / "tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
+        (path / "README.md").write_text("---\nbase_model: org/base-7b\n---\n")
+    uniform(paths, output=tmp_path / "soup")
+    script = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
+    argv = [sys.executable, script, tmp_path / "soup", "--outtype", "f32"]
+    subprocess.run([*argv, "--outfile", tmp_path / "soup.gguf"], check=True)
+    reader = gguf.GGUFReader(tmp_path / "soup.gguf")
+    field = reader.get_field("general.base_model.0.repo_url")
+    assert field.contents() == "https://huggingface.co/org/base-7b"
+    found = {each.name: each.data for each in reader.tensors}
+    kind = pytest.importorskip("transformers").AutoModelForCausalLM
+    one, two = (kind.from_pretrained(path, dtype="auto").state_dict() for path in paths)
+    for theirs, ours in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
+    ):
+        mean = ((one[ours].double() + two[ours].double()) / 2).to(torch.bfloat16).float()
+        assert (found[theirs] == mean.numpy()).all(), theirs
+
+
+def _llama(folder: Path, seed: int) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
