@@ -14,6 +14,7 @@ import pytest
 from checkpoints import Tensor, command, load, save, save_sharded, tensor
 from crash import Machine
 
+import streamsoup
 from streamsoup import Options, inspect, plan, uniform, verify
 from streamsoup.errors import (
     FormatError,
@@ -308,6 +309,21 @@ def test_a_change_of_any_component_is_found(tmp_path: Path) -> None:
     save(soup / VAE, random(1, "w"), name="extra")
     with pytest.raises(VerificationError, match=r"vae"):
         verify(soup, quick=True)
+
+
+def test_parts_of_a_pipeline_make_the_same_bytes(tmp_path: Path) -> None:
+    """Made in three parts and committed, a pipeline has the bytes of a single run."""
+    a, b = diffusers(tmp_path / "a", 1), diffusers(tmp_path / "b", 2)
+    chosen = ("unet", "text_encoder")
+    uniform([a, b], output=tmp_path / "whole", options=Options(components=chosen, card=False))
+    for i in (2, 1, 3):
+        options = Options(components=chosen, card=False, part=f"{i}/3")
+        assert not (tmp_path / "soup").exists()
+        uniform([a, b], output=tmp_path / "soup", options=options)
+    streamsoup.commit(tmp_path / "soup")
+    assert tree(tmp_path / "soup") == tree(tmp_path / "whole")
+    assert not (tmp_path / "soup.parts").exists()
+    assert verify(tmp_path / "soup").rederived
 
 
 # -- what may be replaced -------------------------------------------------------------------------

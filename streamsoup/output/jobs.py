@@ -41,7 +41,7 @@ from streamsoup.system.versions import versions
 
 __all__ = ["commit", "make", "paths_of_parts"]
 
-_BESIDE = ("config",)
+_BESIDE = ("config", "card")
 """The options that decide the files beside the weights."""
 
 
