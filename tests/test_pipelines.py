@@ -17,6 +17,7 @@ from crash import Machine
 import streamsoup
 from streamsoup import Options, inspect, plan, uniform, verify
 from streamsoup.errors import (
+    ChangedIngredientError,
     FormatError,
     MismatchError,
     MissingFileError,
@@ -160,6 +161,18 @@ def test_chosen_components_are_averaged_and_the_others_come_from_the_first(tmp_p
         verify(tmp_path / "soup")
 
 
+def test_a_component_to_copy_has_to_be_complete(tmp_path: Path) -> None:
+    """Where the first lacks a shard of a component that is copied, the soup would not load."""
+    a, b = diffusers(tmp_path / "a", 1), diffusers(tmp_path / "b", 2)
+    (a / TEXT / "model.safetensors").unlink()
+    save_sharded(a / TEXT, [random(1, "w"), random(4, "x.weight")])
+    (a / TEXT / "model-00002-of-00002.safetensors").unlink()
+    options = Options(components=("unet",))
+    with pytest.raises(MissingFileError, match=r"model-00002-of-00002.safetensors: no such file"):
+        uniform([a, b], output=tmp_path / "soup", options=options)
+    uniform([b, a], output=tmp_path / "soup", options=options)  # of the second it is not needed
+
+
 def test_the_folder_itself_is_chosen_with_a_dot(tmp_path: Path) -> None:
     """The module without a folder of its own is named ``.``."""
     a, b = sentences(tmp_path / "a", 1), sentences(tmp_path / "b", 2)
@@ -253,12 +266,17 @@ def test_components_have_to_mean_the_same(
 
 
 def test_a_component_that_another_lacks_is_named(tmp_path: Path) -> None:
-    """An ingredient without one of the components is refused, with the tensors it lacks."""
+    """An ingredient without one of the components is refused, with what to do."""
     a, b = diffusers(tmp_path / "a", 1), diffusers(tmp_path / "b", 2)
     index = json.loads((b / "model_index.json").read_text())
     index[VAE] = [None, None]
     (b / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(MismatchError, match=r"vae/w"):
+    with pytest.raises(MismatchError, match=r"b has no component vae, which .*a has; name those"):
+        uniform([a, b], output=tmp_path / "soup")
+    with pytest.raises(MismatchError, match=r"b has no component vae, which .*a has; name those"):
+        uniform([b, a], output=tmp_path / "soup")
+    save(b / UNET, random(3, "w", "other"), name=WEIGHTS[UNET])  # more than components differ
+    with pytest.raises(MismatchError, match=r"lacks 3 tensors of .*unet/x.weight"):
         uniform([a, b], output=tmp_path / "soup")
 
 
@@ -496,6 +514,51 @@ def test_a_name_that_belongs_to_two_components_is_refused(tmp_path: Path) -> Non
     save(a, random(1, "2_Dense/linear.weight"))
     with pytest.raises(FormatError, match=r"has the name of a tensor in the component '2_Dense'"):
         open_ingredients([a])
+
+
+def test_pipelines_in_the_cache_of_the_hub_are_read(tmp_path: Path) -> None:
+    """A snapshot, whose files are links to blobs, makes the same soup as plain folders."""
+    a, b = diffusers(tmp_path / "a", 1), diffusers(tmp_path / "b", 2)
+    options = Options(components=("vae",), card=False)
+    uniform([a, b], output=tmp_path / "plain", options=options)
+    blobs = tmp_path / "models--org--a" / "blobs"
+    snapshot = tmp_path / "models--org--a" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    for i, path in enumerate(sorted(path for path in a.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(a)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / f"{i:040x}")
+        link.symlink_to(os.path.relpath(blobs / f"{i:040x}", link.parent))
+    uniform([snapshot, b], output=tmp_path / "cached", options=options)
+    assert tree(tmp_path / "cached") == tree(tmp_path / "plain")
+    (snapshot / UNET / "diffusion_pytorch_model.safetensors").unlink()
+    secret = save(tmp_path / "secret", random(1, "w"))
+    (snapshot / UNET / "diffusion_pytorch_model.safetensors").symlink_to(
+        secret / "model.safetensors"
+    )
+    with pytest.raises(FormatError, match=r"is a link out of the ingredient"):
+        uniform([snapshot, b], output=tmp_path / "hostile", options=options)
+    with pytest.raises(FormatError, match=r"is a link out of the ingredient"):
+        open_ingredients([snapshot])
+
+
+def test_what_may_have_changed_is_told_by_its_component(tmp_path: Path) -> None:
+    """A file rewritten in place with its old time stamp is suspected, under its full names."""
+    (ingredient,) = open_ingredients([diffusers(tmp_path / "a", 1)])
+    source = ingredient.source
+    file = tmp_path / "a" / VAE / "diffusion_pytorch_model.safetensors"
+    status = file.stat()
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    suspects = source.suspects(strict=True)
+    assert suspects is not None
+    assert sorted(suspects.tensors) == ["vae/w", "vae/x.weight"]
+    source.settle(suspects)
+    assert source.suspects(strict=True) is None
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ChangedIngredientError, match=r"vae/diffusion_pytorch_model"):
+        source.check_unchanged("vae/w")
+    source.check_unchanged("unet/w")
 
 
 # -- kills ----------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from typing import NoReturn
 
 import msgspec
 
-from streamsoup.errors import FormatError, printable, some
+from streamsoup.errors import FormatError, MissingFileError, printable, some
 from streamsoup.formats.configs import changes, read_config
 from streamsoup.formats.ingredients import Ingredient
-from streamsoup.formats.links import real_inside
+from streamsoup.formats.links import check_inside, real_inside
 from streamsoup.formats.weights import SUFFIXES, names_in
 from streamsoup.system.regular import reading
 from streamsoup.tensors import TORCH_NAMES, DType
@@ -96,9 +96,9 @@ def gather_side_files(
             "config.json, is not copied; copy it, or give the folder"
         ]
     copied = ingredients[0].source.copied
-    whole = [name for name in copied if _is_inside(os.path.join(first, name), first)]
+    for name in copied:
+        _check_copied(os.path.join(first, name), first)
     names, strange, heavy = _walk(first, ingredients[0])
-    strange += [name for name in copied if name not in whole]
     ours = {*ingredients[0].file_names, *copied}
     heavy = [name for name in heavy if name not in ours]
     spare = [
@@ -137,7 +137,7 @@ def gather_side_files(
     # As links lead now, so that what they lead to later is not copied.
     files = [
         SideFile(name, os.path.realpath(os.path.join(first, name)), None)
-        for name in (*names, *whole)
+        for name in (*names, *copied)
     ]
     if dtype is not None:
         configs = {
@@ -203,6 +203,16 @@ def _safetensors_in(folder: str, component: str) -> list[str]:
         for name in names
         if name.endswith(".safetensors") and name[0] != "."
     ]
+
+
+def _check_copied(path: str, folder: str) -> None:
+    """Raise an error for weights that have to be copied and cannot: a soup would not load."""
+    check_inside(path, folder)
+    if not os.path.isfile(path):
+        raise MissingFileError(
+            f"{printable(path)}: no such file, and the soup needs it to load; the pipeline is not "
+            "complete, so download or save it again"
+        )
 
 
 def _called(ingredient: Ingredient) -> str:
