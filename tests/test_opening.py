@@ -96,8 +96,8 @@ def test_an_index_of_a_variant_is_one(tmp_path: Path, variant: str) -> None:
     for given in (folder, folder / variant):
         assert open_ingredients([given])[0].index_name == variant
     out = uniform([folder], output=tmp_path / "out").path
-    assert {*os.listdir(out)} == {*SHARDS, variant, "streamsoup.json"}
-    assert verify(out).n_files == 3
+    assert {*os.listdir(out)} == {*SHARDS, variant, "README.md", "streamsoup.json"}
+    assert verify(out).n_files == 4
     save(folder, A, name="model.fp16")
     with pytest.raises(FormatError, match=r"has both model\.fp16\.safetensors and model\.saf"):
         open_ingredients([folder])

@@ -572,8 +572,11 @@ def machine() -> Iterator[Machine]:
     found.close()
 
 
-def test_a_kill_at_any_call_leaves_all_components_or_none(tmp_path: Path, machine: Machine) -> None:
-    """Killed at any call, the output is absent or whole, and the same command finishes it."""
+@pytest.mark.parametrize("action", ["kill", "power", "ENOSPC"])
+def test_a_failure_at_any_call_leaves_all_components_or_none(
+    tmp_path: Path, machine: Machine, action: str
+) -> None:
+    """Stopped at any call, the output is absent or whole, and the same command finishes it."""
     a, b = diffusers(tmp_path / "a", 1), diffusers(tmp_path / "b", 2)
     (a / TEXT / "model.safetensors").unlink()
     save_sharded(a / TEXT, [random(1, "w"), random(4, "x.weight")])
@@ -585,10 +588,10 @@ def test_a_kill_at_any_call_leaves_all_components_or_none(tmp_path: Path, machin
     n_calls = 10**6
     at = 0
     while at < n_calls:
-        at += 1 + at // 25
+        at += 1 + at // (25 if action == "kill" else 5)
         shutil.rmtree(stage)
         stage.mkdir()
-        found = machine.run(*argv, stage / "soup", stage=stage, at=at)
+        found = machine.run(*argv, stage / "soup", stage=stage, at=at, action=action)
         n_calls = found.n_calls
         if (stage / "soup").exists():
             assert tree(stage / "soup") == whole

@@ -49,7 +49,9 @@ class Pipeline(Source):
         """
         self._name, self._parts, self._rest = name, dict(parts), tuple(rest)
         self._components = (*parts, *along)
-        self._paths = sorted(parts, key=len, reverse=True)
+        self._prefixes = [
+            (f"{path}/" if path else "", path) for path in sorted(parts, key=len, reverse=True)
+        ]
         for path, part in parts.items():
             for inner in part.tensors:
                 if self._owner(_join(path, inner)) != (path, inner):
@@ -172,9 +174,9 @@ class Pipeline(Source):
 
         Nothing is kept for each tensor: 64 pipelines of 2,000 would take 60 MB.
         """
-        for path in self._paths:
-            if not path or tensor.startswith(f"{path}/"):
-                return path, tensor[len(path) + 1 :] if path else tensor
+        for prefix, path in self._prefixes:
+            if tensor.startswith(prefix):
+                return path, tensor[len(prefix) :]
         raise KeyError(tensor)
 
 
