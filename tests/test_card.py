@@ -227,6 +227,7 @@ def test_a_rule_is_given_with_its_parameters(tmp_path: Path) -> None:
     assert data["tags"][-1] == "ties"
     assert "The rule task" in body.replace("\\", "")
     assert len(rows(body)) == 4
+    assert rows(body)[1] == ["1", "c (base)"]
     assert [len(row) for row in rows(body)] == [2] * 4
 
 

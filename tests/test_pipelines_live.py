@@ -146,6 +146,7 @@ def test_searches_and_studies_take_pipelines(tmp_path: Path, paths: list[Path]) 
     mix_into(model, [tmp_path / "greedy"])
     quick = LearnedSettings(evaluations=2, guard_every=0)
     learned(paths, task, output=tmp_path / "learned", settings=quick)
+    assert "\n| equal coefficients | " in (tmp_path / "learned" / "README.md").read_text()
     for name in ("greedy", "learned"):
         assert streamsoup.verify(tmp_path / name).rederived
     compare(paths, task, output=tmp_path / "comparison")

@@ -48,7 +48,7 @@ def make_card(plan: MixPlan, report: Mapping[str, object]) -> bytes:
     lines = [
         *_front_matter(plan.recipe.method, origins),
         *_heading(plan),
-        *_table(plan, origins),
+        *_table(plan, origins, report.get("base")),
         *_parameters(plan),
         *_scores(report),
         *_checking(plan),
@@ -92,7 +92,11 @@ def _heading(plan: MixPlan) -> Iterator[str]:
         yield f"The components {names} were merged, and the others are those of the first."
 
 
-def _table(plan: MixPlan, origins: Sequence[Origin]) -> Iterator[str]:
+def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[str]:
+    """Yield the ingredients with their coefficients; `base` is the name of the first if it is one.
+
+    A base comes before the others in every recipe.
+    """
     rule = plan.recipe.rule
     coefficients = rule.coefficients if isinstance(rule, Linear) else None
     yield ""
@@ -102,6 +106,7 @@ def _table(plan: MixPlan, origins: Sequence[Origin]) -> Iterator[str]:
     yield "|---:|---|" + ("---:|" if coefficients else "")
     for i, (ingredient, origin) in enumerate(zip(plan.ingredients, origins, strict=True)):
         name = escaped(origin.hub_id or _shown(ingredient))
+        name += " (base)" if i == 0 and base == ingredient.name else ""
         factor = f" {_coefficient(coefficients, i)} |" if coefficients else ""
         yield f"| {i + 1} | {name} |{factor}"
     if coefficients is not None and coefficients.per_tensor:
@@ -144,7 +149,11 @@ def _parameters(plan: MixPlan) -> Iterator[str]:
 
 
 def _scores(report: Mapping[str, object]) -> Iterator[str]:
-    """Yield the score of the soup, and of the ingredients that were scored on their own."""
+    """Yield the score of the soup, and of the ingredients that were scored on their own.
+
+    Of a learned soup, the loss that was validated on, before and after.
+    """
+    yield from _losses(report)
     score = _number(report.get("score"))
     if score is None:
         return
@@ -164,6 +173,26 @@ def _scores(report: Mapping[str, object]) -> Iterator[str]:
         if alone is not None:
             name = os.path.basename(str(each.get("ingredient")).rstrip("/"))
             yield f"| {escaped(name)} alone | {alone:.6g} |"
+
+
+def _losses(report: Mapping[str, object]) -> Iterator[str]:
+    looks, best = report.get("looks"), report.get("best")
+    if not isinstance(looks, (list, tuple)) or not isinstance(best, int) or best >= len(looks):
+        return
+    first, last = looks[0], looks[best]
+    at = 1 if None not in (first[1], last[1]) else 0  # what was held out, where anything was
+    losses = [_number(first[at]), _number(last[at])]
+    if None in losses:
+        return
+    yield ""
+    yield "## Losses"
+    yield ""
+    yield f"Mean losses {('in training', 'on what was held out')[at]}, smaller is better."
+    yield ""
+    yield "| | loss |"
+    yield "|---|---:|"
+    yield f"| equal coefficients | {losses[0]:.6g} |"
+    yield f"| this soup | {losses[1]:.6g} |"
 
 
 def _number(value: object) -> float | None:
