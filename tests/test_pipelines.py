@@ -194,6 +194,35 @@ def test_folders_of_a_training_run_need_no_listing(tmp_path: Path) -> None:
     assert held(tmp_path / "soup" / file) == mean(a / file, tmp_path / "checkpoint-5" / file)
 
 
+def test_checkpoints_of_a_run_may_be_pipelines(tmp_path: Path) -> None:
+    """A run's checkpoints are found where they are pipelines, or folders of components."""
+    run = tmp_path / "run"
+    paths = [diffusers(run / f"checkpoint-{n}", n) for n in (5, 10, 15)]
+    file = f"{UNET}/{WEIGHTS[UNET]}.safetensors"
+    soup = streamsoup.lawa(run, last=2, output=tmp_path / "one")
+    assert soup.recipe.ingredients == (str(paths[1]), str(paths[2]))
+    assert held(tmp_path / "one" / file) == mean(paths[1] / file, paths[2] / file)
+    for path in paths:
+        (path / "model_index.json").unlink()
+        shutil.rmtree(path / VAE)
+    options = Options(components=("unet",))
+    streamsoup.lawa(run, last=2, output=tmp_path / "two", options=options)
+    assert held(tmp_path / "two" / file) == held(tmp_path / "one" / file)
+    with pytest.raises(FormatError, match=r"\(text_encoder, unet\); give one of those, or name"):
+        streamsoup.lawa(run, last=2, output=tmp_path / "three")
+
+
+def test_a_model_with_numbered_modules_is_no_run(tmp_path: Path) -> None:
+    """The folders of modules are not taken for checkpoints, and checkpoints beside them are."""
+    a = sentences(tmp_path / "a", 1)
+    for n in (10, 20):
+        sentences(a / f"checkpoint-{n}", n)
+    soup = uniform([a], output=tmp_path / "one")
+    assert len(soup.recipe.ingredients) == 1
+    found = streamsoup.lawa(a, last=2, output=tmp_path / "two").recipe.ingredients
+    assert found == (str(a / "checkpoint-10"), str(a / "checkpoint-20"))
+
+
 @pytest.mark.parametrize("size", [None, 60, 1000])
 def test_each_component_has_its_own_shards_and_index(tmp_path: Path, size: int | None) -> None:
     """Shards are those of the first, or cut anew within each component, with an index of each."""

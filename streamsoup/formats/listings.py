@@ -20,7 +20,7 @@ from streamsoup.errors import CorruptFileError, FormatError, printable
 from streamsoup.formats.links import check_inside
 from streamsoup.system.regular import read_whole
 
-__all__ = ["LISTINGS", "Listing", "check_component", "read_listing"]
+__all__ = ["INDEX", "LISTINGS", "MODULES", "Listing", "check_component", "read_listing"]
 
 INDEX, MODULES, ROUTER = "model_index.json", "modules.json", "router_config.json"
 

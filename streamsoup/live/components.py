@@ -41,7 +41,8 @@ def match_components(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) ->
         groups.setdefault(component, {})[inner] = shape
     inner_model = unwrapped(model)
     places = _places(groups, inner_model)
-    return found if places is None else _joined(groups, places, inner_model) or found
+    joined = None if places is None else _joined(groups, places, inner_model)
+    return joined if joined is not None and len(joined.parts) > len(found.parts) else found
 
 
 def _places(components: Collection[str], model: nn.Module) -> dict[str, str] | None:
