@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamsoup import Options, uniform, verify
+from streamsoup import Options, mix_into, uniform, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # they warn of their own future
 
@@ -112,6 +112,10 @@ def test_diffusers_loads_a_soup_of_one_component(tmp_path: Path) -> None:
     one, soup = (
         diffusers.DiffusionPipeline.from_pretrained(path) for path in (a, tmp_path / "soup")
     )
+    mix_into(one.unet, [a, b], options=Options(components=("unet",)))
+    for name, value in one.unet.state_dict().items():
+        assert torch.equal(value, soup.unet.state_dict()[name]), name
+    one = diffusers.DiffusionPipeline.from_pretrained(a)
     for name in ("vae", "text_encoder", "unet"):
         same = all(
             torch.equal(x, y)
@@ -164,6 +168,9 @@ def test_sentence_transformers_loads_a_soup(tmp_path: Path) -> None:
         mean = (first[name].double() + other[name].double()) / 2
         assert torch.equal(value, mean.to(value.dtype)), name
     assert soup.encode("a b").shape == (8,)
+    mix_into(one, paths)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, soup.state_dict()[name]), name
     assert verify(tmp_path / "soup").rederived
 
 

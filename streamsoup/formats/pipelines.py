@@ -266,7 +266,7 @@ def _listed(given: str, listing: Listing | None, chosen: Sequence[str]) -> Seque
                 f"{option('components')}: {error.text}; give names of its folders"
             ) from None
     if listing is not None:
-        unknown = [path for path in chosen if path not in listing.components]
+        unknown = [path or "." for path in chosen if path not in listing.components]
         if unknown:
             raise FormatError(
                 f"{printable(os.path.join(given, listing.file))}: lists no component "
