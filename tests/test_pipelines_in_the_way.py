@@ -147,6 +147,12 @@ def test_linked_components_are_refused(tmp_path: Path) -> None:
     (a / VAE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FormatError, match=r"vae: is a link"):
         open_ingredients([a])
+    (a / VAE).unlink()
+    save(tmp_path / "elsewhere" / "inner", random(1, "w"))
+    (a / "deep").symlink_to(tmp_path / "elsewhere")
+    (a / "model_index.json").write_text(json.dumps({"deep/inner": ["x", "X"]}))
+    with pytest.raises(FormatError, match=r"deep: is a link"):
+        open_ingredients([a])
 
 
 def test_components_that_cannot_be_read_come_with_advice(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from streamsoup.errors import FormatError, MissingFileError, option, printable, some
 from streamsoup.formats.files import Access
 from streamsoup.formats.index import is_index, read_index
-from streamsoup.formats.links import check_inside
 from streamsoup.formats.listings import INDEX, Listing, check_component, read_listing
 from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor, Suspects
 from streamsoup.formats.weights import SUFFIXES, find_weights, names_in
@@ -227,7 +226,7 @@ def open_pipeline(given: str, wanted: Sequence[str], open_folder: OpenFolder) ->
         MissingFileError: A component has no folder.
         FormatError: A component cannot be opened, or a listing is damaged.
     """
-    if not os.path.isdir(given) or "\0" in given:
+    if not os.path.isdir(given):
         return None
     listing = read_listing(given)
     chosen = ["" if path == "." else path for path in wanted]
@@ -290,12 +289,14 @@ def _has_weights(given: str, path: str, *, needed: bool) -> bool:
     Raise `FormatError` for a link, and `MissingFileError` for a folder that is `needed`: modules
     of sentence-transformers without files, such as a normalisation, often have none.
     """
-    folder = os.path.join(given, path) if path else given
-    if path and os.path.islink(folder):
-        raise FormatError(
-            f"{printable(folder)}: is a link, and the files of a component have to lie in its "
-            "pipeline; put the folder itself there"
-        )
+    folder = given
+    for part in path.split("/") if path else ():
+        folder = os.path.join(folder, part)
+        if os.path.islink(folder):
+            raise FormatError(
+                f"{printable(folder)}: is a link, and the files of a component have to lie in its "
+                "pipeline; put the folder itself there"
+            )
     if not os.path.isdir(folder):
         if needed:
             raise MissingFileError(
@@ -303,7 +304,6 @@ def _has_weights(given: str, path: str, *, needed: bool) -> bool:
                 f"{printable(path)}, which has no folder; download the pipeline again"
             )
         return False
-    check_inside(folder, given)
     return any(name.lower().endswith(SUFFIXES) for name in names_in(folder) if name[0] != ".")
 
 
