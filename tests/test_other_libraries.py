@@ -132,7 +132,7 @@ def test_sentence_transformers_loads_a_soup(tmp_path: Path) -> None:
     """The mean of the model and of its Dense layer is loaded, and pools and projects as they do."""
     library = pytest.importorskip("sentence_transformers")
     transformers = pytest.importorskip("transformers")
-    modules = pytest.importorskip("sentence_transformers.models")
+    modules = _modules()
     paths = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -172,6 +172,48 @@ def test_sentence_transformers_loads_a_soup(tmp_path: Path) -> None:
     for name, value in one.state_dict().items():
         assert torch.equal(value, soup.state_dict()[name]), name
     assert verify(tmp_path / "soup").rederived
+
+
+def test_sentence_transformers_loads_a_soup_with_routes(tmp_path: Path) -> None:
+    """All modules of a Router are averaged, loaded, and put into a live model."""
+    library = pytest.importorskip("sentence_transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    modules = _modules()
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        routes = [
+            [
+                modules.StaticEmbedding(tokenizers.Tokenizer(words), embedding_dim=8),
+                modules.Dense(8, 4),
+            ]
+            for _ in range(2)
+        ]
+        router = modules.Router.for_query_document(*routes)
+        parts = [router, modules.Dense(4, 4), modules.Normalize()]
+        library.SentenceTransformer(modules=parts, device="cpu").save(str(path))
+    uniform(paths, output=tmp_path / "soup")
+    one, two, soup = (
+        library.SentenceTransformer(str(path), device="cpu") for path in (*paths, tmp_path / "soup")
+    )
+    first, other = one.state_dict(), two.state_dict()
+    assert len(first) == 8
+    means = {name: (first[name].double() + other[name].double()) / 2 for name in first}
+    for name, value in soup.state_dict().items():
+        assert torch.equal(value, means[name].to(value.dtype)), name
+    mix_into(one, paths)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, means[name].to(value.dtype)), name
+
+
+def _modules() -> Any:
+    pytest.importorskip("sentence_transformers")
+    try:
+        from sentence_transformers.sentence_transformer import modules
+    except ImportError:  # before version 6
+        from sentence_transformers import models as modules
+    return modules
 
 
 def test_transformers_loads_a_sharded_soup(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A component is found by its path as an attribute (``unet``), by the number that begins it
 (``2_Dense`` is the module ``2`` of sentence-transformers, and the folder itself the model within
-``0``), or, if it is the only one, as the whole model. Each is then matched on its own.
+``0``), by its route (``query_0_Dense`` is the first module of the route ``query`` of a ``Router``),
+or, if it is the only one, as the whole model. Each is then matched on its own.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def _places(components: Collection[str], model: nn.Module) -> dict[str, str] | N
         number = re.match(r"(\d+)_", component)
         tried = [component.replace("/", ".")] if component else _within_first(modules)
         tried += [number[1]] if number else []
+        route = re.fullmatch(r"(?:.*/)?([^/]+)_(\d+)_[^_/]+", component)
+        end = f"sub_modules.{route[1]}.{route[2]}" if route else ""
+        tried += [path for path in modules if route and path.endswith(end)]
         tried += [""] if alone and component else []
         path = next((path for path in tried if path in modules), None)
         if path is None:
