@@ -78,7 +78,7 @@ def test_an_index_is_an_ingredient_too(tmp_path: Path, monkeypatch: pytest.Monke
         assert list(opened.layout.places) == list(whole.layout.places)
         assert opened.index_name == INDEX
     out = uniform([folder / INDEX], output=tmp_path / "out").path
-    assert verify(out).n_files == 4
+    assert verify(out).n_files == 5
     with pytest.raises(FormatError, match=r"config\.json: is JSON text \(give the folder"):
         open_ingredients([folder / "config.json"])
     os.truncate(folder / INDEX, 5)
