@@ -93,6 +93,14 @@ def settle(options: msgspec.Struct) -> None:
             raise RecipeError(f"{name}: {printable(repr(value))} is not callable")
 
 
+def _names(what: str, value: Any) -> tuple[str, ...]:
+    """Return a list of names as a tuple. Raise `RecipeError` for text, and for anything else."""
+    listed = value if isinstance(value, (list, tuple)) else None
+    if listed is None or not all(isinstance(name, str) for name in listed):
+        raise RecipeError(f"{what}: {printable(repr(value))} is not a list of names")
+    return tuple(listed)
+
+
 def check_options(given: object, kind: type[msgspec.Struct]) -> None:
     """Raise `RecipeError` unless `given` are options of a `kind`."""
     if not isinstance(given, kind):
@@ -115,7 +123,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 class Options(Reading, frozen=True, kw_only=True):
     """Options that every verb accepts.
 
-    Only `dtype`, `shard_size`, `non_float`, `non_finite`, `config` and the fields of
+    Only `dtype`, `shard_size`, `non_float`, `non_finite`, `config`, `card` and the fields of
     `streamsoup.reading.Reading` can change what is written.
     Sizes are bytes, or text such as ``"5GB"``.
     """
@@ -133,6 +141,8 @@ class Options(Reading, frozen=True, kw_only=True):
     config: Literal["same", "first"] = "same"
     """Configurations and tokenizers that change what weights mean: refuse where they differ, or
     take those of the first ingredient. Token ids that are in another order are always refused."""
+    card: bool = True
+    """Write a model card, ``README.md``, beside the soup."""
     memory: int | str | None = None
     """Anonymous memory of the whole process, at its peak; None for 150 MB, or what a plan of more
     than some 5,000 tensors takes."""
@@ -164,6 +174,7 @@ class Options(Reading, frozen=True, kw_only=True):
         settle(self)
         Reading.__post_init__(self)
         msgspec.structs.force_setattr(self, "device", str(self.device))
+        msgspec.structs.force_setattr(self, "components", _names("components", self.components))
 
     @property
     def reading(self) -> Reading:

@@ -39,6 +39,9 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Embeddings and heads of vocabularies of several lengths: refuse, or average the rows that all
     have, and give the ingredients that lack a row the mean of that row in those that have it. Then
     the longest vocabulary is the soup's."""
+    components: tuple[str, ...] = ()
+    """Components of pipelines to make a soup of, by the paths of their folders, ``.`` for the
+    pipeline's own; the others are taken from the first ingredient. All if empty."""
 
     def __post_init__(self) -> None:
         """Make tuples of lists, and check all. Raises `RecipeError`."""

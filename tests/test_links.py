@@ -54,7 +54,8 @@ def test_no_secret_ends_in_a_soup(tmp_path: Path) -> None:
     ran = command("uniform", a, "-o", tmp_path / "out", env={"TOKEN": SECRET})
     assert ran.returncode == 0
     assert SECRET.encode() not in contents(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["model.safetensors", "streamsoup.json"]
+    made = ["README.md", "model.safetensors", "streamsoup.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == made
     assert "left out what is neither a plain file nor a link to one in this folder" in ran.stderr
     (first,) = open_ingredients([a])
     _, warnings = side_files.gather_side_files([first], None)

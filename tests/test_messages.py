@@ -27,7 +27,9 @@ from streamsoup.errors import (
 
 ROOT = Path(streamsoup.__file__).parent
 SPOKEN = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-COMMANDS = {"demo/comparison.py", "selftest/checks.py", "formats/conversions.py"}
+COMMANDS = {
+    *("demo/comparison.py", "selftest/checks.py", "formats/conversions.py", "output/card.py"),
+}
 """Files that hold whole commands for a shell."""
 
 

@@ -78,7 +78,7 @@ def test_an_index_is_an_ingredient_too(tmp_path: Path, monkeypatch: pytest.Monke
         assert list(opened.layout.places) == list(whole.layout.places)
         assert opened.index_name == INDEX
     out = uniform([folder / INDEX], output=tmp_path / "out").path
-    assert verify(out).n_files == 4
+    assert verify(out).n_files == 5
     with pytest.raises(FormatError, match=r"config\.json: is JSON text \(give the folder"):
         open_ingredients([folder / "config.json"])
     os.truncate(folder / INDEX, 5)
@@ -96,8 +96,8 @@ def test_an_index_of_a_variant_is_one(tmp_path: Path, variant: str) -> None:
     for given in (folder, folder / variant):
         assert open_ingredients([given])[0].index_name == variant
     out = uniform([folder], output=tmp_path / "out").path
-    assert {*os.listdir(out)} == {*SHARDS, variant, "streamsoup.json"}
-    assert verify(out).n_files == 3
+    assert {*os.listdir(out)} == {*SHARDS, variant, "README.md", "streamsoup.json"}
+    assert verify(out).n_files == 4
     save(folder, A, name="model.fp16")
     with pytest.raises(FormatError, match=r"has both model\.fp16\.safetensors and model\.saf"):
         open_ingredients([folder])

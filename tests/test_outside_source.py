@@ -95,6 +95,7 @@ def test_files_are_mirrored_and_joined_sources_are_not(tmp_path: Path) -> None:
     path = save_sharded(tmp_path / "m", shards)
     soup = uniform(halves([path]), output=tmp_path / "soup")
     assert sorted(os.listdir(soup.path)) == [
+        "README.md",
         *sorted(os.listdir(path)),
         "streamsoup.json",
     ]
@@ -274,7 +275,9 @@ def test_what_lacks_a_member_is_told_which(tmp_path: Path) -> None:
 
         def cursor(self, access: object) -> None: ...
 
-    with pytest.raises(RecipeError, match=r"lacks check_unchanged, contiguous, cost, .*, tensors"):
+    with pytest.raises(
+        RecipeError, match=r"lacks check_unchanged, components, contiguous, .*, tensors"
+    ):
         open_ingredients([Nearly()])
     (opened,) = open_ingredients([save(tmp_path / "m", model(0))])
     with pytest.raises(RecipeError, match="expected a list of ingredients, got one"):
@@ -323,3 +326,18 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     members = re.findall(r"^\| (`\w.*?) \|", text, re.MULTILINE)
     told = {name for cell in members for name in re.findall(r"`(\w+)", cell)}
     assert told == {name for name in vars(Source) if name[0] != "_"}
+
+
+def test_a_source_over_a_pipeline_mirrors_its_components(tmp_path: Path) -> None:
+    """Halves of pipelines make a pipeline, with the files and the listing of the first."""
+    for i in range(2):
+        for part in ("unet", "vae"):
+            save(tmp_path / f"m{i}" / part, {"w": tensor(np.full(4, 2.0 + i, np.float32))})
+        (tmp_path / f"m{i}" / "model_index.json").write_text(
+            '{"unet": ["a", "b"], "vae": ["a", "b"]}'
+        )
+    uniform(halves([tmp_path / "m0", tmp_path / "m1"]), output=tmp_path / "soup")
+    for part in ("unet", "vae"):
+        found = load(tmp_path / "soup" / part)["w"][2]
+        assert found == np.full(4, 1.25, np.float32).tobytes()
+    assert (tmp_path / "soup" / "model_index.json").exists()

@@ -377,7 +377,8 @@ def test_shards_with_an_index_become_shards_of_safetensors(tmp_path: Path) -> No
     both = [sharded(tmp_path / str(seed), seed) for seed in (0, 10)]
     soup = streamsoup.uniform([tmp_path / "0", tmp_path / "10"], output=tmp_path / "out")
     assert sorted(os.listdir(soup.path)) == [
-        *("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        *("README.md", "config.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
         *("model.safetensors.index.json", "streamsoup.json"),
     ]
     for n, name in enumerate(both[0]):
@@ -421,7 +422,7 @@ def test_the_weights_of_a_folder_are_chosen_as_loaders_do(tmp_path: Path) -> Non
     assert opened(folder).layout.places["w"][1].shape == (3,)
     assert opened(folder).file_names == ("model.safetensors",)
     soup = streamsoup.uniform([folder], output=tmp_path / "out")
-    assert sorted(os.listdir(soup.path)) == ["model.safetensors", "streamsoup.json"]
+    assert sorted(os.listdir(soup.path)) == ["README.md", "model.safetensors", "streamsoup.json"]
     assert soup.warnings == ()
     (folder / "pytorch_model.bin").rename(folder / "last.ckpt")
     assert opened(folder).layout.places["w"][1].shape == (3,)

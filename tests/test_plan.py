@@ -140,7 +140,7 @@ def test_every_output_byte_has_one_place(
         assert [file.name for file in files.files] == list(plan.ingredients[0].file_names)
     else:
         assert seen == sorted(seen)
-        assert (files.index_name is None) == (len(files.files) == 1)
+        assert (not files.index_names) == (len(files.files) == 1)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_new_shards_are_named_like_the_old(
     assert [f.name for f in several.files] == [
         f"{stem}-{i}-of-00002.safetensors" for i in ("00001", "00002")
     ]
-    assert several.index_name == index
+    assert several.index_names == (index,)
     whole = plan_files(planned(*open_ingredients([folder]), shard_size=1000))
     assert [f.name for f in whole.files] == [f"{stem}.safetensors"]
-    assert whole.index_name is None
+    assert whole.index_names == ()
     lone = open_ingredients([folder / f"{name}.safetensors"])
     assert plan_files(planned(*lone, shard_size=1000)).files[0].name == "model.safetensors"
 

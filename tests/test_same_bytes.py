@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.name != "streamsoup.json"
+        if path.name not in ("streamsoup.json", "README.md")  # both name the ingredients
     }
 
 

@@ -21,6 +21,7 @@ from streamsoup.formats.side_files import gather_side_files
 from streamsoup.tensors import DTYPES
 
 MODEL = {"w": tensor(np.ones(3, np.float32))}
+MADE = ("model.safetensors", "README.md", "streamsoup.json")
 KEPT = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
@@ -32,6 +33,8 @@ LEFT = (
     *("onnx/model.onnx", "onnx/model.onnx_data", "flax_model.msgpack", "tf_model.h5"),
     *("checkpoint-500/config.json", "checkpoint-500/model.safetensors", "runs/events.out.1"),
     *("lora/adapter_model.safetensors", "lora/config.json", ".cache/huggingface/x.json"),
+    *("run.json", "all_results.json", "results.json", "metrics.json", "metrics.csv", "logits.npy"),
+    *("eval/similarity_evaluation_sts-dev_results.csv", "hparams.yaml", "random_states_0.pkl"),
 )
 
 
@@ -56,7 +59,8 @@ def test_side_files_go_along_and_weights_do_not(tmp_path: Path) -> None:
     assert "left out pytorch_model.bin, as there is model.safetensors" in passed_over
     assert warning.endswith("copy it there, or a soup of it: lora, onnx")  # the rest is familiar
     uniform([a, a], output=tmp_path / "out")
-    assert names_of(tmp_path / "out") == {*KEPT, "model.safetensors", "streamsoup.json"}
+    assert names_of(tmp_path / "out") == {*KEPT, *MADE}
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\n")
     for name in KEPT:
         assert (tmp_path / "out" / name).read_bytes() == (a / name).read_bytes()
 
@@ -82,7 +86,7 @@ def test_a_lone_file_brings_no_side_files(tmp_path: Path) -> None:
     """A file given by itself may lie anywhere: what is beside it is not taken, and that is said."""
     a = fill(tmp_path / "a", ("config.json",))
     ran = command("uniform", a / "model.safetensors", "-o", tmp_path / "out")
-    assert names_of(tmp_path / "out") == {"model.safetensors", "streamsoup.json"}
+    assert names_of(tmp_path / "out") == set(MADE)
     assert "is a lone file, so what lies beside it, such as config.json, is not" in ran.stderr
     state = "import torch, streamsoup; streamsoup.uniform([{'w': torch.ones(2)}], output='state')"
     ran = subprocess.run(
@@ -191,12 +195,12 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 
 def test_folders_in_the_place_of_files_of_a_soup(tmp_path: Path) -> None:
     """A folder named like the provenance, a shard or an index is left out, and named."""
-    folders = ("Other.SAFETENSORS", "other.index.json", "streamsoup.json")
+    folders = ("Other.SAFETENSORS", "README.md", "other.index.json", "streamsoup.json")
     a = fill(tmp_path / "a", ("config.json", *(f"{name}/x.txt" for name in folders)))
     (_, (warning,)) = gather_side_files(open_ingredients([a]), None)
-    assert warning.endswith(": Other.SAFETENSORS, other.index.json, streamsoup.json")
+    assert warning.endswith(": Other.SAFETENSORS, README.md, other.index.json, streamsoup.json")
     uniform([a, a], output=tmp_path / "out")
-    assert names_of(tmp_path / "out") == {"config.json", "model.safetensors", "streamsoup.json"}
+    assert names_of(tmp_path / "out") == {"config.json", *MADE}
 
 
 def test_strange_side_files_never_hang(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def kitchen(tmp_path: Path) -> Path:
 def test_a_soup_as_it_was_made_passes(kitchen: Path) -> None:
     """Nothing changed: quick and full both pass, and say what they compared."""
     quick = verify(kitchen / "out", quick=True)
-    assert (quick.rederived, quick.n_tensors, quick.n_files) == (False, 8, 5)
+    assert (quick.rederived, quick.n_tensors, quick.n_files) == (False, 8, 6)
     full = verify(kitchen / "out")
     assert full.rederived
     assert full.nbytes_read > 2 * quick.nbytes_read
@@ -71,7 +71,7 @@ def test_any_damaged_byte_is_found(kitchen: Path) -> None:
     out = kitchen / "out"
     rng = np.random.default_rng(0)
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files:
         size = path.stat().st_size
         kept = path.read_bytes()
@@ -88,7 +88,7 @@ def test_any_damaged_byte_is_found(kitchen: Path) -> None:
             assert named in str(found.value), at
             assert str(found.value).replace("\n", "").isprintable()
             path.write_bytes(kept)
-    assert verify(out, quick=True).n_files == 5
+    assert verify(out, quick=True).n_files == 6
 
 
 def test_every_byte_of_a_provenance_counts(kitchen: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_a_provenance_does_not_say_is_missed(kitchen: Path, field: str) -> 
 def test_weights_beside_the_soup_are_found(kitchen: Path) -> None:
     """A shard that the index does not list may be what somebody loads: it does not pass."""
     save(kitchen / "out", random_model(3), name=".hidden")
-    assert verify(kitchen / "out", quick=True).n_files == 5
+    assert verify(kitchen / "out", quick=True).n_files == 6
     save(kitchen / "out", random_model(3), name="consolidated")
     with pytest.raises(VerificationError, match=r": consolidated\.safetensors was not made here;"):
         verify(kitchen / "out", quick=True)

@@ -120,6 +120,25 @@ CONFIG = click.option(
     show_default=True,
     help="Configurations must mean the same, or come from the first.",
 )
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """A list of names, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the names in order; refuse empty ones."""
+        if not isinstance(value, str):
+            return value
+        names = tuple(value.split(","))
+        if not all(names):
+            raise click.BadParameter(
+                f"{printable(value)!r} is not a list of names such as unet,vae", ctx, param
+            )
+        return names
+
+
 READING = stack(
     click.option(
         "--key",
@@ -152,6 +171,13 @@ READING = stack(
         show_default=True,
         help="Vocabularies of one length, or average the rows that all have.",
     ),
+    click.option(
+        "--components",
+        type=Names(),
+        default=(),
+        metavar="NAME,…",
+        help="Of pipelines: read these alone; a soup has the others of the first.",
+    ),
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
@@ -168,6 +194,9 @@ MAKING = stack(
         help="Integers must be the same, or come from the first.",
     ),
     CONFIG,
+    click.option(
+        "--card/--no-card", default=True, help="Write a model card, README.md; default: yes."
+    ),
     click.option(
         "--non-finite",
         type=click.Choice(["refuse", "propagate"]),

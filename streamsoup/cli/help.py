@@ -15,7 +15,7 @@ __all__ = ["Command", "Group", "command"]
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "Where it goes": frozenset({"output", "overwrite", "part", "commit"}),
     "What decides the bytes": frozenset(
-        {"dtype", "shard_size", "non_float", "config", "non_finite", "key"}
+        {"dtype", "shard_size", "non_float", "config", "non_finite", "card"}
     ),
     "How the work is done": frozenset({"device", "device_memory", "memory", "threads", "io"}),
     "What is shown": frozenset({"as_json", "quiet", "traceback", "help"}),

@@ -8,6 +8,7 @@ one message.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -20,7 +21,7 @@ from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
 from streamsoup.formats.ingredients import Ingredient
-from streamsoup.formats.layout import Layout
+from streamsoup.formats.layout import Layout, name_in_file
 from streamsoup.formats.parts import ADAPTER_FILE, factors_in, parts_of
 from streamsoup.recipe import Recipe
 from streamsoup.rule import Rule
@@ -205,8 +206,8 @@ class FilePlan(msgspec.Struct, frozen=True):
     files: tuple[PlannedFile, ...]
     places: tuple[tuple[int, int], ...]
     """File number and offset of each tensor."""
-    index_name: str | None
-    """The index to write beside the shards; None for a lone file."""
+    index_names: tuple[str, ...]
+    """The index to write beside the shards, of each folder; none where it has a lone file."""
 
 
 def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
@@ -257,32 +258,28 @@ def plan_files(plan: MixPlan) -> FilePlan:
 
     They mirror those of the first ingredient, or are filled up to `Recipe.shard_size`.
     """
-    layout = plan.layouts[0]
-    if plan.recipe.shard_size is None:
-        groups = _mirrored(layout)
-        names = list(plan.ingredients[0].file_names)
-        index = plan.ingredients[0].index_name
-        if plan.ingredients[0].folder is None and len(names) == 1:
-            names = ["model.safetensors"]
-    else:
-        groups = _cut(plan, plan.recipe.shard_size)
-        called = _stem(plan.ingredients[0])
-        names = shard_names(called, len(groups))
-        index = plan.ingredients[0].index_name or index_name(called)
-        if len(groups) == 1:
-            index = None
+    first = plan.ingredients[0]
+    groups = _mirrored(plan.layouts[0])
+    names, indexes = list(first.file_names), list(first.index_names)
+    if plan.recipe.shard_size is not None:
+        names, groups, indexes = _shards(plan, names, groups, indexes, plan.recipe.shard_size)
+    elif first.folder is None and len(names) == 1:
+        names = ["model.safetensors"]
     places: list[tuple[int, int]] = [(0, 0)] * len(plan.tensors)
     files: list[PlannedFile] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         header = make_header(
-            [(t.name, t.dtype.name, t.shape, t.nbytes) for t in (plan.tensors[i] for i in group)]
+            [
+                (name_in_file(t.name, name), t.dtype.name, t.shape, t.nbytes)
+                for t in (plan.tensors[i] for i in group)
+            ]
         )
         offset = len(header)
         for i in group:
             places[i] = (number, offset)
             offset += plan.tensors[i].nbytes
         files.append(PlannedFile(name, header, tuple(group), offset))
-    return FilePlan(tuple(files), tuple(places), index)
+    return FilePlan(tuple(files), tuple(places), tuple(indexes))
 
 
 def _plan_tensor(
@@ -327,14 +324,31 @@ def _copied(
     return PlannedTensor(name, spec.dtype, spec.shape, "first", n_units, sources, first_leaf)
 
 
-def _stem(ingredient: Ingredient) -> str:
-    """Return the stem of its file names: ``model``, ``diffusion_pytorch_model``."""
-    if ingredient.folder is None:
-        return "model"
-    shard = ingredient.file_names[0]
-    if ingredient.index_name is None or is_numbered(shard):
-        return stem(shard)
-    return stem(ingredient.index_name)
+def _shards(
+    plan: MixPlan,
+    files: Sequence[str],
+    held: Sequence[Sequence[int]],
+    indexes: Sequence[str],
+    shard_size: int,
+) -> tuple[list[str], list[list[int]], list[str]]:
+    """Return names, tensors and indexes of new shards, for each folder of the first ingredient."""
+    names: list[str] = []
+    groups: list[list[int]] = []
+    new_indexes: list[str] = []
+    for folder in dict.fromkeys(map(posixpath.dirname, files)):
+        inside = [n for n, file in enumerate(files) if posixpath.dirname(file) == folder]
+        index = next((each for each in indexes if posixpath.dirname(each) == folder), None)
+        shard = posixpath.basename(files[inside[0]])
+        called = "model"
+        if plan.ingredients[0].folder is not None:  # such as diffusion_pytorch_model
+            numbered = index is None or is_numbered(shard)
+            called = stem(shard if numbered else posixpath.basename(str(index)))
+        cut = _cut(plan, sorted(i for n in inside for i in held[n]), shard_size)
+        groups += cut
+        names += [posixpath.join(folder, name) for name in shard_names(called, len(cut))]
+        if len(cut) > 1:
+            new_indexes.append(index or posixpath.join(folder, index_name(called)))
+    return names, groups, new_indexes
 
 
 def _mirrored(layout: Layout) -> list[list[int]]:
@@ -344,11 +358,12 @@ def _mirrored(layout: Layout) -> list[list[int]]:
     return groups
 
 
-def _cut(plan: MixPlan, shard_size: int) -> list[list[int]]:
-    """Fill shards in order; a tensor larger than the size has one of its own."""
+def _cut(plan: MixPlan, tensors: Sequence[int], shard_size: int) -> list[list[int]]:
+    """Fill shards with tensors in order; one larger than the size has a shard of its own."""
     groups: list[list[int]] = [[]]
     filled = 0
-    for i, tensor in enumerate(plan.tensors):
+    for i in tensors:
+        tensor = plan.tensors[i]
         if groups[-1] and filled + tensor.nbytes > shard_size:
             groups.append([])
             filled = 0

@@ -15,11 +15,11 @@ from typing import Literal
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.errors import FormatError, check_choice
-from streamsoup.formats.files import Access, Crc32, Kept, on_network
+from streamsoup.formats.files import Access, Kept, on_network
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.source import Cursor
 from streamsoup.kernels.crc import fastest_crc32
-from streamsoup.system.buffers import Bytes, buffer
+from streamsoup.system.buffers import Bytes, Crc32, buffer
 
 __all__ = ["Kept", "Reader", "Session", "mapped_nbytes", "open_reader", "will_map"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import count, option, printable, some
@@ -25,8 +26,11 @@ _OTHER_FLOATS = f"convert all floats to one dtype with {option('dtype')}"
 _OTHER_DTYPES = "save the tensors that are not floats in the same dtype"
 _OTHER_PREFIX = "save each model itself, not its wrapper, so that all names are the same"
 _TIED_COPY = "save all with the same tie_word_embeddings, or write the copy into those that lack it"
+_OTHER_PARTS = (
+    f"name those that all have with {option('components')}, and the others come from the first"
+)
 _ADVICE = (
-    *(_OTHER_PREFIX, _TIED_COPY, _OTHER_NAMES, _OTHER_ROWS, _OTHER_SHAPES),
+    *(_OTHER_PREFIX, _TIED_COPY, _OTHER_PARTS, _OTHER_NAMES, _OTHER_ROWS, _OTHER_SHAPES),
     *(_OTHER_FLOATS, _OTHER_DTYPES),
 )
 
@@ -68,7 +72,11 @@ def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[
         lacking = [name for name in places if name not in theirs]
         extra = [name for name in theirs if name not in places]
         if lacking or extra:
-            found = _by_prefix(first, other) or _by_tie(first, other, lacking, extra)
+            found = (
+                _by_component(first, other, lacking + extra)
+                or _by_prefix(first, other)
+                or _by_tie(first, other, lacking, extra)
+            )
             cause, todo = found or ("", _OTHER_NAMES)
             problems += [cause] if found else _by_name(first, other, lacking, extra)
             advice.add(todo)
@@ -103,6 +111,29 @@ def _by_name(
         yield f"{two} lacks {_count(lacking)} of {one}: {some(lacking)}"
     if extra:
         yield f"{two} has {_count(extra)} that {one} lacks: {some(extra)}"
+
+
+def _by_component(
+    first: Ingredient, other: Ingredient, names: Sequence[str]
+) -> tuple[str, str] | None:
+    """Return a line for whole components that one of two pipelines lacks, and what to do."""
+    ours, theirs = (
+        dict.fromkeys(map(posixpath.dirname, each.file_names)) for each in (first, other)
+    )
+    lone = [part for part in (*ours, *theirs) if (part in ours) != (part in theirs)]
+    shared = [part for part in ours if part in theirs]
+    within = tuple(f"{part}/" for part in lone if part)
+    if not shared or not within or not all(name.startswith(within) for name in names):
+        return None
+    lines = [
+        f"{printable(lacks.name)} has no component {some(parts)}, which {printable(has.name)} has"
+        for has, lacks, parts in (
+            (first, other, [part for part in lone if part in ours]),
+            (other, first, [part for part in lone if part in theirs]),
+        )
+        if parts
+    ]
+    return "; ".join(lines), _OTHER_PARTS
 
 
 def _by_prefix(first: Ingredient, other: Ingredient) -> tuple[str, str] | None:

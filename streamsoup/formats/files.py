@@ -19,14 +19,13 @@ from contextlib import suppress
 
 from streamsoup.errors import FormatError, option, printable
 from streamsoup.formats.shards import Identity, StoredFile
-from streamsoup.system.buffers import Bytes
+from streamsoup.system.buffers import Bytes, Crc32
 from streamsoup.system.folders import Folder
 from streamsoup.system.libc import map_file, unmap
 from streamsoup.system.regular import close_read
 
 __all__ = [
     "Access",
-    "Crc32",
     "Descriptors",
     "Kept",
     "Window",
@@ -35,9 +34,6 @@ __all__ = [
     "open_shard",
     "read_into",
 ]
-
-Crc32 = Callable[[Bytes, int], int]
-"""Returns the CRC-32 of what had that of its second argument, followed by a block."""
 
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse.")
 """Beginnings of the names of network file systems, where mapping reads page by page.
@@ -171,10 +167,11 @@ class Descriptors:
         """Return a descriptor to write the existing file at `path`, relative to `folder`."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         self._close = os.close  # its error may be the only word of a write that failed
-        found = self._get(path)
+        key = path if folder is None else os.path.join(folder.path, path)
+        found = self._get(key)
         if found is None:
             above = None if folder is None else folder.descriptor
-            found = self._keep(path, os.open(path, flags, dir_fd=above))
+            found = self._keep(key, os.open(path, flags, dir_fd=above))
         return found
 
     def close(self) -> None:

@@ -64,6 +64,16 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
         return self.source.index_name
 
     @property
+    def index_names(self) -> Sequence[str]:
+        """Names of the indexes of all its components."""
+        return self.source.index_names
+
+    @property
+    def components(self) -> Sequence[str]:
+        """Folders in its folder whose side files belong to its tensors; empty for itself."""
+        return self.source.components
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors together, in the dtypes they stand for."""
         return self.layout.nbytes

@@ -6,6 +6,7 @@ of each, so that 64 ingredients of 200 shards take the memory of one.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import xxhash
 
 from streamsoup.errors import CorruptFileError, FormatError, UnsupportedDtypeError, printable
 from streamsoup.formats.header import LARGEST, SURROGATE, Header, parse_header
+from streamsoup.formats.listings import check_component
 from streamsoup.formats.source import Source, SourceTensor
 from streamsoup.tensors import DTYPES, DType, TensorSpec
 
-__all__ = ["HeaderCache", "Layout"]
+__all__ = ["HeaderCache", "Layout", "name_in_file"]
 
 
 class Layout(msgspec.Struct, frozen=True, eq=False):
@@ -78,17 +80,15 @@ class HeaderCache(msgspec.Struct):
 
     def layout_of(self, source: Source) -> Layout:
         """Lay out the tensors of any source. Raise `FormatError` for what no soup could hold."""
-        n_files = len(source.file_names)
-        if n_files > 1 and source.index_name is None:
-            raise FormatError(
-                f"{printable(source.name)}: has {n_files} file_names and no index_name"
-            )
+        file_names = source.file_names
+        n_files = len(file_names)
+        _check_files(source)
         files: list[dict[str, TensorSpec]] = [{} for _ in range(n_files)]
         order: dict[str, int] = {}
         ends = [0] * n_files
         for name, tensor in source.tensors.items():
             try:
-                spec = _spec(name, tensor, ends, n_files)
+                spec = _spec(name, tensor, ends, file_names)
             except FormatError as error:
                 where = f"{printable(source.name)}: tensor {printable(repr(name))}"
                 raise type(error)(f"{where} {error.text}") from None
@@ -97,14 +97,42 @@ class HeaderCache(msgspec.Struct):
             ends[tensor.file] += spec.nbytes
         headers = tuple(self._shared(Header(tensors)) for tensors in files)
         if list(order.values()) == sorted(order.values()):
-            return self.layout(headers, source.file_names, source.name)
+            return self.layout(headers, file_names, source.name)
         return Layout(headers, {name: (n, headers[n].tensors[name]) for name, n in order.items()})
 
     def _shared(self, header: Header) -> Header:
         return self.headers.setdefault(tuple(header.tensors.values()), header)
 
 
-def _spec(name: object, tensor: SourceTensor, ends: Sequence[int], n_files: int) -> TensorSpec:
+def name_in_file(tensor: str, file: str) -> str:
+    """Return the name of a tensor in a file: in a folder's files, without that of the folder.
+
+    >>> name_in_file("unet/conv_in.weight", "unet/model.safetensors"), name_in_file("w", "a")
+    ('conv_in.weight', 'w')
+    """
+    folder = posixpath.dirname(file)
+    return tensor.removeprefix(f"{folder}/") if folder else tensor
+
+
+def _check_files(source: Source) -> None:
+    """Raise `FormatError` for names that files of a soup cannot have, and for a missing index."""
+    folders = [posixpath.dirname(name) for name in source.file_names]
+    indexed = {posixpath.dirname(name) for name in source.index_names}
+    for folder in dict.fromkeys(folders):
+        n_files = folders.count(folder)
+        if n_files > 1 and folder not in indexed:
+            raise FormatError(
+                f"{printable(source.name)}: has {n_files} file_names and no index_name"
+            )
+        try:
+            check_component(folder)
+        except FormatError as error:
+            raise FormatError(f"{printable(source.name)}: has files in {error.text}") from None
+
+
+def _spec(
+    name: object, tensor: SourceTensor, ends: Sequence[int], file_names: Sequence[str]
+) -> TensorSpec:
     """Check one tensor of a source. Raise `FormatError` saying what is wrong with it."""
     if not isinstance(name, str) or name == "__metadata__" or SURROGATE.search(name):
         raise FormatError("has a name that no file can hold")
@@ -116,8 +144,13 @@ def _spec(name: object, tensor: SourceTensor, ends: Sequence[int], n_files: int)
     shape = tuple(tensor.shape)
     if not all(type(n) is int and n >= 0 for n in shape):
         raise FormatError(f"has the shape {printable(repr(shape), 60)}, not a list of sizes")
-    if not 0 <= tensor.file < n_files:
-        raise FormatError(f"is in file {tensor.file} of {n_files}")
+    if not 0 <= tensor.file < len(file_names):
+        raise FormatError(f"is in file {tensor.file} of {len(file_names)}")
+    folder = posixpath.dirname(file_names[tensor.file])
+    if folder and not name.startswith(f"{folder}/"):
+        raise FormatError(
+            f"is in {printable(file_names[tensor.file])}, but not named after {folder!r}"
+        )
     own = None if delivered == dtype else delivered
     spec = TensorSpec(name, dtype, shape, ends[tensor.file], own, tensor.significant)
     if spec.n_elements * dtype.nbits % 8 or spec.n_elements * dtype.nbits > LARGEST:

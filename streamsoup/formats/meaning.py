@@ -42,13 +42,19 @@ def check_quantised(
     Where codes stand beside their scales, `parts` tells them, and they are copied if equal. Paths
     whose weights are dequantised in `reading` were looked at then. Reads the configurations.
     """
-    for ingredient in ingredients:
+    for ingredient, component in [(each, part) for each in ingredients for part in each.components]:
         if reading.dequantize and ingredient.source.files:
             continue
-        told = quantisation(folder_of(ingredient))
+        folder = folder_of(ingredient)
+        told = quantisation(None if folder is None else os.path.join(folder, component))
         if told is None:
             continue
-        places = ingredient.layout.places
+        files = ingredient.file_names
+        places = {
+            name: place
+            for name, place in ingredient.layout.places.items()
+            if os.path.dirname(files[place[0]]) == component
+        }
         coded = coded_in(places)
         unknown = [
             name
@@ -85,7 +91,7 @@ def check_meaning(
         if first is None or folder is None or os.path.realpath(folder) in seen:
             continue
         seen.add(os.path.realpath(folder))
-        for name in _names(first):
+        for name in _names(first, ingredients[0].components):
             paths = os.path.join(first, name), os.path.join(folder, name)
             if is_equal(*paths):
                 continue
@@ -116,8 +122,20 @@ def _of_configs(pair: str, first: str, other: str, reading: Reading) -> list[str
     return [f"{pair} differ in {keys} that may change what weights mean: {some(found)}"]
 
 
-def _names(folder: str) -> list[str]:
+def _names(folder: str, components: Sequence[str]) -> list[str]:
     """List what says what weights mean, in a folder and in those within it, by relative name."""
+    if tuple(components) == ("",):
+        return _names_of(folder, inside=True)
+    return [
+        os.path.join(component, name)
+        for component in components
+        if os.path.isdir(os.path.join(folder, component))
+        for name in _names_of(os.path.join(folder, component), inside=False)
+    ]
+
+
+def _names_of(folder: str, *, inside: bool) -> list[str]:
+    """List what says what weights mean in one folder, and in those inside of it if so asked."""
     found: list[str] = []
     try:
         names = sorted(os.listdir(folder))
@@ -130,7 +148,11 @@ def _names(folder: str) -> list[str]:
             found.append(name)
             continue
         inner = os.path.join(name, "config.json")
-        if not name.startswith((".", "checkpoint")) and os.path.isfile(os.path.join(folder, inner)):
+        if (
+            inside
+            and not name.startswith((".", "checkpoint"))
+            and os.path.isfile(os.path.join(folder, inner))
+        ):
             found.append(inner)
     return found
 

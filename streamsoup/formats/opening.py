@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.pickled.opening import is_pickled, open_pickled
+from streamsoup.formats.pipelines import open_pipeline
 from streamsoup.formats.source import Source
 from streamsoup.formats.stored import open_stored
 from streamsoup.reading import Reading
@@ -23,11 +24,15 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
-    if is_pickled(path):
-        return open_pickled(path, reading.key, cache)
-    stored = open_stored(path, cache)
-    if reading.dequantize:
-        from streamsoup.formats.quantised.opening import dequantised
 
-        return dequantised(stored)
-    return stored
+    def open_folder(folder: str) -> Source:
+        if is_pickled(folder):
+            return open_pickled(folder, reading.key, cache)
+        stored = open_stored(folder, cache)
+        if reading.dequantize:
+            from streamsoup.formats.quantised.opening import dequantised
+
+            return dequantised(stored)
+        return stored
+
+    return open_pipeline(path, reading.components, open_folder) or open_folder(path)

@@ -12,13 +12,13 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import NoReturn
 
 import msgspec
 
-from streamsoup.errors import FormatError, printable, some
+from streamsoup.errors import FormatError, MissingFileError, printable, some
 from streamsoup.formats.configs import (
     changes,
     config_folder,
@@ -30,24 +30,20 @@ from streamsoup.formats.configs import (
 from streamsoup.formats.fitting.rows import Lengthened
 from streamsoup.formats.fitting.vocabulary import is_of_tokenizer
 from streamsoup.formats.ingredients import Ingredient
-from streamsoup.formats.links import real_inside
-from streamsoup.formats.weights import PICKLES, names_in
+from streamsoup.formats.links import check_inside, real_inside
+from streamsoup.formats.weights import PICKLES, SUFFIXES, names_in
 from streamsoup.reading import Reading
 from streamsoup.system.regular import reading as reading_of
 from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
 __all__ = ["SideFile", "gather_side_files", "is_equal", "pieces"]
 
-_WEIGHTS = (
-    *(".safetensors", *PICKLES),
-    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".tflite", ".ot", ".distcp"),
-)
-
 LEFT_OUT = (
-    *(f"*{suffix}" for suffix in _WEIGHTS),
+    *(f"*{suffix}" for suffix in SUFFIXES),
     *("*.index.json", "*.index.*.json"),
     *("weights*.npz", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
-    *("training_loss.png", "*_results.json", "latest", "zero_to_fp32.py"),
+    *("training_loss.png", "*_results.json", "*_results.csv", "latest", "zero_to_fp32.py"),
+    *("results.json", "metrics.json", "metrics.csv", "hparams.yaml"),
     *("readme*", "model_card*", "streamsoup.json", "mergekit_config.yml"),
     *("run.json", "events.out.*", "*.tfevents*", "*.log", "*.log.*", "nohup.out", "slurm-*.out"),
     *("*logits*.np[yz]", "*logits*.json*", "*logits*.csv", "*logits*.parquet", "*logits*.txt"),
@@ -66,7 +62,7 @@ _FAMILIAR = (
 _MODELS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")
 """How the names of pickled weights begin that loaders look for."""
 
-_OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json")
+_OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.json", "readme.md")
 """What a soup has files of, so that no folder may have such a name in it."""
 
 _OF_TRAINING = (
@@ -104,7 +100,9 @@ def gather_side_files(
     """
     first = ingredients[0].folder
     if first is None and (held := _held(ingredients[0])):
-        return [_with_dtype(file, dtype) for file in held] if dtype is not None else held, []
+        if dtype is None:
+            return held, []
+        return [_with_dtype(f, dtype) if f.name == "config.json" else f for f in held], []
     if first is None:
         weights = ingredients[0].source.files
         beside = os.path.join(os.path.dirname(weights[0]), "config.json") if weights else ""
@@ -114,11 +112,19 @@ def gather_side_files(
             f"{printable(ingredients[0].name)}: is a lone file, so what lies beside it, such as "
             "config.json, is not copied; copy it, or give the folder"
         ]
-    names, strange, heavy = _walk(first)
-    ours = {*ingredients[0].file_names, *map(os.path.basename, ingredients[0].source.files)}
+    copied = ingredients[0].source.copied
+    for name in copied:
+        _check_copied(os.path.join(first, name), first)
+    names, strange, heavy = _walk(first, _folders(ingredients[0]))
+    read = [os.path.relpath(path, first) for path in ingredients[0].source.files]
+    ours = {*ingredients[0].file_names, *copied, *read}
     heavy = [name for name in heavy if name not in ours]
-    spare = [name for name in names_in(first) if name.endswith(".safetensors") and name[0] != "."]
-    spare = [name for name in spare if name not in {*ingredients[0].file_names, *heavy}]
+    spare = [
+        name
+        for component in _folders(ingredients[0])
+        for name in _safetensors_in(first, component)
+        if name not in {*ours, *heavy}
+    ]
     warnings = []
     if heavy:
         warnings.append(
@@ -135,7 +141,7 @@ def gather_side_files(
     if spare:
         warnings.append(
             f"{printable(first)}: left out weights that are not part of "
-            f"{printable(ingredients[0].index_name or ingredients[0].file_names[0])}: {some(spare)}"
+            f"{printable(_called(ingredients[0]))}: {some(spare)}"
         )
     if strange:
         warnings.append(
@@ -157,7 +163,10 @@ def gather_side_files(
     dequantised = reading.dequantize
     if dequantised:
         names = [name for name in names if not is_of_quantisation(name)]
-    files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
+    files = [
+        SideFile(name, os.path.realpath(os.path.join(first, name)), None)
+        for name in (*names, *copied)
+    ]
     source = ingredients[0].source
     longest = config_folder(source.longest) if isinstance(source, Lengthened) else None
     if longest is not None:
@@ -167,16 +176,22 @@ def gather_side_files(
         values = any(spec.delivered for _, spec in ingredients[0].layout.places.values())
         dtype = DTYPES["BF16"] if dtype is None and values else dtype
     if dtype is not None:
-        files = [_with_dtype(file, dtype) for file in files]
+        configs = {
+            os.path.join(component, "config.json") for component in ingredients[0].components
+        }
+        files = [_with_dtype(file, dtype) if file.name in configs else file for file in files]
+    first_parts = ingredients[0].components
     for other in ingredients[1:]:
         if other.folder is None or os.path.realpath(other.folder) == os.path.realpath(first):
             continue
-        theirs, _, _ = _walk(other.folder)
+        theirs, _, _ = _walk(other.folder, _folders(other))
+        apart = tuple(f"{each}/" for each in _folders(ingredients[0]) if each not in first_parts)
         different = [
             text
             for name in sorted({*theirs, *names})
             if not (dequantised and is_of_quantisation(name))
             and not (longest is not None and is_of_tokenizer(name))
+            and not (apart and name.startswith(apart))
             and (text := _difference(name, first, other.folder, reading)) is not None
         ]
         if different:
@@ -216,19 +231,58 @@ def _held(ingredient: Ingredient) -> list[SideFile]:
     return [SideFile(name, ingredient.path, content) for name, content in files.items()]
 
 
-def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
+def _folders(ingredient: Ingredient) -> list[str]:
+    """List the folders in that of an ingredient whose files may belong to the soup."""
+    copied = map(os.path.dirname, ingredient.source.copied)
+    return list(dict.fromkeys(["", *ingredient.components, *copied]))
+
+
+def _safetensors_in(folder: str, component: str) -> list[str]:
+    """List the safetensors files in a folder of an ingredient, relative to it."""
+    inner = os.path.join(folder, component)
+    names = names_in(inner) if os.path.isdir(inner) else []
+    return [
+        os.path.join(component, name)
+        for name in names
+        if name.endswith(".safetensors") and name[0] != "."
+    ]
+
+
+def _check_copied(path: str, folder: str) -> None:
+    """Raise an error for weights that have to be copied and cannot: a soup would not load."""
+    check_inside(path, folder)
+    if not os.path.isfile(path):
+        raise MissingFileError(
+            f"{printable(path)}: no such file, and the soup needs it to load; the pipeline is not "
+            "complete, so download or save it again"
+        )
+
+
+def _called(ingredient: Ingredient) -> str:
+    """Return what the weights of an ingredient are called: its index, file or components."""
+    if ingredient.components != ("",):
+        return f"the components {some(ingredient.components)}"
+    return ingredient.index_name or ingredient.file_names[0]
+
+
+def _walk(folder: str, parts: Collection[str]) -> tuple[list[str], list[str], list[str]]:
     """List the side files below a folder, and what has their place but is not a regular file.
 
-    What may be weights of another model comes third, folders with all that they hold; those of a
-    training run are passed over. Raises `FormatError` for what cannot be looked at: it may be a
-    tokenizer.
+    What may be weights of another model comes third, folders with all that they hold, but for the
+    `parts` that are components; those of a training run are passed over. Raises `FormatError` for
+    what cannot be looked at: it may be a tokenizer.
     """
     names: list[str] = []
     strange: list[str] = []
     heavy: list[str] = []
     for at, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith(_OF_TRAINING))
-        weighty = [name for name in folders if _holds_weights(os.path.join(at, name))]
+        weighty = [
+            name
+            for name in folders
+            if _holds_weights(os.path.join(at, name))
+            and os.path.relpath(os.path.join(at, name), folder) not in parts
+        ]
         heavy += [os.path.relpath(os.path.join(at, name), folder) for name in weighty]
         folders[:] = [name for name in folders if name not in weighty]
         ours = [name for name in folders if _matches(name, _OF_A_SOUP)]
@@ -241,7 +295,7 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
             if name.startswith("."):
                 continue
             if _matches(name, LEFT_OUT):
-                if name.lower().endswith(_WEIGHTS) and not _matches(name, _FAMILIAR):
+                if name.lower().endswith(SUFFIXES) and not _matches(name, _FAMILIAR):
                     heavy.append(relative)
                 continue
             fits = _is_regular(path) and _is_inside(path, folder)
@@ -292,7 +346,7 @@ def _holds_weights(path: str) -> bool:
         files = os.listdir(path)
     except OSError as error:
         _refuse_unlisted(error)
-    return any(file.lower().endswith(_WEIGHTS) for file in files)
+    return any(file.lower().endswith(SUFFIXES) for file in files)
 
 
 def pieces(path: str, *, follows: bool = True) -> Iterator[bytes]:
@@ -331,8 +385,6 @@ def is_equal(a: str, b: str) -> bool:
 
 def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
     """Make a model's configuration name the dtype of the soup, under the key it uses."""
-    if file.name != "config.json":
-        return file
     config = read_config(file.path) if file.content is None else json.loads(file.content)
     if config is None:
         return file
@@ -343,7 +395,7 @@ def _with_dtype(file: SideFile, dtype: DType) -> SideFile:
 
 def _with_vocabulary(files: Sequence[SideFile], longest: str) -> list[SideFile]:
     """Return side files with the tokenizer in a folder, and a configuration with its length."""
-    names, _, _ = _walk(longest)
+    names, _, _ = _walk(longest, ())
     found = [file for file in files if not is_of_tokenizer(file.name)]
     found += [
         SideFile(name, os.path.realpath(os.path.join(longest, name)), None)
@@ -360,7 +412,7 @@ def _with_vocabulary(files: Sequence[SideFile], longest: str) -> list[SideFile]:
 
 def _without_quantisation(file: SideFile) -> SideFile:
     """Make a model's configuration say nothing of quantisation."""
-    if file.name not in ("config.json", "params.json"):
+    if os.path.basename(file.name) not in ("config.json", "params.json"):
         return file
     config = read_config(file.path) if file.content is None else json.loads(file.content)
     if config is None:

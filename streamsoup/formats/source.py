@@ -142,13 +142,32 @@ class Source(Protocol):
 
     @property
     def file_names(self) -> Sequence[str]:
-        """What the files of a soup that mirrors it are called."""
+        """What the files of a soup that mirrors it are called, with ``/`` after a folder."""
         return ("model.safetensors",)
 
     @property
     def index_name(self) -> str | None:
         """What the index of a soup that mirrors it is called, if it has several files."""
         return None
+
+    @property
+    def index_names(self) -> Sequence[str]:
+        """What the indexes are called, where files lie in several folders; one for each folder."""
+        return () if self.index_name is None else (self.index_name,)
+
+    @property
+    def components(self) -> Sequence[str]:
+        """Folders in `folder` whose side files belong to its tensors; empty for itself.
+
+        Tensors of a file in a component are named after it, those in ``unet/a.safetensors``
+        ``unet/…``.
+        """
+        return ("",)
+
+    @property
+    def copied(self) -> Sequence[str]:
+        """Files of weights in `folder` that a soup needs and that are copied as they are."""
+        return ()
 
     @property
     def files(self) -> Sequence[str]:

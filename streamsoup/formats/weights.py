@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import os
 
-from streamsoup.errors import FormatError, UnsafePickleError, printable, some
+from streamsoup.errors import FormatError, UnsafePickleError, option, printable, some
 from streamsoup.formats.conversions import of_pickle, of_training_folder
 from streamsoup.formats.index import is_index, n_shards, read_index, stem
 
-__all__ = ["PICKLES", "find_weights", "names_in"]
+__all__ = ["PICKLES", "SUFFIXES", "find_weights", "names_in"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """How the names of weights end that are not safetensors."""
+
+SUFFIXES = (
+    *(".safetensors", *PICKLES),
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".tflite", ".ot", ".distcp"),
+)
+"""How the names of weights end, of any kind."""
 
 
 def names_in(folder: str) -> list[str]:
@@ -87,9 +93,11 @@ def find_weights(folder: str) -> str:
         snapshots = [os.path.join("snapshots", name) for name in names_in(f"{folder}/snapshots")]
         inside = [name for name in snapshots if _holds_weights(os.path.join(folder, name))]
     if inside:
+        named = [name for name in inside if name.replace("_", "").isalpha()]  # as unet, no steps
+        components = f", or name components with {option('components')}" if named else ""
         raise FormatError(
             f"{where}: has no safetensors file, but there are some in its folders "
-            f"({some(inside, 3)}); give one of those"
+            f"({some(inside, 3)}); give one of those{components}"
         )
     has = f"only {some(names, 3)}" if names else "nothing at all"
     raise FormatError(f"{where}: has no safetensors file, {has}; give a folder with a checkpoint")

@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import zlib
 
-from streamsoup.formats.files import Crc32
 from streamsoup.kernels.fast import objects, processor
 from streamsoup.kernels.fast.folding import LANES_NBYTES, compile_folding
 from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.kernels.tiers import tier
-from streamsoup.system.buffers import Bytes, address_of
+from streamsoup.system.buffers import Bytes, Crc32, address_of
 
 __all__ = ["FoldedCrc32", "fastest_crc32", "has_folding"]
 

@@ -36,7 +36,8 @@ from streamsoup.formats.memory import sharing
 from streamsoup.formats.overlaps import is_apart, overlaps
 from streamsoup.formats.released import Part
 from streamsoup.live.causes import misfit
-from streamsoup.live.matching import PLAIN, Match, match, memory_of, tensors_of
+from streamsoup.live.components import match_components
+from streamsoup.live.matching import PLAIN, Match, memory_of, tensors_of
 from streamsoup.system.buffers import Bytes, address_of
 from streamsoup.tensors import TORCH_NAMES
 
@@ -90,7 +91,7 @@ class ModelSink:
         """True if no ingredient is known to share the model's memory."""
         planned = {tensor.name: tensor for tensor in plan.tensors}
         shapes = {name: tensor.shape for name, tensor in planned.items()}
-        self._match = found = match(shapes, model)
+        self._match = found = match_components(shapes, model)
         self._memory = {name: memory_of(name, tensor) for name, tensor in found.tensors.items()}
         """Where the elements lie: a module that is converted keeps its parameters, not these."""
         self.live = found.parts

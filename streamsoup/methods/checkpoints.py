@@ -21,6 +21,7 @@ import msgspec
 from streamsoup.errors import FormatError, RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.index import is_index, n_shards
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed
+from streamsoup.formats.listings import INDEX, read_listing
 from streamsoup.formats.side_files import pieces
 from streamsoup.formats.weights import PICKLES
 from streamsoup.options import take
@@ -252,8 +253,11 @@ def _inside(run: str) -> tuple[list[str], list[str]]:
             f"{printable(run)}: cannot be listed: {error.strerror}; fix that and run again"
         ) from None
     names = [entry.name for entry in entries if entry.name not in folders]
-    if {"model_index.json", "zero_to_fp32.py"} & {*names}:
-        return [], []  # a pipeline, or a checkpoint of DeepSpeed: the numbers inside are not steps
+    listing = read_listing(run)
+    if "zero_to_fp32.py" in names or (listing is not None and listing.file == INDEX):
+        return [], []  # a checkpoint of DeepSpeed, or a pipeline: the numbers inside are not steps
+    if listing is not None:  # what a run of sentence-transformers saved last, beside checkpoints
+        folders = [name for name in folders if name not in listing.components]
     weights = [name for name in names if _is_weights(name) and n_shards(name) == 1]
     return folders, [] if any(map(is_index, names)) else weights
 
@@ -264,9 +268,17 @@ def _is_weights(name: str) -> bool:
 
 
 def _holds_weights(folder: str) -> bool:
-    """Return True if a folder holds weights itself, as far as can be seen."""
+    """Return True if a folder holds weights, or folders with some, as far as can be seen.
+
+    Those are components: of a pipeline, or what the training of one leaves without a listing.
+    """
     try:
-        return any(_is_weights(name) for name in os.listdir(folder))
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        if any(_is_weights(entry.name) for entry in entries):
+            return True
+        parts = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        parts = [path for path in parts if number_in(os.path.basename(path)) is None]
+        return any(_is_weights(name) for path in parts for name in os.listdir(path))
     except OSError:
         return False
 

@@ -16,14 +16,15 @@ import xxhash
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.errors import StreamsoupError
+from streamsoup.formats.listings import LISTINGS, read_listing
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, FileRecord, Provenance
 from streamsoup.system.folders import Folder
 from streamsoup.system.regular import read_file
 
-__all__ = ["strange_files"]
+__all__ = ["part_folders", "strange_files"]
 
 _OF_A_CHECKPOINT = (
-    *("*.safetensors", "*.index.json", "*.index.*.json", PROVENANCE_NAME),
+    *("*.safetensors", "*.index.json", "*.index.*.json", PROVENANCE_NAME, *LISTINGS),
     *("config.json", "*_config.json", "config_*.json", "params.json"),
     *("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.jinja", "chat_template*", "spiece.model", "*sentencepiece*", "*.spm", "*.tiktoken"),
@@ -66,6 +67,28 @@ def strange_files(folder: Folder) -> tuple[list[str], list[str]]:
         if name in known and not _is_as_made(folder, known[name], shard=name in shards):
             edited.append(name)
     return strange, sorted(edited)
+
+
+def part_folders(target: str) -> set[str]:
+    """Return the paths of the folders in a checkpoint that its weights lie in, relative to it.
+
+    For a soup, those that its provenance names; for other pipelines, those of the components that
+    they list. A listing that cannot be read has none.
+    """
+    try:
+        with Folder.open(target) as folder:
+            text = read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT)
+        provenance = Provenance.from_json(text, BUILT_IN)
+        return {os.path.dirname(r.name) for r in (*provenance.shards, *provenance.side_files)}
+    except FileNotFoundError:
+        pass
+    except (OSError, StreamsoupError):
+        return set()
+    try:
+        listing = read_listing(target)
+    except StreamsoupError:
+        return set()
+    return set() if listing is None else set(listing.components)
 
 
 def _walk(folder: Folder, above: str) -> Iterator[str]:

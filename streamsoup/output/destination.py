@@ -17,8 +17,9 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.files import is_mounted
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.listings import LISTINGS
 from streamsoup.formats.weights import PICKLES
-from streamsoup.output.belongings import strange_files
+from streamsoup.output.belongings import part_folders, strange_files
 from streamsoup.recipe import PROVENANCE_NAME
 from streamsoup.system.folders import Folder
 from streamsoup.system.schemes import check_local
@@ -149,16 +150,19 @@ def check_replaceable(target: str) -> None:
     """
     where = printable(target)
     names = os.listdir(target)
-    if names and not any(name.endswith((".safetensors", PROVENANCE_NAME)) for name in names):
+    ours = (".safetensors", PROVENANCE_NAME, *LISTINGS)
+    if names and not any(name.endswith(ours) for name in names):
         raise OutputExistsError(
             f"{where}: is not a checkpoint, so {option('overwrite', True)} does not replace it; "
             "choose another folder or remove it yourself"
         )
+    parts = part_folders(target)
     others = [
         os.path.relpath(at, target)
         for at, _, files in os.walk(target, onerror=_fail)
         if at != target and any(file.endswith((".safetensors", *PICKLES)) for file in files)
     ]
+    others = [path for path in others if path not in parts]
     if others:
         raise OutputExistsError(
             f"{where}: holds more than one checkpoint ({some(sorted(others))}), so "

@@ -118,20 +118,24 @@ def _same(plan: MixPlan, provenance: Provenance) -> Iterator[str]:
 
 def _tied(plan: MixPlan, tensors: Mapping[str, str]) -> Iterator[str]:
     """Yield the output embeddings that a configuration ties to input embeddings which differ."""
-    pairs = [
-        (output, name)
-        for end in OUTPUTS
-        for output in tensors
-        if output.endswith(end)
-        for name in tensors
-        if name.endswith(INPUTS)
-    ][:1]
     folder = folder_of(plan.ingredients[0])
-    for output, name in pairs:
-        if tensors[output] != tensors[name] and folder is not None and says_tied(folder):
+    for component in plan.ingredients[0].components if folder is not None else ():
+        within = f"{component}/" if component else ""
+        pairs = [
+            (output, name)
+            for end in OUTPUTS
+            for output in tensors
+            if output.endswith(end) and output.startswith(within)
+            for name in tensors
+            if name.endswith(INPUTS) and name.startswith(within)
+        ]
+        if not pairs or not says_tied(os.path.join(str(folder), component)):
+            continue
+        output, name = pairs[0]
+        if tensors[output] != tensors[name]:
             yield (
-                f"{printable(plan.ingredients[0].name)}: config.json says that {printable(output)} "
-                f"is tied to {printable(name)}, but they differ in the soup, so that loaders drop "
-                "one of them; set tie_word_embeddings to false in the soup's config.json to keep "
-                "both"
+                f"{printable(plan.ingredients[0].name)}: {within}config.json says that "
+                f"{printable(output)} is tied to {printable(name)}, but they differ in the soup, "
+                "so that loaders drop one of them; set tie_word_embeddings to false in the soup's "
+                f"{within}config.json to keep both"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,7 +32,7 @@ from streamsoup.output.destination import check_output
 from streamsoup.output.make import Order, Soup, plan_order, warned
 from streamsoup.output.make import make as make_whole
 from streamsoup.output.parts import Part, Parts, SharedPlan, identity_of, part_folder, share
-from streamsoup.output.staging import Staging
+from streamsoup.output.staging import Staging, move_files
 from streamsoup.output.verification import read_provenance
 from streamsoup.output.write import FileLedger, FileSink
 from streamsoup.recipe import ARITHMETIC, DIGEST, IngredientRecord, Provenance
@@ -40,7 +41,7 @@ from streamsoup.system.versions import versions
 
 __all__ = ["commit", "make", "paths_of_parts"]
 
-_BESIDE = ("config",)
+_BESIDE = ("config", "card")
 """The options that decide the files beside the weights."""
 
 
@@ -158,10 +159,8 @@ def commit(
                         staging.journal.append(record, wait=False)
             staging.journal.sync()
             with parts.soup() as soup:
-                for name, _, _ in planned.shards:
-                    if soup.status(name) is not None and staging.soup.status(name) is None:
-                        soup.move(name, staging.soup, name)
-                soup.sync()
+                move_files(soup, staging.soup)
+                soup.sync_below()
             staging.soup.sync()
 
         try:
@@ -198,8 +197,11 @@ def _make_part(
     leaves = share(plan, ordered.files, number, n)
     warnings = warned(ordered.warnings)
     check_variances(plan, mapped=ordered.mapped, memory=options.memory)
-    with parts.soup() as folder, Part(parts, number, n) as mine:
-        sink = FileSink(plan, ordered.files, folder)
+    with (
+        parts.soup() as folder,
+        Part(parts, number, n) as mine,
+        closing(FileSink(plan, ordered.files, folder)) as sink,
+    ):
         ledger = FileLedger(plan, sink, mine.journal, Digests(plan))
         sink.join(resumes=ledger.resumes)
         reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)

@@ -6,8 +6,10 @@ import errno
 import json
 import logging
 import os
+import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,10 +35,12 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
+from streamsoup.formats.layout import name_in_file
 from streamsoup.formats.meaning import check_meaning, check_quantised
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
 from streamsoup.options import Options, check_options
 from streamsoup.output import doubts
+from streamsoup.output.card import CARD_NAME, make_card
 from streamsoup.output.destination import check_output
 from streamsoup.output.staging import Staging
 from streamsoup.output.verification import read_provenance
@@ -108,6 +112,8 @@ class Order(msgspec.Struct, frozen=True):
     warnings: list[str]
     report: Mapping[str, object] = {}
     """How a search found the coefficients; becomes part of the provenance."""
+    card: bool = True
+    """Write a model card, made of the plan and the report."""
     on_device: OnDevice | None = None
     """The accelerator that makes the sums, and what it will hold; None for the CPU."""
     summed_on: str = "cpu"
@@ -191,6 +197,7 @@ def plan_order(opened: Sequence[Ingredient], recipe: Recipe, options: Options) -
         mapped,
         side_files,
         warnings,
+        card=options.card,
         on_device=on_device,
         summed_on=summed_on,
     )
@@ -289,6 +296,14 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
     digests = Digests(plan)
     sink = FileSink(plan, files, staging.soup)
     ledger = FileLedger(plan, sink, staging.journal, digests)
+    with closing(sink):
+        return _written(ordered, staging, sink, ledger, options)
+
+
+def _written(
+    ordered: Order, staging: Staging, sink: FileSink, ledger: FileLedger, options: Options
+) -> tuple[Provenance, list[str]]:
+    plan, digests = ordered.plan, ledger.digests
     sink.prepare(resumes=ledger.resumes)
     # Side files first: they can still fail, and weights may take hours.
     side_files = write_beside(ordered, staging.soup)
@@ -359,7 +374,7 @@ def _fingerprint(ordered: Order) -> str:
 
 
 def write_beside(ordered: Order, folder: Folder) -> list[FileRecord]:
-    """Write the files beside the weights into `folder`: side files, and the index if there is one.
+    """Write the files beside the weights into `folder`: side files, model card, and indexes.
 
     None of them may exist yet. Returns their records. Raises `FormatError` for a side file that can
     no longer be read.
@@ -395,8 +410,10 @@ def _beside(ordered: Order) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Yield the name and the content of each file beside the weights."""
     for file in ordered.side_files:
         yield file.name, _content(file)
-    if ordered.files.index_name is not None:
-        yield ordered.files.index_name, [_index(ordered.plan, ordered.files)]
+    if ordered.card:
+        yield CARD_NAME, [make_card(ordered.plan, ordered.report)]
+    for name in ordered.files.index_names:
+        yield name, [_index(ordered.plan, ordered.files, name)]
 
 
 class _Counted:
@@ -438,13 +455,17 @@ def _content(file: SideFile) -> Iterator[bytes]:
         ) from None
 
 
-def _index(plan: MixPlan, files: FilePlan) -> bytes:
-    """Write the index as transformers does: total size and parameters, name to file."""
-    weight_map = {plan.tensors[t].name: file.name for file in files.files for t in file.tensors}
-    metadata = {
-        "total_parameters": plan.layouts[0].n_parameters,
-        "total_size": plan.nbytes_written,
-    }
+def _index(plan: MixPlan, files: FilePlan, name: str) -> bytes:
+    """Write the index of a folder as transformers does: size and parameters, name to file."""
+    weight_map: dict[str, str] = {}
+    metadata = {"total_parameters": 0, "total_size": 0}
+    for file in files.files:
+        if posixpath.dirname(file.name) != posixpath.dirname(name):
+            continue
+        for tensor in (plan.tensors[t] for t in file.tensors):
+            weight_map[name_in_file(tensor.name, file.name)] = posixpath.basename(file.name)
+            metadata["total_parameters"] += tensor.spec.n_elements
+            metadata["total_size"] += tensor.nbytes
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 

@@ -80,7 +80,7 @@ class SharedPlan(msgspec.Struct, frozen=True):
     ingredients: tuple[IngredientIdentity, ...]
     shards: tuple[tuple[str, int, str], ...]
     """Of each shard: its name, size, and the digest of its header."""
-    side_files: dict[str, str]
+    side_files: dict[str, str | bool]
     """The options that decide the files beside the weights."""
     arithmetic: str = ARITHMETIC
     digest: str = DIGEST
@@ -442,7 +442,7 @@ def _decode(text: bytes, rules: Sequence[type[Rule]]) -> SharedPlan:
             ("n_parts", int),
             ("ingredients", tuple[IngredientIdentity, ...]),
             ("shards", tuple[tuple[str, int, str], ...]),
-            ("side_files", dict[str, str]),
+            ("side_files", dict[str, str | bool]),
             ("arithmetic", str),
             ("digest", str),
         )

@@ -15,6 +15,7 @@ import msgspec
 from streamsoup.engine.read import mapped_nbytes
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options
+from streamsoup.output.card import CARD_NAME
 from streamsoup.output.coefficients import AnyRule, find_rule
 from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients, rule_name
@@ -102,7 +103,9 @@ def inspect(
     Reads headers and the index, no weight.
     """
     (ingredient,) = open_ingredients([checkpoint], options.reading)
-    layout, files = ingredient.layout, tuple(map(os.path.basename, ingredient.source.files))
+    layout, paths = ingredient.layout, ingredient.source.files
+    root = ingredient.folder
+    files = tuple(os.path.relpath(path, root) if root else os.path.basename(path) for path in paths)
     mirrored = len(files) == len(ingredient.file_names)
     homes = files if mirrored else tuple(ingredient.file_names)
     dtypes: Counter[str] = Counter()
@@ -152,6 +155,7 @@ def record_of(ordered: Order) -> PlanRecord:
     """Return the record of a soup that was planned."""
     made, memory = ordered.plan, ordered.memory
     on_device = ordered.on_device.plan if ordered.on_device is not None else None
+    cards = [CARD_NAME] if ordered.card else []
     return PlanRecord(
         ingredients=tuple(each.name for each in made.ingredients),
         n_tensors=len(made.tensors),
@@ -160,7 +164,7 @@ def record_of(ordered: Order) -> PlanRecord:
         n_passes=made.recipe.rule.n_passes,
         nbytes_written=sum(file.nbytes for file in ordered.files.files),
         files={file.name: file.nbytes for file in ordered.files.files},
-        side_files=tuple(file.name for file in ordered.side_files),
+        side_files=(*(file.name for file in ordered.side_files), *cards),
         peak_nbytes=memory.peak_nbytes,
         mapped_nbytes=mapped_nbytes(made, memory, mapped=ordered.mapped),
         running_sum_nbytes=made.nbytes_summed,

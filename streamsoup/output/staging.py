@@ -60,7 +60,7 @@ from streamsoup.system.libc import EXCHANGE, NO_REPLACE, rename
 from streamsoup.system.locks import HeldError, Lock
 from streamsoup.system.regular import read_file
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "move_files"]
 
 log = logging.getLogger("streamsoup")
 
@@ -410,14 +410,9 @@ class Staging:
         assert self._work is not None
         names = [name for name in self._work.names() if name.startswith(_TAKEN)]
         for name in names:
-            with self._work.folder(name) as taken:
-                for file in taken.names() if self.complete is None else ():
-                    status = taken.status(file)
-                    lone = status is not None and stat.S_ISREG(status.st_mode)
-                    if status is None or not lone or status.st_nlink != 1:
-                        continue
-                    if self.soup.status(file) is None:
-                        taken.move(file, self.soup, file)
+            if self.complete is None:
+                with self._work.folder(name) as taken:
+                    move_files(taken, self.soup)
         self.soup.sync()
         for name in names:
             self._work.remove(name)
@@ -582,6 +577,24 @@ class Staging:
                 return digest_bytes(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
         except OSError:
             return None
+
+
+def move_files(taken: Folder, to: Folder) -> None:
+    """Move files out of a folder and the folders in it into another, which gets such folders.
+
+    Names that are there already stay as they are.
+    """
+    for name in taken.names():
+        status, there = taken.status(name), to.status(name)
+        if status is None:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            if there is None or stat.S_ISDIR(there.st_mode):
+                with taken.folder(name) as inner, to.inside(name) as inside:
+                    move_files(inner, inside)
+                    inside.sync()
+        elif there is None and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            taken.move(name, to, name)
 
 
 def _immovable(target: str) -> str:

@@ -7,6 +7,7 @@ check also digests the ingredients, and makes the soup once more without writing
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -26,6 +27,7 @@ from streamsoup.errors import (
     printable,
 )
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed, open_ingredients
+from streamsoup.formats.listings import check_component
 from streamsoup.formats.shards import Shard
 from streamsoup.formats.side_files import pieces
 from streamsoup.formats.stored import open_stored
@@ -132,53 +134,74 @@ def _check_soup(folder: str, provenance: Provenance, problems: list[str]) -> int
             continue
         if digest != record.digest:
             problems.append(f"{printable(record.name)} has changed")
-    try:
-        soup = open_stored(folder)
-    except (FormatError, MissingFileError) as error:
-        problems.append(error.text)
-        return 0
-    for record in provenance.shards:
-        if record.name not in soup.file_names:
-            problems.append(f"{printable(record.name)} is missing")
-    recorded = {record.name for record in provenance.shards}
-    for name in sorted(os.listdir(folder)):
-        # Shards that were opened are checked below.
-        beside = name.endswith(".safetensors") and not name.startswith(".")
-        if beside and name not in recorded and name not in soup.file_names:
-            problems.append(f"{printable(name)} was not made here")
     nbytes = 0
     found: set[str] = set()
-    for shard in soup.shards:
+    components = dict.fromkeys(posixpath.dirname(record.name) for record in provenance.shards)
+    for component in components or [""]:
         try:
-            nbytes += _check_shard(shard, provenance, found, problems)
-        except OSError as error:
-            problems.append(f"{_base(shard)} cannot be read ({_reason(error)})")
+            check_component(component)
+            nbytes += _check_component(folder, component, provenance, found, problems)
+        except (FormatError, MissingFileError) as error:
+            problems.append(error.text)
+            return nbytes
     for name in provenance.tensors:
         if name not in found:
             problems.append(f"tensor {printable(name)} is missing")
     return nbytes
 
 
-def _check_shard(shard: Shard, provenance: Provenance, found: set[str], problems: list[str]) -> int:
-    """Compare a shard's header and tensors with their digests; return the number of bytes read."""
+def _check_component(
+    folder: str, component: str, provenance: Provenance, found: set[str], problems: list[str]
+) -> int:
+    """Compare the shards in a folder of the soup with their digests; return the bytes read."""
+    above = f"{component}/" if component else ""
+    soup = open_stored(os.path.join(folder, component) if component else folder)
+    opened = {above + name for name in soup.file_names}
+    for record in provenance.shards:
+        if posixpath.dirname(record.name) == component and record.name not in opened:
+            problems.append(f"{printable(record.name)} is missing")
+    recorded = {record.name for record in (*provenance.shards, *provenance.side_files)}
+    for name in sorted(os.listdir(os.path.join(folder, component))):
+        # Shards that were opened are checked below.
+        beside = name.endswith(".safetensors") and not name.startswith(".")
+        if beside and above + name not in recorded | opened:
+            problems.append(f"{printable(above + name)} was not made here")
+    nbytes = 0
+    for shard in soup.shards:
+        try:
+            nbytes += _check_shard(shard, above, provenance, found, problems)
+        except OSError as error:
+            problems.append(f"{_base(shard, above)} cannot be read ({_reason(error)})")
+    return nbytes
+
+
+def _check_shard(
+    shard: Shard, above: str, provenance: Provenance, found: set[str], problems: list[str]
+) -> int:
+    """Compare a shard's header and tensors with their digests; return the number of bytes read.
+
+    The names of the soup begin with `above`, the path of the shard's folder.
+    """
     recorded = {record.name: record.digest for record in provenance.shards}
+    where = _base(shard, above)
     with open(shard.path, "rb", buffering=0) as opened:
         header = os.pread(opened.fileno(), shard.data_begin, 0)
-        if recorded.get(os.path.basename(shard.path)) != digest_bytes(header):
-            problems.append(f"the header of {_base(shard)} has changed")
+        if recorded.get(above + os.path.basename(shard.path)) != digest_bytes(header):
+            problems.append(f"the header of {where} has changed")
         for spec in shard.header.tensors.values():
-            found.add(spec.name)
-            if spec.name not in provenance.tensors:
-                problems.append(f"{printable(spec.name)} in {_base(shard)} was not made here")
-            elif provenance.tensors[spec.name] != _digest_tensor(
+            name = above + spec.name
+            found.add(name)
+            if name not in provenance.tensors:
+                problems.append(f"{printable(name)} in {where} was not made here")
+            elif provenance.tensors[name] != _digest_tensor(
                 opened.fileno(), shard.data_begin, spec
             ):
-                problems.append(f"{printable(spec.name)} in {_base(shard)} has changed")
+                problems.append(f"{printable(name)} in {where} has changed")
     return shard.identity.size
 
 
-def _base(shard: Shard) -> str:
-    return printable(os.path.basename(shard.path))
+def _base(shard: Shard, above: str) -> str:
+    return printable(above + os.path.basename(shard.path))
 
 
 def _digest_tensor(descriptor: int, data_begin: int, spec: TensorSpec) -> str:

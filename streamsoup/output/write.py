@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import xxhash
 
@@ -43,25 +44,29 @@ class FileSink:
         self.early = early
         self._plan = plan
         self._files = files
-        self.folder = folder
-        """Where the files are; all of them are opened by their names in it."""
+        self._folders = {"": folder}
+        """Where the files are, by the path of the folder; each is opened by its name in one."""
 
     def session(self) -> FileSession:
         """Return a thread's own means to write."""
         return FileSession(self)
 
-    def name(self, number: int) -> str:
-        """Return the name of a shard in the making."""
-        return self._files.files[number].name
+    def at(self, number: int) -> tuple[Folder, str]:
+        """Return the folder of a shard in the making, and its name there.
+
+        Its folder was opened by `prepare` or `join`.
+        """
+        above, name = posixpath.split(self._files.files[number].name)
+        return self._folders[above], name
 
     def file_of(self, leaf: Leaf) -> int:
         """Return the number of the shard that holds a leaf."""
         return self._files.places[leaf.tensor][0]
 
-    def place(self, leaf: Leaf, start: int) -> tuple[str, int]:
+    def place(self, leaf: Leaf, start: int) -> tuple[int, int]:
         """Return the file and the offset at which unit `start` of the leaf's tensor belongs."""
         number, offset = self._files.places[leaf.tensor]
-        return self.name(number), offset + start * self.unit_nbytes(leaf)
+        return number, offset + start * self.unit_nbytes(leaf)
 
     def unit_nbytes(self, leaf: Leaf) -> int:
         """Return the bytes of a unit of the leaf's tensor."""
@@ -72,29 +77,21 @@ class FileSink:
 
         If the run `resumes` work, caches of the files are dropped: reads then come from the disk.
         """
+        root = self._folders[""]
         sizes = {file.name: file.nbytes for file in self._files.files}
-        held = 0
-        for name in self.folder.names():
-            status = self.folder.status(name)
-            if status is None:
-                continue
-            lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-            # A file of another size is replaced, never cut: an earlier run may still write to it.
-            if lone and sizes.get(name) == status.st_size:
-                held += status.st_blocks * 512
-            else:
-                self.folder.remove(name)
-        missing = sum(sizes.values()) - held
-        free = _free_nbytes(self.folder)
+        held = _keep(root, "", sizes)
+        missing = sum(sizes.values()) - sum(held.values())
+        free = _free_nbytes(root)
         if missing > free:
             raise _full(missing, free)
-        there = set(self.folder.names())
-        for file in self._files.files:
-            flags = os.O_RDWR if file.name in there else os.O_RDWR | os.O_CREAT | os.O_EXCL
-            descriptor = self.folder.file(file.name, flags)
+        for number, file in enumerate(self._files.files):
+            folder, name = self._open_folder(number)
+            there = file.name in held
+            flags = os.O_RDWR if there else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = folder.file(name, flags)
             try:
-                if file.name not in there:
-                    _reserve(descriptor, file.nbytes, self.folder)
+                if not there:
+                    _reserve(descriptor, file.nbytes, folder)
                 elif resumes:
                     # After a failed write the disk and the cache may differ.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -107,28 +104,39 @@ class FileSink:
 
         Nothing is removed, and no file shrinks. Raises `OSError` for a file with other names.
         """
-        for file in self._files.files:
-            folder, name = self.folder.below(file.name)
+        for number, file in enumerate(self._files.files):
+            folder, name = self._open_folder(number)
             descriptor = folder.file(name, os.O_RDWR | os.O_CREAT)
             try:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
                     raise OSError(errno.EPERM, "is not a regular file with one name", file.name)
                 if status.st_size < file.nbytes:
-                    _reserve(descriptor, file.nbytes, self.folder)
+                    _reserve(descriptor, file.nbytes, folder)
                 elif resumes:
                     # After a failed write the disk and the cache may differ.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
-                if folder is not self.folder:
-                    folder.close()
 
     def sync(self, numbers: Iterable[int] | None = None) -> None:
         """Wait until some shards, or all, are on disk."""
         for number in range(len(self._files.files)) if numbers is None else numbers:
-            sync_file(self.folder, self.name(number))
+            sync_file(*self.at(number))
+
+    def _open_folder(self, number: int) -> tuple[Folder, str]:
+        """Open the folder of a shard, made if need be, and keep it open; return as `at` does."""
+        name = self._files.files[number].name
+        above = posixpath.dirname(name)
+        if above not in self._folders:
+            self._folders[above] = self._folders[""].below(name)[0]
+        return self.at(number)
+
+    def close(self) -> None:
+        """Close the folders that were opened for shards; the one that was given stays open."""
+        for above in [above for above in self._folders if above]:
+            self._folders.pop(above).close()
 
 
 class FileLedger:
@@ -161,9 +169,9 @@ class FileLedger:
         if not self._noted[leaf.number]:
             return None
         digests = self.digests.get(leaf.number)
-        name, offset = self._sink.place(leaf, leaf.start)
+        number, offset = self._sink.place(leaf, leaf.start)
         nbytes = leaf.n_units * self._sink.unit_nbytes(leaf)
-        found = _digest(self._sink.folder, name, offset, nbytes)
+        found = _digest(*self._sink.at(number), offset, nbytes)
         return digests if found == digests[:SIZE] else None
 
     def finish_leaf(self, leaf: Leaf, digests: bytes) -> None:
@@ -228,18 +236,42 @@ class FileSession:
 
     def write(self, leaf: Leaf, start: int, block: Bytes) -> None:
         """Write a finished block from unit `start` on; the last of a leaf starts the disk on it."""
-        name, offset = self._sink.place(leaf, start)
-        write_at(self._files.writing(name, self._sink.folder), block, offset)
+        number, offset = self._sink.place(leaf, start)
+        folder, name = self._sink.at(number)
+        write_at(self._files.writing(name, folder), block, offset)
         unit = self._sink.unit_nbytes(leaf)
         nbytes = leaf.n_units * unit
         ends = start + len(block) // unit == leaf.start + leaf.n_units
         if self._sink.early and nbytes >= EARLY_NBYTES and ends:
             begin = self._sink.place(leaf, leaf.start)[1]
-            begin_writing(self._sink.folder, name, begin, nbytes)
+            begin_writing(folder, name, begin, nbytes)
 
     def close(self) -> None:
         """Close the descriptors."""
         self._files.close()
+
+
+def _keep(folder: Folder, above: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Remove all below a folder but files that have the size of one of `sizes`, by path.
+
+    Returns the bytes that those take. A file of another size is replaced, never cut: an earlier run
+    may still write to it.
+    """
+    held: dict[str, int] = {}
+    for name in folder.names():
+        status = folder.status(name)
+        if status is None:
+            continue
+        path = above + name
+        lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        if lone and sizes.get(path) == status.st_size:
+            held[path] = status.st_blocks * 512
+        elif stat.S_ISDIR(status.st_mode) and any(file.startswith(f"{path}/") for file in sizes):
+            with folder.folder(name) as inner:
+                held |= _keep(inner, f"{path}/", sizes)
+        else:
+            folder.remove(name)
+    return held
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 
 from streamsoup.system.libc import is_same_memory
 
-__all__ = ["Bytes", "address_of", "buffer", "is_same"]
+__all__ = ["Bytes", "Crc32", "address_of", "buffer", "is_same"]
 
 Bytes = memoryview
 """Contiguous bytes in one dimension. Elements in them are little-endian."""
+
+Crc32 = Callable[[Bytes, int], int]
+"""Returns the CRC-32 of what had that of its second argument, followed by a block."""
 
 
 def buffer(nbytes: int) -> Bytes:

@@ -50,6 +50,12 @@ class Folder(Closing):
         os.mkdir(name, mode, dir_fd=self.descriptor)
         return self.folder(name)
 
+    def inside(self, name: str) -> Folder:
+        """Open a folder in this one, made if need be. Raises `OSError` for a link."""
+        with suppress(FileExistsError):
+            os.mkdir(name, dir_fd=self.descriptor)
+        return self.folder(name)
+
     def below(self, name: str) -> tuple[Folder, str]:
         """Return the folder that a relative path ends in, made if need be, and the last name.
 
@@ -60,9 +66,7 @@ class Folder(Closing):
         for part in above:
             before = folder
             try:
-                with suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=before.descriptor)
-                folder = before.folder(part)
+                folder = before.inside(part)
             finally:
                 if before is not self:
                     before.close()

@@ -76,6 +76,21 @@ class Halved(Source):
         return self.of.index_name
 
     @property
+    def index_names(self) -> Sequence[str]:
+        """Mirror its indexes, if it is a pipeline."""
+        return self.of.index_names
+
+    @property
+    def components(self) -> Sequence[str]:
+        """Mirror its components."""
+        return self.of.components
+
+    @property
+    def copied(self) -> Sequence[str]:
+        """Leave to the soup what it leaves."""
+        return self.of.copied
+
+    @property
     def files(self) -> Sequence[str]:
         """Read its files."""
         return self.of.files

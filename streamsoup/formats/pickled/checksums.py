@@ -26,9 +26,9 @@ from collections.abc import Sequence
 import msgspec
 
 from streamsoup.errors import CorruptFileError, printable
-from streamsoup.formats.files import Crc32, open_shard
+from streamsoup.formats.files import open_shard
 from streamsoup.formats.shards import StoredFile
-from streamsoup.system.buffers import Bytes
+from streamsoup.system.buffers import Bytes, Crc32
 from streamsoup.system.regular import close_read
 
 __all__ = ["Checked", "Checksums", "Running", "joined"]

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
+
+from msgspec.structs import replace
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.live.candidates import Candidates, Moved
@@ -45,10 +48,10 @@ class CandidateFolder:
         ordered = self._ordered
         try:
             folder = self._renamed()
-            sink = FileSink(ordered.plan, ordered.files, folder, early=False)
-            sink.prepare(resumes=False)
-            moved = candidates.mix(members, sink, keep=keep)
-            write_beside(ordered, folder)
+            with closing(FileSink(ordered.plan, ordered.files, folder, early=False)) as sink:
+                sink.prepare(resumes=False)
+                moved = candidates.mix(members, sink, keep=keep)
+            write_beside(replace(ordered, card=False), folder)
         except OSError as error:
             if isinstance(error, StreamsoupError):
                 raise
