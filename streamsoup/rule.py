@@ -54,6 +54,8 @@ class RuleMemory(msgspec.Struct, frozen=True):
     """The parameters of the rule itself."""
     reads_elsewhere: bool = False
     """True if it calls `Block.values_at`, which takes further buffers in each thread."""
+    compiles: bool = False
+    """True if it uses the compiled kernels of merges, which may have to be compiled first."""
 
 
 class Block(Protocol):

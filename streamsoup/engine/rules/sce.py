@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sce"]
 
-N_SELECTING = 8
+N_SELECTING = 7
 """Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
 
 MOST_COLLECTED = 1 << 17

@@ -5,7 +5,7 @@ part of it (`sparsifiers`), with `rescale` made as large as before. With the con
 element elects the sign of Σᵢ wᵢ·S(dᵢ), plus where that is zero, and what has another sign, or is
 zero, has no part in it. With `normalize`, the divisor is Σᵢ wᵢ, of those that agree where there is
 a consensus. TIES, DARE, Breadcrumbs and DELLA are such sums; `kernels.merges_reference` specifies
-them element by element, and `_reduction` does as it says in numpy.
+them element by element.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["TaskVectors", "Trim"]
 
 Trim = Literal["tensor", "model"]
 
-N_SELECTING = 8
-"""Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
+N_SELECTING = 7
+"""Passes of a selection at most (`selection.N_PASSES`); one or two are usual."""
 
 
 class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknown_fields=True):
@@ -102,6 +102,7 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
             per_leaf=counts + grains + rows,
             per_group=2 * counts + collected + sums * (len(tensors) if self.spans_model else 1),
             reads_elsewhere=row > 0,
+            compiles=True,
             fixed=1000 * len(self.per_tensor) + 200 * n * len(self.per_tensor),
         )
 
