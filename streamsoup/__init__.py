@@ -32,6 +32,7 @@ _HOMES = {
     "Note": "options",
     "Options": "options",
     "PlanRecord": "output.records",
+    "Planned": "options",
     "Progress": "options",
     "Provenance": "recipe",
     "ReadingCost": "formats.source",
@@ -135,6 +136,7 @@ if TYPE_CHECKING:
     from streamsoup.methods.spheres import nuslerp as nuslerp
     from streamsoup.options import Note as Note
     from streamsoup.options import Options as Options
+    from streamsoup.options import Planned as Planned
     from streamsoup.options import Progress as Progress
     from streamsoup.options import Step as Step
     from streamsoup.output.jobs import commit as commit

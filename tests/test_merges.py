@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -446,10 +447,12 @@ def test_dtypes_may_differ_in_compiled_loops(
 
 
 MAGNITUDES = {
-    "of 16 bits": lambda rng, n: np.abs(np.float32(rng.normal(size=n)).view(np.uint32) >> 16 << 16)
-    .astype(np.uint32)
-    .view(np.float32)
-    .astype(float),
+    "of 16 bits": lambda rng, n: (
+        np.abs(np.float32(rng.normal(size=n)).view(np.uint32) >> 16 << 16)
+        .astype(np.uint32)
+        .view(np.float32)
+        .astype(float)
+    ),
     "all different": lambda rng, n: np.abs(rng.normal(size=n)),
     "all equal": lambda rng, n: np.full(n, 0.3),
     "two of them": lambda rng, n: rng.choice([0.3, np.nextafter(0.3, 1)], n),
@@ -474,7 +477,7 @@ def test_a_selection_is_what_sorting_selects(kind: str, most: int) -> None:
     magnitudes[:700] = np.sort(magnitudes[:700])
     magnitudes[np.isnan(magnitudes)] = np.nan
     ends = [0, 100, 700, 2900, n]
-    leaves = list(zip(ends[:-1], ends[1:], strict=True))
+    leaves = list(itertools.pairwise(ends))
     by_rank = np.lexsort((np.arange(n), -magnitudes.view(np.int64)))
     for k in (0, 1, 7, 299, 1500, 2990, 2999, n):
         chosen = Selection(k, n, most=most)

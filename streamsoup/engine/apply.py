@@ -44,7 +44,12 @@ class Compilable(Protocol):
 class Apply:
     """The recipe's rule, applied to every tensor that it makes; others are copied."""
 
-    def __init__(self, plan: MixPlan, memory: MemoryPlan, merger: Callable[[], Merger | None]) -> None:
+    def __init__(
+        self,
+        plan: MixPlan,
+        memory: MemoryPlan,
+        merger: Callable[[], Merger | None] = lambda: None,
+    ) -> None:
         """Make a reduction for each group of tensors; nothing is measured yet.
 
         `merger` is called if the rule has use for compiled loops.

@@ -11,9 +11,9 @@ __all__ = [
     "MASKED",
     "N_WORDS",
     "RANKED",
+    "ROW",
     "TILE",
     "WHOLE",
-    "ROW",
 ]
 
 TILE = 512
@@ -58,7 +58,7 @@ class _Row(NamedTuple):
     """Key of the random words."""
     limit: int
     """Words below it are kept."""
-    index: int
+    first: int
     """Flat index of the block's first element."""
     mask: int
     """Address of ``(element,) uint8``."""

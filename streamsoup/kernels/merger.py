@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ _ROOMS = ("constants.py", "merge_rows.py", "merging.py", "plain.py")
 
 _NAMES = ("count", "collect", "total", "merge")
 _INTEGER, _NUMBER = ctypes.c_int64, ctypes.c_double
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "count": [_INTEGER] * 4,
     "collect": [_INTEGER] * 7,
     "total": [_INTEGER] * 4,
@@ -83,7 +85,12 @@ class Merger:
         room = min(most, rows.n)
         found = np.empty((2, room), np.int64)
         n = self._collect(
-            *(_at(rows.words), ingredient, rows.n, _at(found[0]), _at(found[1]), room),
+            _at(rows.words),
+            ingredient,
+            rows.n,
+            _at(found[0]),
+            _at(found[1]),
+            room,
             self._scratch(rows.k),
         )
         n, bad = (-n - 1, True) if n < 0 else (n, False)
@@ -109,9 +116,16 @@ class Merger:
         Returns True if an input, and True if a result is not finite.
         """
         flags = self._merge(
-            *(_at(rows.words), _at(rows.numbers), rows.k, rows.n, self._scratch(rows.k)),
-            *(address_of(output), KINDS.index(dtype.name), consensus | normalize << 1),
-            *(whole, scale),
+            _at(rows.words),
+            _at(rows.numbers),
+            rows.k,
+            rows.n,
+            self._scratch(rows.k),
+            address_of(output),
+            KINDS.index(dtype.name),
+            consensus | normalize << 1,
+            whole,
+            scale,
         )
         return bool(flags & 1), bool(flags & 2)
 
@@ -142,7 +156,7 @@ def make_merger() -> Merger:
     from streamsoup.kernels.merging import compile_object
 
     return Merger(
-        [objects.make(f"merge-{name}", _ROOMS, lambda n=name: compile_object(n)) for name in _NAMES]
+        [objects.make(f"merge-{name}", _ROOMS, partial(compile_object, name)) for name in _NAMES]
     )
 
 

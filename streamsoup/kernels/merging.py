@@ -32,9 +32,8 @@ from streamsoup.kernels.merge_rows import (
     MASKED,
     N_WORDS,
     RANKED,
-    TILE,
-    WHOLE,
     ROW,
+    TILE,
 )
 from streamsoup.kernels.plain import WORDS, numbers, pointer, rounder, widen
 from streamsoup.tensors import DTYPES, DType
@@ -219,7 +218,7 @@ def _multiply(task, row, start, words, factor, coefficient):
             kept = task[j] if (key >= least) & (key < dropped) else 0.0
             task[j] = kept * factor * coefficient
     elif how == DRAWN:
-        first = (row[ROW.index] + start) // 4
+        first = (row[ROW.first] + start) // 4
         _draw(row[ROW.key_low], row[ROW.key_high], first, words[: (n + 3) // 4 * 4])
         limit = np.uint64(row[ROW.limit])
         for j in range(n):

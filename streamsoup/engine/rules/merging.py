@@ -254,13 +254,15 @@ class Merging:
                 for cut in dropped:
                     row[[ROW.dropped, ROW.dropped_left]] = cut.lowest, cut.left
             elif isinstance(sparsifier, Random) or row_length(block.tensor.shape) == 1:
-                row[[ROW.how, ROW.index]] = DRAWN, block.start
+                row[[ROW.how, ROW.first]] = DRAWN, block.start
                 row[[ROW.key_low, ROW.key_high]] = key_of(self._seed, i, leaf.name)
                 # A word below density·2³², which is exact, is one below the next whole number.
                 row[ROW.limit] = math.ceil(sparsifier.density[i] / RANGE)
             else:
                 base = block.values(0) if base is None else base
-                mask = self._ranked(i, leaf, block, task_vector(block.values(i + 1), base), sparsifier)
+                mask = self._ranked(
+                    i, leaf, block, task_vector(block.values(i + 1), base), sparsifier
+                )
                 row[[ROW.how, ROW.mask]] = MASKED, rows.keep(mask)
         return rows
 

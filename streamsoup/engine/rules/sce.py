@@ -50,6 +50,11 @@ class Sce(msgspec.Struct, frozen=True, tag="sce", forbid_unknown_fields=True):
         """Those that select, one for energies, and the last."""
         return 2 + (N_SELECTING if self.select_topk < 1 else 0)
 
+    @property
+    def usual_passes(self) -> int:
+        """Two that select, one for energies, and the last."""
+        return 4 if self.select_topk < 1 else 2
+
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
         """Raise `RecipeError` for a share that is none, and for a base alone."""
         if n_ingredients < 2:

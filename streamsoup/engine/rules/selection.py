@@ -180,7 +180,9 @@ class Selection:
             self._keep_from(low if high == low else low + 1)
         elif high == low:
             self.interval = (low, low)
-            tied = [int(c[digit - first]) for first, c in self._bands if first <= digit < first + len(c)]
+            tied = [
+                int(c[digit - first]) for first, c in self._bands if first <= digit < first + len(c)
+            ]
             if len(self._starts) == 1 or len(tied) == len(self._starts):
                 self._end_ties(tied or [n_equal])
             else:

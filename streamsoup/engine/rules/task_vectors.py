@@ -54,6 +54,12 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
         return 1 + selects + any(terms.measures_sums for terms in self._every)
 
     @property
+    def usual_passes(self) -> int:
+        """One of those that select, for checkpoints of 16 bits; float32 takes one more."""
+        selects = any(terms.n_selections for terms in self._every)
+        return 1 + selects + any(terms.measures_sums for terms in self._every)
+
+    @property
     def spans_model(self) -> bool:
         """True if magnitudes are ranked over all tensors."""
         return self.trim == "model"
