@@ -50,6 +50,8 @@ _HOMES = {
     "Step": "options",
     "StreamsoupError": "errors",
     "Suspects": "formats.source",
+    "SweepSettings": "search.sweep",
+    "SweepSoup": "search.sweep",
     "TensorSpec": "tensors",
     "Trial": "search.trials",
     "apply": "methods.fixed",
@@ -82,10 +84,11 @@ _HOMES = {
     "slerp": "methods.closed",
     "stock": "methods.closed",
     "stream_mix": "live.streams",
-    "sweep": "study.landscape.paths",
+    "sweep": "search.sweep",
     "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
+    "wise_ft": "study.landscape.paths",
     "write_report": "study.report.comparison",
     "wsm": "methods.closed",
 }
@@ -160,13 +163,16 @@ if TYPE_CHECKING:
     from streamsoup.search.learning.settings import LearnedSettings as LearnedSettings
     from streamsoup.search.scoring.scorer import Candidate as Candidate
     from streamsoup.search.scoring.scorer import Scorer as Scorer
+    from streamsoup.search.sweep import SweepSettings as SweepSettings
+    from streamsoup.search.sweep import SweepSoup as SweepSoup
+    from streamsoup.search.sweep import sweep as sweep
     from streamsoup.search.trials import GreedySettings as GreedySettings
     from streamsoup.search.trials import Trial as Trial
     from streamsoup.study.comparison.table import CompareSettings as CompareSettings
     from streamsoup.study.comparison.table import compare as compare
     from streamsoup.study.landscape.landscape import LandscapeSettings as LandscapeSettings
     from streamsoup.study.landscape.landscape import landscape as landscape
-    from streamsoup.study.landscape.paths import sweep as sweep
+    from streamsoup.study.landscape.paths import wise_ft as wise_ft
     from streamsoup.study.report.comparison import write_report as write_report
     from streamsoup.tensors import TensorSpec as TensorSpec
 

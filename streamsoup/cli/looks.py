@@ -34,7 +34,11 @@ class _Plan(Command):
         """Run the verb until its soup is planned, or plan a mean."""
         if ctx.obj is None:
             return super().invoke(ctx)
-        return planning.plan_verb(ctx, ctx.obj, _tell_plan)
+        return planning.plan_verb(
+            ctx,
+            ctx.obj,
+            lambda found, told: _tell_plan(found.order, found.n_before, as_json=told["as_json"]),
+        )
 
 
 @click.command(cls=_Plan)

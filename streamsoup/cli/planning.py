@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from streamsoup.options import Options, Planned
     from streamsoup.output.make import Soup
 
-__all__ = ["VERBS", "is_asked_for", "plan_soup", "plan_verb"]
+__all__ = ["VERBS", "Tell", "is_asked_for", "plan_soup", "plan_verb"]
 
 VERBS = frozenset(
     (
@@ -23,14 +23,9 @@ VERBS = frozenset(
 """The commands that make one soup."""
 
 _TELLS = "streamsoup.plan"
-"""Under this name click's contexts hold what prints a plan, where one is asked for."""
+"""Under this name click's contexts hold what is done with a plan, where one is asked for."""
 
-
-class _PlannedError(Exception):
-    """Ends a call whose soup is planned."""
-
-    def __init__(self, planned: Planned) -> None:
-        self.planned = planned
+Tell = Callable[["Planned", dict[str, Any]], None]
 
 
 def is_asked_for() -> bool:
@@ -39,10 +34,10 @@ def is_asked_for() -> bool:
     return context is not None and _TELLS in context.meta
 
 
-def plan_verb(context: click.Context, words: Sequence[str], tell: Callable[..., None]) -> Any:
+def plan_verb(context: click.Context, words: Sequence[str], tell: Tell) -> Any:
     """Run a command, given with all its words, until its soup is planned.
 
-    `tell` is called with the order, the number of passes before those of its rule, and `as_json`.
+    `tell` is called with the plan, and with what the command was told that any soup may be.
     """
     assert isinstance(context.parent, click.Context)
     assert isinstance(context.parent.command, click.Group)
@@ -51,25 +46,19 @@ def plan_verb(context: click.Context, words: Sequence[str], tell: Callable[..., 
     context.meta[_TELLS] = tell
     # A command asks for an output; nothing looks at it before the soup is planned.
     words = ["--output", "OUT", *own]
-    with verb.make_context(f"{context.info_name} {name}", words, context.parent) as inner:
-        return verb.invoke(inner)
+    try:
+        with verb.make_context(f"{context.info_name} {name}", words, context.parent) as inner:
+            return verb.invoke(inner)
+    finally:
+        del context.meta[_TELLS]
 
 
 def plan_soup(make: Callable[[Options], Soup], settings: dict[str, Any]) -> int:
-    """Call `make` until its soup is planned, and print the plan."""
-    from streamsoup.options import Options, Planned
+    """Call `make` until its soup is planned, and hand over the plan."""
+    from streamsoup.options import Options
+    from streamsoup.output.planned import planned
 
-    as_json = settings["as_json"]
     told = {name: value for name, value in settings.items() if name in Options.__struct_fields__}
-
-    def on_event(event: object) -> None:
-        if isinstance(event, Planned):
-            raise _PlannedError(event)
-        return
-
-    try:
-        make(Options(**told, on_event=on_event))
-    except _PlannedError as stop:
-        tell = click.get_current_context().meta[_TELLS]
-        tell(stop.planned.order, stop.planned.n_before, as_json=as_json)
+    tell: Tell = click.get_current_context().meta[_TELLS]
+    tell(planned(make, Options(**told)), settings)
     return 0

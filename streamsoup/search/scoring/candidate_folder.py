@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.live.candidates import Candidates, Moved
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.output.make import Order, write_beside
 from streamsoup.output.write import FileSink
 from streamsoup.sizes import nbytes_text
@@ -36,7 +37,9 @@ class CandidateFolder:
         """The path of the candidate that was written last."""
         return os.path.join(self._above_path, self._name)
 
-    def write(self, candidates: Candidates, members: Sequence[int], *, keep: bool) -> Moved:
+    def write(
+        self, candidates: Candidates | RuleCandidates, members: Sequence[int], *, keep: bool
+    ) -> Moved:
         """Write a candidate in the place of the one before; see `Candidates.mix`.
 
         Raises:
