@@ -280,7 +280,7 @@ def test_pictures_of_one_and_two_parameters(tmp_path: Path, n_axes: int) -> None
     names = ["density", "lambda", "gamma"][:n_axes]
     points = [
         {"values": values, "score": sum(values.values())}
-        for values in places(dict.fromkeys(names, [0.1, 0.2]))
+        for values in places(dict.fromkeys(names, (0.1, 0.2)))
     ]
     report = {
         "split": "val",
