@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,23 @@ def test_the_command_sweeps_and_reports(
     ]:
         assert cli([*extra, "--task", str(task), "-o", str(tmp_path / "x")]) == 2
         assert message in capfd.readouterr().err
+
+
+def test_seeds_are_whole_numbers(
+    paths: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A seed can be swept, in the library and on the command line."""
+    soup = streamsoup.sweep(
+        paths[1:], "dare", Mixes(), {"seed": [4, 7]}, base=paths[0], density=0.5,
+        output=tmp_path / "soup", options=Options(non_float="first"),
+    )  # fmt: skip
+    assert dict(soup.best) in ({"seed": 4}, {"seed": 7})
+    words = ["sweep", "dare", *paths[1:], "--base", paths[0], "--density", ".5", "--seed", "4:7:3"]
+    words += ["--non-float", "first", "--json", "-o", str(tmp_path / "out")]
+    score = f"{sys.executable} -c \"import os; print(os.path.getsize('{{checkpoint}}'))\""
+    assert cli([*words, "--command", score]) == 0
+    found = json.loads(capfd.readouterr().out)["report"]["sweep"]
+    assert [point["values"] for point in found["points"]] == [{"seed": 4}, {"seed": 7}]
 
 
 @pytest.mark.parametrize("n_axes", [1, 2, 3])

@@ -161,7 +161,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "sweep": Entry(
             "sweep",
             "Score a merge on a grid of its parameters, keep the best.",
-            "streamsoup sweep ties run1 run2 --base base --density .1:.9:.1 --task task.py -o soup",
+            "streamsoup sweep ties a b --base c --density .2:.8:.2 --task t.py -o o",
             "tasks/sweep.md",
         ),
     },

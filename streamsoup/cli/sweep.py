@@ -126,7 +126,8 @@ def _planned(
     for values in places(dict(axes.values())):
         own = list(words)
         for (at, (_name, _)), value in zip(axes.items(), values.values(), strict=True):
-            own[at] = RANGE.sub(f"{value!r}", own[at])
+            text = str(int(value)) if value == int(value) else repr(value)
+            own[at] = RANGE.sub(text, own[at])
         planning.plan_verb(context, [verb, *own], lambda plan, told: found.append((plan, told)))
         plan, settings = found.pop()
         if plan.n_before:

@@ -182,10 +182,10 @@ def places(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
 
     Raises `RecipeError` for an empty grid, or one of more than `MOST_POINTS`.
 
-    >>> places({"a": [1, 2], "b": [3]})
-    [{'a': 1.0, 'b': 3.0}, {'a': 2.0, 'b': 3.0}]
+    >>> places({"a": [1, 2], "b": [0.5]})
+    [{'a': 1, 'b': 0.5}, {'a': 2, 'b': 0.5}]
     """
-    axes = {name: [take("float", name, value) for value in grid[name]] for name in grid}
+    axes = {name: [_number(name, value) for value in grid[name]] for name in grid}
     n = math.prod(map(len, axes.values()))
     if not axes or n == 0:
         raise RecipeError("a sweep needs a parameter with some values, such as density")
@@ -194,6 +194,12 @@ def places(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     # 0.0 and -0.0 are one place, and so is a value that is given twice.
     return list({tuple(place.values()): place for place in reversed(found)}.values())[::-1]
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a number of Python: whole ones stay whole, such as seeds. Raises `RecipeError`."""
+    number = take("float", name, value)
+    return int(value) if hasattr(value, "__index__") else number
 
 
 def sweep_points(
