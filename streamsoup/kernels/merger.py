@@ -19,6 +19,7 @@ from streamsoup.kernels.constants import KINDS
 from streamsoup.kernels.fast import objects
 from streamsoup.kernels.fast.linking import Kernel
 from streamsoup.kernels.merge_rows import LANES, N_WORDS, ROW, TILE
+from streamsoup.kernels.philox import Key
 from streamsoup.system.buffers import Bytes, address_of
 from streamsoup.tensors import DType
 
@@ -27,12 +28,13 @@ __all__ = ["Merger", "Rows", "find_merger", "make_merger", "make_plain_merger"]
 _ROOMS = ("constants.py", "merge_rows.py", "merging.py", "plain.py")
 """What the kernels are compiled from."""
 
-_NAMES = ("count", "collect", "total", "merge")
+_NAMES = ("count", "collect", "total", "rank", "merge")
 _INTEGER, _NUMBER = ctypes.c_int64, ctypes.c_double
 _ARGUMENTS: dict[str, list[Any]] = {
     "count": [_INTEGER] * 4,
     "collect": [_INTEGER] * 7,
     "total": [_INTEGER] * 4,
+    "rank": [*[_INTEGER] * 8, _NUMBER, _NUMBER],
     "merge": [*[_INTEGER] * 8, _NUMBER, _NUMBER],
 }
 
@@ -64,7 +66,7 @@ class Merger:
 
     def __init__(self, kernels: Sequence[Kernel]) -> None:
         """Wrap the kernels, in the order of their names; they live as long as this does."""
-        self._count, self._collect, self._total, self._merge = (
+        self._count, self._collect, self._total, self._rank, self._merge = (
             ctypes.CFUNCTYPE(_INTEGER, *_ARGUMENTS[name])(kernel.address)
             for name, kernel in zip(_NAMES, kernels, strict=True)
         )
@@ -100,6 +102,35 @@ class Merger:
         """Sum magnitudes over grains; return True if an element is not finite."""
         return bool(self._total(_at(rows.words), rows.k, rows.n, self._scratch(rows.k)))
 
+    def rank(
+        self, tasks: NDArray[np.float64], key: Key, first: int, least: float, spread: float
+    ) -> NDArray[np.bool_]:
+        """Return what is kept of rows of a task vector ``(row, element)``, by rank and at random.
+
+        Args:
+            tasks: Rows of two elements or more.
+            key: Of the random words.
+            first: Flat index of the first element.
+            least: Probability of the smallest magnitude of a row.
+            spread: How much larger that of the largest is.
+        """
+        n_rows, n = tasks.shape
+        mask = np.empty((n_rows, n), np.bool_)
+        scratch = np.empty(5 * n + 8 + 256, np.int64)
+        self._rank(
+            _at(tasks),
+            n_rows,
+            n,
+            key.low,
+            key.high,
+            first,
+            mask.ctypes.data,
+            _at(scratch),
+            least,
+            spread,
+        )
+        return mask
+
     def merge(
         self,
         rows: Rows,
@@ -110,8 +141,11 @@ class Merger:
         normalize: bool,
         whole: float,
         scale: float,
+        counts: bool = False,
     ) -> tuple[bool, bool]:
         """Make a block of the soup, rounded to `dtype`, in `output`.
+
+        With `counts`, it is the mean of what is not zero that is added to the base.
 
         Returns True if an input, and True if a result is not finite.
         """
@@ -123,7 +157,7 @@ class Merger:
             self._scratch(rows.k),
             address_of(output),
             KINDS.index(dtype.name),
-            consensus | normalize << 1,
+            consensus | normalize << 1 | counts << 2,
             whole,
             scale,
         )

@@ -351,8 +351,8 @@ def merge(table_at, numbers_at, k, n, scratch_at, y_at, kind, flags, whole, scal
     """Make `n` elements of the soup at `y_at`; return 1 if an input, 2 if a result is not finite.
 
     ``numbers (ingredient, 2)`` are factors and coefficients. Bit 0 of `flags` asks for a consensus,
-    bit 1 to normalize: by `whole`, or with a consensus by what agrees. `scratch` holds six tiles,
-    and one for each ingredient.
+    bit 1 to normalize: by `whole`, or with a consensus by what agrees. Bit 2 asks for the mean of
+    what is not zero. `scratch` holds six tiles, and one for each ingredient.
     """
     table = numba.carray(pointer(table_at, types.int64), (k + 1, N_WORDS))
     numbers = numba.carray(pointer(numbers_at, types.float64), (k + 1, 2))
@@ -387,6 +387,14 @@ def merge(table_at, numbers_at, k, n, scratch_at, y_at, kind, flags, whole, scal
                     agreed[j] /= 1.0 if divisor[j] == 0.0 else divisor[j]
             for j in range(m):
                 moved[j] = agreed[j] if moved[j] == moved[j] else np.nan
+        elif flags & 4:
+            divisor[:] = 0.0
+            for i in range(1, k + 1):
+                task = scratch[4 + i, :m]
+                for j in range(m):
+                    divisor[j] += 1.0 if task[j] != 0.0 else 0.0
+            for j in range(m):
+                moved[j] /= max(divisor[j], 1.0)
         elif flags & 2:
             for j in range(m):
                 moved[j] /= whole
@@ -399,10 +407,70 @@ def merge(table_at, numbers_at, k, n, scratch_at, y_at, kind, flags, whole, scal
     return (1 if bad else 0) | (2 if spoiled else 0)
 
 
+@numba.njit(inline="always")
+def _sort(keys, places, other_keys, other_places, counts):
+    """Sort keys, and their places with them, by digits of 8 bits; equal keys stay in order.
+
+    ``(element,)`` each, and ``counts (256,)``. What is sorted ends where it began.
+    """
+    n = len(keys)
+    for byte in range(8):
+        shift = 8 * byte
+        counts[:] = 0
+        for j in range(n):
+            counts[(keys[j] >> shift) & 0xFF] += 1
+        if counts[(keys[0] >> shift) & 0xFF] == n:
+            continue  # the same digit everywhere
+        begin = 0
+        for digit in range(256):
+            here = counts[digit]
+            counts[digit] = begin
+            begin += here
+        for j in range(n):
+            digit = (keys[j] >> shift) & 0xFF
+            at = counts[digit]
+            counts[digit] += 1
+            other_keys[at] = keys[j]
+            other_places[at] = places[j]
+        for j in range(n):
+            keys[j] = other_keys[j]
+            places[j] = other_places[j]
+
+
+def rank(tasks_at, n_rows, n, key_low, key_high, first, mask_at, scratch_at, least, spread):
+    """Fill the mask ``(row, element) uint8`` of `n_rows` rows of `n` elements of a task vector.
+
+    Kept is what is drawn with probability ``least + spread·(rank / (n − 1))``, where ranks are from
+    the smallest magnitude of a row up, and of equal ones the last comes first. `first` is the flat
+    index of the first element. `scratch` holds five rows of 8 bytes an element, and 256 more.
+    """
+    tasks = numba.carray(pointer(tasks_at, types.float64), (n_rows, n))
+    mask = numba.carray(pointer(mask_at, types.uint8), (n_rows, n))
+    scratch = numba.carray(pointer(scratch_at, types.int64), (4, n))
+    counts = numba.carray(pointer(scratch_at + 40 * n + 64, types.int64), (256,))
+    words_at = scratch_at + 32 * n
+    keys, places = scratch[0], scratch[1]
+    for r in range(n_rows):
+        for j in range(n):
+            keys[j] = _key(tasks[r, n - 1 - j])
+            places[j] = n - 1 - j
+        _sort(keys, places, scratch[2], scratch[3], counts)
+        index = first + r * n
+        lead = index % 4
+        words = numba.carray(pointer(words_at, types.uint32), ((lead + n + 3) // 4 * 4,))
+        _draw(key_low, key_high, index // 4, words)
+        for j in range(n):
+            chance = least + spread * (j / (n - 1))
+            place = places[j]
+            mask[r, place] = words[lead + place] * 2.0**-32 < chance
+    return 0
+
+
 _KERNELS = {
     "count": (count, types.int64(*[types.int64] * 4)),
     "collect": (collect, types.int64(*[types.int64] * 7)),
     "total": (total, types.int64(*[types.int64] * 4)),
+    "rank": (rank, types.int64(*[types.int64] * 8, types.float64, types.float64)),
     "merge": (merge, types.int64(*[types.int64] * 8, types.float64, types.float64)),
 }
 

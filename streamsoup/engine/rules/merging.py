@@ -332,10 +332,15 @@ class Merging:
                 task,
                 self._elsewhere(i, block, end, last),
             ]
-            magnitudes = np.abs(np.concatenate(parts)).reshape(-1, length)
+            tasks = np.concatenate(parts).reshape(-1, length)
             density, epsilon = sparsifier.density[i], sparsifier.epsilon[i]
-            chances = (density - epsilon) + (2 * epsilon) * (_ranks(magnitudes) / (length - 1))
-            mask = self._random(i, leaf.name, first, last - first) < chances.ravel()
+            least, spread = density - epsilon, 2 * epsilon
+            if self.merger is not None:
+                key = key_of(self._seed, i, leaf.name)
+                mask = self.merger.rank(tasks, key, first, least, spread).ravel()
+            else:
+                chances = least + spread * (_ranks(np.abs(tasks)) / (length - 1))
+                mask = self._random(i, leaf.name, first, last - first) < chances.ravel()
             leaf.rows.pop(i, None)
             if last - first > block.n:
                 leaf.rows[i] = first, last, mask
