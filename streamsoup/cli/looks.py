@@ -58,7 +58,7 @@ def plan(
     """Show what a soup would take: layout, bytes, passes, peak memory. Reads no weights.
 
     Of checkpoints, that is their mean; after the name of a command that makes a soup, that soup:
-    streamsoup plan ties A B --base BASE --density .5
+    streamsoup plan ties A B --base BASE --density .5. A checkpoint of such a name is ./ties.
     """
     from msgspec.structs import replace
 
