@@ -208,6 +208,11 @@ def test_what_cannot_be_swept_is_refused(paths: list[str], tmp_path: Path) -> No
         streamsoup.sweep(
             paths[1:], "slerp", networks.score, GRID, base=paths[0], output=tmp_path / "soup"
         )
+    with pytest.raises(RecipeError, match="part: only soups made by a formula"):
+        streamsoup.sweep(
+            paths[1:], "ties", Mixes(0), GRID, base=paths[0], output=tmp_path / "soup",
+            options=Options(non_float="first", part="1/2"),
+        )  # fmt: skip
     with pytest.raises(TaskError, match="every score is NaN"):
         sweep(paths, tmp_path / "soup", lambda model: float("nan"), model=networks.build())
     assert not (tmp_path / "soup").exists()

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError, TaskError, check_choice
+from streamsoup.errors import RecipeError, TaskError, check_choice, option
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options, Step, check_options, settle, take
 from streamsoup.output.make import Order, Soup, order
@@ -229,6 +229,8 @@ def sweep_points(
     Raises:
         StreamsoupError: Whatever `sweep` raises.
     """
+    if options.part is not None:
+        raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
     opened, method = ordered.plan.ingredients, ordered.plan.recipe.method
     k = len(opened)
     equal = ordered.plan.among(range(k), Linear(Coefficients.uniform(k)))
