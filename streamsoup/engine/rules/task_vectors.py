@@ -32,6 +32,14 @@ N_SELECTING = 7
 """Passes of a selection at most (`selection.N_PASSES`); one or two are usual."""
 
 
+BAND_NBYTES = 500
+"""Bytes that a selection keeps of each leaf from one pass to the next: `selection.BAND` counts, and
+Python's own of the array, its tuple and its list (measured: 430)."""
+
+LEAF = 1 << 22
+"""Elements of a leaf (`engine.plan.LEAF`), for an estimate of how many there are."""
+
+
 class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknown_fields=True):
     """The base, and a sum of sparse task vectors: see the module."""
 
@@ -103,10 +111,15 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
         counts = 4 * 65536 * n_selections
         collected = (16 * 3 + 8) * MOST_COLLECTED if n_selections else 0
         grains = sums // 8 * 1024
+        leaves = [1 + tensor.n_elements // LEAF for tensor in tensors]
+        n_leaves = sum(leaves) if self.spans_model else max(leaves, default=0)
         return RuleMemory(
             per_element=8 * n + 64 + (72 if row else 0),
             per_leaf=counts + grains + rows,
-            per_group=2 * counts + collected + sums * (len(tensors) if self.spans_model else 1),
+            per_group=2 * counts
+            + collected
+            + BAND_NBYTES * n_selections * n_leaves
+            + sums * (len(tensors) if self.spans_model else 1),
             reads_elsewhere=row > 0,
             compiles=True,
             fixed=1000 * len(self.per_tensor) + 200 * n * len(self.per_tensor),
