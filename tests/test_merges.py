@@ -380,6 +380,37 @@ def test_swapping_two_is_refused(tmp_path: Path) -> None:
         streamsoup.nearswap(others, 0.1, base=base, output=tmp_path / "soup")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("based", [True, False])
+def test_rows_turn_by_their_own_angles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, based: bool
+) -> None:
+    """Row-wise NuSLERP has the bits of the specification, however tensors are cut."""
+    dtype = {"normal": "F32", "equal": "BF16", "same": "F16", "few": "F64"}[kind]
+    base, others = checkpoints(tmp_path, dtype, n=2, kind=kind)
+    start, first, second = (elements(path) for path in (base, *others))
+    expected = {}
+    for name, shape in SHAPES.items():
+        x, y = first[name], second[name]
+        length = int(np.prod(shape[1:] if len(shape) > 1 else shape))
+        if based:
+            x, y = (reference.task_vector(each, start[name]) for each in (x, y))
+        made = reference.row_slerp(x, y, length, 0.3)
+        if based:
+            made = [b if m == 0 else b + m for b, m in zip(start[name], made, strict=True)]
+        expected[name] = [narrow(value, DTYPES[dtype]) for value in made]
+    told: dict[str, Any] = {"base": base} if based else {}
+    for cut in range(2):
+        soup = streamsoup.nuslerp(
+            others, [0.7, 0.3], row_wise=True, output=tmp_path / f"{cut}", **told
+        )
+        assert soup_bits(soup) == expected
+        assert cut or streamsoup.verify(soup.path).rederived
+        monkeypatch.setattr(plan, "LEAF", 4096)
+        monkeypatch.setattr(budget, "LARGEST_BLOCK", 4096)
+    assert soup.n_passes == 1
+
+
 def test_what_is_not_finite_is_named_while_it_is_measured(tmp_path: Path) -> None:
     """A NaN that would be trimmed away ends the run, with its file and tensor."""
     base, others = checkpoints(tmp_path)
