@@ -96,7 +96,7 @@ def sweep(
         if report is not None:
             _write_report(soup.report, report)
         if as_json:
-            found = common.as_json(soup, watcher.peak_nbytes) | {"report": soup.report}
+            found = common.as_json(soup, watcher) | {"report": soup.report}
             common.tell([json.dumps(found)])
             return
         from streamsoup.study.report.sweeps import lines
