@@ -32,6 +32,7 @@ _HOMES = {
     "Note": "options",
     "Options": "options",
     "PlanRecord": "output.records",
+    "Planned": "options",
     "Progress": "options",
     "Provenance": "recipe",
     "ReadingCost": "formats.source",
@@ -49,6 +50,8 @@ _HOMES = {
     "Step": "options",
     "StreamsoupError": "errors",
     "Suspects": "formats.source",
+    "SweepSettings": "search.sweep",
+    "SweepSoup": "search.sweep",
     "TensorSpec": "tensors",
     "Trial": "search.trials",
     "apply": "methods.fixed",
@@ -81,10 +84,11 @@ _HOMES = {
     "slerp": "methods.closed",
     "stock": "methods.closed",
     "stream_mix": "live.streams",
-    "sweep": "study.landscape.paths",
+    "sweep": "search.sweep",
     "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
+    "wise_ft": "study.landscape.paths",
     "write_report": "study.report.comparison",
     "wsm": "methods.closed",
 }
@@ -135,6 +139,7 @@ if TYPE_CHECKING:
     from streamsoup.methods.spheres import nuslerp as nuslerp
     from streamsoup.options import Note as Note
     from streamsoup.options import Options as Options
+    from streamsoup.options import Planned as Planned
     from streamsoup.options import Progress as Progress
     from streamsoup.options import Step as Step
     from streamsoup.output.jobs import commit as commit
@@ -158,13 +163,16 @@ if TYPE_CHECKING:
     from streamsoup.search.learning.settings import LearnedSettings as LearnedSettings
     from streamsoup.search.scoring.scorer import Candidate as Candidate
     from streamsoup.search.scoring.scorer import Scorer as Scorer
+    from streamsoup.search.sweep import SweepSettings as SweepSettings
+    from streamsoup.search.sweep import SweepSoup as SweepSoup
+    from streamsoup.search.sweep import sweep as sweep
     from streamsoup.search.trials import GreedySettings as GreedySettings
     from streamsoup.search.trials import Trial as Trial
     from streamsoup.study.comparison.table import CompareSettings as CompareSettings
     from streamsoup.study.comparison.table import compare as compare
     from streamsoup.study.landscape.landscape import LandscapeSettings as LandscapeSettings
     from streamsoup.study.landscape.landscape import landscape as landscape
-    from streamsoup.study.landscape.paths import sweep as sweep
+    from streamsoup.study.landscape.paths import wise_ft as wise_ft
     from streamsoup.study.report.comparison import write_report as write_report
     from streamsoup.tensors import TensorSpec as TensorSpec
 

@@ -21,13 +21,26 @@ if TYPE_CHECKING:
 __all__ = ["Note", "Options", "Progress", "Step", "check_options", "settle", "take"]
 
 
+class Planned(msgspec.Struct, frozen=True):
+    """A soup that is planned; sent before its first weight is read.
+
+    An exception that the callback raises ends the call there, and nothing is written.
+    """
+
+    order: Any
+    """The plan: `streamsoup.output.make.Order`."""
+    n_before: int = 0
+    """Passes over the ingredients before those of the rule: for angles, one."""
+
+
 class Progress(msgspec.Struct, frozen=True):
-    """Progress of a pass over the weights; sent twenty times a second."""
+    """Progress of the passes over the weights; sent twenty times a second."""
 
     nbytes_done: int
-    """Bytes of the ingredients read, or found finished by an earlier run."""
+    """Bytes of the ingredients read in all passes so far, or found finished by an earlier run."""
     nbytes: int
-    """Bytes of the ingredients in all."""
+    """Bytes of the ingredients in all passes: an estimate, where a rule tells only as it goes how
+    many it needs."""
     elapsed_s: float
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["GRAIN", "Block", "Reduction", "Rule", "RuleMemory"]
+__all__ = ["GRAIN", "Block", "Reduction", "Rule", "RuleMemory", "usual_passes"]
 
 GRAIN = 4096
 """Elements between the places at which blocks may begin and end."""
@@ -54,6 +54,8 @@ class RuleMemory(msgspec.Struct, frozen=True):
     """The parameters of the rule itself."""
     reads_elsewhere: bool = False
     """True if it calls `Block.values_at`, which takes further buffers in each thread."""
+    compiles: bool = False
+    """True if it uses the compiled kernels of merges, which may have to be compiled first."""
 
 
 class Block(Protocol):
@@ -174,3 +176,12 @@ class Rule(Protocol):
             tensors: The group's tensors, in the order in which their leaves are merged.
             n_ingredients: Number of ingredients.
         """
+
+
+def usual_passes(rule: Rule) -> int:
+    """Return how many passes a rule usually takes, for plans and progress.
+
+    That is its ``usual_passes``, if it has such an attribute, else all of `Rule.n_passes`.
+    """
+    usual: int = getattr(rule, "usual_passes", rule.n_passes)
+    return max(1, min(usual, rule.n_passes))

@@ -31,7 +31,7 @@ from streamsoup.search.trials import random_order
 from streamsoup.study.comparison.curves import choose_counts
 from streamsoup.study.comparison.pairs import choose_pairs
 from streamsoup.study.comparison.table import CompareSettings, compare, splits_of
-from streamsoup.study.landscape.paths import sweep
+from streamsoup.study.landscape.paths import wise_ft as sweep
 from streamsoup.study.measures.cache import Cache
 from streamsoup.study.measures.rows import MEAN
 from streamsoup.task import load_task

@@ -22,7 +22,7 @@ from streamsoup.errors import (
 )
 from streamsoup.study.comparison import learning
 from streamsoup.study.comparison.table import compare
-from streamsoup.study.landscape.paths import sweep
+from streamsoup.study.landscape.paths import wise_ft as sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -331,7 +331,7 @@ def test_scores_belong_to_the_model_that_was_given(tmp_path: Path, paths: list[s
     other[2] = nn.Tanh()
     cache = tmp_path / "cache"
     found = [
-        streamsoup.sweep(*paths[:2], networks.score, [0, 1], cache=cache, model=model)
+        streamsoup.wise_ft(*paths[:2], networks.score, [0, 1], cache=cache, model=model)
         for model in (networks.build(), other, networks.build())
     ]
     assert [each.n_measured for each in found] == [2, 2, 0]

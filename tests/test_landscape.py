@@ -20,7 +20,7 @@ from streamsoup.errors import (
     RecipeError,
 )
 from streamsoup.study.landscape.landscape import LandscapeSettings, landscape
-from streamsoup.study.landscape.paths import sweep
+from streamsoup.study.landscape.paths import wise_ft as sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from checkpoints import load, save, tensor
 
 import streamsoup
 from streamsoup import Options
-from streamsoup.engine import budget, plan, stream
-from streamsoup.engine.rules import compiled, task_vectors
+from streamsoup.engine import budget, plan, reduce, stream
+from streamsoup.engine.rules import selection, task_vectors
+from streamsoup.engine.rules.selection import Selection
 from streamsoup.errors import BudgetError, NonFiniteError, RecipeError
 from streamsoup.kernels import merges_reference as reference
 from streamsoup.kernels.philox import Key, key_of, philox, words
@@ -190,8 +192,17 @@ def merge(
     return verb(others, base=base, output=output, options=Options(**more), **told)
 
 
+@pytest.fixture(params=["numpy", "fast"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Merge in numpy, or by compiled kernels, however small the job."""
+    monkeypatch.setenv("STREAMSOUP_KERNELS", request.param)
+    monkeypatch.setattr(reduce, "MERGER_NBYTES", 0)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("method", "told"), [*CASES, *OTHERS])
+@pytest.mark.usefixtures("kernels")
 def test_a_merge_is_what_is_specified(
     tmp_path: Path, method: str, told: dict[str, Any], kind: str
 ) -> None:
@@ -369,6 +380,37 @@ def test_swapping_two_is_refused(tmp_path: Path) -> None:
         streamsoup.nearswap(others, 0.1, base=base, output=tmp_path / "soup")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("based", [True, False])
+def test_rows_turn_by_their_own_angles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, based: bool
+) -> None:
+    """Row-wise NuSLERP has the bits of the specification, however tensors are cut."""
+    dtype = {"normal": "F32", "equal": "BF16", "same": "F16", "few": "F64"}[kind]
+    base, others = checkpoints(tmp_path, dtype, n=2, kind=kind)
+    start, first, second = (elements(path) for path in (base, *others))
+    expected = {}
+    for name, shape in SHAPES.items():
+        x, y = first[name], second[name]
+        length = int(np.prod(shape[1:] if len(shape) > 1 else shape))
+        if based:
+            x, y = (reference.task_vector(each, start[name]) for each in (x, y))
+        made = reference.row_slerp(x, y, length, 0.3)
+        if based:
+            made = [b if m == 0 else b + m for b, m in zip(start[name], made, strict=True)]
+        expected[name] = [narrow(value, DTYPES[dtype]) for value in made]
+    told: dict[str, Any] = {"base": base} if based else {}
+    for cut in range(2):
+        soup = streamsoup.nuslerp(
+            others, [0.7, 0.3], row_wise=True, output=tmp_path / f"{cut}", **told
+        )
+        assert soup_bits(soup) == expected
+        assert cut or streamsoup.verify(soup.path).rederived
+        monkeypatch.setattr(plan, "LEAF", 4096)
+        monkeypatch.setattr(budget, "LARGEST_BLOCK", 4096)
+    assert soup.n_passes == 1
+
+
 def test_what_is_not_finite_is_named_while_it_is_measured(tmp_path: Path) -> None:
     """A NaN that would be trimmed away ends the run, with its file and tensor."""
     base, others = checkpoints(tmp_path)
@@ -407,13 +449,109 @@ def test_compiled_loops_have_the_bits_of_numpy(
     told: dict[str, Any],
     dtype: str,
 ) -> None:
-    """For every dtype that is compiled for, blocks cut small too, all bytes are the same."""
+    """For every dtype, blocks cut small and digits counted too, all bytes are the same."""
     base, others = checkpoints(tmp_path, dtype)
+    monkeypatch.setenv("STREAMSOUP_KERNELS", "numpy")
     plain = merge(method, base, others, tmp_path / "plain", told)
-    monkeypatch.setattr(compiled, "WORTH", 1)
-    monkeypatch.setattr(plan, "LEAF", 4096)
-    monkeypatch.setattr(task_vectors, "MOST_COLLECTED", 40)
-    assert files(merge(method, base, others, tmp_path / "compiled", told)) == files(plain)
+    monkeypatch.setenv("STREAMSOUP_KERNELS", "fast")
+    monkeypatch.setattr(reduce, "MERGER_NBYTES", 0)
+    for most in (40, 1 << 17):
+        monkeypatch.setattr(task_vectors, "MOST_COLLECTED", most)
+        made = merge(method, base, others, tmp_path / f"compiled{most}", told)
+        assert files(made) == files(plain)
+        monkeypatch.setattr(plan, "LEAF", 4096)
+
+
+def test_dtypes_may_differ_in_compiled_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base in float32 with fine-tunes in bfloat16 and float16 is merged as numpy does it."""
+    base, _ = checkpoints(tmp_path / "a", "F32", n=1)
+    others = [checkpoints(tmp_path / name, name, n=1)[1][0] for name in ("BF16", "F16", "F64")]
+    made = []
+    for tier in ("numpy", "fast"):
+        monkeypatch.setenv("STREAMSOUP_KERNELS", tier)
+        monkeypatch.setattr(reduce, "MERGER_NBYTES", 0)
+        soup = merge("ties", base, others, tmp_path / tier, parameters(), dtype="bf16")
+        made.append(files(soup))
+    assert made[0] == made[1]
+
+
+MAGNITUDES = {
+    "of 16 bits": lambda rng, n: (
+        np.abs(np.float32(rng.normal(size=n)).view(np.uint32) >> 16 << 16)
+        .astype(np.uint32)
+        .view(np.float32)
+        .astype(float)
+    ),
+    "all different": lambda rng, n: np.abs(rng.normal(size=n)),
+    "all equal": lambda rng, n: np.full(n, 0.3),
+    "two of them": lambda rng, n: rng.choice([0.3, np.nextafter(0.3, 1)], n),
+    "mostly zero": lambda rng, n: np.where(rng.random(n) < 0.9, 0.0, rng.random(n)),
+    "tiny": lambda rng, n: rng.random(n) * 1e-300,
+    "subnormal": lambda rng, n: rng.integers(0, 3, n) * 5e-324,
+    "huge": lambda rng, n: rng.random(n) * 1e300,
+    "with inf and nan": lambda rng, n: rng.choice([1.0, np.inf, np.nan, 1e308], n),
+}
+
+
+@pytest.mark.parametrize("kind", MAGNITUDES)
+@pytest.mark.parametrize("most", [1, 50, 10_000])
+def test_a_selection_is_what_sorting_selects(kind: str, most: int) -> None:
+    """Whatever the magnitudes, the k largest are those that a stable sort finds, within the passes.
+
+    Leaves of different sizes and distributions, so that ties lie in some of them only.
+    """
+    rng = np.random.default_rng(3)
+    n = 3000
+    magnitudes = np.abs(MAGNITUDES[kind](rng, n))
+    magnitudes[:700] = np.sort(magnitudes[:700])
+    magnitudes[np.isnan(magnitudes)] = np.nan
+    ends = [0, 100, 700, 2900, n]
+    leaves = list(itertools.pairwise(ends))
+    by_rank = np.lexsort((np.arange(n), -magnitudes.view(np.int64)))
+    for k in (0, 1, 7, 299, 1500, 2990, 2999, n):
+        chosen = Selection(k, n, most=most)
+        n_passes = 0
+        while chosen.measuring:
+            for start, end in leaves:
+                state = chosen.start()
+                half = (start + end) // 2
+                chosen.measure(state, magnitudes[start:half], start)
+                chosen.measure(state, magnitudes[half:end], half)
+                chosen.merge(state, start)
+            chosen.end_pass()
+            n_passes += 1
+        assert n_passes <= selection.N_PASSES
+        kept = np.zeros(n, bool)
+        for start, end in leaves:
+            cut = chosen.cut(start)
+            half = (start + end) // 2
+            kept[start:half] = cut.kept(magnitudes[start:half])
+            kept[half:end] = cut.kept(magnitudes[half:end])
+        expected = np.zeros(n, bool)
+        expected[by_rank[:k]] = True
+        assert np.array_equal(kept, expected), (kind, most, k)
+
+
+def test_differences_of_16_bits_take_two_passes(tmp_path: Path) -> None:
+    """One pass finds the threshold of fine-tunes stored in 16 bits, though many equal it."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=50_000) * 0.02
+    values = [bits_of(base + 0.001 * i * rng.normal(size=base.size), "BF16") for i in range(2)]
+    floats = [np.uint32(each.astype(np.uint32) << 16).view(np.float32) for each in values]
+    magnitudes = np.abs(floats[1].astype(float) - floats[0])
+    selection = Selection(25_000, 50_000, most=100)
+    for start in (0, 25_000):
+        state = selection.start()
+        selection.measure(state, magnitudes[start : start + 25_000], start)
+        selection.merge(state, start)
+    selection.end_pass()
+    assert not selection.measuring
+    kept = [
+        selection.cut(start).kept(magnitudes[start : start + 25_000]).sum() for start in (0, 25_000)
+    ]
+    assert sum(kept) == 25_000
 
 
 def test_thresholds_of_many_tensors_hold_no_counts(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_every_door_of_the_library(here: Path) -> None:
         with pytest.raises(TaskError, match="not supported yet"):
             load_task(at)
         with pytest.raises(OutputError, match="not supported yet"):
-            streamsoup.sweep("a", "b", "task.py", [0.0, 1.0], cache=at)
+            streamsoup.wise_ft("a", "b", "task.py", [0.0, 1.0], cache=at)
         with pytest.raises(OutputError, match="not supported yet"):
             streamsoup.compare(["a", "b"], "task.py", output=at)
     assert sorted(os.listdir(here)) == ["a", "b", "task.py"]

@@ -141,7 +141,7 @@ def test_points_without_a_score_stay_white(
 
 def test_a_sweep_beyond_both_ends(paths: list[str], tmp_path: Path) -> None:
     """α with a variance below zero have no score, and the best one is chosen among the others."""
-    found = streamsoup.sweep(
+    found = streamsoup.wise_ft(
         paths[2], paths[0], Scored(), [0.0, 0.5, 1.0, 1.1, 1.2], cache=tmp_path / "cache"
     )
     assert [math.isnan(value) for value in found.values["val"]] == [False] * 4 + [True]

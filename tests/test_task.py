@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from streamsoup import GreedySettings, greedy, sweep
+from streamsoup import GreedySettings, greedy, wise_ft
 from streamsoup.cli.greedy import lines
 from streamsoup.errors import TaskError
 from streamsoup.task import Score, load_task, read_score
@@ -125,7 +125,7 @@ def test_training_mode_is_said_once(
 
         Trains.predictions = predictions  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING, "streamsoup"):
-        sweep(*paths, Trains(), [0.0, 1.0], cache=tmp_path / "cache")
+        wise_ft(*paths, Trains(), [0.0, 1.0], cache=tmp_path / "cache")
     assert caplog.text.count("was in training mode") == 1
     if how == "predictions":
         return

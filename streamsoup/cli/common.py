@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamsoup.cli import planning
 from streamsoup.errors import (
     OutputError,
     RecipeError,
@@ -315,6 +316,8 @@ def make_soup(
     say: Callable[[Soup], list[str]] | None = None,
 ) -> int:
     """Make a soup in a supervised process, and print a summary; `say` returns further lines."""
+    if planning.is_asked_for():
+        return planning.plan_soup(make, settings)
     # No code of the user's runs here, and ours has no large matrices: starting OpenBLAS's threads
     # takes 30 ms of processor time (measured), where numpy has to do without compiled kernels.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -496,6 +499,8 @@ def supervise(
     """
     from streamsoup.cli.terminal import clear_line
 
+    if planning.is_asked_for():
+        raise click.UsageError("only what makes one soup can be planned")
     as_json, quiet = settings.pop("as_json"), settings.pop("quiet")
     with_traceback = settings.pop("traceback", False)
 

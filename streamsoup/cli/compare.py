@@ -101,7 +101,7 @@ def compare(
             options=options,
         )
         watcher.close()
-        found = replace(found, commands=(_this_command(),))
+        found = replace(found, commands=(this_command(),))
         page = write_report(found, output)
         if as_json:
             common.tell_rows(found.to_lines(), watcher)
@@ -205,7 +205,7 @@ def sweep(
 
     def work(options: Options, watcher: Watcher, as_json: bool) -> None:
         from streamsoup.study.comparison.table import check_folder
-        from streamsoup.study.landscape.paths import sweep as measure
+        from streamsoup.study.landscape.paths import wise_ft as measure
         from streamsoup.study.measures.barriers import parse_alphas
         from streamsoup.study.report.figures import have_matplotlib
         from streamsoup.study.report.page import write_text
@@ -221,7 +221,7 @@ def sweep(
             draw_sweep(found, os.path.join(output, picture))
         rows = "".join(f"{each}\n" for each in found.to_lines())
         write_text(os.path.join(output, "rows.jsonl"), rows)
-        page = sweep_page(found, picture, (_this_command(),))
+        page = sweep_page(found, picture, (this_command(),))
         write_text(os.path.join(output, "report.md"), page.to_markdown())
         write_text(os.path.join(output, "report.html"), page.to_html(output))
         if as_json:
@@ -236,7 +236,7 @@ def sweep(
     return common.supervise(work, "interpolate", ends, settings)
 
 
-def _this_command() -> str:
+def this_command() -> str:
     line = shlex.join(["streamsoup", *sys.argv[1:]])
     return line.encode("utf-8", "backslashreplace").decode()  # not every path is Unicode
 

@@ -158,6 +158,12 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
             "streamsoup learned run1 run2 run3 --task task.py -o soup",
             "tasks/task-file.md",
         ),
+        "sweep": Entry(
+            "sweep",
+            "Score a merge on a grid of its parameters, keep the best.",
+            "streamsoup sweep ties a b --base c --density .2:.8:.2 --task t.py -o o",
+            "tasks/sweep.md",
+        ),
     },
     "Study": {
         "compare": Entry(

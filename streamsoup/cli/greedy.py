@@ -128,14 +128,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     names = ("task", "command", "lm_eval", "limit", "batch_size", "metric", "split")
     told = {name: settings.pop(name) for name in names}
     rules = {name: settings.pop(name) for name in RULES}
-    if sum(told[name] is not None for name in ("task", "command", "lm_eval")) != 1:
-        raise click.UsageError(
-            "say how to score: one of --task task.py, --command 'python eval.py {checkpoint}', "
-            "--lm-eval TASKS"
-        )
-    for name in ("limit", "batch_size"):
-        if told["lm_eval"] is None and told[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with --lm-eval")
+    check_scoring(told)
     if rules["scores"] is not None:
         rules["scores"] = _read_scores(rules["scores"])
     quiet = settings["quiet"]
@@ -146,7 +139,7 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         from streamsoup.search.greedy import greedy
 
         in_server = bool(rules["servers"])
-        task = _make_task(told, rules["timeout"], ingredients[0], in_server=in_server)
+        task = make_task(told, rules["timeout"], ingredients[0], in_server=in_server)
         search = _settings(told["split"], rules)
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
         options = replace(options, on_event=watch)
@@ -161,8 +154,20 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     return common.supervise(work, "greedy", ingredients, settings)
 
 
-def _make_task(
-    told: Mapping[str, Any], timeout: float | None, first: str, *, in_server: bool
+def check_scoring(told: Mapping[str, Any]) -> None:
+    """Raise `UsageError` unless the options of `TASK` say one way to score."""
+    if sum(told[name] is not None for name in ("task", "command", "lm_eval")) != 1:
+        raise click.UsageError(
+            "say how to score: one of --task task.py, --command 'python eval.py {checkpoint}', "
+            "--lm-eval TASKS"
+        )
+    for name in ("limit", "batch_size"):
+        if told["lm_eval"] is None and told[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --lm-eval")
+
+
+def make_task(
+    told: Mapping[str, Any], timeout: float | None, first: str, *, in_server: bool = False
 ) -> Any:
     """Return the task that the options name."""
     if told["command"] is not None:

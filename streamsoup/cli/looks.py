@@ -8,18 +8,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
-from streamsoup.cli.help import command
+from streamsoup.cli import common, planning
+from streamsoup.cli.help import Command, command
 from streamsoup.errors import StreamsoupError, count, in_options, printable
 from streamsoup.sizes import nbytes_text
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
+    from streamsoup.output.make import Order
     from streamsoup.output.records import CheckpointRecord, PlanRecord
 
 
-@command()
+class _Plan(Command):
+    """``plan CKPT…``, or ``plan VERB …`` with all that the verb itself takes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave what follows a verb to that verb."""
+        if args and args[0] in planning.VERBS:
+            ctx.obj = [*args]
+            return []
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb until its soup is planned, or plan a mean."""
+        if ctx.obj is None:
+            return super().invoke(ctx)
+        return planning.plan_verb(
+            ctx,
+            ctx.obj,
+            lambda found, told: _tell_plan(found.order, found.n_before, as_json=told["as_json"]),
+        )
+
+
+@click.command(cls=_Plan)
 @common.INGREDIENTS
 @common.COEFFICIENTS
 @common.NORMALIZE
@@ -33,13 +55,16 @@ def plan(
     as_json: bool,
     **settings: Any,
 ) -> int:
-    """Show what a soup would take: layout, bytes, peak memory. Reads no weights."""
+    """Show what a soup would take: layout, bytes, passes, peak memory. Reads no weights.
+
+    Of checkpoints, that is their mean; after the name of a command that makes a soup, that soup:
+    streamsoup plan ties A B --base BASE --density .5. A checkpoint of such a name is ./ties.
+    """
     from msgspec.structs import replace
 
     from streamsoup.engine.rules.linear import Linear
     from streamsoup.output.coefficients import doubtful_sums, find_coefficients
     from streamsoup.output.make import order
-    from streamsoup.output.records import record_of
     from streamsoup.recipe import Coefficients
 
     if normalize and coefficients is None:
@@ -53,10 +78,19 @@ def plan(
     )
     if coefficients is not None:
         ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(given)])
-    record = record_of(ordered)
+    _tell_plan(ordered, 0, as_json=as_json)
+    return 0
+
+
+def _tell_plan(ordered: Order, n_before: int, *, as_json: bool) -> None:
+    """Print a plan; there are `n_before` passes before those of its rule."""
+    from msgspec.structs import replace
+
+    from streamsoup.output.records import record_of
+
+    record = record_of(ordered, n_before)
     record = replace(record, warnings=tuple(map(in_options, ordered.warnings)))
     common.tell([_json(record)]) if as_json else common.print_description(_of_plan(record))
-    return 0
 
 
 @command()
@@ -157,7 +191,6 @@ _OPERATIONS = {
 def _of_plan(record: PlanRecord) -> dict[str, Any]:
     """Return what a planned soup would take in words, line by line."""
     tensors = (f"{n} {_OPERATIONS[name]}" for name, n in record.operations.items())
-    passes = f", up to {record.n_passes} times" if record.n_passes > 1 else ""
     mapped = "nothing: files are read into buffers, which the peak counts"
     if record.mapped_nbytes:
         mapped = (
@@ -173,7 +206,7 @@ def _of_plan(record: PlanRecord) -> dict[str, Any]:
     return {
         "ingredients": [printable(name) for name in record.ingredients],
         "tensors": ", ".join(tensors),
-        "reads": f"{_bytes(record.nbytes_read)}{passes}",
+        "reads": f"{_bytes(record.nbytes_read)}{_passes(record)}",
         "writes": _bytes(record.nbytes_written),
         "files": [f"{printable(name)}  {nbytes_text(n)}" for name, n in record.files.items()],
         "side_files": [printable(name) for name in record.side_files] or "none",
@@ -186,6 +219,17 @@ def _of_plan(record: PlanRecord) -> dict[str, Any]:
         "free_here": nbytes_text(record.free_nbytes),
         "warnings": list(record.warnings) or "none",
     }
+
+
+def _passes(record: PlanRecord) -> str:
+    """Return how often the ingredients are read, where it is not once."""
+    usual, most = record.usual_passes, record.n_passes
+    if most == 1:
+        return ""
+    usually = nbytes_text(record.nbytes_read * usual)
+    if usual == most:
+        return f" in each of {most} passes, {usually} in all"
+    return f" in each of usually {usual}, at most {most} passes, {usually} usually"
 
 
 def _bytes(nbytes: int, words: str = "bytes") -> str:

@@ -195,6 +195,7 @@ def multislerp(ingredients: tuple[str, ...], **settings: Any) -> int:
 @common.INGREDIENTS
 @WEIGHTS
 @click.option("-t", "t", type=common.Number(0, 1), help="0 is the first, 1 the second; default .5.")
+@click.option("--row-wise", is_flag=True, help="Turn each row by an angle of its own.")
 @SOUP
 def nuslerp(ingredients: tuple[str, ...], t: float | None, **settings: Any) -> int:
     """Turn from the first to the second, tensor by tensor (NuSLERP)."""
@@ -235,15 +236,16 @@ def mean(
 ) -> int:
     """Make a soup with a verb of `methods.spheres`."""
     given = _own(settings)
-    base, output = given["base"], given["output"]
-    if given["weights"] is not None:
-        weights = common.numbers(given["weights"])
+    base, output = given.pop("base"), given.pop("output")
+    told = given.pop("weights")
+    if told is not None:
+        weights = common.numbers(told)
 
     def make(options: Options) -> Soup:
         from streamsoup.methods import spheres
 
         verb: Callable[..., Soup] = getattr(spheres, method)
-        return verb(ingredients, weights, base=base, output=output, options=options)
+        return verb(ingredients, weights, base=base, output=output, options=options, **given)
 
     return common.make_soup(make, ingredients if base is None else (base, *ingredients), settings)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from streamsoup.engine.read import Reader, Session
 from streamsoup.engine.reduce import copy
 from streamsoup.engine.schedule import Group, Schedule
 from streamsoup.kernels.blocks import array_of, finish, widen
-from streamsoup.rule import Reduction
+from streamsoup.kernels.merger import Merger
+from streamsoup.rule import Block, Reduction
 from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import DType, TensorSpec
 
@@ -29,11 +30,30 @@ __all__ = ["Apply", "ApplyWorker"]
 Floats = NDArray[np.float64]
 
 
+@runtime_checkable
+class Compilable(Protocol):
+    """A reduction that makes its elements in compiled loops where the engine has some."""
+
+    merger: Merger | None
+    """The loops; None to do without. Set before the first pass."""
+
+    def reduce_rounded(self, state: Any, block: Block, dtype: DType, output: Bytes) -> bool:
+        """Do what `reduce` does, rounded once; return True if a result is not finite."""
+
+
 class Apply:
     """The recipe's rule, applied to every tensor that it makes; others are copied."""
 
-    def __init__(self, plan: MixPlan, memory: MemoryPlan) -> None:
-        """Make a reduction for each group of tensors; nothing is measured yet."""
+    def __init__(
+        self,
+        plan: MixPlan,
+        memory: MemoryPlan,
+        merger: Callable[[], Merger | None] = lambda: None,
+    ) -> None:
+        """Make a reduction for each group of tensors; nothing is measured yet.
+
+        `merger` is called if the rule has use for compiled loops.
+        """
         self.plan, self.memory = plan, memory
         rule, k = plan.recipe.rule, len(plan.ingredients)
         together = [plan.reduced] if rule.spans_model else [(each,) for each in plan.reduced]
@@ -44,6 +64,10 @@ class Apply:
             if ordered:
                 reduction = rule.reduction(ordered, k)
                 self.reductions |= {spec.name: reduction for spec in ordered}
+        compilable = [each for each in self.reductions.values() if isinstance(each, Compilable)]
+        loops = merger() if compilable else None
+        for each in compilable:
+            each.merger = loops
 
     def schedule(self, leaves: Iterable[Leaf], noted: Callable[[Leaf], bool]) -> Schedule:
         """Return the copies first, then each group, its leaves in order of names and places."""
@@ -125,8 +149,13 @@ class ApplyWorker:
             return
         assert (first, len(inputs)) == (0, len(plan.ingredients))
         block = self._block(tensor, self._start, self._n, inputs)
+        reduction = self._reduction
+        if isinstance(reduction, Compilable) and reduction.merger is not None:
+            spoiled = reduction.reduce_rounded(self._state, block, tensor.dtype, self._output)
+            self.spoiled = spoiled or block.spoiled
+            return
         sums = self._sums[: self._n]
-        self._reduction.reduce(self._state, block, sums)
+        reduction.reduce(self._state, block, sums)
         spoiled = finish(sums, 1.0, tensor.dtype, array_of(self._output))
         self.spoiled = spoiled or block.spoiled
 

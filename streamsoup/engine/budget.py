@@ -64,6 +64,9 @@ MEANS_NBYTES = 18 * 2**20
 """Bytes that compiling a further kernel with means in float32 takes (measured: 13 to 20 MB, and 28
 after three that have none, which took less than `PROCESS_NBYTES` has for the first)."""
 
+MERGER_NBYTES = 48 * 2**20
+"""Bytes that compiling the kernels of merges takes beyond `PROCESS_NBYTES` (measured: 39 MB)."""
+
 OPENING_NBYTES = 24 * 2**20
 """Bytes held while ingredients are opened, without their headers (measured: 19 MB)."""
 
@@ -168,6 +171,10 @@ def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> M
     each = NUMPY_NBYTES + 2 * held.per_leaf + held.per_group
     each += n_sessions * reading.session_nbytes
     fixed = fixed_nbytes(plan) + held.per_group
+    # Where there is no room to compile, kernels from the cache are used, or numpy.
+    compiler = MERGER_NBYTES if held.compiles else 0
+    compiles = fixed + compiler + each + SMALLEST_BLOCK * per_element <= budget
+    fixed += compiler if compiles else 0
 
     def peak(block: int, threads: int) -> int:
         return fixed + threads * (each + block * per_element)
@@ -185,7 +192,7 @@ def _plan_blocks(plan: MixPlan, *, mapped: bool, threads: int, budget: int) -> M
             "above that"
         )
     most = max(peak(block, threads), check_opening(plan, budget))
-    return MemoryPlan(threads, block, k, most)
+    return MemoryPlan(threads, block, k, most, compiles)
 
 
 def memory_budget(plan: MixPlan, asked: int | str | None) -> int:
@@ -197,7 +204,7 @@ def memory_budget(plan: MixPlan, asked: int | str | None) -> int:
     if asked is not None:
         return parse_nbytes(asked)
     rule = rule_memory(plan)
-    own = 2 * (rule.per_leaf + rule.per_group)
+    own = 2 * (rule.per_leaf + rule.per_group) + (MERGER_NBYTES if rule.compiles else 0)
     return max(DEFAULT_NBYTES, fixed_nbytes(plan) + own + WORKING_NBYTES, opening_nbytes(plan))
 
 

@@ -37,6 +37,7 @@ from streamsoup.tensors import DType
 if TYPE_CHECKING:
     from streamsoup.engine.read import Reader
     from streamsoup.kernels.blocks import BlockSums
+    from streamsoup.kernels.merger import Merger
 
 __all__ = [
     "Engine",
@@ -55,6 +56,10 @@ COMPILE_NBYTES = 1_000_000_000
 """Bytes to read from which compiling a kernel pays, before the work: some seconds, once.
 
 Not beside the work: compiling is all Python, and waits for its turn behind the numpy threads."""
+
+MERGER_NBYTES = 100_000_000
+"""Bytes to read from which compiling the kernels of merges pays: numpy takes ten seconds for as
+many, which it reads several times."""
 
 COMPILE_ROOM = 219_000_000
 """Bytes a memory cgroup must allow for compiling: LLVM's library takes 170 MB of them as it is
@@ -97,7 +102,11 @@ class Engine:
         self._tier = tiers.tier()
         self._mixers: dict[tuple[str, str], Mixer] = {}
         self._plain: PlainMixers | None = None
-        self._plan = plan
+        self._merger: Merger | None = None
+        self._plan, self._compiles = plan, compiles
+        self._pairs: list[tuple[DType, DType]] = []
+        if not isinstance(plan.recipe.rule, Linear):
+            return
         pairs = {
             (tensor.sources[0].dtype, tensor.dtype)
             for tensor in plan.tensors
@@ -135,6 +144,20 @@ class Engine:
         left = self._nbytes_left()
         if left and left * len(self._plan.ingredients) >= COMPILE_NBYTES:
             self._plain = compiled(plain_mixers)
+
+    def merger(self) -> Merger | None:
+        """Return the compiled kernels of merges, if they are in the cache or the job is worth them.
+
+        Other rules than the linear one may use them; compiling takes ten seconds, once.
+        """
+        if self._merger is None and self._tier != "numpy":
+            from streamsoup.kernels.merger import find_merger, make_merger, make_plain_merger
+
+            self._merger = find_merger()
+            is_worth = self._plan.nbytes_read >= MERGER_NBYTES
+            if self._merger is None and self._compiles and is_worth:
+                self._merger = compiled(make_merger, make_plain_merger)
+        return self._merger
 
     def mixer(self, sources: Sequence[DType], output: DType) -> Mixer | None:
         """Return the compiled kernel for these dtypes, or None while numpy has to do."""

@@ -16,8 +16,9 @@ def reducer_of(plan: MixPlan, memory: MemoryPlan, engine: Engine | None = None) 
     The linear rule has a fast form of its own, with the bytes of the plain one. `engine` holds its
     compiled kernels where a caller keeps them from one pass to the next.
     """
+    engine = engine or Engine(plan, compiles=memory.compiles)
     if isinstance(plan.recipe.rule, Linear):
-        return Mix(plan, memory, engine or Engine(plan, compiles=memory.compiles))
+        return Mix(plan, memory, engine)
     from streamsoup.engine.apply import Apply
 
-    return Apply(plan, memory)
+    return Apply(plan, memory, engine.merger)

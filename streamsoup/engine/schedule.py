@@ -35,6 +35,8 @@ class Group:
         self.reduction, self.leaves, self.n_measuring = reduction, leaves, n_measuring
         self.to_make: list[Leaf] = []
         """Leaves that are still to be made when measuring has ended."""
+        self.n_measured = 0
+        """Measuring passes that have ended."""
         self.n_merged = 0
         self.n_open = 0
         """Tasks of the present pass that are not finished."""
@@ -115,6 +117,7 @@ class Schedule:
                 if task.place is not None:
                     group.reduction.end_pass()
                     group.n_measuring -= 1
+                    group.n_measured += 1
                 self._begin_pass(group)
             self._changed.notify_all()
 

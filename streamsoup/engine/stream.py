@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import NoReturn, Protocol, Self
+from typing import NamedTuple, NoReturn, Protocol, Self
 
 import msgspec
 import xxhash
@@ -29,9 +29,10 @@ from streamsoup.errors import BudgetError, Interrupted, NonFiniteError, option, 
 from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.options import Progress
+from streamsoup.rule import usual_passes
 from streamsoup.system.buffers import Bytes
 
-__all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Sink", "SinkSession", "run"]
+__all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Read", "Sink", "SinkSession", "run"]
 
 CHECKPOINT_S = 0.5
 """Time between checkpoints: the most work that a kill can cost. From 0.1 to 1 s no difference was
@@ -42,6 +43,15 @@ ALONE_NBYTES = 1 << 24
 
 TICK_S = 0.05
 """Time between reports of progress."""
+
+
+class Read(NamedTuple):
+    """What a run has read of the ingredients."""
+
+    nbytes: int
+    """In all passes; what an earlier run had finished counts once."""
+    n_passes: int
+    """Passes over the tensor that took most."""
 
 
 class SinkSession(Protocol):
@@ -138,7 +148,7 @@ def run(
     ledger: Ledger | None = None,
     leaves: Iterable[Leaf] | None = None,
     on_event: Callable[[Progress], None] | None = None,
-) -> None:
+) -> Read:
     """Pass all leaves of `plan` through `reducer` into `sink`, each byte read once for each pass.
 
     Args:
@@ -151,6 +161,9 @@ def run(
         leaves: The leaves to make; None for all. If the rule takes statistics, all leaves of
             their tensors must be among them.
         on_event: Called in the calling thread with the progress.
+
+    Returns:
+        What was read.
 
     Raises:
         StreamsoupError: The first error of any thread, after all have stopped; the sink then holds
@@ -176,7 +189,8 @@ def run(
     digests = None if pass_.measured else known
     check_read(plan, memory, reader, chosen, digests)
     if on_event is not None:
-        on_event(Progress(plan.nbytes_read, plan.nbytes_read, time.monotonic() - started))
+        on_event(Progress(pass_.nbytes_done, pass_.nbytes_done, time.monotonic() - started))
+    return Read(pass_.nbytes_done, pass_.n_passes)
 
 
 def _work_in_threads(
@@ -201,8 +215,7 @@ def _work_in_threads(
         while not pass_.ended.wait(TICK_S):
             now = time.monotonic()
             if on_event is not None:
-                progress = Progress(pass_.nbytes_done, pass_.plan.nbytes_read, now - started)
-                on_event(progress)
+                on_event(pass_.progress(now - started))
             due = now - noted >= CHECKPOINT_S and not pass_.stop.is_set()
             if due and pass_.ledger is not None:
                 pass_.ledger.checkpoint()
@@ -263,9 +276,12 @@ class _Pass:
         self.stop = threading.Event()
         self.ended = threading.Event()
         self.errors: list[BaseException] = []
-        self.nbytes_done = 0
-        self.measured = False
-        """True if a rule measured leaves: what was read then has no digests."""
+        self.nbytes_made = self.nbytes_measured = 0
+        """Bytes of leaves that are made, and of those measured, in all passes."""
+        self.nbytes_settled = self.nbytes_settling = 0
+        """Bytes of leaves whose group needs no more measuring, and what measuring them took."""
+        self.n_passes = 1
+        """Passes over the tensor that took most, so far."""
         self.n_working = memory.threads
         self.kept: dict[int, bool] = {}
         """Tensors that are not finite, by number: whether they are kept, see `masks.is_kept`."""
@@ -301,6 +317,28 @@ class _Pass:
                 if self.n_working == 0:
                     self.ended.set()
 
+    @property
+    def measured(self) -> bool:
+        """True if a rule measured leaves: what was read then has no digests."""
+        return self.nbytes_measured > 0
+
+    @property
+    def nbytes_done(self) -> int:
+        """Bytes read so far, in all passes."""
+        return self.nbytes_made + self.nbytes_measured
+
+    def progress(self, elapsed_s: float) -> Progress:
+        """Return the progress: measuring will go on to take what it took where it has ended."""
+        with self.lock:
+            nbytes = self.plan.nbytes_read
+            if self.nbytes_settled:
+                measuring = nbytes * self.nbytes_settling // self.nbytes_settled
+            else:  # as many passes as are usual, or one more than there were
+                usual = usual_passes(self.plan.recipe.rule) - 1
+                measuring = nbytes * max(usual, -(-self.nbytes_measured // max(1, nbytes)))
+            nbytes += max(measuring, self.nbytes_measured)
+            return Progress(min(self.nbytes_done, nbytes), nbytes, elapsed_s)
+
     def halt(self) -> None:
         """Make every thread stop within a block."""
         self.stop.set()
@@ -316,7 +354,6 @@ class _Pass:
         """Let the rule measure one leaf."""
         assert isinstance(worker, MeasuringWorker)
         leaf, k = task.leaf, len(self.plan.ingredients)
-        self.measured = True
         tensor = self.plan.tensors[leaf.tensor]
         self.check_unchanged(leaf)
         worker.begin(leaf)
@@ -328,6 +365,8 @@ class _Pass:
             worker.measure(tensor, start, n_units, reading.block(tensor, 0, k, start, n_units))
             if worker.spoiled and self.plan.recipe.non_finite == "refuse":
                 self.explain(tensor, start, n_units, reading)
+        with self.lock:
+            self.nbytes_measured += self.nbytes_of(leaf)
         self.schedule.merge(task, worker.measured())
 
     def make_leaf(
@@ -354,6 +393,10 @@ class _Pass:
         if task.group is not None:
             assert isinstance(worker, MeasuringWorker)
             worker.begin(leaf)
+            with self.lock:
+                self.n_passes = max(self.n_passes, 1 + task.group.n_measured)
+                self.nbytes_settled += self.nbytes_of(leaf)
+                self.nbytes_settling += self.nbytes_of(leaf) * task.group.n_measured
         digested = self.ledger is not None
         digests = worker.digests(tensor, leaf.n_units) if digested else None
         if leaf.tensor in self.restored:
@@ -412,11 +455,13 @@ class _Pass:
         """Record a complete leaf in the ledger and in the progress."""
         if self.ledger is not None:
             self.ledger.finish_leaf(leaf, digests)
-        tensor = self.plan.tensors[leaf.tensor]
         with self.lock:
-            self.nbytes_done += sum(
-                leaf.n_units * tensor.unit_nbytes_in(layout) for layout in self.plan.layout_of
-            )
+            self.nbytes_made += self.nbytes_of(leaf)
+
+    def nbytes_of(self, leaf: Leaf) -> int:
+        """Return the bytes of a leaf in all ingredients."""
+        tensor = self.plan.tensors[leaf.tensor]
+        return sum(leaf.n_units * tensor.unit_nbytes_in(layout) for layout in self.plan.layout_of)
 
     def restores(self, block: _Block, result: Bytes, reading: Session) -> bool:
         """Return True if a mask was put back into a result that is not finite; see `masks`.

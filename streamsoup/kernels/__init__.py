@@ -5,6 +5,8 @@
   reference. It runs wherever numba does, and stands in for everything faster.
 * `fast` is the fast tier, behind the one switch in `tiers`.
 * `blocks` is numpy, where nothing is compiled; `accelerator` is torch.
+* `merges_reference` specifies the merges of task vectors, `merging` is their compiled loops,
+  `merger` wraps these, `merge_rows` is what both share, and `philox` draws random masks.
 * `cpu` wraps the compiled kernels that mix, `inner` those that multiply rows. `leaf_digests` holds
   digests in the making, `environment` the floating-point settings of a thread, and `constants` the
   sizes and words that all of them share.

@@ -25,6 +25,7 @@ __all__ = [
     "near_swap",
     "ram",
     "random_mask",
+    "row_slerp",
     "sce",
     "sum_of_task_vectors",
     "task_vector",
@@ -225,6 +226,37 @@ def ram(base: Values, tasks: Sequence[Values], epsilon: float) -> list[float]:
         moved /= max(n, 1)
         result.append(start if moved == 0 else start + moved)
     return result
+
+
+def row_slerp(x: Values, y: Values, length: int, t: float) -> list[float]:
+    """Return (sin((1−t)Ω)·x + sin(tΩ)·y) / sin Ω for each row of `length` elements.
+
+    Factors are divided first. Rows on one line, by 1 − cos²Ω up to 1e-16, and zeros, are averaged
+    straight. Inner products are summed in 64 lanes: element e of a row belongs to lane e mod 64.
+    """
+
+    def product(a: Values, b: Values) -> float:
+        lanes = [0.0] * LANES
+        for e, (left, right) in enumerate(zip(a, b, strict=True)):
+            lanes[e % LANES] += left * right
+        result = 0.0
+        for lane in lanes:
+            result += lane
+        return result
+
+    made: list[float] = []
+    for begin in range(0, len(x), max(1, length)):
+        a, b = x[begin : begin + length], y[begin : begin + length]
+        f, g = 1.0 - t, t
+        lengths = math.sqrt(product(a, a)) * math.sqrt(product(b, b))
+        if lengths > 0:
+            cosine = min(1.0, max(-1.0, product(a, b) / lengths))
+            if 1 - cosine * cosine > 1e-16:
+                angle = math.acos(cosine)
+                f, g = math.sin((1 - t) * angle), math.sin(t * angle)
+                f, g = f / math.sin(angle), g / math.sin(angle)
+        made += [f * one + g * other for one, other in zip(a, b, strict=True)]
+    return made
 
 
 def near_swap(base: Values, other: Values, t: float) -> list[float]:

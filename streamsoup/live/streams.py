@@ -15,7 +15,6 @@ from streamsoup.engine.plan import Leaf, MixPlan
 from streamsoup.engine.read import Kept, open_reader
 from streamsoup.engine.reduce import Engine
 from streamsoup.engine.reducers import reducer_of
-from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import check_variances
 from streamsoup.engine.stream import Ledger, Sink, run
 from streamsoup.errors import RecipeError
@@ -69,9 +68,7 @@ def stream_mix(
         )
     kept = Kept()
     # Of the whole soup, as a batch alone may be too small to be worth compiling for.
-    engine = (
-        Engine(plan, compiles=memory.compiles) if isinstance(plan.recipe.rule, Linear) else None
-    )
+    engine = Engine(plan, compiles=memory.compiles)
     for names in _batches(plan):
         part = plan.only(names)
         sink = _Tensors(part)

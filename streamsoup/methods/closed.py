@@ -33,7 +33,7 @@ from streamsoup.errors import RecipeError, check_choice, count, option, printabl
 from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
 from streamsoup.methods.checkpoints import By, Given, choose
-from streamsoup.options import Options, check_options, take
+from streamsoup.options import Options, Planned, check_options, take
 from streamsoup.output.destination import check_output
 from streamsoup.output.jobs import make
 from streamsoup.output.make import Soup, order
@@ -520,6 +520,8 @@ def measure_all(
     everything = [*([] if base is None else [base]), *ingredients]
     equal = Coefficients.uniform(len(everything))
     ordered = order(everything, Linear(equal), method="mix", options=options)
+    if options.on_event is not None:
+        options.on_event(Planned(ordered, n_before=1))
     check_output(
         os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
     )

@@ -77,8 +77,9 @@ def ties(
         RecipeError: A parameter is out of range, or fits no ingredient.
         StreamsoupError: Whatever `uniform` raises.
 
-    Reads base and ingredients three or four times, tensor by tensor, so that all but the first come
-    from the page cache. Holds blocks, and 1 MB for each ingredient and thread.
+    Reads base and ingredients twice as a rule, three times in float32, tensor by tensor, so that
+    all but the first pass come from the page cache. Holds blocks, and 1 MB for each ingredient and
+    thread.
     """
     ingredients = listed(ingredients)
     n = len(ingredients)
@@ -219,7 +220,7 @@ def sce(
     Of the elements that differ between task vectors, the share `select_topk` that varies most is
     taken; each ingredient counts by the mean square of what was taken of it (alike where these sum
     to less than 1e-6); and what has not the sign of the sum of its element is left out. Reads
-    everything twice, four or five times with a `select_topk` below 1. Costs and errors as for
+    everything twice, four times as a rule with a `select_topk` below 1. Costs and errors as for
     `ties`.
     """
     rule = Sce(take("float", "select_topk", select_topk))

@@ -24,8 +24,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.engine.rules.row_slerp import RowSlerp
 from streamsoup.errors import RecipeError, count, some
 from streamsoup.formats.ingredients import AnyIngredient, listed
 from streamsoup.methods.closed import (
@@ -38,8 +40,9 @@ from streamsoup.methods.closed import (
     sphere_factors,
     with_pass,
 )
-from streamsoup.options import Options
-from streamsoup.output.make import Soup
+from streamsoup.options import Options, take
+from streamsoup.output.jobs import make
+from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients
 
 __all__ = ["karcher", "multislerp", "nuslerp"]
@@ -91,13 +94,15 @@ def nuslerp(
     weights: Sequence[float] | None = None,
     *,
     base: AnyIngredient | None = None,
+    row_wise: bool = False,
     output: str | os.PathLike[str],
     options: Options = Options(),  # noqa: B008 - frozen
 ) -> Soup:
     """Write the NuSLERP of two `ingredients`, tensor by tensor, into `output`.
 
-    The second weight, divided by their sum, is how far to go from the first to the second.
-    Arguments, costs and errors as for `karcher`.
+    The second weight, divided by their sum, is how far to go from the first to the second. With
+    `row_wise`, each row of a tensor, which is all that lies behind its first dimension, turns by an
+    angle of its own, in one pass. Other arguments, costs and errors as for `karcher`.
     """
     ingredients = listed(ingredients)
     if len(ingredients) != 2:
@@ -105,6 +110,14 @@ def nuslerp(
             f"NuSLERP goes from one ingredient to another, got {len(ingredients)}; for more, take "
             "karcher or multislerp"
         )
+    if take("bool", "row_wise", row_wise):
+        shares = shares_of([1.0, 1.0] if weights is None else weights, 2)
+        rule = RowSlerp(float(shares[1]), based=base is not None)
+        everything = [*([] if base is None else [base]), *ingredients]
+        ordered = order(everything, rule, method="nuslerp", options=options)
+        if base is not None:
+            ordered = replace(ordered, report={"base": ordered.plan.ingredients[0].name})
+        return make(ordered, output=output, options=options)
     return _make(ingredients, weights, nuslerp_factors, "nuslerp", base, output, options)
 
 

@@ -27,7 +27,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
-from streamsoup.options import Options, check_options
+from streamsoup.options import Options, Planned, check_options
 from streamsoup.output.destination import check_output
 from streamsoup.output.make import Order, Soup, plan_order, warned
 from streamsoup.output.make import make as make_whole
@@ -70,6 +70,8 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
             f"{option('part')}: parts are made on the CPU; leave out {option('device')}"
         )
     number, n = parse_part(options.part)
+    if options.on_event is not None:
+        options.on_event(Planned(ordered))
     target = check_output(
         os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
     )

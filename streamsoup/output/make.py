@@ -22,7 +22,7 @@ from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.reducers import reducer_of
 from streamsoup.engine.rules.built_in import BUILT_IN
 from streamsoup.engine.statistics import check_variances, note_of
-from streamsoup.engine.stream import run
+from streamsoup.engine.stream import Read, run
 from streamsoup.errors import (
     FormatError,
     Message,
@@ -38,7 +38,7 @@ from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingre
 from streamsoup.formats.layout import name_in_file
 from streamsoup.formats.meaning import check_meaning, check_quantised
 from streamsoup.formats.side_files import SideFile, gather_side_files, pieces
-from streamsoup.options import Options, check_options
+from streamsoup.options import Options, Planned, check_options
 from streamsoup.output import doubts
 from streamsoup.output.card import CARD_NAME, make_card
 from streamsoup.output.destination import check_output
@@ -78,7 +78,8 @@ class Soup(msgspec.Struct, frozen=True):
     recipe: Recipe
     provenance: Provenance
     nbytes_read: int
-    """Bytes of weights read for it, by earlier runs too; 0 if it was finished before."""
+    """Bytes of weights read for it in all passes, of what earlier runs made in one; 0 if it was
+    finished before."""
     nbytes_written: int
     elapsed_s: float
     finished: bool = False
@@ -88,7 +89,8 @@ class Soup(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     """All warnings about it, a line each; logged, too."""
     n_passes: int = 1
-    """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of."""
+    """Passes over the ingredients that `nbytes_read` and `elapsed_s` are of: those over the tensor
+    that took most."""
     part: tuple[int, int] | None = None
     """The number of the part that was made, from 1 on, and the number of parts; None for all."""
     missing: tuple[int, ...] = ()
@@ -237,6 +239,8 @@ def make(
     started = time.monotonic()
     given = os.fsdecode(output)
     plan = ordered.plan
+    if options.on_event is not None:
+        options.on_event(Planned(ordered))
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
         check_variances(plan, mapped=ordered.mapped, memory=options.memory)
@@ -254,7 +258,7 @@ def make(
                 staging.commit(staging.complete)
                 return _finished(target, ordered, started)
             hand_over(staging)
-            provenance, late = _fill(ordered, staging, options)
+            provenance, late, read = _fill(ordered, staging, options)
     except OutputExistsError as error:
         # A run that was killed after its last step left nothing to resume: the output is finished,
         # and only the message can say so.
@@ -274,11 +278,12 @@ def make(
         target,
         plan.recipe,
         provenance,
-        plan.nbytes_read,
+        read.nbytes,
         plan.nbytes_written,
         elapsed_s,
         summed_on=ordered.summed_on,
         warnings=(*map(Message, ordered.warnings), *warned(late)),
+        n_passes=read.n_passes,
     )
 
 
@@ -290,8 +295,11 @@ def warned(warnings: Sequence[str]) -> Sequence[str]:
     return messages
 
 
-def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str]]:
-    """Make everything in the staging folder, then put it in place; return late warnings."""
+def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str], Read]:
+    """Make everything in the staging folder, and put it in place.
+
+    Returns the provenance, late warnings, and what was read.
+    """
     plan, files = ordered.plan, ordered.files
     digests = Digests(plan)
     sink = FileSink(plan, files, staging.soup)
@@ -310,7 +318,7 @@ def _written(
     reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
     on_device = ordered.on_device
     reducer = reducer_of(plan, ordered.memory) if on_device is None else on_device.mix(plan)
-    run(
+    read = run(
         plan,
         ordered.memory,
         reader,
@@ -325,7 +333,7 @@ def _written(
     write_file(staging.soup, PROVENANCE_NAME, [text])
     staging.soup.sync_below()
     staging.commit(digest_bytes(text))
-    return provenance, doubts.after(plan, provenance, digests)
+    return provenance, doubts.after(plan, provenance, digests), read
 
 
 def _made_before(output: str, plan: MixPlan) -> bool:

@@ -19,6 +19,7 @@ from streamsoup.output.card import CARD_NAME
 from streamsoup.output.coefficients import AnyRule, find_rule
 from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients, rule_name
+from streamsoup.rule import usual_passes
 
 __all__ = ["CheckpointRecord", "PlanRecord", "TensorRecord", "inspect", "plan", "record_of"]
 
@@ -62,6 +63,8 @@ class PlanRecord(msgspec.Struct, frozen=True):
     """Bytes of weights that one pass reads."""
     n_passes: int
     """Passes at most: rules that take statistics measure before they make."""
+    usual_passes: int
+    """Passes that such a soup usually takes."""
     nbytes_written: int
     files: dict[str, int]
     """Bytes of each shard, by name."""
@@ -151,8 +154,8 @@ def plan(
     return record_of(order(opened, chosen, method=method, options=options))
 
 
-def record_of(ordered: Order) -> PlanRecord:
-    """Return the record of a soup that was planned."""
+def record_of(ordered: Order, n_before: int = 0) -> PlanRecord:
+    """Return the record of a soup that was planned, with `n_before` passes before its rule's."""
     made, memory = ordered.plan, ordered.memory
     on_device = ordered.on_device.plan if ordered.on_device is not None else None
     cards = [CARD_NAME] if ordered.card else []
@@ -161,7 +164,8 @@ def record_of(ordered: Order) -> PlanRecord:
         n_tensors=len(made.tensors),
         operations=dict(Counter(tensor.operation for tensor in made.tensors)),
         nbytes_read=made.nbytes_read,
-        n_passes=made.recipe.rule.n_passes,
+        n_passes=n_before + made.recipe.rule.n_passes,
+        usual_passes=n_before + usual_passes(made.recipe.rule),
         nbytes_written=sum(file.nbytes for file in ordered.files.files),
         files={file.name: file.nbytes for file in ordered.files.files},
         side_files=(*(file.name for file in ordered.side_files), *cards),

@@ -266,7 +266,7 @@ def _rederive(
     )
     ledger = DigestLedger(plan)
     reader = open_reader(plan, memory, mapped=mapped)
-    run(
+    read = run(
         plan,
         memory,
         reader,
@@ -284,7 +284,7 @@ def _rederive(
             problems.append(f"{printable(name)} is in none of these ingredients")
         elif made[name] != digest:
             problems.append(f"{printable(name)} derives differently from these ingredients")
-    return plan.nbytes_read
+    return read.nbytes
 
 
 def _changed(ingredient: Ingredient, nbytes: int) -> str:

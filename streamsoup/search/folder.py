@@ -224,6 +224,7 @@ def _check_same(root: str, found: Any, wanted: dict[str, Any]) -> None:
                 "task": "the task",
                 "code": "the code of the task",
                 "model": "the model",
+                "points": "the grid, or another parameter,",
                 "granularity": option("granularity", cli="per"),
                 "side_files": "what lies beside the weights of the first ingredient",
             }

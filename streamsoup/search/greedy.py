@@ -57,7 +57,7 @@ from streamsoup.task.loading import place_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["GreedySettings", "GreedySoup", "Run", "Trial", "greedy"]
+__all__ = ["GreedySettings", "GreedySoup", "Run", "Trial", "greedy", "scores_depend_on"]
 
 
 class GreedySoup(Soup, frozen=True):
@@ -123,7 +123,7 @@ def greedy(
     run = SearchRun(output, opened, restart=settings.restart, options=options)
     scorer = choose_scorer(task, everything, model, settings, options, folder=run.folder)
     with closing(scorer):
-        bound_to = _bound_to(everything, scorer, task, model, settings)
+        bound_to = scores_depend_on(everything, scorer, task, model, settings.recalibrate)
         given = _given_scores(settings, bound_to)
         identity = _identity(bound_to, settings, everything)
         found: list[Any] = []
@@ -167,12 +167,12 @@ def greedy(
     )
 
 
-def _bound_to(
+def scores_depend_on(
     ordered: Order,
     scorer: Scorer,
     task: object,
     model: nn.Module | None,
-    settings: GreedySettings,
+    recalibrate: bool,
 ) -> dict[str, Any]:
     """Return what the scores depend on, as plain JSON."""
     recipe = ordered.plan.recipe
@@ -185,7 +185,7 @@ def _bound_to(
         "split": scorer.split,
         "metric": task.main if isinstance(task, CommandTask) else None,
         # Not True: scores of earlier versions are those of single ingredients measured anew.
-        "recalibrate": "several" if settings.recalibrate else False,
+        "recalibrate": "several" if recalibrate else False,
         "dtype": recipe.dtype,
         "non_float": recipe.non_float,
         "non_finite": recipe.non_finite,

@@ -17,11 +17,14 @@ import msgspec
 
 from streamsoup.errors import RecipeError
 from streamsoup.rule import Block, RuleMemory
-from streamsoup.tensors import TensorSpec
+from streamsoup.system.buffers import Bytes
+from streamsoup.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from streamsoup.kernels.merger import Merger
 
     Floats = NDArray[np.float64]
 
@@ -49,7 +52,7 @@ class Ram(msgspec.Struct, frozen=True, tag="ram", forbid_unknown_fields=True):
 
     def memory(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> RuleMemory:
         """Count the base, one task vector, the sum and its divisor."""
-        return RuleMemory(per_element=64)
+        return RuleMemory(per_element=64, compiles=True)
 
     def reduction(self, tensors: Sequence[TensorSpec], n_ingredients: int) -> _Ram:
         """Return the rule at work."""
@@ -102,6 +105,9 @@ class _AtOnce:
 
 
 class _Ram(_AtOnce):
+    merger: Merger | None = None
+    """Compiled kernels, set by the engine if they are to be used; numpy has the same bits."""
+
     def __init__(self, epsilon: float, n: int) -> None:
         self._epsilon, self._n = epsilon, n
 
@@ -122,6 +128,32 @@ class _Ram(_AtOnce):
                 count += changed
             moved /= np.maximum(count, 1.0)
             add_to_base(base, moved, out)
+
+    def reduce_rounded(self, state: None, block: Block, dtype: DType, output: Bytes) -> bool:
+        """Do the same in compiled loops, rounded; return True if a result is not finite."""
+        import numpy as np
+
+        from streamsoup.kernels.merge_rows import RANKED, ROW
+        from streamsoup.kernels.merger import Rows
+
+        assert self.merger is not None
+        rows = Rows(block.raw, block.dtypes, block.n)
+        rows.words[1:, ROW.how] = RANKED
+        rows.words[1:, ROW.dropped] = np.iinfo(np.int64).max
+        rows.words[1:, ROW.lowest] = np.float64(self._epsilon).view(np.int64) + 1
+        bad, spoiled = self.merger.merge(
+            rows,
+            dtype,
+            output,
+            consensus=False,
+            normalize=False,
+            whole=1.0,
+            scale=1.0,
+            counts=True,
+        )
+        if bad:
+            block.spoil()
+        return spoiled
 
 
 class _NearSwap(_AtOnce):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsoup.engine.rules.compiled import find_compiled
 from streamsoup.engine.rules.grains import GrainTotals, grain_sums
-from streamsoup.engine.rules.selection import Selection
+from streamsoup.engine.rules.selection import MOST_KEY, Cut, Selection
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked
 from streamsoup.engine.rules.terms import MOST_COLLECTED, Terms, row_length
+from streamsoup.kernels.merge_rows import DRAWN, MASKED, RANKED, ROW
+from streamsoup.kernels.merger import Merger, Rows
 from streamsoup.kernels.philox import key_of, words
-from streamsoup.rule import Block
-from streamsoup.tensors import TensorSpec
+from streamsoup.rule import GRAIN, Block
+from streamsoup.system.buffers import Bytes
+from streamsoup.tensors import DType, TensorSpec
 
 __all__ = ["Merging", "add_to_base", "task_vector"]
 
@@ -49,10 +53,13 @@ def add_to_base(base: Floats, moved: Floats, out: Floats) -> None:
 class _Leaf:
     """What a leaf shows in one pass, or keeps between its blocks."""
 
-    def __init__(self, tensor: TensorSpec, n_ingredients: int) -> None:
-        self.name = tensor.name
-        self.counts: dict[tuple[int, int], object] = {}
+    def __init__(self, tensor: TensorSpec, index: int, n_ingredients: int) -> None:
+        self.name, self.index = tensor.name, index
+        """The tensor, and the index of the leaf's first element among all of the group."""
+        self.counts: dict[tuple[int, int], Any] = {}
         """Of selections that are not finished, by ingredient and number."""
+        self.cuts: dict[tuple[int, int], Cut] = {}
+        """Of selections that are finished."""
         self.whole: list[list[Floats]] = [[] for _ in range(n_ingredients)]
         """Sums of |d|, grain by grain, of each ingredient."""
         self.kept: list[list[Floats]] = [[] for _ in range(n_ingredients)]
@@ -63,6 +70,9 @@ class _Leaf:
 
 class Merging:
     """θ₀ + λ · Σᵢ wᵢ·S(dᵢ)·[agrees] / divisor over a group of tensors."""
+
+    merger: Merger | None = None
+    """Compiled kernels, set by the engine if they are to be used; numpy has the same bits."""
 
     def __init__(
         self, of: Callable[[str], Terms], seed: int, tensors: Sequence[TensorSpec], n: int
@@ -84,58 +94,95 @@ class Merging:
         }
         """Of |d| and of |S(d)|, by tensor."""
         self.measuring = self._selecting or self._summing
-        self._compiled = find_compiled(n * n_elements)
 
     def start(self, tensor: TensorSpec, start: int) -> _Leaf:
         """Begin a leaf."""
-        leaf = _Leaf(tensor, self._n)
+        leaf = _Leaf(tensor, self._offsets[tensor.name] + start, self._n)
         for i, selections in enumerate(self._selections):
             for number, selection in enumerate(selections):
                 if selection.measuring:
                     leaf.counts[i, number] = selection.start()
+                elif not self._selecting:
+                    leaf.cuts[i, number] = selection.cut(leaf.index)
         return leaf
 
     def measure(self, leaf: _Leaf, block: Block) -> None:
         """Count magnitudes, or add them up."""
-        if self._selecting and self._compiled is not None and self._compiled.fits(block):
-            self._count(leaf, block)
+        if self._selecting:
+            self._select(leaf, block)
+        elif self._terms[leaf.name].measures_sums:
+            self._sum(leaf, block)
+
+    def _select(self, leaf: _Leaf, block: Block) -> None:
+        """Show a block to the selections that are not finished."""
+        if self.merger is not None:
+            self._select_compiled(self.merger, leaf, block)
             return
         index = self._offsets[leaf.name] + block.start
         base = block.values(0)
-        for i in range(self._n):
-            if self._selecting:
-                if not any(selection.measuring for selection in self._selections[i]):
-                    continue
+        for i, selections in enumerate(self._selections):
+            if any((i, number) in leaf.counts for number in range(len(selections))):
                 magnitudes = np.abs(task_vector(block.values(i + 1), base))
-                for (ingredient, number), counts in leaf.counts.items():
-                    if ingredient == i:
-                        self._selections[i][number].measure(counts, magnitudes, index)
-            elif self._terms[leaf.name].measures_sums:
-                task = task_vector(block.values(i + 1), base)
-                mask = self._kept(i, leaf, block, task)
-                np.abs(task, out=task)
-                leaf.whole[i].append(grain_sums(task))
-                if mask is not None:
-                    task[~mask] = 0.0
-                leaf.kept[i].append(grain_sums(task))
+                for number, selection in enumerate(selections):
+                    if (i, number) in leaf.counts:
+                        selection.measure(leaf.counts[i, number], magnitudes, index)
 
-    def _count(self, leaf: _Leaf, block: Block) -> None:
-        """Count magnitudes in compiled loops."""
-        assert self._compiled is not None
+    def _select_compiled(self, merger: Merger, leaf: _Leaf, block: Block) -> None:
+        """Do the same in compiled loops: one call counts for all ingredients."""
         index = self._offsets[leaf.name] + block.start
-        for (i, number), counts in leaf.counts.items():
-            selection = self._selections[i][number]
-            if self._compiled.measures(selection):
-                if self._compiled.measure(selection, counts, block, i + 1, index):
-                    block.spoil()
-            else:
-                magnitudes = np.abs(task_vector(block.values(i + 1), block.values(0)))
-                selection.measure(counts, magnitudes, index)
+        n_numbers = max(len(selections) for selections in self._selections)
+        for number in range(n_numbers):
+            rows, counts = Rows(block.raw, block.dtypes, block.n), False
+            for i, selections in enumerate(self._selections):
+                if (i, number) not in leaf.counts:
+                    continue
+                selection, state = selections[number], leaf.counts[i, number]
+                row = rows.words[i + 1]
+                if selection.mode == "keys":
+                    row[[ROW.low, ROW.high]] = selection.interval
+                    keys, places, bad = merger.collect(rows, i + 1, selection.most_found)
+                    state.append(np.stack([keys, places + index]))
+                    if bad:
+                        block.spoil()
+                elif number == 1 and (i, 0) in leaf.counts and selection.counts_like(selections[0]):
+                    leaf.counts[i, 1] = leaf.counts[i, 0]  # counted already
+                else:
+                    row[[ROW.low, ROW.high, ROW.shift]] = selection.level
+                    if selection.mode == "ties":
+                        row[[ROW.low, ROW.shift]] = selection.interval[0], -1
+                    row[ROW.counts] = state.ctypes.data
+                    counts = True
+            if counts and merger.count(rows):
+                block.spoil()
+
+    def _sum(self, leaf: _Leaf, block: Block) -> None:
+        """Add up the magnitudes of a block, and those of what is kept."""
+        if self.merger is not None:
+            rows = self._rows(leaf, block)
+            sums = np.zeros((self._n, 2, -(-block.n // GRAIN)))
+            for row, own in zip(rows.words[1:], sums, strict=True):
+                row[[ROW.sums, ROW.n_grains]] = own.ctypes.data, own.shape[1]
+            if self.merger.total(rows):
+                block.spoil()
+            self._count_down(leaf, rows)
+            for i, (whole, kept) in enumerate(sums):
+                leaf.whole[i].append(whole)
+                leaf.kept[i].append(kept)
+            return
+        base = block.values(0)
+        for i in range(self._n):
+            task = task_vector(block.values(i + 1), base)
+            mask = self._kept(i, leaf, block, task)
+            np.abs(task, out=task)
+            leaf.whole[i].append(grain_sums(task))
+            if mask is not None:
+                task[~mask] = 0.0
+            leaf.kept[i].append(grain_sums(task))
 
     def merge(self, leaf: _Leaf) -> None:
         """Add what a leaf showed."""
         for (i, number), counts in leaf.counts.items():
-            self._selections[i][number].merge(counts)
+            self._selections[i][number].merge(counts, leaf.index)
         for i in range(self._n):
             for whole, kept in zip(leaf.whole[i], leaf.kept[i], strict=True):
                 self._sums[leaf.name][0].add(i, whole)
@@ -156,9 +203,6 @@ class Merging:
     def reduce(self, leaf: _Leaf, block: Block, out: Floats) -> None:
         """Add to the base what is kept, and agrees."""
         terms = self._terms[leaf.name]
-        if self._compiled is not None and self._compiled.fits(block):
-            self._reduce(leaf, block, out)
-            return
         base = block.values(0)
         with np.errstate(all="ignore"):
             products = [self._product(i, leaf, block, base) for i in range(self._n)]
@@ -173,47 +217,60 @@ class Merging:
                 total *= terms.scale
             add_to_base(base, total, out)
 
-    def _reduce(self, leaf: _Leaf, block: Block, out: Floats) -> None:
-        """Add to the base what is kept, and agrees, in compiled loops."""
-        compiled, terms = self._compiled, self._terms[leaf.name]
-        assert compiled is not None
-        products = np.empty((self._n, block.n))
-        index = self._offsets[leaf.name] + block.start
+    def reduce_rounded(self, leaf: _Leaf, block: Block, dtype: DType, output: Bytes) -> bool:
+        """Do the same in compiled loops, rounded; return True if a result is not finite."""
+        assert self.merger is not None
+        terms = self._terms[leaf.name]
+        rows = self._rows(leaf, block)
+        for i, coefficient in enumerate(terms.coefficients):
+            keeps = rows.words[i + 1, ROW.how] != 0
+            rows.numbers[i + 1] = self._factor(i, leaf.name) if keeps else 1.0, coefficient
+        bad, spoiled = self.merger.merge(
+            rows,
+            dtype,
+            output,
+            consensus=terms.consensus == "sum",
+            normalize=terms.normalize,
+            whole=_whole(terms),
+            scale=terms.scale,
+        )
+        self._count_down(leaf, rows)
+        if bad:
+            block.spoil()
+        return spoiled
+
+    def _rows(self, leaf: _Leaf, block: Block) -> Rows:
+        """Return what the compiled loops have to know of a block, and of what is kept."""
+        rows = Rows(block.raw, block.dtypes, block.n)
+        sparsifier = self._terms[leaf.name].sparsifier
         base: Floats | None = None
-        for i in range(self._n):
-            sparsifier, coefficient = terms.sparsifier, terms.coefficients[i]
+        for i, row in enumerate(rows.words[1:]):
             if sparsifier is None or sparsifier.density[i] == 1:
-                spoiled = compiled.whole(block, i + 1, coefficient, products[i])
-            elif isinstance(sparsifier, Largest):
-                (selection,) = self._selections[i]
-                factor = self._factor(i, leaf.name)
-                spoiled = compiled.largest(
-                    block, i + 1, selection, index, factor, coefficient, products[i]
-                )
-            elif isinstance(sparsifier, Random):
-                drawn = compiled.words(key_of(self._seed, i, leaf.name), block.start, block.n)
-                factor = self._factor(i, leaf.name)
-                density = sparsifier.density[i]
-                spoiled = compiled.within(
-                    block, i + 1, drawn, density, factor, coefficient, products[i]
-                )
+                continue
+            if isinstance(sparsifier, Largest | Middle):
+                row[[ROW.how, ROW.dropped]] = RANKED, MOST_KEY
+                *dropped, kept = (leaf.cuts[i, n] for n in range(len(self._selections[i])))
+                row[[ROW.lowest, ROW.left]] = kept.lowest, kept.left
+                for cut in dropped:
+                    row[[ROW.dropped, ROW.dropped_left]] = cut.lowest, cut.left
+            elif isinstance(sparsifier, Random) or row_length(block.tensor.shape) == 1:
+                row[[ROW.how, ROW.first]] = DRAWN, block.start
+                row[[ROW.key_low, ROW.key_high]] = key_of(self._seed, i, leaf.name)
+                # A word below density·2³², which is exact, is one below the next whole number.
+                row[ROW.limit] = math.ceil(sparsifier.density[i] / RANGE)
             else:
                 base = block.values(0) if base is None else base
-                with np.errstate(all="ignore"):
-                    products[i] = self._product(i, leaf, block, base)
-                spoiled = False
-            if spoiled:
-                block.spoil()
-        compiled.elect(
-            block,
-            products,
-            np.array(terms.coefficients),
-            terms.consensus == "sum",
-            terms.normalize,
-            _whole(terms),
-            terms.scale,
-            out,
-        )
+                mask = self._ranked(
+                    i, leaf, block, task_vector(block.values(i + 1), base), sparsifier
+                )
+                row[[ROW.how, ROW.mask]] = MASKED, rows.keep(mask)
+        return rows
+
+    def _count_down(self, leaf: _Leaf, rows: Rows) -> None:
+        """Note how many ties the next blocks of a leaf have left to keep."""
+        for (i, number), cut in leaf.cuts.items():
+            is_kept = number == len(self._selections[i]) - 1
+            cut.left = int(rows.words[i + 1, ROW.left if is_kept else ROW.dropped_left])
 
     def _product(self, i: int, leaf: _Leaf, block: Block, base: Floats) -> Floats:
         """Make wᵢ·S(dᵢ)."""
@@ -243,14 +300,12 @@ class Merging:
         if sparsifier is None or sparsifier.density[i] == 1:
             return None
         density = sparsifier.density[i]
-        index = self._offsets[leaf.name] + block.start
         if isinstance(sparsifier, Largest):
-            (largest,) = self._selections[i]
-            return largest.kept(np.abs(task), index)
+            return leaf.cuts[i, 0].kept(np.abs(task))
         if isinstance(sparsifier, Middle):
-            dropped, ended = self._selections[i]
             magnitudes = np.abs(task)
-            return ended.kept(magnitudes, index) & ~dropped.kept(magnitudes, index)
+            dropped = leaf.cuts[i, 0].kept(magnitudes)
+            return leaf.cuts[i, 1].kept(magnitudes) & ~dropped
         length = row_length(block.tensor.shape)
         if isinstance(sparsifier, Random) or length == 1:
             return self._random(i, leaf.name, block.start, block.n) < density
@@ -277,10 +332,15 @@ class Merging:
                 task,
                 self._elsewhere(i, block, end, last),
             ]
-            magnitudes = np.abs(np.concatenate(parts)).reshape(-1, length)
+            tasks = np.concatenate(parts).reshape(-1, length)
             density, epsilon = sparsifier.density[i], sparsifier.epsilon[i]
-            chances = (density - epsilon) + (2 * epsilon) * (_ranks(magnitudes) / (length - 1))
-            mask = self._random(i, leaf.name, first, last - first) < chances.ravel()
+            least, spread = density - epsilon, 2 * epsilon
+            if self.merger is not None:
+                key = key_of(self._seed, i, leaf.name)
+                mask = self.merger.rank(tasks, key, first, least, spread).ravel()
+            else:
+                chances = least + spread * (_ranks(np.abs(tasks)) / (length - 1))
+                mask = self._random(i, leaf.name, first, last - first) < chances.ravel()
             leaf.rows.pop(i, None)
             if last - first > block.n:
                 leaf.rows[i] = first, last, mask

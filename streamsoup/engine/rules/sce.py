@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from streamsoup.engine.rules.selection import Selection
+    from streamsoup.engine.rules.selection import Cut, Selection
 
     Floats = NDArray[np.float64]
 
 __all__ = ["Sce"]
 
-N_SELECTING = 8
+N_SELECTING = 7
 """Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
 
 MOST_COLLECTED = 1 << 17
@@ -49,6 +49,11 @@ class Sce(msgspec.Struct, frozen=True, tag="sce", forbid_unknown_fields=True):
     def n_passes(self) -> int:
         """Those that select, one for energies, and the last."""
         return 2 + (N_SELECTING if self.select_topk < 1 else 0)
+
+    @property
+    def usual_passes(self) -> int:
+        """Two that select, one for energies, and the last."""
+        return 4 if self.select_topk < 1 else 2
 
     def check(self, n_ingredients: int, names: Collection[str]) -> None:
         """Raise `RecipeError` for a share that is none, and for a base alone."""
@@ -75,8 +80,10 @@ class Sce(msgspec.Struct, frozen=True, tag="sce", forbid_unknown_fields=True):
 class _Leaf:
     """What a leaf shows in one pass."""
 
-    def __init__(self, n_ingredients: int) -> None:
+    def __init__(self, start: int, n_ingredients: int) -> None:
+        self.start = start
         self.counts: object = None
+        self.cut: Cut | None = None
         self.n_varying = 0
         self.squares: list[list[Floats]] = [[] for _ in range(n_ingredients)]
         """Sums of dᵢ² of grains, by ingredient."""
@@ -104,9 +111,11 @@ class _Sce:
 
     def start(self, tensor: TensorSpec, start: int) -> _Leaf:
         """Begin a leaf."""
-        leaf = _Leaf(self._n)
+        leaf = _Leaf(start, self._n)
         if self._selection is not None and self._selecting:
             leaf.counts = self._selection.start()
+        elif self._selection is not None:
+            leaf.cut = self._selection.cut(start)
         return leaf
 
     def measure(self, leaf: _Leaf, block: Block) -> None:
@@ -119,14 +128,14 @@ class _Sce:
             leaf.n_varying += int((variances != 0).sum())
             self._selection.measure(leaf.counts, variances, block.start)
             return
-        for task, squares in zip(self._masked(tasks, block), leaf.squares, strict=True):
+        for task, squares in zip(self._masked(tasks, leaf), leaf.squares, strict=True):
             task *= task
             squares.append(grain_sums(task))
 
     def merge(self, leaf: _Leaf) -> None:
         """Add what a leaf showed."""
         if self._selection is not None and self._selecting:
-            self._selection.merge(leaf.counts)
+            self._selection.merge(leaf.counts, leaf.start)
             self._n_varying += 0 if self._counted else leaf.n_varying
             return
         for i, squares in enumerate(leaf.squares):
@@ -158,7 +167,7 @@ class _Sce:
         from streamsoup.engine.rules.merging import add_to_base
 
         with np.errstate(all="ignore"):
-            tasks = self._masked(self._tasks(block), block)
+            tasks = self._masked(self._tasks(block), leaf)
             elected = np.zeros(block.n)
             for task in tasks:
                 elected += task
@@ -197,10 +206,10 @@ class _Sce:
         variances[np.isnan(variances)] = np.nan
         return np.abs(variances)
 
-    def _masked(self, tasks: list[Floats], block: Block) -> list[Floats]:
+    def _masked(self, tasks: list[Floats], leaf: _Leaf) -> list[Floats]:
         """Make zero what was not selected, in place."""
-        if self._selection is not None:
-            kept = self._selection.kept(self._variances(tasks), block.start)
+        if leaf.cut is not None:
+            kept = leaf.cut.kept(self._variances(tasks))
             for task in tasks:
                 task[~kept] = 0.0
         return tasks

@@ -2,42 +2,87 @@
 
 Elements are ordered by magnitude, and equal magnitudes by index: the lower index counts as the
 larger. So every element has a rank of its own, and "the k largest" is one set, whatever the threads
-or blocks. The place of an element in that order is a *key* of 112 bits: the bits of the float64
-magnitude (which order as the magnitudes do), then the bits of the index, inverted.
+or blocks. Magnitudes are compared by their *keys*: the bits of the float64, as integers, which
+order as the magnitudes do.
 
-A radix select finds the key of rank k sixteen bits a pass:
+A radix select finds the key of rank k. A pass counts the *digits* of all keys. With a level of
+three numbers, `low`, `high` and `shift`, the digit of a key is
 
-1. Count, among the elements whose key begins with the prefix known so far, the next 16 bits.
-2. The counts say which 16 bits the key of rank k has there, and how many of those that share them
-   are still to be kept.
-3. When all of them are, or they are few enough to be held in memory, this ends: the former needs no
-   more passes; the latter are collected in one last pass, and sorted.
+* 0 for the key 0, 1 for other keys below `low`, and the largest for keys from `high` on;
+* between those, with c = (key − low) >> shift, 2·c + 2 if the bits below `shift` are all zero, so
+  that there is one such key, and 2·c + 3 for the other keys of the same c.
 
-Fine-tunes stored in 16 bits take two measuring passes, three if a tensor is very large.
+So an even digit is one magnitude, and an odd one an open interval. The counts say which digit the
+key of rank k has. One magnitude ends the search; of an interval, few keys are collected in one more
+pass, and sorted, and many are counted again, at a finer level.
+
+Differences of fine-tunes stored in 16 bits have few bits: their digits are mostly even, and the
+first pass ends the search. Those of float32 take a second one, which collects.
+
+Where only some of the elements that equal the threshold are kept, they are the first ones. A leaf
+counts them as it goes, so it is enough to know in which leaf the last of them lies, and how many
+are kept there. Each leaf keeps the counts of some digits about the one where its own rank k lies;
+if the threshold is among them for every leaf, that is known at once, else another pass counts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_right
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COLLECTED", "DIGITS", "N_PASSES", "Selection"]
+from streamsoup.kernels.merge_rows import DIGITS
+
+__all__ = ["COLLECTED", "MOST_KEY", "N_PASSES", "Cut", "Level", "Selection"]
 
 Floats = NDArray[np.float64]
-
-DIGIT_BITS = 16
-DIGITS = 1 << DIGIT_BITS
-"""Counts of a pass: 4 bytes each of a leaf, 8 of all."""
-
-N_MAGNITUDE = 4
-N_INDEX = 3
-N_PASSES = N_MAGNITUDE + N_INDEX + 1
-"""Measuring passes at most: every digit of a key, and one to collect. Two or three are usual."""
+Keys = NDArray[np.int64]
 
 COLLECTED = 1 << 19
 """Elements that are few enough to be sorted in memory: 16 bytes each."""
+
+MOST_KEY = (1 << 63) - 1
+"""A key larger than any."""
+
+BAND = 64
+"""Digits whose counts each leaf keeps: of magnitudes up to 1.5 to 3 percent around its own."""
+
+N_PASSES = 7
+"""Measuring passes at most: six levels (shifts of 42, 48, 35, 22, 9 and 0 bits) and one that counts
+ties. One or two are usual."""
+
+
+class Level(NamedTuple):
+    """The keys that the digits of a pass tell apart."""
+
+    low: int
+    high: int
+    """Keys from `low` on and below `high`; both are multiples of ``1 << shift``."""
+    shift: int
+
+
+FIRST = Level((1023 - 30) << 52, (1023 + 1) << 52, 42)
+"""Magnitudes from 2⁻³⁰ on and below 2, by 10 bits of their fraction."""
+
+
+class Cut:
+    """What a leaf keeps: keys from `lowest` on, and the first `left` of those just below it."""
+
+    def __init__(self, lowest: int, left: int) -> None:
+        """Begin a leaf; `left` is counted down."""
+        self.lowest, self.left = lowest, left
+
+    def kept(self, magnitudes: Floats) -> NDArray[np.bool_]:
+        """Return which of the next elements are kept ``(element,)``."""
+        keys = magnitudes.view(np.int64)
+        kept: NDArray[np.bool_] = keys >= self.lowest
+        if self.left > 0:
+            tied = np.flatnonzero(keys == self.lowest - 1)[: self.left]
+            kept[tied] = True
+            self.left -= len(tied)
+        return kept
 
 
 class Selection:
@@ -46,133 +91,182 @@ class Selection:
     def __init__(self, k: int, n: int, *, most: int = COLLECTED) -> None:
         """Select `k` of `n` elements, sorting `most` in memory; all, or none, are known at once."""
         self._n, self._most = n, most
-        self.select(k)
-        self._prefix: list[int] = []
-        self._collects = False
+        self.mode: Literal["digits", "keys", "ties"] = "keys" if n <= most else "digits"
+        """What a pass counts or collects: digits, keys of an interval, or one key."""
+        self.level = FIRST
+        self.interval = (-1, MOST_KEY)
+        """Keys between these two, both excluded, are collected; ties are of the first."""
+        self._above = 0
+        """Elements that are larger than all of the interval, or than the ties."""
+        self._starts: list[int] = []
+        """Of each leaf of a pass, the index of its first element."""
         self._counts: NDArray[np.int64] | None = None
         """Of a pass under way alone: a model has a selection for every tensor and ingredient."""
-        self._found: list[NDArray[np.uint64]] = []
-        self._threshold, self._cut = np.uint64(0), np.uint64(0)
-        """Kept is what lies above the threshold, or equals it at an index up to the cut."""
+        self._bands: list[tuple[int, NDArray[np.int32]]] = []
+        """Of each leaf, the first of some digits, and their counts; or the count of ties."""
+        self._found: list[NDArray[np.int64]] = []
+        self._lowest = MOST_KEY
+        self._cut = (0, 0)
+        """The leaf, by its first element, in which only some ties are kept, and how many."""
+        self.select(k)
 
     def select(self, k: int) -> None:
         """Select `k` instead, which the first pass may tell; before it ends."""
+        self._k = k
         self.measuring = 0 < k < self._n
-        self._everything = k >= self._n > 0
-        self._left = k
+        self._lowest = 0 if k >= self._n > 0 else MOST_KEY
+
+    @property
+    def most_found(self) -> int:
+        """Most keys that a leaf collects."""
+        return self._most
+
+    def counts_like(self, other: Selection) -> bool:
+        """Return True if both count the same in the present pass, which may be done once."""
+        same = self.mode == other.mode != "keys"
+        return same and (self.level, self.interval) == (other.level, other.interval)
 
     def start(self) -> Any:
         """Return the empty state of a leaf: counts, or collected keys."""
-        return [] if self._collects else np.zeros(DIGITS, np.int32)
+        if self.mode == "keys":
+            return []
+        return np.zeros(DIGITS if self.mode == "digits" else 1, np.int32)
 
     def measure(self, state: Any, magnitudes: Floats, start: int) -> None:
         """Measure the elements from index `start` on ``(element,) float64``, none below zero."""
-        keys = magnitudes.view(np.uint64)
-        indices = None
-        shift = 64
-        for digit in self._prefix[:N_MAGNITUDE]:
-            shift -= DIGIT_BITS
-            matches = (keys >> np.uint64(shift)) & np.uint64(DIGITS - 1) == digit
-            indices = np.flatnonzero(matches) if indices is None else indices[matches]
-            keys = keys[matches]
-        if len(self._prefix) < N_MAGNITUDE and not self._collects:
-            digits = (keys >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-            _count(state, digits)
-            return
-        assert indices is not None
-        inverted = ~(indices.astype(np.uint64) + np.uint64(start))
-        shift = N_INDEX * DIGIT_BITS
-        for digit in self._prefix[N_MAGNITUDE:]:
-            shift -= DIGIT_BITS
-            matches = (inverted >> np.uint64(shift)) & np.uint64(DIGITS - 1) == digit
-            keys, inverted = keys[matches], inverted[matches]
-        if self._collects:
-            state.append(np.stack([keys, inverted]))
-            return
-        digits = (inverted >> np.uint64(shift - DIGIT_BITS)) & np.uint64(DIGITS - 1)
-        _count(state, digits)
-
-    @property
-    def wanted(self) -> tuple[int, int, bool, int] | None:
-        """What a compiled loop has to look for: prefix, bits below it, whether keys are collected.
-
-        The last is how many at most. None where the digits of indices are counted.
-        """
-        if len(self._prefix) > N_MAGNITUDE or (
-            len(self._prefix) == N_MAGNITUDE and not self._collects
-        ):
-            return None
-        prefix = 0
-        for digit in self._prefix:
-            prefix = prefix << DIGIT_BITS | digit
-        return prefix, 64 - DIGIT_BITS * len(self._prefix), self._collects, self._most
-
-    def bounds(self, start: int, n: int) -> tuple[Any, int]:
-        """Return a magnitude's bits above which elements are kept, and how many that equal them.
-
-        Those are the first ones from index `start` on.
-        """
-        if self._everything:
-            return np.uint64(0), n
-        if self._left <= 0:
-            return np.uint64(DIGITS**4 - 1), 0
-        return self._threshold, min(max(int(self._cut) + 1 - start, 0), n)
-
-    def merge(self, state: Any) -> None:
-        """Add the state of a measured leaf."""
-        if self._collects:
-            self._found += state
-        elif self._counts is None:
-            self._counts = state.astype(np.int64)
+        keys = magnitudes.view(np.int64)
+        if self.mode == "digits":
+            state += np.bincount(_digits(keys, self.level), minlength=DIGITS).astype(np.int32)
+        elif self.mode == "ties":
+            state += np.int32(np.count_nonzero(keys == self.interval[0]))
         else:
+            low, high = self.interval
+            places = np.flatnonzero((keys > low) & (keys < high))
+            state.append(np.stack([keys[places], places + start]))
+
+    def merge(self, state: Any, start: int) -> None:
+        """Add the state of a measured leaf, whose first element has index `start`."""
+        self._starts.append(start)
+        if self.mode == "keys":
+            self._found += state
+        elif self.mode == "ties":
+            self._bands.append((0, state))
+        else:
+            if self._counts is None:
+                self._counts = np.zeros(DIGITS, np.int64)
             self._counts += state
+            n_elements = int(state.sum())
+            rank = max(1, min(n_elements, self._k * n_elements // max(1, self._n)))
+            first = max(0, _of_rank(state, rank)[0] - BAND // 2) if n_elements else 0
+            self._bands.append((first, state[first : first + BAND].copy()))
 
     def end_pass(self) -> None:
-        """Fix the next digit, or all of the key."""
-        if self._collects:
-            found = np.concatenate(self._found, axis=1)
-            order = np.lexsort((found[1], found[0]))[::-1]
-            self._threshold, inverted = found[:, order[self._left - 1]]
-            self._cut = ~inverted
-            self._found, self.measuring = [], False
-            return
+        """Fix the threshold, or where to look for it."""
+        if self.mode == "digits":
+            self._end_digits()
+        elif self.mode == "keys":
+            self._end_keys()
+        else:
+            self._end_ties([int(counts[0]) for _, counts in self._bands])
+        self._counts, self._found, self._starts, self._bands = None, [], [], []
+
+    def _end_digits(self) -> None:
+        """Fix the digit of the key of rank k, and if it is one magnitude, the threshold."""
         assert self._counts is not None
-        above = np.cumsum(self._counts[::-1])[::-1]
-        digit = int(np.flatnonzero(above >= self._left)[-1])
-        n_equal = int(self._counts[digit])
-        self._left -= int(above[digit]) - n_equal
-        self._prefix.append(digit)
-        self._counts = None
-        if n_equal == self._left:
-            self._keep_all()
+        digit, self._above = _of_rank(self._counts, self._k)
+        n_equal, wanted = int(self._counts[digit]), self._k - self._above
+        low, high = _keys_of(digit, self.level)
+        if n_equal == wanted:
+            self._keep_from(low if high == low else low + 1)
+        elif high == low:
+            self.interval = (low, low)
+            tied = [
+                int(c[digit - first]) for first, c in self._bands if first <= digit < first + len(c)
+            ]
+            if len(self._starts) == 1 or len(tied) == len(self._starts):
+                self._end_ties(tied or [n_equal])
+            else:
+                self.mode = "ties"
         elif n_equal <= self._most:
-            self._collects = True
+            self.mode, self.interval = "keys", (low, high)
+        else:
+            self.level = _within(low, high)
 
-    def _keep_all(self) -> None:
-        """Keep everything that begins with the prefix: the smallest key that does is the cut."""
-        digits = [*self._prefix, *[0] * (N_MAGNITUDE + N_INDEX - len(self._prefix))]
-        whole = 0
-        for digit in digits:
-            whole = whole << DIGIT_BITS | digit
-        bits = N_INDEX * DIGIT_BITS
-        self._threshold = np.uint64(whole >> bits)
-        highest = (1 << bits) - 1
-        self._cut = np.uint64(highest - (whole & highest))
-        self.measuring = False
+    def _end_keys(self) -> None:
+        """Sort what was collected: the threshold is the last that is kept."""
+        keys, places = np.concatenate(self._found, axis=1)
+        order = np.lexsort((-places, keys))[::-1][: self._k - self._above]
+        key = int(keys[order[-1]])
+        tied = places[order[keys[order] == key]]
+        if len(tied) == np.count_nonzero(keys == key):
+            self._keep_from(key)
+            return
+        starts = sorted(self._starts)
+        begin = starts[bisect_right(starts, int(tied[-1])) - 1]
+        self._keep_from(key + 1, (begin, int(np.count_nonzero(tied >= begin))))
 
-    def kept(self, magnitudes: Floats, start: int) -> NDArray[np.bool_]:
-        """Return which of the elements from index `start` on are among the largest."""
-        if self._everything:
-            return np.ones(len(magnitudes), np.bool_)
-        if self._left <= 0:
-            return np.zeros(len(magnitudes), np.bool_)
-        keys = magnitudes.view(np.uint64)
-        kept: NDArray[np.bool_] = keys > self._threshold
-        n_tied = min(max(int(self._cut) + 1 - start, 0), len(keys))
-        kept[:n_tied] |= keys[:n_tied] == self._threshold
-        return kept
+    def _end_ties(self, tied: list[int]) -> None:
+        """Find the leaf in which the last of the ties that are kept lies."""
+        left = self._k - self._above
+        for start, n_tied in sorted(zip(self._starts, tied, strict=True)):
+            if left <= n_tied:
+                self._keep_from(self.interval[0] + 1, (start, left))
+                return
+            left -= n_tied
+        raise AssertionError("there are fewer ties than were counted before")
+
+    def _keep_from(self, lowest: int, cut: tuple[int, int] = (0, 0)) -> None:
+        """Keep keys from `lowest` on, and ties up to the `cut`."""
+        self._lowest, self._cut, self.measuring = lowest, cut, False
+
+    def cut(self, start: int) -> Cut:
+        """Return what the leaf keeps that begins at index `start`."""
+        begin, left = self._cut
+        if start < begin:
+            return Cut(self._lowest - 1, 0)
+        return Cut(self._lowest, left if start == begin else 0)
 
 
-def _count(counts: NDArray[np.int32], digits: NDArray[np.uint64]) -> None:
-    """Add how often each digit occurs."""
-    counts += np.bincount(digits.astype(np.int64), minlength=DIGITS).astype(np.int32)
+def _digits(keys: Keys, level: Level) -> Keys:
+    """Return the digits of keys ``(element,)``."""
+    low, high, shift = level
+    digits = ((keys - low) >> shift) * 2 + 2 + ((keys & ((1 << shift) - 1)) != 0)
+    digits = np.where(keys < low, keys != 0, digits)
+    return np.where(keys < high, digits, DIGITS - 1)
+
+
+def _keys_of(digit: int, level: Level) -> tuple[int, int]:
+    """Return the one key of a digit, twice; or between which keys, both excluded, those of it lie.
+
+    >>> _keys_of(7, Level(1024, 8192, 4))
+    (1056, 1072)
+    """
+    low, high, shift = level
+    if digit == 0:
+        return 0, 0
+    if digit == 1:
+        return 0, low
+    if digit == DIGITS - 1:
+        return high - 1, MOST_KEY
+    key = low + ((digit - 2) // 2 << shift)
+    return (key, key) if digit % 2 == 0 else (key, key + (1 << shift))
+
+
+def _within(low: int, high: int) -> Level:
+    """Return the level that tells the keys between two others apart: by 14 bits more, or all."""
+    low += low & 1  # above the largest of a level, they begin with an even key
+    high = min(high, 0x7FF8 << 48 | 1 << 47)  # that of NaN is the largest
+    shift = max(0, (high - low).bit_length() - 14)
+    return Level(low, -(-high // (1 << shift)) << shift, shift)
+
+
+def _of_rank(counts: NDArray[Any], k: int) -> tuple[int, int]:
+    """Return the digit of the `k`-th largest, and how many elements have larger digits."""
+    rows = counts.reshape(256, 256)
+    sums = rows.sum(axis=1, dtype=np.int64)
+    above = np.cumsum(sums[::-1])[::-1]
+    row = int(np.flatnonzero(above >= k)[-1])
+    rest = int(above[row] - sums[row])
+    inner = np.cumsum(rows[row][::-1], dtype=np.int64)[::-1] + rest
+    place = int(np.flatnonzero(inner >= k)[-1])
+    return 256 * row + place, int(inner[place]) - int(rows[row, place])

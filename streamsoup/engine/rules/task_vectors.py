@@ -5,7 +5,7 @@ part of it (`sparsifiers`), with `rescale` made as large as before. With the con
 element elects the sign of Σᵢ wᵢ·S(dᵢ), plus where that is zero, and what has another sign, or is
 zero, has no part in it. With `normalize`, the divisor is Σᵢ wᵢ, of those that agree where there is
 a consensus. TIES, DARE, Breadcrumbs and DELLA are such sums; `kernels.merges_reference` specifies
-them element by element, and `_reduction` does as it says in numpy.
+them element by element.
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ __all__ = ["TaskVectors", "Trim"]
 
 Trim = Literal["tensor", "model"]
 
-N_SELECTING = 8
-"""Passes of a selection at most (`selection.N_PASSES`); two or three are usual."""
+N_SELECTING = 7
+"""Passes of a selection at most (`selection.N_PASSES`); one or two are usual."""
+
+
+BAND_NBYTES = 500
+"""Bytes that a selection keeps of each leaf from one pass to the next: `selection.BAND` counts, and
+Python's own of the array, its tuple and its list (measured: 482)."""
+
+LEAF = 1 << 22
+"""Elements of a leaf (`engine.plan.LEAF`), for an estimate of how many there are."""
 
 
 class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknown_fields=True):
@@ -51,6 +59,12 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
     def n_passes(self) -> int:
         """One, with those that select the largest, and one for sums of magnitudes."""
         selects = N_SELECTING * any(terms.n_selections for terms in self._every)
+        return 1 + selects + any(terms.measures_sums for terms in self._every)
+
+    @property
+    def usual_passes(self) -> int:
+        """One of those that select, for checkpoints of 16 bits; float32 takes one more."""
+        selects = any(terms.n_selections for terms in self._every)
         return 1 + selects + any(terms.measures_sums for terms in self._every)
 
     @property
@@ -97,11 +111,17 @@ class TaskVectors(msgspec.Struct, frozen=True, tag="task_vectors", forbid_unknow
         counts = 4 * 65536 * n_selections
         collected = (16 * 3 + 8) * MOST_COLLECTED if n_selections else 0
         grains = sums // 8 * 1024
+        leaves = [1 + tensor.n_elements // LEAF for tensor in tensors]
+        n_leaves = sum(leaves) if self.spans_model else max(leaves, default=0)
         return RuleMemory(
             per_element=8 * n + 64 + (72 if row else 0),
             per_leaf=counts + grains + rows,
-            per_group=2 * counts + collected + sums * (len(tensors) if self.spans_model else 1),
+            per_group=2 * counts
+            + collected
+            + BAND_NBYTES * n_selections * n_leaves
+            + sums * (len(tensors) if self.spans_model else 1),
             reads_elsewhere=row > 0,
+            compiles=True,
             fixed=1000 * len(self.per_tensor) + 200 * n * len(self.per_tensor),
         )
 

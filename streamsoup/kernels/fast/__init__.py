@@ -1,7 +1,7 @@
 """The fast tier of compiled kernels: the same bits as `plain`, by all that a processor has.
 
-What it may import: `constants`, `plain`, `leaf_digests` and its own files. Only `cpu` and `inner`
-import from it, and numba is imported only by what is compiled.
+What it may import: `constants`, `plain`, `leaf_digests` and its own files. Only `cpu`, `inner`,
+`merger` and `merging` import from it, and numba is imported only by what is compiled.
 
 * `objects` finds compiled kernels in a cache, or has them made; `linking` puts them into memory,
   and `processor` tells what they depend on. These three import neither numba nor LLVM.

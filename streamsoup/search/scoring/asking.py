@@ -37,14 +37,29 @@ log = logging.getLogger("streamsoup")
 class Asking:
     """The scores of one search."""
 
-    def __init__(self, scorer: Scorer, journal: ScoreJournal, recipe: Recipe) -> None:
-        """Prepare nothing yet; `recipe` is the uniform soup of all ingredients."""
+    def __init__(
+        self,
+        scorer: Scorer,
+        journal: ScoreJournal,
+        recipe: Recipe,
+        points: Sequence[Candidate] = (),
+    ) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            scorer: Scores.
+            journal: Knows the scores of earlier runs, and keeps those of this one.
+            recipe: The uniform soup of all ingredients.
+            points: The candidates of a sweep, which are asked for as ``(number,)``; if there are
+                none, means are asked for by the numbers of their ingredients.
+        """
         self._scorer, self._journal, self._recipe = scorer, journal, recipe
+        self._points = points
         self._is_prepared = False
         self._failed: dict[Members, StreamsoupError] = {}
         """The errors of candidates that were scored ahead."""
         self._pool: ThreadPoolExecutor | None = None
-        self._running: dict[Future[Outcome], Candidate] = {}
+        self._running: dict[Future[Outcome], tuple[Members, Candidate]] = {}
 
     def ask(self, wanted: Sequence[Members], to_beat: float | None) -> Outcome:
         """Return the outcome of the first of `wanted`; the others may be asked for next."""
@@ -55,7 +70,7 @@ class Asking:
             self._prepare()
             if self._scorer.n_at_once == 1:
                 candidate = self._candidate(first, to_beat)
-                self._record(candidate, self._score(candidate))
+                self._record(first, candidate, self._score(candidate))
             else:
                 self._score_ahead(wanted, to_beat)
                 self._collect()
@@ -73,6 +88,8 @@ class Asking:
             self._is_prepared = True
 
     def _candidate(self, members: Members, to_beat: float | None) -> Candidate:
+        if self._points:
+            return self._points[members[0]]
         chosen = tuple(self._recipe.ingredients[i] for i in members)
         rule = Linear(Coefficients.uniform(len(chosen)))
         recipe = replace(self._recipe, ingredients=chosen, rule=rule)
@@ -94,11 +111,12 @@ class Asking:
             raise TaskError(f"{where}: scoring failed: {text}{which(candidate)}") from error
         return Outcome(answer, None, Moved(0, 0, 0.0), time.monotonic() - started)
 
-    def _record(self, candidate: Candidate, outcome: Outcome) -> None:
+    def _record(self, members: Members, candidate: Candidate, outcome: Outcome) -> None:
         """Put a score into the journal; warn of one that comes from a mistake, most likely."""
-        self._journal.put(candidate.members, outcome, candidate.to_beat)
+        self._journal.put(members, outcome, candidate.to_beat)
         names = candidate.recipe.ingredients
         what = printable(names[0]) if len(names) == 1 else f"the mean of {some(names, 4)}"
+        what = candidate.text or what
         if doubts := doubt(outcome.score, what):
             log.warning("%s", doubts)
 
@@ -106,23 +124,23 @@ class Asking:
         """Start scoring the first of `wanted`, and as many of the others as the scorer can."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._scorer.n_at_once, "streamsoup-score")
-        busy = {candidate.members for candidate in self._running.values()}
+        busy = {members for members, _ in self._running.values()}
         for members in dict.fromkeys(wanted):
             if len(self._running) == self._scorer.n_at_once:
                 return
             is_known = self._journal.get(members, to_beat) is not None
             if not (members in busy or members in self._failed or is_known):
                 candidate = self._candidate(members, to_beat)
-                self._running[self._pool.submit(self._score, candidate)] = candidate
+                self._running[self._pool.submit(self._score, candidate)] = members, candidate
 
     def _collect(self) -> None:
         """Wait until a candidate is scored, and record what there is by then."""
         done, _ = wait(self._running, return_when=FIRST_COMPLETED)
         for future in [future for future in self._running if future in done]:
-            candidate = self._running.pop(future)
+            members, candidate = self._running.pop(future)
             try:
                 outcome = future.result()
             except StreamsoupError as error:
-                self._failed[candidate.members] = error
+                self._failed[members] = error
             else:
-                self._record(candidate, outcome)
+                self._record(members, candidate, outcome)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from streamsoup.errors import OutputError, StreamsoupError, printable
 from streamsoup.live.candidates import Candidates, Moved
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.output.make import Order, write_beside
 from streamsoup.output.write import FileSink
 from streamsoup.sizes import nbytes_text
@@ -39,7 +40,9 @@ class CandidateFolder:
         """The path of the candidate that was written last."""
         return os.path.join(self._above_path, self._name)
 
-    def write(self, candidates: Candidates, members: Sequence[int], *, keep: bool) -> Moved:
+    def write(
+        self, candidates: Candidates | RuleCandidates, members: Sequence[int], *, keep: bool
+    ) -> Moved:
         """Write a candidate in the place of the one before; see `Candidates.mix`.
 
         Raises:

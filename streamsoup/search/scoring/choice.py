@@ -48,8 +48,11 @@ def choose_scorer(
     options: Options,
     *,
     folder: str,
+    by_rule: bool = False,
 ) -> Scorer:
     """Return what scores candidates of `ordered`, in the search whose folder is `folder`.
+
+    Candidates are means of some ingredients; or, `by_rule`, soups of all by a rule of their own.
 
     Raises:
         RecipeError: For settings that do not fit what scores.
@@ -69,6 +72,7 @@ def choose_scorer(
             os.path.join(folder, f"sum-{number}"),
             settings.jobs,
             settings.direction == "forward",
+            by_rule,
         )
 
     if isinstance(task, Scorer):

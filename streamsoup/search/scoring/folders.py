@@ -6,10 +6,11 @@ import os
 import time
 
 from streamsoup.live.candidates import Candidates
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.candidate_folder import CandidateFolder
 from streamsoup.search.scoring.scorer import Candidate, Outcome, naming
-from streamsoup.search.scoring.work import Work, candidates_of
+from streamsoup.search.scoring.work import Work, candidates_of, for_candidate
 from streamsoup.task.command import CommandTask
 
 __all__ = ["FolderScorer"]
@@ -29,7 +30,7 @@ class FolderScorer:
         self.name, self.fingerprint = task.name, task.fingerprint
         self.split = task.check_split(work.split)
         self._task, self._work = task, work
-        self._candidates: Candidates | None = None
+        self._candidates: Candidates | RuleCandidates | None = None
         self._folder = CandidateFolder(work.ordered, work.folder, f"candidate-{os.getpid()}-")
 
     def prepare(self, recipe: Recipe) -> None:
@@ -39,7 +40,8 @@ class FolderScorer:
     def score(self, candidate: Candidate) -> Outcome:
         """Write the candidate, and run the command on it."""
         assert self._candidates is not None
-        moved = self._folder.write(self._candidates, candidate.members, keep=self._work.keeps)
+        ready = for_candidate(self._candidates, candidate)
+        moved = self._folder.write(ready, candidate.members, keep=self._work.keeps)
         started = time.monotonic()
         with naming(candidate):
             score = self._task.run(self._folder.path, self.split, candidate.to_beat)

@@ -38,7 +38,7 @@ class ScoreJournal(Closing):
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="streamsoup-sync")
         self._syncing: Future[None] | None = None
         try:
-            self._read(len(bound_to["ingredients"]))
+            self._read(len(bound_to.get("points", bound_to["ingredients"])))
         except BaseException:
             self.close()
             raise

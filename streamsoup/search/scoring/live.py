@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from streamsoup.errors import TaskError, option
 from streamsoup.live.candidates import Candidates, Moved
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.options import Note
 from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.scorer import Candidate, Outcome, naming
-from streamsoup.search.scoring.work import Work, candidates_of
+from streamsoup.search.scoring.work import Work, candidates_of, for_candidate
 from streamsoup.task import Score, Task
 from streamsoup.task.running import contained
 from streamsoup.task.scores import training_mode
@@ -65,7 +66,7 @@ class LiveScorer:
             task.need("recalibration")
         self._task, self._work, self._model, self._on_code = task, work, model, on_code
         self._sink: ModelSink | None = None
-        self._candidates: Candidates | None = None
+        self._candidates: Candidates | RuleCandidates | None = None
         self._training: list[tuple[nn.Module, bool]] = []
         self._has_warned = False
         """True once it was said that the task scores in training mode."""
@@ -89,7 +90,7 @@ class LiveScorer:
     def score(self, candidate: Candidate) -> Outcome:
         """Mix the candidate into the model, and score it there."""
         assert self._sink is not None
-        moved = self._put(self._sink, candidate.members)
+        moved = self._put(self._sink, candidate)
         self._on_code("score")
         started = time.monotonic()
         averaged = None
@@ -108,12 +109,13 @@ class LiveScorer:
         if self._candidates is not None:
             self._candidates.forget()
 
-    def _put(self, sink: ModelSink, members: Sequence[int]) -> Moved:
+    def _put(self, sink: ModelSink, candidate: Candidate) -> Moved:
         """Mix into the model. Raises `TaskError` if the task changed it meanwhile."""
         assert self._candidates is not None
         sink.check()
         try:
-            return self._candidates.mix(members, sink, keep=self._work.keeps)
+            ready = for_candidate(self._candidates, candidate)
+            return ready.mix(candidate.members, sink, keep=self._work.keeps)
         except BaseException as error:
             error.add_note("the live model holds parts of a candidate now")
             raise

@@ -34,6 +34,8 @@ class Candidate(msgspec.Struct, frozen=True):
     to_beat: float | None = None
     """The score that it has to reach to be accepted, if there is one. A scorer may stop early once
     that is out of reach, and return ``{"at_most": bound}``."""
+    text: str = ""
+    """What it is, in words, for messages; empty for the mean of its ingredients."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -113,6 +115,8 @@ def which(candidate: Candidate | None) -> str:
     """Return the end of an error message: the candidate it is about, if any."""
     if candidate is None:
         return ""
+    if candidate.text:
+        return f"; the candidate is {printable(candidate.text, 200)}"
     chosen = candidate.recipe.ingredients
     if len(chosen) == 1:
         return f"; the candidate is {printable(chosen[0])} alone"

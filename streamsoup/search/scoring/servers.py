@@ -28,11 +28,12 @@ from msgspec.structs import replace
 
 from streamsoup.errors import OutputError, StreamsoupError, TaskError, count, option, printable
 from streamsoup.live.candidates import Candidates
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.candidate_folder import CandidateFolder
 from streamsoup.search.scoring.protocols import NoAnswerError, Refused, Server
 from streamsoup.search.scoring.scorer import Candidate, Outcome, naming
-from streamsoup.search.scoring.work import Work, candidates_of
+from streamsoup.search.scoring.work import Work, candidates_of, for_candidate
 from streamsoup.system.folders import Folder, other_writer
 from streamsoup.task import Score, Task
 from streamsoup.task.command import CommandTask
@@ -137,7 +138,8 @@ class ServerScorer:
 
     def _score(self, held: _Held, candidate: Candidate) -> Outcome:
         started = time.monotonic()
-        moved = held.folder.write(held.candidates, candidate.members, keep=held.work.keeps)
+        ready = for_candidate(held.candidates, candidate)
+        moved = held.folder.write(ready, candidate.members, keep=held.work.keeps)
         made = time.monotonic()
         version = self._version(candidate)
         score = self._loaded_and_scored(held, candidate, version)
@@ -310,7 +312,11 @@ class _Held:
     """One server, and the candidate on disk for it."""
 
     def __init__(
-        self, server: Server, candidates: Candidates, folder: CandidateFolder, work: Work
+        self,
+        server: Server,
+        candidates: Candidates | RuleCandidates,
+        folder: CandidateFolder,
+        work: Work,
     ) -> None:
         self.server, self.candidates, self.folder, self.work = server, candidates, folder, work
         self.last: str | None = None

@@ -10,14 +10,16 @@ from msgspec.structs import replace
 
 from streamsoup.errors import BudgetError
 from streamsoup.live.candidates import Candidates
+from streamsoup.live.rule_candidates import RuleCandidates
 from streamsoup.live.running import SumsPlace, plan_sums
 from streamsoup.options import Options
+from streamsoup.search.scoring.scorer import Candidate
 
 if TYPE_CHECKING:
     from streamsoup.live.model import ModelSink
     from streamsoup.output.make import Order
 
-__all__ = ["Work", "candidates_of"]
+__all__ = ["Work", "candidates_of", "for_candidate"]
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -37,6 +39,8 @@ class Work(msgspec.Struct, frozen=True):
     """Workers that share a device, and the budget there."""
     keeps: bool = True
     """True if the sum of a candidate's ingredients is worth keeping for the next one."""
+    by_rule: bool = False
+    """True if candidates are soups of all ingredients by rules of their own, not means of some."""
 
     @property
     def folder(self) -> str:
@@ -44,7 +48,16 @@ class Work(msgspec.Struct, frozen=True):
         return os.path.dirname(self.scratch)
 
 
-def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
+def for_candidate(
+    candidates: Candidates | RuleCandidates, candidate: Candidate
+) -> Candidates | RuleCandidates:
+    """Return what makes a candidate: in a sweep, by the rule of its own."""
+    if isinstance(candidates, RuleCandidates):
+        candidates.rule = candidate.recipe.rule
+    return candidates
+
+
+def candidates_of(work: Work, sink: ModelSink | None) -> Candidates | RuleCandidates:
     """Prepare to make candidates, in the live model of `sink` or in files.
 
     Raises:
@@ -53,6 +66,8 @@ def candidates_of(work: Work, sink: ModelSink | None) -> Candidates:
     """
     ordered, threads = work.ordered, work.options.n_threads
     where = "cpu, on the way to disk"
+    if work.by_rule:
+        return RuleCandidates(ordered.plan, sink, mapped=ordered.mapped, options=work.options)
     if sink is not None:
         from streamsoup.engine.device import device_budget
         from streamsoup.kernels.accelerator.device import open_device

@@ -24,7 +24,7 @@ from streamsoup.study.measures.mixture import Mixture
 from streamsoup.study.measures.rows import Splits, to_line
 from streamsoup.task import AnyTask, load_task
 
-__all__ = ["Sweep", "sweep"]
+__all__ = ["Sweep", "wise_ft"]
 
 
 class Sweep(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ class Sweep(msgspec.Struct, frozen=True):
                 yield to_line(line)
 
 
-def sweep(
+def wise_ft(
     first: AnyIngredient,
     second: AnyIngredient,
     task: AnyTask,

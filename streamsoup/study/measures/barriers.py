@@ -58,8 +58,10 @@ def advantage(first: float, middle: float, second: float) -> float:
     return middle - (first + second) / 2
 
 
-def parse_alphas(text: str) -> list[float]:
+def parse_alphas(text: str, of: str = "α") -> list[float]:
     """Read ``0:1:0.1`` (from, to, step; both ends included) or a list ``0,0.5,1``.
+
+    `of` says what the numbers are of, for the message of the `RecipeError`.
 
     >>> parse_alphas("0:1:0.25")
     [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -80,7 +82,7 @@ def parse_alphas(text: str) -> list[float]:
         alphas = [float("nan")]
     if not np.isfinite(alphas).all():
         raise RecipeError(
-            f"{text!r} is not a list of α such as 0,0.5,1, nor a range such as 0:1:0.1, whose step "
-            "divides it into 10000 parts at most"
+            f"{text!r} is not a list of {of} such as 0,0.5,1, nor a range such as 0:1:0.1, whose "
+            "step divides it into 10000 parts at most"
         )
     return sorted(set(alphas))

@@ -1,0 +1,185 @@
+"""The command that scores a soup at every point of a grid of its parameters."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsoup.cli import common, greedy, planning
+from streamsoup.cli.help import Command
+from streamsoup.errors import OutputError, printable
+
+if TYPE_CHECKING:
+    from streamsoup.cli.terminal import Watcher
+    from streamsoup.options import Options, Planned
+
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+RANGE = re.compile(rf"{NUMBER}:{NUMBER}:{NUMBER}")
+
+
+class _Sweep(Command):
+    """``sweep VERB …``, with the options of the verb, of which some are ranges."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the options of the sweep, and leave the others to the verb."""
+        if args and args[0] in planning.VERBS:
+            ctx.obj = args[0]
+            args = args[1:]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what is particular to a sweep, as click knows of no ranges."""
+        formatter.write_usage(
+            ctx.command_path, "VERB CKPT... --base BASE --PARAMETER FROM:TO:STEP [OPTIONS]"
+        )
+
+
+@click.command(
+    cls=_Sweep, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+@greedy.TASK
+@click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew.")
+@click.option("--jobs", type=common.Integer(1), default=1, help="Points scored at once.")
+@click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take.")
+@click.option("--restart", is_flag=True, help="Forget the scores of an unfinished sweep.")
+@click.option("--report", metavar="DIR", help="Folder for a page with a curve or a heat map.")
+@click.option("--output", "-o", required=True, metavar="OUT", help="Folder of the best soup.")
+def sweep(
+    words: tuple[str, ...],
+    output: str,
+    report: str | None,
+    **told: Any,
+) -> int:
+    """Score a soup at every point of a grid of its parameters, and write the best.
+
+    VERB is a command that makes a soup, such as ties, with all its own options. Those given as
+    FROM:TO:STEP are swept, all combinations of them:
+
+    streamsoup sweep ties A B --base BASE --density .1:.9:.1 --lambda .2:1:.2 --task task.py -o OUT
+    """
+    context = click.get_current_context()
+    verb = context.obj
+    if verb is None:
+        raise click.UsageError(
+            f"first the command that makes the soup: {', '.join(sorted(planning.VERBS))}"
+        )
+    rules = {name: told.pop(name) for name in ("recalibrate", "jobs", "timeout", "restart")}
+    split = told.pop("split")
+    greedy.check_scoring(told)
+    points, first, settings = _planned(context, verb, words)
+    paths = first.plan.recipe.ingredients
+    quiet = settings["quiet"]
+
+    def work(options: Options, watcher: Watcher, as_json: bool) -> None:
+        from msgspec.structs import replace
+
+        from streamsoup.search.sweep import SweepSettings, sweep_points
+
+        if report is not None:
+            from streamsoup.study.comparison.table import check_folder
+
+            check_folder(report, paths)
+            _make_folder(report)
+        chosen = SweepSettings(split=split, isolate=True, **rules)
+        task = greedy.make_task(told, chosen.timeout, paths[0])
+        watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
+        options = replace(options, on_event=watch)
+        soup = sweep_points(points, first, task, output=output, settings=chosen, options=options)
+        watcher.close()
+        if report is not None:
+            _write_report(soup.report, report)
+        if as_json:
+            found = common.as_json(soup, watcher) | {"report": soup.report}
+            common.tell([json.dumps(found)])
+            return
+        from streamsoup.study.report.sweeps import lines
+
+        said = [*lines(soup.report), f"the best is in {printable(soup.path)}"]
+        if report is not None:
+            said.append(f"see {printable(os.path.join(report, 'report.html'))}")
+        common.tell(said)
+
+    return common.supervise(work, "sweep", paths, settings)
+
+
+def _planned(
+    context: click.Context, verb: str, words: Sequence[str]
+) -> tuple[list[Any], Any, dict[str, Any]]:
+    """Plan the soup of each point; return all points, one of the plans, and the options."""
+    from streamsoup.search.sweep import Point, places
+
+    axes = _axes(words)
+    if not axes:
+        raise click.UsageError(
+            "nothing to sweep: give an option of the command as FROM:TO:STEP, such as "
+            "--density .1:.9:.1"
+        )
+    found: list[tuple[Planned, dict[str, Any]]] = []
+    points = []
+    for values in places(dict(axes.values())):
+        own = list(words)
+        for (at, (_name, _)), value in zip(axes.items(), values.values(), strict=True):
+            text = str(int(value)) if value == int(value) else repr(value)
+            own[at] = RANGE.sub(text, own[at])
+        planning.plan_verb(context, [verb, *own], lambda plan, told: found.append((plan, told)))
+        plan, settings = found.pop()
+        if plan.n_before:
+            raise click.UsageError(
+                f"{verb} takes its coefficients from the angles between the weights, and cannot "
+                "be swept"
+            )
+        points.append(Point(values, plan.order.plan.recipe.rule))
+    return points, plan.order, settings
+
+
+def _axes(words: Sequence[str]) -> dict[int, tuple[str, list[float]]]:
+    """Return the options that are ranges: by the place of the word, its name and its numbers."""
+    from streamsoup.study.measures.barriers import parse_alphas
+
+    axes = {}
+    for at, (before, word) in enumerate(itertools.pairwise(["", *words])):
+        name, _, text = word.rpartition("=") if "=" in word else (before, "", word)
+        if name.startswith("-") and RANGE.fullmatch(text):
+            axes[at] = (name.lstrip("-"), parse_alphas(text, name))
+    return axes
+
+
+def _line_of(event: object) -> str | None:
+    from streamsoup.options import Step
+
+    if isinstance(event, Step) and event.what == "point" and event.text:
+        return event.text
+    return None
+
+
+def _make_folder(folder: str) -> None:
+    """Make the folder of the report, before hours go into what it is to hold."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(folder)}: cannot be made: {error.strerror}; choose another --report"
+        ) from None
+
+
+def _write_report(report: Any, folder: str) -> None:
+    """Write a page with the table and a picture, and rows for other tools."""
+    from streamsoup.cli.compare import this_command
+    from streamsoup.study.report.figures import have_matplotlib
+    from streamsoup.study.report.page import write_text
+    from streamsoup.study.report.sweeps import draw, page, rows
+
+    picture = "sweep.png" if have_matplotlib() else None
+    if picture is not None and not draw(report, os.path.join(folder, picture)):
+        picture = None
+    found = page(report, picture, (this_command(),))
+    write_text(os.path.join(folder, "rows.jsonl"), "".join(f"{row}\n" for row in rows(report)))
+    write_text(os.path.join(folder, "report.md"), found.to_markdown())
+    write_text(os.path.join(folder, "report.html"), found.to_html(folder))
