@@ -310,7 +310,7 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
 
 def _written(
     ordered: Order, staging: Staging, sink: FileSink, ledger: FileLedger, options: Options
-) -> tuple[Provenance, list[str]]:
+) -> tuple[Provenance, list[str], Read]:
     plan, digests = ordered.plan, ledger.digests
     sink.prepare(resumes=ledger.resumes)
     # Side files first: they can still fail, and weights may take hours.

@@ -101,12 +101,13 @@ class Page(msgspec.Struct, frozen=True):
             else:
                 parts.append(_html_picture(block, folder))
         title = _in_html(self.title)
+        script = _beside("page.js")
         return _HTML.format(
             title=title,
-            policy=_policy(),
-            style=_STYLE,
+            policy=_policy(script),
+            style=_beside("page.css"),
             body="\n".join(parts),
-            script=_SCRIPT,
+            script=script,
         )
 
 
@@ -192,88 +193,20 @@ def _html_picture(picture: Picture, folder: str) -> str:
     )
 
 
-def _policy() -> str:
-    """Return a policy that lets nothing be loaded, and no script run but the page's own."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+def _beside(name: str) -> str:
+    """Return the content of a file that lies beside this one."""
+    with open(os.path.join(os.path.dirname(__file__), name), encoding="utf-8") as file:
+        return file.read()
+
+
+def _policy(script: str) -> str:
+    """Return a policy that lets nothing be loaded, and no script run but this one."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
 
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1d2327; --soft: #5a646b; --line: #d9dfe3;
-  --page: #fff; --code: #f3f5f7; --row: #eef6f6; --accent: #0b7285; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e3e8eb; --soft: #9aa6ad; --line: #3a444b; --page: #171c20; --code: #20272c;
-    --row: #1f2f33; --accent: #66d9e8; }
-}
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--page);
-  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
-p, figure, pre { max-width: 52rem; }
-p { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums;
-  font-size: 14px; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; font-weight: normal; }
-tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-tbody tr:hover > * { background: var(--row); }
-td.bold { font-weight: 700; color: var(--accent); }
-td[title] { cursor: help; }
-thead button { all: unset; cursor: pointer; font-weight: 600; }
-thead button:focus-visible { outline: 2px solid var(--accent); }
-thead button::after { content: " \\2195"; color: var(--soft); }
-[aria-sort=ascending] button::after { content: " \\2191"; color: var(--accent); }
-[aria-sort=descending] button::after { content: " \\2193"; color: var(--accent); }
-figure { margin: 1.5rem 0; }
-img { max-width: 100%; background: #fff; border-radius: 4px; }
-figcaption { color: var(--soft); font-size: 14px; }
-pre { background: var(--code); padding: .8rem; overflow-x: auto; border-radius: 4px; }
-@media (max-width: 40rem) {
-  body { margin: 1rem auto; }
-  tr > :first-child { max-width: 40vw; overflow: hidden; text-overflow: ellipsis; }
-}
-@media print {
-  :root { --text: #000; --soft: #333; --line: #bbb; --page: #fff; --code: #f6f6f6; }
-  body { max-width: none; margin: 0; font-size: 11px; }
-  .wide { overflow: visible; }
-  table { font-size: 9px; }
-  thead button::after { content: ""; }
-  figure, tr { break-inside: avoid; }
-}
-"""
-
-_SCRIPT = """
-"use strict";
-const leading = /^\\s*([+-]?\\d+(?:\\.\\d+)?(?:e[+-]?\\d+)?)/i;
-function key(row, column) {
-  const text = row.cells[column].textContent;
-  const found = leading.exec(text);
-  return found && column > 0 ? Number(found[1]) : text;
-}
-function compare(a, b) {
-  const one = typeof a === "number", two = typeof b === "number";
-  if (one && two) return a - b;
-  if (one !== two) return one ? 1 : -1;
-  return a.localeCompare(b);
-}
-function sort(button) {
-  const head = button.closest("th");
-  const body = button.closest("table").tBodies[0];
-  const down = head.getAttribute("aria-sort") !== "descending" && head.cellIndex > 0
-    || head.getAttribute("aria-sort") === "ascending";
-  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const rows = Array.from(body.rows);
-  rows.sort((a, b) => compare(key(a, head.cellIndex), key(b, head.cellIndex)) * (down ? -1 : 1));
-  body.append(...rows);
-}
-for (const button of document.querySelectorAll("thead button"))
-  button.addEventListener("click", () => sort(button));
-"""
 
 _HTML = """<!doctype html>
 <html lang="en">
