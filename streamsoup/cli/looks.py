@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     ingredients: tuple[str, ...],
-    coefficients: str | None,
+    coefficients: list[float] | str | None,
     normalize: bool,
     as_json: bool,
     **settings: Any,
@@ -46,7 +46,7 @@ def plan(
         raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
     if coefficients is not None:
-        given = find_coefficients(common.factors(coefficients), normalize=normalize)
+        given = find_coefficients(coefficients, normalize=normalize)
     method = "uniform" if coefficients is None else "mix"
     ordered = order(
         ingredients, Linear(given), method=method, options=common.make_options(settings)

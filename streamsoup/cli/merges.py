@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 DENSITY = click.option(
-    "--density", required=True, metavar="D", help="Share that is kept, such as .5; or one for each."
+    "--density",
+    type=common.Numbers(0, 1),
+    required=True,
+    metavar="D",
+    help="Share that is kept, such as .5; or one for each.",
 )
 WEIGHTS = common.stack(
     click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights."),
-    click.option("--weights", "-w", metavar="W,W,…", help="A weight for each; default: all alike."),
+    click.option(
+        "--weights",
+        "-w",
+        type=common.Numbers(),
+        metavar="W,W,…",
+        help="A weight for each; default: all alike.",
+    ),
 )
 
 
@@ -33,6 +43,7 @@ def terms(*, consensus: str, normalize: str, rescale: str) -> Callable[[Command]
         click.option(
             "--coefficients",
             "-c",
+            type=common.Numbers(),
             default="1",
             show_default=True,
             metavar="W",
@@ -107,7 +118,13 @@ def dare(ingredients: tuple[str, ...], **settings: Any) -> int:
 @common.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="none")
-@click.option("--gamma", default="0.01", show_default=True, help="Share of outliers dropped.")
+@click.option(
+    "--gamma",
+    type=common.Numbers(0, 1),
+    default="0.01",
+    show_default=True,
+    help="Share of outliers dropped.",
+)
 @TRIM
 @SOUP
 def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
@@ -120,7 +137,11 @@ def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
 @BASE
 @terms(consensus="sum", normalize="if there is a consensus", rescale="l1")
 @click.option(
-    "--epsilon", default="0.15", show_default=True, help="Probabilities lie so far around D."
+    "--epsilon",
+    type=common.Numbers(0, 1),
+    default="0.15",
+    show_default=True,
+    help="Probabilities lie so far around D.",
 )
 @SEED
 @SOUP
@@ -162,15 +183,15 @@ def ram(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@click.argument("ingredients", nargs=1, metavar="CKPT")
+@common.INGREDIENTS
 @BASE
 @click.option(
     "-t", "t", type=common.Number(0), required=True, help="Distance up to which CKPT is taken."
 )
 @SOUP
-def nearswap(ingredients: str, **settings: Any) -> int:
+def nearswap(ingredients: tuple[str, ...], **settings: Any) -> int:
     """Take from CKPT what lies near the base, and the less the further it lies (NearSwap)."""
-    return merge("nearswap", (ingredients,), settings)
+    return merge("nearswap", ingredients, settings)
 
 
 @command()
@@ -210,7 +231,7 @@ def merge(
     given = _own(settings)
     base = given.pop("base")
     for name in [*listed, *(["coefficients"] if "coefficients" in given else [])]:
-        values = common.numbers(given[name])
+        values = given[name]
         given[name] = values[0] if len(values) == 1 else values
     if given.pop("no_rescale", False):
         given["rescale"] = "none"
@@ -237,7 +258,7 @@ def mean(
     given = _own(settings)
     base, output = given["base"], given["output"]
     if given["weights"] is not None:
-        weights = common.numbers(given["weights"])
+        weights = given["weights"]
 
     def make(options: Options) -> Soup:
         from streamsoup.methods import spheres
