@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from streamsoup.cli import common
 from streamsoup.errors import RecipeError, printable
+
+if TYPE_CHECKING:
+    from streamsoup.formats.documents import Table
+    from streamsoup.options import Options
+    from streamsoup.output.make import Soup
 
 
 def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -53,12 +58,34 @@ def run(context: click.Context, /, recipe: str, **settings: Any) -> Any:
     folder.
     """
     from streamsoup.formats.documents import read_document
+    from streamsoup.methods.mergekit.configuration import is_mergekit
 
     table = read_document(recipe)
-    return _run_ours(context, table)
+    return _run_theirs(table, settings) if is_mergekit(table) else _run_ours(context, table)
 
 
-def _run_ours(context: click.Context, table: Any) -> Any:
+def _run_theirs(table: Table, settings: dict[str, Any]) -> int:
+    """Make the soup of a recipe of mergekit."""
+    output = settings.pop("output")
+    if output is None:
+        raise RecipeError(
+            f"{table.where}: a recipe of mergekit names no output; give -o OUT on the command line"
+        )
+
+    def make(options: Options) -> Soup:
+        from streamsoup.methods.mergekit.merging import merge
+
+        return merge(table, output=output, options=options)
+
+    def paths() -> list[str]:
+        from streamsoup.methods.mergekit.merging import ingredients_of
+
+        return ingredients_of(table)
+
+    return common.make_soup(make, paths, settings)
+
+
+def _run_ours(context: click.Context, table: Table) -> Any:
     """Run the command that a recipe of our own format stands for."""
     from streamsoup.cli.recipes import arguments_of, find_command, keys_of
 

@@ -118,7 +118,7 @@ def gather_side_files(
     ours = {*ingredients[0].file_names, *map(os.path.basename, ingredients[0].source.files)}
     heavy = [name for name in heavy if name not in ours]
     spare = [name for name in names_in(first) if name.endswith(".safetensors") and name[0] != "."]
-    spare = [name for name in spare if name not in {*ingredients[0].file_names, *heavy}]
+    spare = [name for name in spare if name not in {*ours, *heavy}]
     warnings = []
     if heavy:
         warnings.append(
@@ -157,8 +157,12 @@ def gather_side_files(
     dequantised = reading.dequantize
     if dequantised:
         names = [name for name in names if not is_of_quantisation(name)]
-    files = [SideFile(name, os.path.realpath(os.path.join(first, name)), None) for name in names]
     source = ingredients[0].source
+    changed = source.side_files
+    files = [
+        SideFile(name, os.path.realpath(os.path.join(first, name)), changed.get(name))
+        for name in names
+    ]
     longest = config_folder(source.longest) if isinstance(source, Lengthened) else None
     if longest is not None:
         files = _with_vocabulary(files, longest)
