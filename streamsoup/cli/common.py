@@ -216,7 +216,7 @@ PRINT_RECIPE = stack(
         "--print-recipe",
         is_flag=True,
         is_eager=True,
-        help="Print a recipe for `streamsoup run` that does the same, and do nothing.",
+        help="Print this command as a recipe for `run`, and do nothing else.",
     ),
     _printing,
 )

@@ -18,9 +18,7 @@ _OPTIONS: Mapping[str, frozenset[str]] = {
         {"dtype", "shard_size", "non_float", "config", "non_finite", "key"}
     ),
     "How the work is done": frozenset({"device", "device_memory", "memory", "threads", "io"}),
-    "What is shown": frozenset(
-        {"as_json", "quiet", "traceback", "print_recipe", "schema", "help"}
-    ),
+    "What is shown": frozenset({"as_json", "quiet", "traceback", "print_recipe", "schema", "help"}),
 }
 """The options that many commands share, by name. Others come first, as those of the command."""
 

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 from streamsoup.errors import RecipeError, printable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _commands(ctx: click.Context) -> Mapping[str, click.Command]:
     return group.commands
 
 
-@click.command()
+@command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--output", "-o", metavar="OUT", help="Folder to make, if RECIPE names none.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step.")
@@ -44,7 +45,7 @@ def _commands(ctx: click.Context) -> Mapping[str, click.Command]:
     is_eager=True,
     expose_value=False,
     callback=_print_schema,
-    help="Print the JSON schema of recipes, and do nothing.",
+    help="Print the JSON schema of recipes, and do nothing else.",
 )
 @common.MAKING
 @common.RUNNING
@@ -89,13 +90,13 @@ def _run_ours(context: click.Context, table: Table) -> Any:
     """Run the command that a recipe of our own format stands for."""
     from streamsoup.cli.recipes import arguments_of, find_command, keys_of
 
-    command = find_command(_commands(context), table)
-    arguments = arguments_of(command, table)
+    named = find_command(_commands(context), table)
+    arguments = arguments_of(named, table)
     given = _given(context)
-    known = {key.param.name for key in keys_of(command).values()} | {"as_json", "quiet"}
+    known = {key.param.name for key in keys_of(named).values()} | {"as_json", "quiet"}
     for name, words in given.items():
         if name not in known:
-            raise click.UsageError(f"{command.name} has no option {words[0].partition('=')[0]}")
+            raise click.UsageError(f"{named.name} has no option {words[0].partition('=')[0]}")
         arguments = (
             [*words, *arguments] if name in ("as_json", "quiet") else _after(arguments, words)
         )
@@ -104,8 +105,8 @@ def _run_ours(context: click.Context, table: Table) -> Any:
             f"{table.where}: names no output; add one, or give -o OUT on the command line"
         )
     try:
-        with command.make_context(command.name, arguments, parent=context.parent) as inner:
-            return command.invoke(inner)
+        with named.make_context(named.name, arguments, parent=context.parent) as inner:
+            return named.invoke(inner)
     except click.UsageError as error:
         raise RecipeError(f"{printable(table.file)}: {error.format_message()}") from None
 
