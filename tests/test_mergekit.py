@@ -203,6 +203,15 @@ def test_the_command_reads_both_formats(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(Path("one/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["ties-gradients", "slerp-card", "nearswap-gradient"])
+def test_recipes_are_shared_out_in_parts(name: str) -> None:
+    """Two processes that make a part each write the bytes of one."""
+    make(CASES[name], "whole")
+    make(CASES[name], "parts", part="1/2")
+    make(CASES[name], "parts", part="2/2", commit=True)
+    assert weights("parts") == weights("whole")
+
+
 def test_out_dtype_is_that_of_the_file() -> None:
     """Dtype is what mergekit works in; ours works in float64, and out_dtype is written."""
     make(CASES["linear"] + "dtype: float32\nout_dtype: bfloat16\n")

@@ -34,7 +34,8 @@ from streamsoup.methods.mergekit.translation import (
 )
 from streamsoup.methods.spheres import make_means
 from streamsoup.options import Options
-from streamsoup.output.make import Soup, make, order
+from streamsoup.output.jobs import make
+from streamsoup.output.make import Soup, order
 from streamsoup.reading import Reading
 
 __all__ = ["ingredients_of", "merge"]
