@@ -31,17 +31,17 @@ MAKING = [name for name, command in COMMANDS.items() if is_recipe_command(comman
 
 LINES = {
     "uniform": "A B C --dtype f64 --shard-size 5MB",
-    "mix": "A B -c .5,1e-3 --normalize",
+    "mix": "A B -c .5,1e-3 -c '*wei*=.3,0~1~.5' --normalize",
     "interpolate": "A B --alpha -.25",
     "ema": "A B C --by given --decay .8",
     "lawa": "A B C --window 2 --by given",
     "wsm": "A B C --curve sqrt --by given",
-    "arithmetic": "B C --base A --scale .4,-1",
+    "arithmetic": "B C --base A --scale .4~.2,-1",
     "stock": "B C --base A",
     "slerp": "B C -t .3",
     "ties": "B C --base A --density .5 -c .3,.7 --trim model --threads 2",
     "dare": "B C --base A --density .5,.25 --no-rescale --seed 7 --consensus sum",
-    "breadcrumbs": "B C --base A --density .5 --gamma .02,.01 --normalize",
+    "breadcrumbs": "B C --base A --density .5 --density '*ght=.4,.3~.6' --gamma .02,.01",
     "della": "B C --base A --density .5 --no-normalize --lambda 1e-1",
     "sce": "B C --base A --select-topk .1",
     "ram": "B C --base A --epsilon 1e-5",
@@ -292,7 +292,10 @@ def fits(value: Any, rules: Mapping[str, Any]) -> bool:
         properties = rules.get("properties", {})
         if not set(rules.get("required", ())) <= set(value):
             return False
-        if rules.get("additionalProperties") is False and not set(value) <= set(properties):
+        others = rules.get("additionalProperties", {})
+        if others is False and not set(value) <= set(properties):
+            return False
+        if others and not all(fits(v, others) for k, v in value.items() if k not in properties):
             return False
         if not all(fits(v, properties[k]) for k, v in value.items() if k in properties):
             return False

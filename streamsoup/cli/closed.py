@@ -90,21 +90,25 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
 @BASE
 @click.option(
     "--scale",
-    type=common.Numbers(),
+    type=common.ByName(),
+    multiple=True,
+    callback=common.by_name,
     required=True,
     metavar="L",
-    help="λ, such as .4; or one for each: .4,.3,-1",
+    help="λ, such as .4; or one for each: .4,.3,-1. Again with a pattern of tensor names, "
+    "'*mlp*=.3'; .2~.8 goes over the layers.",
 )
 @SOUP
 def arithmetic(
-    ingredients: tuple[str, ...], base: str, scale: list[float], output: str, **settings: Any
+    ingredients: tuple[str, ...], base: str, scale: Any, output: str, **settings: Any
 ) -> int:
     """Add λ times each task vector to the base (task arithmetic)."""
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import arithmetic
 
-        given = scale[0] if len(scale) == 1 else scale
+        one = isinstance(scale, list) and len(scale) == 1 and not isinstance(scale[0], list)
+        given = scale[0] if one else scale
         return arithmetic(ingredients, given, base=base, output=output, options=options)
 
     return common.make_soup(make, (base, *ingredients), settings)

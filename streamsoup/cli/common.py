@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamsoup.cli.values import ByName as ByName
 from streamsoup.cli.values import Factors as Factors
 from streamsoup.cli.values import Integer as Integer
 from streamsoup.cli.values import Number as Number
 from streamsoup.cli.values import Numbers as Numbers
 from streamsoup.cli.values import Size as Size
+from streamsoup.cli.values import by_name as by_name
 from streamsoup.cli.values import numbers as numbers
 from streamsoup.errors import (
     OutputError,
@@ -60,8 +62,11 @@ COEFFICIENTS = click.option(
     "--coefficients",
     "-c",
     type=Factors(),
+    multiple=True,
+    callback=by_name,
     metavar="C,C,…|SOUP",
-    help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
+    help="One factor for each, such as .7,.3; or a soup, to take those it was made with. "
+    "Again with a pattern of tensor names, '*mlp*=.3,.7'; 0~1 goes over the layers.",
 )
 TRACEBACK = click.option(
     "--traceback", is_flag=True, help="Where a task fails, print every frame of it."

@@ -46,7 +46,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 @common.REPORTING
 def mix(
     ingredients: tuple[str, ...],
-    coefficients: list[float] | str | None,
+    coefficients: Any,
     normalize: bool,
     output: str,
     **settings: Any,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     ingredients: tuple[str, ...],
-    coefficients: list[float] | str | None,
+    coefficients: Any,
     normalize: bool,
     as_json: bool,
     **settings: Any,
@@ -45,6 +45,12 @@ def plan(
     if normalize and coefficients is None:
         raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
+    if isinstance(coefficients, dict) or (
+        isinstance(coefficients, list) and any(isinstance(each, list) for each in coefficients)
+    ):
+        raise click.UsageError(
+            "patterns and gradients cost what plain coefficients cost; plan with those"
+        )
     if coefficients is not None:
         given = find_coefficients(coefficients, normalize=normalize)
     method = "uniform" if coefficients is None else "mix"

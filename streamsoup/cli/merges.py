@@ -19,10 +19,13 @@ Command = Callable[..., Any]
 
 DENSITY = click.option(
     "--density",
-    type=common.Numbers(0, 1),
+    type=common.ByName(0, 1),
+    multiple=True,
+    callback=common.by_name,
     required=True,
     metavar="D",
-    help="Share that is kept, such as .5; or one for each.",
+    help="Share that is kept, such as .5; or one for each. Again with a pattern of tensor names, "
+    "'*mlp*=.3'; .2~.8 goes over the layers.",
 )
 WEIGHTS = common.stack(
     click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights."),
@@ -43,11 +46,14 @@ def terms(*, consensus: str, normalize: str, rescale: str) -> Callable[[Command]
         click.option(
             "--coefficients",
             "-c",
-            type=common.Numbers(),
-            default="1",
-            show_default=True,
+            type=common.ByName(),
+            multiple=True,
+            callback=common.by_name,
+            default=["1"],
+            show_default="1",
             metavar="W",
-            help="Factor of each task vector; or one for each: .4,.3,-1",
+            help="Factor of each task vector; or one for each: .4,.3,-1. By pattern and layer as "
+            "density.",
         ),
         click.option(
             "--lambda",
@@ -232,7 +238,8 @@ def merge(
     base = given.pop("base")
     for name in [*listed, *(["coefficients"] if "coefficients" in given else [])]:
         values = given[name]
-        given[name] = values[0] if len(values) == 1 else values
+        if isinstance(values, list) and len(values) == 1 and not isinstance(values[0], list):
+            given[name] = values[0]
     if given.pop("no_rescale", False):
         given["rescale"] = "none"
     if given.get("normalize", 0) is None:

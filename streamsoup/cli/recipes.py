@@ -17,7 +17,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from streamsoup.cli.values import Integer, Number, Numbers, Size
+from streamsoup.cli.values import ByName, Integer, Number, Numbers, Size
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.documents import Items, Node, Table, Text
 
@@ -46,7 +46,12 @@ class Key(msgspec.Struct, frozen=True):
     @property
     def is_list(self) -> bool:
         """True for a list of texts: ingredients, or an option that may be given several times."""
-        return self.param.nargs == -1 or self.param.multiple
+        return self.param.nargs == -1 or (self.param.multiple and not self.is_by_name)
+
+    @property
+    def is_by_name(self) -> bool:
+        """True for numbers that may be given by patterns of tensor names."""
+        return isinstance(self.param.type, ByName)
 
     @property
     def is_required(self) -> bool:
@@ -131,10 +136,14 @@ def _words(key: Key, node: Node, at: str) -> list[str]:
             raise RecipeError(f"{at}: expected a list, got {node.kind}")
         texts = [_checked(key, each, each.where) for each in node.items]
         return [word for text in texts for word in _word(key, text)]
-    if isinstance(node, Items) and isinstance(key.param.type, Numbers) and node.items:
-        # A list of numbers alone: what the command line separates by commas.
-        kind = key.param.type
-        return _word(key, ",".join(_number(kind, each) for each in node.items))
+    if isinstance(node, Table) and key.is_by_name:
+        return [
+            word
+            for pattern, value in node.entries.items()
+            for word in _word(key, f"{pattern}={_numbers(key, value, node.at(pattern))}")
+        ]
+    if isinstance(key.param.type, Numbers):
+        return _word(key, _numbers(key, node, at))
     return _word(key, _checked(key, node, at))
 
 
@@ -151,6 +160,20 @@ def _switch(key: Key, node: Node, at: str) -> list[str]:
     if node.text == "true":
         return [key.option]
     return [] if off is None else [off]
+
+
+def _numbers(key: Key, node: Node, at: str) -> str:
+    """Return numbers as the command line has them: commas between, and ~ within a gradient."""
+    kind = key.param.type
+    if not isinstance(node, Items) or not isinstance(kind, Numbers) or not node.items:
+        return _checked(key, node, at)
+    texts = []
+    for each in node.items:
+        if isinstance(each, Items) and key.is_by_name and each.items:
+            texts.append("~".join(_number(kind, inner) for inner in each.items))
+        else:
+            texts.append(_number(kind, each))
+    return ",".join(texts)
 
 
 def _number(kind: Numbers, node: Node) -> str:
@@ -206,7 +229,9 @@ def recipe_text(context: click.Context) -> str:
 
 def _plain(value: Any) -> Any:
     """Return a value as a recipe has it."""
-    if isinstance(value, list) and len(value) == 1:
+    if isinstance(value, dict):
+        return {pattern: _plain(numbers) for pattern, numbers in value.items()}
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
         return _plain(value[0])
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
@@ -254,8 +279,14 @@ def _typed(key: Key) -> dict[str, Any]:
     if key.is_list:
         return {"type": "array", "items": {"type": "string"}, "minItems": 1}
     if isinstance(kind, Numbers):
-        lists = {"type": "array", "items": {"type": "number"}, "minItems": 1}
-        return {"anyOf": [{"type": ["number", "string"]}, lists]}
+        number: dict[str, Any] = {"type": "number"}
+        lists = {"type": "array", "items": number, "minItems": 1}
+        one = {"type": ["number", "string"]}
+        if not key.is_by_name:
+            return {"anyOf": [one, lists]}
+        each = {"type": "array", "items": {"anyOf": [number, lists]}, "minItems": 1}
+        by_pattern = {"type": "object", "additionalProperties": {"anyOf": [one, each]}}
+        return {"anyOf": [one, each, by_pattern]}
     if isinstance(kind, click.Choice):
         return {"enum": list(kind.choices)}
     if isinstance(kind, Integer | Number):

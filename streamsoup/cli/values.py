@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import click
 from streamsoup.errors import RecipeError, in_options, is_plain, printable
 from streamsoup.system.schemes import check_local
 
-__all__ = ["Factors", "Integer", "Number", "Numbers", "Size", "factors", "numbers"]
+__all__ = ["ByName", "Factors", "Integer", "Number", "Numbers", "Size", "by_name", "numbers"]
 
 
 class _Plain:
@@ -79,19 +80,62 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # older clicks have n
             raise click.BadParameter(error.message, ctx, param) from None
 
 
-class Factors(Numbers):
-    """Numbers separated by commas, as a list; or the path of what holds them, unchanged."""
+class ByName(Numbers):
+    """Numbers for all tensors, or behind a pattern of their names: ``.3,.7`` or ``*mlp*=.3,.7``.
+
+    Any of them may be a gradient over the layers: ``0~1``. For an option that may be given several
+    times, with the callback `by_name`.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the pattern, or None, and the numbers; a refusal names the option."""
+        if not isinstance(value, str):
+            return value
+        pattern, _, text = value.rpartition("=")
+        given = [
+            super(ByName, self).convert(part.replace("~", ","), param, ctx)
+            for part in text.split(",")
+        ]
+        return pattern or None, [each[0] if len(each) == 1 else each for each in given]
+
+
+class Factors(ByName):
+    """Numbers, as in `ByName`; or the path of what holds them, unchanged."""
 
     name = "factors"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the list, or the path; a refusal names the option."""
+        """Return the pattern and the numbers, or the path; a refusal names the option."""
         if not isinstance(value, str):
             return value
+        check_local(value, RecipeError)
+        if os.path.exists(value):
+            return value
         try:
-            return factors(value)
-        except click.UsageError as error:
-            raise click.BadParameter(error.message, ctx, param) from None
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{error.message}, and no such file", ctx, param) from None
+
+
+def by_name(ctx: click.Context, param: click.Parameter, values: Sequence[Any]) -> Any:
+    """Return what was given: None, a path, a list, or a dictionary of lists by pattern.
+
+    What has no pattern is that of all tensors that no pattern fits.
+    """
+    if not values:
+        return None
+    paths = [value for value in values if isinstance(value, str)]
+    if paths and len(values) > 1:
+        raise click.BadParameter("a file holds all of them; give nothing else", ctx, param)
+    if paths:
+        return paths[0]
+    found: dict[str, list[Any]] = {}
+    for pattern, given in sorted(values, key=lambda value: value[0] is None):
+        if (pattern or "*") in found:
+            what = "numbers for all" if pattern is None else printable(repr(pattern))
+            raise click.BadParameter(f"{what} are given twice; keep one of them", ctx, param)
+        found[pattern or "*"] = given
+    return found["*"] if list(found) == ["*"] else found
 
 
 def numbers(text: str) -> list[float]:
@@ -102,14 +146,3 @@ def numbers(text: str) -> list[float]:
     except ValueError:
         pass
     raise click.UsageError(f"{printable(text)!r} is not a list of numbers such as .7,.3")
-
-
-def factors(text: str) -> list[float] | str:
-    """Return a list of numbers; or the path that holds them, unchanged."""
-    check_local(text, RecipeError)
-    if os.path.exists(text):
-        return text
-    try:
-        return numbers(text)
-    except click.UsageError as error:
-        raise click.UsageError(f"{error.message}, and no such file") from None

@@ -8,10 +8,9 @@ others have theirs by name. METHODS: `engine.rules.task_vectors` for the sums of
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -25,6 +24,7 @@ from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked,
 from streamsoup.engine.rules.task_vectors import TaskVectors
 from streamsoup.engine.rules.terms import Consensus, Terms
 from streamsoup.errors import RecipeError, count, printable
+from streamsoup.methods.by_name import most_common
 from streamsoup.methods.mergekit.configuration import Configuration, Input, refused
 from streamsoup.methods.mergekit.parameters import Parameter, Place, number_for, switch_for
 from streamsoup.methods.spheres import (
@@ -39,7 +39,6 @@ from streamsoup.rule import Rule
 __all__ = ["METHODS", "Inputs", "Method", "Sphere", "Stock", "Tensors", "find_method"]
 
 Floats = NDArray[np.float64]
-Key = TypeVar("Key", bound=Hashable)
 
 NEARLY_ZERO = 1e-8
 """Sum of weights in magnitude, below which task vectors are divided by nothing."""
@@ -152,15 +151,9 @@ def _normalize(default: bool) -> Parameter:
     return Parameter("normalize", default, "switch")
 
 
-def _most_common(values: Mapping[str, Key]) -> tuple[Key, dict[str, Key]]:
-    """Return what most tensors have, and what the others have."""
-    ((common, _),) = Counter(values.values()).most_common(1)
-    return common, {name: value for name, value in values.items() if value != common}
-
-
 def _coefficients(rows: Mapping[str, tuple[float, ...]]) -> Coefficients:
     """Return coefficients of given rows, by tensor."""
-    common, rest = _most_common(rows)
+    common, rest = most_common(rows)
     return Coefficients(common, per_tensor=rest)
 
 
@@ -233,7 +226,7 @@ def _task_vectors(
                 normalize=tensors.switch(name, normalize),
                 rescale="l1" if tensors.switch(name, rescale) and not whole else "none",
             )
-        common, rest = _most_common(terms)
+        common, rest = most_common(terms)
         return TaskVectors(common, rest)
 
     return translate
@@ -260,7 +253,7 @@ def _ranked(tensors: Tensors, name: str, density: tuple[float, ...]) -> Sparsifi
 
 
 def _shares(rows: Mapping[str, tuple[float, ...]], factors_of: FactorsOf) -> Sphere:
-    common, rest = _most_common(rows)
+    common, rest = most_common(rows)
     per_tensor = {name: np.array(row) for name, row in rest.items()}
     return Sphere(factors_of, np.array(common), per_tensor)
 
@@ -330,7 +323,7 @@ def _by_tensor(
 
     def translate(tensors: Tensors) -> Rule:
         values = {each: tensors.one(each, Parameter(name, default)) for each in tensors.names}
-        common, rest = _most_common(values)
+        common, rest = most_common(values)
         if not rest:
             return rule_of(common)
         numbers = [common, *dict.fromkeys(rest.values())]
