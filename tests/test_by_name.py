@@ -137,7 +137,7 @@ def test_the_recipe_of_patterns_is_a_table(capsys: pytest.CaptureFixture[str]) -
         (["-c", "1,1", "-c", "*mlp*=1"], 1, "1 value for 2 ingredients"),
         (["-c", "1,1", "-c", "1,2"], 2, "numbers for all are given twice"),
         (["-c", "*a*=1,1", "-c", "*a*=1,2"], 2, "'*a*' are given twice"),
-        (["-c", "*a*=1,x"], 2, "'x' is not a list of numbers"),
+        (["-c", "*a*=1,x"], 2, "'*a*=1,x' is not a list of numbers"),
         (["-c", "1~,1"], 2, "is not a list of numbers"),
         (["-c", "A", "-c", "1,1"], 2, "a file holds all of them; give nothing else"),
     ],

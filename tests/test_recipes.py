@@ -182,6 +182,10 @@ def test_a_search_runs_from_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:
         ("method: dare\nnormalize: yes\n", r":2: normalize: expected true or false, got 'yes'"),
         ("method: dare\nconsensus: sun\n", r":2: consensus: 'sun' is not one of 'sum', 'none'"),
         ("method: dare\nlambda: {a: 1}\n", r":2: lambda: expected one value, got a table"),
+        (
+            "method: mix\ningredients: [A]\ncoefficients: nosoup\noutput: o\n",
+            r":3: coefficients: 'nosoup' is not a list of numbers .* and no such file",
+        ),
         ("method: mix\ningredients: [A]\noutput: o\n", r"r\.yaml: mix needs --coefficients"),
         ("method: uniform\ningredients: [A]\n", r":1: names no output; add one, or give -o OUT"),
         ("- a\n", r"r\.yaml:1: expected keys with values"),

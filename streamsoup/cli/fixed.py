@@ -54,6 +54,7 @@ def mix(
     """Add checkpoints up, each times its coefficient."""
     if coefficients is None:
         raise click.UsageError("mix needs --coefficients, one for each checkpoint")
+    common.Factors.check(coefficients)
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import mix

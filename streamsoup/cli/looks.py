@@ -45,6 +45,7 @@ def plan(
     if normalize and coefficients is None:
         raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
+    common.Factors.check(coefficients)
     if isinstance(coefficients, dict) or (
         isinstance(coefficients, list) and any(isinstance(each, list) for each in coefficients)
     ):

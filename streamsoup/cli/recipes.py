@@ -17,7 +17,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from streamsoup.cli.values import ByName, Integer, Number, Numbers, Size
+from streamsoup.cli.values import ByName, Factors, Integer, Number, Numbers, Size
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.documents import Items, Node, Table, Text
 
@@ -194,8 +194,10 @@ def _checked(key: Key, node: Node, at: str) -> str:
     if isinstance(key.param.type, Integer | Number) and node.quoted:
         raise RecipeError(f"{at}: {node.kind} is text, not a number; leave out the quotes")
     try:
-        key.param.type.convert(node.text, key.param, None)
-    except click.BadParameter as error:
+        value = key.param.type.convert(node.text, key.param, None)
+        if isinstance(key.param.type, Factors):
+            key.param.type.check(value)
+    except click.UsageError as error:
         raise RecipeError(f"{at}: {error.message}") from None
     return node.text
 

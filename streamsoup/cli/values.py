@@ -105,16 +105,23 @@ class Factors(ByName):
     name = "factors"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the pattern and the numbers, or the path; a refusal names the option."""
-        if not isinstance(value, str):
-            return value
-        check_local(value, RecipeError)
-        if os.path.exists(value):
+        """Return the pattern and the numbers; or the text, if it is neither: see `check`."""
+        if not isinstance(value, str) or os.path.exists(value):
             return value
         try:
             return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            raise click.BadParameter(f"{error.message}, and no such file", ctx, param) from None
+        except click.BadParameter:
+            return value
+
+    @staticmethod
+    def check(value: Any) -> None:
+        """Raise `click.UsageError` for a text that is no path; `RecipeError` for a remote one."""
+        if isinstance(value, str):
+            check_local(value, RecipeError)
+            if not os.path.exists(value):
+                raise click.UsageError(
+                    f"{printable(value)!r} is not a list of numbers such as .7,.3, and no such file"
+                )
 
 
 def by_name(ctx: click.Context, param: click.Parameter, values: Sequence[Any]) -> Any:
