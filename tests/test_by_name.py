@@ -112,6 +112,21 @@ def test_densities_differ_by_tensor(values: Values) -> None:
     streamsoup.verify("one")
 
 
+def test_a_lone_number_or_gradient_is_for_all_task_vectors(values: Values) -> None:
+    """.2~.8 is the gradient of each ingredient, and a pattern may have one number for all."""
+    plain = ["--density", "1", "--consensus", "none", "--no-normalize", "-q", "--base", "base"]
+    assert cli(["ties", "A", "B", *plain, "-c", "0~1", "-c", "*mlp*=3", "-o", "one"]) == 0
+    given = {"*mlp*": 3, "*": [[0, 1], [0, 1]]}
+    streamsoup.arithmetic(["A", "B"], given, base="base", output="two")
+    words = ["A", "B", "--base", "base", "--scale", "0~1", "--scale", "*mlp*=3,3", "-q"]
+    assert cli(["arithmetic", *words, "-o", "three"]) == 0
+    for name in NAMES:
+        base, factor = values["base"][name], 3 if "mlp" in name else depth(name)
+        moved = base + factor * sum(values[each][name] - base for each in "AB")
+        for folder in ("one", "two", "three"):
+            np.testing.assert_allclose(load_array(Path(folder), name), moved, rtol=1e-5, atol=1e-6)
+
+
 def test_the_recipe_of_patterns_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """A printed recipe holds patterns as keys and gradients as lists, and makes the same bytes."""
     words = ["mix", "A", "B", "-c", "0~1,.5", "-c", "*mlp*=.25,.75"]

@@ -202,6 +202,7 @@ def test_a_search_runs_from_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:
         ("? [a]\n: 1\n", r":1: cannot be read as YAML: a key is a word"),
         ("<<: {a: 1}\n", r":1: cannot be read as YAML: keys are not merged"),
         ("a: " + "[" * 30, r":1: cannot be read as YAML: more than 20 lists"),
+        ('a: "\\UFFFFFFFF"\n', r":1: cannot be read as YAML: it has a character"),
         ("a: 1\x00\n", r":1: cannot be read as YAML: "),
     ],
 )

@@ -107,8 +107,7 @@ def arithmetic(
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import arithmetic
 
-        one = isinstance(scale, list) and len(scale) == 1 and not isinstance(scale[0], list)
-        given = scale[0] if one else scale
+        given = common.for_each(scale, len(ingredients))
         return arithmetic(ingredients, given, base=base, output=output, options=options)
 
     return common.make_soup(make, (base, *ingredients), settings)

@@ -26,6 +26,7 @@ from streamsoup.cli.values import Number as Number
 from streamsoup.cli.values import Numbers as Numbers
 from streamsoup.cli.values import Size as Size
 from streamsoup.cli.values import by_name as by_name
+from streamsoup.cli.values import for_each as for_each
 from streamsoup.cli.values import numbers as numbers
 from streamsoup.errors import (
     OutputError,

@@ -237,9 +237,7 @@ def merge(
     given = _own(settings)
     base = given.pop("base")
     for name in [*listed, *(["coefficients"] if "coefficients" in given else [])]:
-        values = given[name]
-        if isinstance(values, list) and len(values) == 1 and not isinstance(values[0], list):
-            given[name] = values[0]
+        given[name] = common.for_each(given[name], len(ingredients))
     if given.pop("no_rescale", False):
         given["rescale"] = "none"
     if given.get("normalize", 0) is None:

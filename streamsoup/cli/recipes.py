@@ -302,15 +302,15 @@ def _typed(key: Key) -> dict[str, Any]:
 def find_command(commands: Mapping[str, click.Command], recipe: Table) -> click.Command:
     """Return the command that a recipe names. Raise `RecipeError` at its line otherwise."""
     node = recipe.entries.get("method")
-    known = [name for name, command in commands.items() if is_recipe_command(command)]
     if node is None:
         raise RecipeError(
             f"{recipe.where}: names no method; add one, such as method: uniform, or merge_method: "
             "for a recipe of mergekit"
         )
-    if not isinstance(node, Text) or node.text not in known:
-        name = node.text if isinstance(node, Text) else ""
-        raise RecipeError(
-            f"{recipe.at('method')}: {printable(node.kind)} is no method; {_nearest(name, known)}"
-        )
-    return commands[node.text]
+    name = node.text if isinstance(node, Text) else ""
+    if name in commands and is_recipe_command(commands[name]):
+        return commands[name]
+    known = [name for name, command in commands.items() if is_recipe_command(command)]
+    raise RecipeError(
+        f"{recipe.at('method')}: {printable(node.kind)} is no method; {_nearest(name, known)}"
+    )

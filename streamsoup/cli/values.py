@@ -11,7 +11,17 @@ import click
 from streamsoup.errors import RecipeError, in_options, is_plain, printable
 from streamsoup.system.schemes import check_local
 
-__all__ = ["ByName", "Factors", "Integer", "Number", "Numbers", "Size", "by_name", "numbers"]
+__all__ = [
+    "ByName",
+    "Factors",
+    "Integer",
+    "Number",
+    "Numbers",
+    "Size",
+    "by_name",
+    "for_each",
+    "numbers",
+]
 
 
 class _Plain:
@@ -143,6 +153,13 @@ def by_name(ctx: click.Context, param: click.Parameter, values: Sequence[Any]) -
             raise click.BadParameter(f"{what} are given twice; keep one of them", ctx, param)
         found[pattern or "*"] = given
     return found["*"] if list(found) == ["*"] else found
+
+
+def for_each(given: Any, n: int) -> Any:
+    """Return numbers with a lone one, or a lone gradient, repeated for each of `n` ingredients."""
+    if isinstance(given, dict):
+        return {pattern: for_each(values, n) for pattern, values in given.items()}
+    return given * n if len(given) == 1 else given
 
 
 def numbers(text: str) -> list[float]:

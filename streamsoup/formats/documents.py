@@ -144,8 +144,10 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise self._refused(0 if mark is None else mark.line, error.problem) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = getattr(error, "reason", None) or "it is not UTF-8"
+        except RecipeError:
+            raise
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            reason = getattr(error, "reason", None) or "it has a character that there is not"
             raise self._refused(0, reason) from None
         return node
 

@@ -31,7 +31,7 @@ __all__ = ["Piece", "open_stacked", "pieces_of", "stack_text"]
 SHARD = 5_000_000_000
 """Bytes of a shard of a soup that mirrors a stack, at most, unless a tensor is larger."""
 
-_PIECE = re.compile(r"\s*(.+?)\[([0-9]{1,6}):([0-9]{1,6})\]\s*(,|$)")
+_PIECE = re.compile(r"(.+?)\[([0-9]{1,6}):([0-9]{1,6})\](?:,|$)")
 
 _N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 """Where configurations say how many layers there are."""
