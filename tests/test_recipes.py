@@ -159,6 +159,27 @@ def test_a_search_runs_from_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:
     assert not Path("no").exists()
 
 
+@pytest.mark.parametrize("name", ["slerp", "dare", "greedy"])
+def test_a_soup_is_a_recipe_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run SOUP -o AGAIN` makes the same bytes and provenance, however the soup was found."""
+    Path("score.py").write_text("import sys; print(-len(sys.argv[1]))\n")
+    words = words_of(name)
+    if name == "greedy":
+        words = ["greedy", "A", "B", "C", "--command", "python score.py {checkpoint}"]
+    assert cli([*words, "-q", "-o", "one", "--dtype", "bf16"]) == 0
+    assert cli(["run", "one", "-q", "-o", "two"]) == 0
+    assert cli(["run", "one/streamsoup.json", "-q", "-o", "three", "--threads", "1"]) == 0
+    for other in ("two", "three"):
+        assert provenance(other) == provenance("one")
+        weights = [Path(each, "model.safetensors").read_bytes() for each in ("one", other)]
+        assert weights[0] == weights[1]
+    capsys.readouterr()
+    assert cli(["run", "one"]) == 2
+    assert "needs another folder: give -o OUT" in capsys.readouterr().err
+    assert cli(["run", "one", "-o", "four", "--dtype", "f32"]) == 2
+    assert "--dtype=f32: a soup is made again as it was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -148,7 +148,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
     "Make what a file says": {
         "run": Entry(
             "run",
-            "Run a recipe: of ours, or of mergekit.",
+            "Run a recipe: ours, mergekit's, or that of a soup.",
             "streamsoup run recipe.yaml -o soup",
             "reference/recipe-format.md",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from click.core import ParameterSource
 from streamsoup.cli import common
 from streamsoup.cli.help import command
 from streamsoup.errors import RecipeError, printable
+from streamsoup.recipe import PROVENANCE_NAME
 
 if TYPE_CHECKING:
     from streamsoup.formats.documents import Table
@@ -53,16 +55,41 @@ def _commands(ctx: click.Context) -> Mapping[str, click.Command]:
 @common.REPORTING
 @click.pass_context
 def run(context: click.Context, /, recipe: str, **settings: Any) -> Any:
-    """Make what a RECIPE says: a YAML file of our own, or one of mergekit.
+    """Make what a RECIPE says: a YAML file of our own, one of mergekit, or a soup to make again.
 
     Options that are given count more than what the file says. Paths in it are those of the current
     folder.
     """
+    if os.path.isdir(recipe) or os.path.basename(recipe) == PROVENANCE_NAME:
+        return _run_again(context, recipe, settings)
     from streamsoup.formats.documents import read_document
     from streamsoup.methods.mergekit.configuration import is_mergekit
 
     table = read_document(recipe)
     return _run_theirs(table, settings) if is_mergekit(table) else _run_ours(context, table)
+
+
+def _run_again(context: click.Context, path: str, settings: dict[str, Any]) -> int:
+    """Make the soup of a provenance again."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    output = settings.pop("output")
+    if output is None:
+        raise click.UsageError("a soup that is made again needs another folder: give -o OUT")
+    for name in ("dtype", "shard_size", "non_float", "non_finite"):
+        if name in _given(context):
+            raise click.UsageError(f"{_given(context)[name][0]}: a soup is made again as it was")
+
+    def make(options: Options) -> Soup:
+        from streamsoup.output.again import make_again
+
+        return make_again(folder, output=output, options=options)
+
+    def paths() -> list[str]:
+        from streamsoup.output.verification import read_provenance
+
+        return [each.path for each in read_provenance(folder).ingredients]
+
+    return common.make_soup(make, paths, settings)
 
 
 def _run_theirs(table: Table, settings: dict[str, Any]) -> int:
