@@ -118,6 +118,7 @@ def test_random_methods_are_ours() -> None:
 def test_what_is_not_supported_is_refused_at_its_line(lines: str, message: str) -> None:
     """The message names the file, the line, the key and the reason; nothing is written."""
     recipe = "models:\n  - model: A\n  - model: B\nmerge_method: linear\nparameters: {weight: 1}\n"
+    (Path("C") / "vocab.json").write_text('{"a": 1}')
     for key in yaml.safe_load(lines):
         recipe = "".join(line for line in recipe.splitlines(True) if not line.startswith(f"{key}:"))
     with pytest.raises(StreamsoupError, match=message) as refusal:
@@ -168,6 +169,17 @@ def test_wrong_structures_are_refused(text: str, message: str) -> None:
     with pytest.raises(StreamsoupError, match=message):
         make(text)
     assert not Path("soup").exists()
+
+
+def test_a_tokenizer_may_be_named_where_all_are_the_same() -> None:
+    """That of another model is taken if it has the files of the first; else it is refused."""
+    for model in "ABC":
+        (Path(model) / "vocab.json").write_text('{"a": 0}' if model != "C" else '{"a": 1}')
+    two = "merge_method: linear\nmodels: [{model: A}, {model: B}]\nparameters: {weight: 1}\n"
+    make(two + "tokenizer_source: B\n")
+    assert Path("soup/vocab.json").read_text() == '{"a": 0}'
+    with pytest.raises(RecipeError, match=r"r\.yaml:4: tokenizer_source: .* which differs"):
+        make(two + "tokenizer_source: C\n", "other")
 
 
 def test_what_mergekit_ignores_is_said(capsys: pytest.CaptureFixture[str]) -> None:

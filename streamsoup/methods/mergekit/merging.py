@@ -14,7 +14,9 @@ from streamsoup.errors import MismatchError, RecipeError, printable
 from streamsoup.formats.documents import Table
 from streamsoup.formats.ingredients import Ingredient, open_ingredients
 from streamsoup.formats.layers import layer_in, renumbered, stacks_in, stands_before
+from streamsoup.formats.side_files import is_equal
 from streamsoup.formats.stacked import Piece, stack_text
+from streamsoup.formats.vocabularies import is_vocabulary
 from streamsoup.methods.closed import stock
 from streamsoup.methods.mergekit.configuration import (
     Configuration,
@@ -42,6 +44,9 @@ __all__ = ["ingredients_of", "merge"]
 
 log = logging.getLogger("streamsoup")
 
+_TOKENIZER = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "merges.txt")
+"""What belongs to a tokenizer besides its vocabulary and configuration."""
+
 
 def merge(table: Table, *, output: str | os.PathLike[str], options: Options) -> Soup:
     """Make the soup that a recipe of mergekit describes.
@@ -67,7 +72,7 @@ def merge(table: Table, *, output: str | os.PathLike[str], options: Options) -> 
     if options.dtype == "same" and configuration.dtype is not None:
         options = replace(options, dtype=configuration.dtype)
     opened = open_ingredients(_paths(configuration, inputs, options.reading), options.reading)
-    _check_tokenizer(configuration, inputs)
+    _check_tokenizer(configuration, inputs, options.reading)
     tensors = _tensors(configuration, inputs, opened)
     warnings = [*configuration.warnings, *warn_unused(configuration, method.parameters)]
     made = method.translate(tensors)
@@ -159,7 +164,7 @@ def _stack(column: Sequence[Input], reading: Reading) -> str:
     return stack_text(pieces)
 
 
-def _check_tokenizer(configuration: Configuration, inputs: Inputs) -> None:
+def _check_tokenizer(configuration: Configuration, inputs: Inputs, reading: Reading) -> None:
     """Refuse a tokenizer that is not that of the first ingredient, whose side files are copied."""
     first = inputs.bases[0] if inputs.bases is not None else inputs.others[0][0]
     wanted = configuration.tokenizer
@@ -167,12 +172,25 @@ def _check_tokenizer(configuration: Configuration, inputs: Inputs) -> None:
         wanted = configuration.base
         if wanted is None:
             raise RecipeError(f"{configuration.tokenizer_where}: there is no base_model")
-    if wanted not in (None, first.model):
+    if wanted in (None, first.model):
+        return
+    folders = [each.folder for each in open_ingredients([first.model, str(wanted)], reading)]
+    if None in folders or not _is_same_tokenizer(*map(str, folders)):
         raise refused(
             configuration.tokenizer_where,
-            f"the tokenizer is that of {printable(first.model)}, the first; leave this out, and "
-            f"put the tokenizer of {printable(wanted)} beside the soup",
+            f"the tokenizer is that of {printable(first.model)}, the first, which differs; leave "
+            f"this out, and put the tokenizer of {printable(wanted)} beside the soup",
         )
+
+
+def _is_same_tokenizer(first: str, other: str) -> bool:
+    """Return True if two folders have the same files of a tokenizer."""
+    names = {
+        name
+        for name in (*os.listdir(first), *os.listdir(other))
+        if is_vocabulary(name) or name in _TOKENIZER
+    }
+    return all(is_equal(os.path.join(first, name), os.path.join(other, name)) for name in names)
 
 
 def _tensors(configuration: Configuration, inputs: Inputs, opened: Sequence[Ingredient]) -> Tensors:
