@@ -136,7 +136,7 @@ def test_what_is_not_supported_is_refused_at_its_line(lines: str, message: str) 
         ),
         (
             "merge_method: passthrough\nslices:\n  - sources: [{model: A, layer_range: [2, 5]}]\n",
-            r"A\[2:5\]: there are 4 layers, 0 to 3",
+            r"r\.yaml:3: layer_range: A has 4 layers, 0 to 3",
         ),
         (
             "merge_method: passthrough\nslices:\n  - sources: [{model: A}]\n",

@@ -144,10 +144,31 @@ def _paths(configuration: Configuration, inputs: Inputs, reading: Reading) -> li
     columns += list(zip(*inputs.others, strict=True))
     if configuration.whole:
         return [column[0].model for column in columns]
-    return [_stack(column, reading) for column in columns]
+    n_layers = _count_layers([input for column in columns for input in column], reading)
+    return [_stack(column, n_layers) for column in columns]
 
 
-def _stack(column: Sequence[Input], reading: Reading) -> str:
+def _count_layers(inputs: Sequence[Input], reading: Reading) -> dict[str, int]:
+    """Return the number of layers of each model that has one stack of them.
+
+    Raises `RecipeError` at the line of layers that are not there.
+    """
+    models = list(dict.fromkeys(input.model for input in inputs))
+    found = {}
+    for model, opened in zip(models, open_ingredients(models, reading), strict=True):
+        stacks = [*stacks_in(opened.layout.places).values()]
+        if len(stacks) == 1:
+            found[model] = stacks[0]
+    for input in inputs:
+        n = found.get(input.model)
+        if n is not None and input.layers is not None and input.layers[1] > n:
+            raise RecipeError(
+                f"{input.where}: layer_range: {printable(input.model)} has {n} layers, 0 to {n - 1}"
+            )
+    return found
+
+
+def _stack(column: Sequence[Input], n_layers: Mapping[str, int]) -> str:
     """Return layers of several models as one path; all layers of one are that model."""
     pieces: list[Piece] = []
     for input in column:
@@ -157,10 +178,8 @@ def _stack(column: Sequence[Input], reading: Reading) -> str:
             pieces[-1] = Piece(input.model, pieces[-1].first, end)
         else:
             pieces.append(Piece(input.model, first, end))
-    if len(pieces) == 1 and pieces[0].first == 0:
-        (model,) = open_ingredients([pieces[0].path], reading)
-        if list(stacks_in(model.layout.places).values()) == [pieces[0].end]:
-            return pieces[0].path
+    if len(pieces) == 1 and (pieces[0].first, pieces[0].end) == (0, n_layers.get(pieces[0].path)):
+        return pieces[0].path
     return stack_text(pieces)
 
 
