@@ -19,7 +19,7 @@ from streamsoup.cli import main
 
 def command_line() -> str:
     """Return a section for each command: what it does, its arguments and options."""
-    context = click.Context(main, info_name="streamsoup", **main.context_settings)
+    context = click.Context(main, info_name="streamsoup")
     return "\n\n".join(_section(name, main.commands[name], context) for name in main.commands)
 
 

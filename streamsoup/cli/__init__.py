@@ -70,7 +70,6 @@ def _show_versions(context: click.Context, option: click.Parameter, wanted: bool
 @click.group(
     cls=Group,
     commands=Commands(),
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
     "--version",

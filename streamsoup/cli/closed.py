@@ -89,19 +89,25 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
 @common.INGREDIENTS
 @BASE
 @click.option(
-    "--scale", required=True, metavar="L", help="λ, such as .4; or one for each: .4,.3,-1"
+    "--scale",
+    type=common.ByName(),
+    multiple=True,
+    callback=common.by_name,
+    required=True,
+    metavar="L",
+    help="λ, such as .4; or one for each: .4,.3,-1. Again with a pattern of tensor names, "
+    "'*mlp*=.3'; .2~.8 goes over the layers.",
 )
 @SOUP
 def arithmetic(
-    ingredients: tuple[str, ...], base: str, scale: str, output: str, **settings: Any
+    ingredients: tuple[str, ...], base: str, scale: Any, output: str, **settings: Any
 ) -> int:
     """Add λ times each task vector to the base (task arithmetic)."""
-    scales = common.numbers(scale)
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import arithmetic
 
-        given = scales[0] if len(scales) == 1 else scales
+        given = common.for_each(scale, len(ingredients))
         return arithmetic(ingredients, given, base=base, output=output, options=options)
 
     return common.make_soup(make, (base, *ingredients), settings)
@@ -141,13 +147,19 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
 @click.option(
     "-t", "t", type=common.Number(0, 1), help="For two: 0 is the first, 1 the second; default .5."
 )
-@click.option("--weights", "-w", metavar="W,W,…", help="For more: a weight for each.")
+@click.option(
+    "--weights",
+    "-w",
+    type=common.Numbers(),
+    metavar="W,W,…",
+    help="For more: a weight for each.",
+)
 @SOUP
 def slerp(
     ingredients: tuple[str, ...],
     base: str | None,
     t: float | None,
-    weights: str | None,
+    weights: list[float] | None,
     output: str,
     **settings: Any,
 ) -> int:
@@ -160,7 +172,7 @@ def slerp(
     if t is not None:
         shares = [1.0 - t, t]
     else:
-        shares = [1.0] * n if weights is None else common.numbers(weights)
+        shares = [1.0] * n if weights is None else weights
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import slerp

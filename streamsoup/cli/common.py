@@ -13,22 +13,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamsoup.cli import planning
+from streamsoup.cli.values import ByName as ByName
+from streamsoup.cli.values import Factors as Factors
+from streamsoup.cli.values import Integer as Integer
+from streamsoup.cli.values import Number as Number
+from streamsoup.cli.values import Numbers as Numbers
+from streamsoup.cli.values import Size as Size
+from streamsoup.cli.values import by_name as by_name
+from streamsoup.cli.values import for_each as for_each
+from streamsoup.cli.values import numbers as numbers
 from streamsoup.errors import (
     OutputError,
-    RecipeError,
     StreamsoupError,
     in_options,
-    is_plain,
     printable,
     signal_name,
 )
-from streamsoup.system.schemes import check_local
 from streamsoup.system.supervise import status_of, supervised
 
 if TYPE_CHECKING:
@@ -51,60 +58,17 @@ def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-class _Plain:
-    """Mixin for click's number ranges: plain digits, and no range in the help if none is set.
-
-    Python also parses 1_0 as ten, and the digits of all scripts.
-    """
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number as click reads it, if its digits are plain."""
-        if isinstance(value, str) and not is_plain(value):
-            raise click.BadParameter(
-                f"{printable(value)!r} is not a number in plain digits", ctx, param
-            )
-        return super().convert(value, param, ctx)  # type: ignore[misc]
-
-    def _describe_range(self) -> Any:
-        # Click would say "x<=None" of any number.
-        limits = (self.min, self.max)  # type: ignore[attr-defined]
-        return "" if limits == (None, None) else super()._describe_range()  # type: ignore[misc]
-
-
-class Integer(_Plain, click.IntRange):
-    """A whole number, in a range if one is given."""
-
-    name = "integer"
-
-
-class Number(_Plain, click.FloatRange):
-    """A number, in a range if one is given."""
-
-    name = "number"
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # older clicks have none
-    """A size in bytes, in any common spelling."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the size in bytes; a refusal names the option."""
-        from streamsoup.sizes import parse_nbytes
-
-        try:
-            return parse_nbytes(value)
-        except RecipeError as error:
-            raise click.BadParameter(in_options(error.text), ctx, param) from None
-
-
 INGREDIENTS = click.argument("ingredients", nargs=-1, required=True, metavar="CKPT...")
 TASK = click.option("--task", required=True, metavar="TASK", help="task.py, or module:object.")
 COEFFICIENTS = click.option(
     "--coefficients",
     "-c",
+    type=Factors(),
+    multiple=True,
+    callback=by_name,
     metavar="C,C,…|SOUP",
-    help="One factor for each, such as .7,.3; or a soup, to take those it was made with.",
+    help="One factor for each, such as .7,.3; or a soup, to take those it was made with. "
+    "Again with a pattern of tensor names, '*mlp*=.3,.7'; 0~1 goes over the layers.",
 )
 TRACEBACK = click.option(
     "--traceback", is_flag=True, help="Where a task fails, print every frame of it."
@@ -256,31 +220,50 @@ SHARING = stack(
     click.option("--commit", is_flag=True, help="After the last part, put the soup in place."),
 )
 """How the work of one soup is shared out to several processes."""
-WRITING = stack(
-    click.option("--output", "-o", required=True, metavar="OUT", help="Folder to make."),
-    click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step."),
+
+
+class _Output(click.Option):
+    """An output, which is required unless the command only prints its recipe."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value; None if there is none and none is needed."""
+        if ctx.params.get("print_recipe") and self.value_is_missing(value):
+            return None
+        return super().process_value(ctx, value)
+
+
+def _printing(command: Command) -> Command:
+    """Make a command print its recipe, and do nothing else, with --print-recipe."""
+
+    @wraps(command)
+    def run_or_print(*args: Any, print_recipe: bool, **settings: Any) -> Any:
+        if not print_recipe:
+            return command(*args, **settings)
+        from streamsoup.cli.recipes import recipe_text
+
+        tell([recipe_text(click.get_current_context()).rstrip()])
+        return 0
+
+    return run_or_print
+
+
+PRINT_RECIPE = stack(
+    click.option(
+        "--print-recipe",
+        is_flag=True,
+        is_eager=True,
+        help="Print this command as a recipe for `run`, and do nothing else.",
+    ),
+    _printing,
 )
-
-
-def numbers(text: str) -> list[float]:
-    """Read a list of numbers, separated by commas."""
-    try:
-        if is_plain(text):
-            return [float(part) for part in text.split(",")]
-    except ValueError:
-        pass
-    raise click.UsageError(f"{printable(text)!r} is not a list of numbers such as .7,.3")
-
-
-def factors(text: str) -> list[float] | str:
-    """Return a list of numbers; or the path that holds them, unchanged."""
-    check_local(text, RecipeError)
-    if os.path.exists(text):
-        return text
-    try:
-        return numbers(text)
-    except click.UsageError as error:
-        raise click.UsageError(f"{error.message}, and no such file") from None
+"""What makes a command one that recipes may name: see `cli.recipes`."""
+WRITING = stack(
+    click.option(
+        "--output", "-o", cls=_Output, required=True, metavar="OUT", help="Folder to make."
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step."),
+    PRINT_RECIPE,
+)
 
 
 def make_options(settings: dict[str, Any], watcher: Watcher | None = None) -> Options:

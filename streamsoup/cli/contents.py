@@ -145,6 +145,14 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
             "tasks/merge-methods.md",
         ),
     },
+    "Make what a file says": {
+        "run": Entry(
+            "run",
+            "Run a recipe: ours, mergekit's, or that of a soup.",
+            "streamsoup run recipe.yaml -o soup",
+            "reference/recipe-format.md",
+        ),
+    },
     "Search for a good one": {
         "greedy": Entry(
             "greedy",

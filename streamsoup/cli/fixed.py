@@ -46,7 +46,7 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 @common.REPORTING
 def mix(
     ingredients: tuple[str, ...],
-    coefficients: str | None,
+    coefficients: Any,
     normalize: bool,
     output: str,
     **settings: Any,
@@ -54,12 +54,12 @@ def mix(
     """Add checkpoints up, each times its coefficient."""
     if coefficients is None:
         raise click.UsageError("mix needs --coefficients, one for each checkpoint")
-    factors = common.factors(coefficients)
+    common.Factors.check(coefficients)
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import mix
 
-        return mix(ingredients, factors, normalize=normalize, output=output, options=options)
+        return mix(ingredients, coefficients, normalize=normalize, output=output, options=options)
 
     def say(soup: Soup) -> list[str]:
         from streamsoup.output.coefficients import coefficients_of, told

@@ -12,13 +12,15 @@ from streamsoup.cli.contents import COMMANDS, PAGES, SECTIONS
 
 __all__ = ["Command", "Group", "command"]
 
+HELP = ("-h", "--help")
+
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "Where it goes": frozenset({"output", "overwrite", "part", "commit"}),
     "What decides the bytes": frozenset(
         {"dtype", "shard_size", "non_float", "config", "non_finite", "card"}
     ),
     "How the work is done": frozenset({"device", "device_memory", "memory", "threads", "io"}),
-    "What is shown": frozenset({"as_json", "quiet", "traceback", "help"}),
+    "What is shown": frozenset({"as_json", "quiet", "traceback", "print_recipe", "schema", "help"}),
 }
 """The options that many commands share, by name. Others come first, as those of the command."""
 
@@ -28,6 +30,10 @@ _READING = "How checkpoints are read"
 
 class Command(click.Command):
     """A command whose help has options in groups, an example, and a page to read on."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Return the names of the option, whatever context the command was first seen in."""
+        return list(HELP)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, those of the command itself first."""
@@ -61,6 +67,10 @@ def command() -> Callable[[Callable[..., Any]], Command]:
 
 class Group(click.Group):
     """All commands, in sections."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Return the names of the option, whatever context the group was first seen in."""
+        return list(HELP)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a line for each command; none has to be imported."""

@@ -50,7 +50,7 @@ class _Plan(Command):
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     ingredients: tuple[str, ...],
-    coefficients: str | None,
+    coefficients: Any,
     normalize: bool,
     as_json: bool,
     **settings: Any,
@@ -70,8 +70,15 @@ def plan(
     if normalize and coefficients is None:
         raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
+    common.Factors.check(coefficients)
+    if isinstance(coefficients, dict) or (
+        isinstance(coefficients, list) and any(isinstance(each, list) for each in coefficients)
+    ):
+        raise click.UsageError(
+            "patterns and gradients cost what plain coefficients cost; plan with those"
+        )
     if coefficients is not None:
-        given = find_coefficients(common.factors(coefficients), normalize=normalize)
+        given = find_coefficients(coefficients, normalize=normalize)
     method = "uniform" if coefficients is None else "mix"
     ordered = order(
         ingredients, Linear(given), method=method, options=common.make_options(settings)

@@ -18,11 +18,24 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 DENSITY = click.option(
-    "--density", required=True, metavar="D", help="Share that is kept, such as .5; or one for each."
+    "--density",
+    type=common.ByName(0, 1),
+    multiple=True,
+    callback=common.by_name,
+    required=True,
+    metavar="D",
+    help="Share that is kept, such as .5; or one for each. Again with a pattern of tensor names, "
+    "'*mlp*=.3'; .2~.8 goes over the layers.",
 )
 WEIGHTS = common.stack(
     click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights."),
-    click.option("--weights", "-w", metavar="W,W,…", help="A weight for each; default: all alike."),
+    click.option(
+        "--weights",
+        "-w",
+        type=common.Numbers(),
+        metavar="W,W,…",
+        help="A weight for each; default: all alike.",
+    ),
 )
 
 
@@ -33,10 +46,14 @@ def terms(*, consensus: str, normalize: str, rescale: str) -> Callable[[Command]
         click.option(
             "--coefficients",
             "-c",
-            default="1",
-            show_default=True,
+            type=common.ByName(),
+            multiple=True,
+            callback=common.by_name,
+            default=["1"],
+            show_default="1",
             metavar="W",
-            help="Factor of each task vector; or one for each: .4,.3,-1",
+            help="Factor of each task vector; or one for each: .4,.3,-1. By pattern and layer as "
+            "density.",
         ),
         click.option(
             "--lambda",
@@ -107,7 +124,13 @@ def dare(ingredients: tuple[str, ...], **settings: Any) -> int:
 @common.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="none")
-@click.option("--gamma", default="0.01", show_default=True, help="Share of outliers dropped.")
+@click.option(
+    "--gamma",
+    type=common.Numbers(0, 1),
+    default="0.01",
+    show_default=True,
+    help="Share of outliers dropped.",
+)
 @TRIM
 @SOUP
 def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
@@ -120,7 +143,11 @@ def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
 @BASE
 @terms(consensus="sum", normalize="if there is a consensus", rescale="l1")
 @click.option(
-    "--epsilon", default="0.15", show_default=True, help="Probabilities lie so far around D."
+    "--epsilon",
+    type=common.Numbers(0, 1),
+    default="0.15",
+    show_default=True,
+    help="Probabilities lie so far around D.",
 )
 @SEED
 @SOUP
@@ -162,15 +189,15 @@ def ram(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@click.argument("ingredients", nargs=1, metavar="CKPT")
+@common.INGREDIENTS
 @BASE
 @click.option(
     "-t", "t", type=common.Number(0), required=True, help="Distance up to which CKPT is taken."
 )
 @SOUP
-def nearswap(ingredients: str, **settings: Any) -> int:
+def nearswap(ingredients: tuple[str, ...], **settings: Any) -> int:
     """Take from CKPT what lies near the base, and the less the further it lies (NearSwap)."""
-    return merge("nearswap", (ingredients,), settings)
+    return merge("nearswap", ingredients, settings)
 
 
 @command()
@@ -211,8 +238,7 @@ def merge(
     given = _own(settings)
     base = given.pop("base")
     for name in [*listed, *(["coefficients"] if "coefficients" in given else [])]:
-        values = common.numbers(given[name])
-        given[name] = values[0] if len(values) == 1 else values
+        given[name] = common.for_each(given[name], len(ingredients))
     if given.pop("no_rescale", False):
         given["rescale"] = "none"
     if given.get("normalize", 0) is None:
@@ -239,7 +265,7 @@ def mean(
     base, output = given.pop("base"), given.pop("output")
     told = given.pop("weights")
     if told is not None:
-        weights = common.numbers(told)
+        weights = told
 
     def make(options: Options) -> Soup:
         from streamsoup.methods import spheres

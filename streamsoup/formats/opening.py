@@ -6,6 +6,7 @@ from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.pipelines import open_pipeline
 from streamsoup.formats.source import Source
+from streamsoup.formats.stacked import open_stacked, pieces_of
 from streamsoup.formats.stored import open_stored
 from streamsoup.reading import Reading
 
@@ -16,7 +17,7 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
     """Open the checkpoint at a path by its headers, with the reader for its kind.
 
     Args:
-        path: As the user gave it.
+        path: As the user gave it; `formats.stacked` says how layers of several are named.
         reading: How files become tensors.
         cache: Headers parsed so far, to be shared by the ingredients of one soup.
 
@@ -24,6 +25,8 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
+    if (pieces := pieces_of(path)) is not None:
+        return open_stacked(pieces, lambda piece: open_path(piece, reading, cache))
 
     def open_folder(folder: str) -> Source:
         if is_pickled(folder):

@@ -163,11 +163,12 @@ def gather_side_files(
     dequantised = reading.dequantize
     if dequantised:
         names = [name for name in names if not is_of_quantisation(name)]
+    source = ingredients[0].source
+    changed = source.side_files
     files = [
-        SideFile(name, os.path.realpath(os.path.join(first, name)), None)
+        SideFile(name, os.path.realpath(os.path.join(first, name)), changed.get(name))
         for name in (*names, *copied)
     ]
-    source = ingredients[0].source
     longest = config_folder(source.longest) if isinstance(source, Lengthened) else None
     if longest is not None:
         files = _with_vocabulary(files, longest)

@@ -181,7 +181,7 @@ class Source(Protocol):
 
     @property
     def side_files(self) -> Mapping[str, bytes]:
-        """Contents of files to write beside the soup, by name, if it has no `folder`."""
+        """Contents of files to write beside the soup, by name; in place of those of `folder`."""
         return {}
 
     @property

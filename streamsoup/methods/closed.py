@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -32,6 +32,7 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
+from streamsoup.methods.by_name import ByName, each, each_by_tensor, most_common, varies
 from streamsoup.methods.checkpoints import By, Given, choose
 from streamsoup.options import Options, Planned, check_options, take
 from streamsoup.output.destination import check_output
@@ -224,7 +225,7 @@ def _over_common_divisor(factors: Sequence[float]) -> Coefficients | None:
 
 def arithmetic(
     ingredients: Iterable[AnyIngredient],
-    scale: float | Sequence[float],
+    scale: ByName,
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
@@ -235,7 +236,7 @@ def arithmetic(
     Args:
         ingredients: Checkpoints fine-tuned from `base`, one at least.
         scale: λ, one for all or one for each ingredient; 1/n makes the mean, a negative one
-            unlearns.
+            unlearns. Gradients over the layers and patterns of tensor names: `methods.by_name`.
         base: The checkpoint θ₀ that all were fine-tuned from.
         output: Folder to make.
         options: How it is made.
@@ -253,17 +254,24 @@ def arithmetic(
     n = len(ingredients)
     if n < 1:
         raise RecipeError("task arithmetic needs at least one ingredient besides the base")
-    many: Sequence[Any] = scale if np.ndim(scale) else [scale] * n  # type: ignore[assignment]
-    scales = [take("float", "scale", each) for each in many]
-    if len(scales) != n:
-        raise RecipeError(
-            f"{count(len(scales), 'scale')} for {count(n, 'ingredient')}; give one, or one for each"
-        )
+    if varies(scale):
+        base, *ingredients = open_ingredients([base, *ingredients], options.reading)
+        rows = each_by_tensor("scale", scale, n, base)
+        common, rest = most_common({name: _from_base(row) for name, row in rows.items()})
+        factors = Coefficients(common, per_tensor=rest)
+        report: dict[str, object] = {}
+    else:
+        scales = each("scale", scale, n)  # type: ignore[arg-type]  # no mapping
+        factors = Coefficients.given(_from_base(scales))
+        report = {"scale": list(scales)}
+    return make_linear(ingredients, factors, "arithmetic", report, output, options, base=base)
+
+
+def _from_base(scales: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the factors of the base and of all others."""
     if not math.isfinite(sum(scales)):
         raise RecipeError(f"scales that sum to {sum(scales)} leave no factor for the base")
-    factors = [1.0 - math.fsum(scales), *scales]
-    report = {"scale": scales}
-    return make_linear(ingredients, factors, "arithmetic", report, output, options, base=base)
+    return (1.0 - math.fsum(scales), *scales)
 
 
 def stock(

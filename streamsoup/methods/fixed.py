@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import RecipeError
-from streamsoup.formats.ingredients import AnyIngredient, listed
+from streamsoup.errors import RecipeError, printable
+from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed, open_ingredients
+from streamsoup.methods.by_name import ByName, each_by_tensor, most_common, varies
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
@@ -73,7 +74,7 @@ def uniform(
 
 def mix(
     ingredients: Iterable[AnyIngredient],
-    coefficients: AnyCoefficients,
+    coefficients: AnyCoefficients | ByName,
     *,
     output: str | os.PathLike[str],
     normalize: bool = False,
@@ -83,8 +84,9 @@ def mix(
 
     Args:
         ingredients: As for `uniform`, in the order of the coefficients.
-        coefficients: One finite factor for each ingredient; or the path of a soup, for those it
-            was made with, such as learned ones, tensor by tensor.
+        coefficients: One finite factor for each ingredient; gradients over the layers, or a
+            mapping from patterns of tensor names (`methods.by_name`); or the path of a soup, for
+            those it was made with, such as learned ones, tensor by tensor.
         output: Folder to make.
         normalize: Divide the coefficients by their sum; otherwise they are used as they are.
         options: How it is made.
@@ -99,10 +101,34 @@ def mix(
 
     Costs as for `uniform`.
     """
-    found = find_coefficients(coefficients, normalize=take("bool", "normalize", normalize))
+    normalize = take("bool", "normalize", normalize)
+    given = None if isinstance(coefficients, str) else coefficients
+    if isinstance(given, Mapping | Sequence) and varies(given):
+        ingredients = open_ingredients(ingredients, options.reading)
+        found = _by_name(ingredients, given, normalize=normalize)
+    else:
+        found = find_coefficients(coefficients, normalize=normalize)  # type: ignore[arg-type]
     ordered = order(ingredients, Linear(found), method="mix", options=options)
     ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(found)])
     return make(ordered, output=output, options=options)
+
+
+def _by_name(ingredients: Sequence[Ingredient], given: ByName, *, normalize: bool) -> Coefficients:
+    """Return coefficients of each tensor, divided by their sum if that is wanted."""
+    if not ingredients:
+        raise RecipeError("a soup needs at least one ingredient; give some")
+    rows = each_by_tensor("coefficients", given, len(ingredients), ingredients[0])
+    if normalize:
+        for name, row in rows.items():
+            total = math.fsum(row)
+            if total == 0:
+                raise RecipeError(
+                    f"{printable(name)}: coefficients that sum to 0 cannot be normalized; give "
+                    "others, or leave out normalize"
+                )
+            rows[name] = tuple(factor / total for factor in row)
+    common, rest = most_common(rows)
+    return Coefficients(common, per_tensor=rest)
 
 
 def interpolate(

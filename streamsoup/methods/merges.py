@@ -14,10 +14,8 @@ Every verb ends in a recipe whose rule holds all parameters, defaults and seed i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 from msgspec.structs import replace
 
 from streamsoup.engine.rules.elementwise import NearSwap, Ram
@@ -25,8 +23,8 @@ from streamsoup.engine.rules.sce import Sce
 from streamsoup.engine.rules.sparsifiers import Largest, Middle, Random, Ranked, Sparsifier
 from streamsoup.engine.rules.task_vectors import TaskVectors, Trim
 from streamsoup.engine.rules.terms import Consensus, Rescale, Terms
-from streamsoup.errors import RecipeError, count
-from streamsoup.formats.ingredients import AnyIngredient, listed
+from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
+from streamsoup.methods.by_name import ByName, each, each_by_tensor, most_common, varies
 from streamsoup.options import Options, take
 from streamsoup.output.jobs import make
 from streamsoup.output.make import Soup, order
@@ -34,17 +32,14 @@ from streamsoup.rule import Rule
 
 __all__ = ["breadcrumbs", "dare", "della", "nearswap", "ram", "sce", "ties"]
 
-Each = float | Sequence[float]
-"""One number for all ingredients, or one for each."""
-
 
 def ties(
     ingredients: Iterable[AnyIngredient],
-    density: Each,
+    density: ByName,
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
-    coefficients: Each = 1.0,
+    coefficients: ByName = 1.0,
     lambda_: float = 1.0,
     consensus: Consensus = "sum",
     normalize: bool = True,
@@ -57,10 +52,12 @@ def ties(
     Args:
         ingredients: Checkpoints, in the order of the sum.
         density: The share of each task vector that is kept, 0 to 1: its largest magnitudes,
-            ``max(1, int(density·n))`` of n, of equal ones those of the lowest index.
+            ``max(1, int(density·n))`` of n, of equal ones those of the lowest index. One number,
+            one for each ingredient, gradients over the layers, or a mapping from patterns of
+            tensor names: see `methods.by_name`.
         base: What they were fine-tuned from.
         output: Folder to write.
-        coefficients: wᵢ, one or one for each.
+        coefficients: wᵢ, in the same forms.
         lambda_: λ, by which the merged task vector is multiplied.
         consensus: ``sum``: what has not the sign of the sum of its element is left out; ``none``:
             nothing is.
@@ -81,29 +78,33 @@ def ties(
     all but the first pass come from the page cache. Holds blocks, and 1 MB for each ingredient and
     thread.
     """
-    ingredients = listed(ingredients)
-    n = len(ingredients)
-    rule = _task_vectors(
-        n,
-        Largest(each("density", density, n)),
-        coefficients,
-        lambda_,
-        consensus,
-        normalize,
-        rescale,
+    return _merge(
+        ingredients,
+        "ties",
+        base,
+        output,
+        options,
+        {"coefficients": coefficients, "density": density},
+        lambda at: _terms(
+            at["coefficients"],
+            Largest(at["density"]),
+            lambda_,
+            consensus,
+            normalize,
+            rescale,
+        ),
         trim=trim,
     )
-    return _make(ingredients, rule, "ties", base, output, options)
 
 
 def breadcrumbs(
     ingredients: Iterable[AnyIngredient],
-    density: Each,
+    density: ByName,
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
-    gamma: Each = 0.01,
-    coefficients: Each = 1.0,
+    gamma: ByName = 0.01,
+    coefficients: ByName = 1.0,
     lambda_: float = 1.0,
     consensus: Consensus = "none",
     normalize: bool = False,
@@ -117,28 +118,32 @@ def breadcrumbs(
     the ``int(density·n)`` largest are kept. With the consensus ``sum`` it is what mergekit calls
     breadcrumbs_ties. All else as for `ties`.
     """
-    ingredients = listed(ingredients)
-    n = len(ingredients)
-    rule = _task_vectors(
-        n,
-        Middle(each("density", density, n), each("gamma", gamma, n)),
-        coefficients,
-        lambda_,
-        consensus,
-        normalize,
-        rescale,
+    return _merge(
+        ingredients,
+        "breadcrumbs",
+        base,
+        output,
+        options,
+        {"coefficients": coefficients, "density": density, "gamma": gamma},
+        lambda at: _terms(
+            at["coefficients"],
+            Middle(at["density"], at["gamma"]),
+            lambda_,
+            consensus,
+            normalize,
+            rescale,
+        ),
         trim=trim,
     )
-    return _make(ingredients, rule, "breadcrumbs", base, output, options)
 
 
 def dare(
     ingredients: Iterable[AnyIngredient],
-    density: Each,
+    density: ByName,
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
-    coefficients: Each = 1.0,
+    coefficients: ByName = 1.0,
     lambda_: float = 1.0,
     consensus: Consensus = "none",
     normalize: bool = False,
@@ -154,29 +159,33 @@ def dare(
     With the consensus ``sum`` it is what mergekit calls dare_ties. Reads everything once with
     ``density`` or ``none``, twice with ``l1``. All else as for `ties`.
     """
-    ingredients = listed(ingredients)
-    n = len(ingredients)
-    rule = _task_vectors(
-        n,
-        Random(each("density", density, n)),
-        coefficients,
-        lambda_,
-        consensus,
-        normalize,
-        rescale,
+    return _merge(
+        ingredients,
+        "dare",
+        base,
+        output,
+        options,
+        {"coefficients": coefficients, "density": density},
+        lambda at: _terms(
+            at["coefficients"],
+            Random(at["density"]),
+            lambda_,
+            consensus,
+            normalize,
+            rescale,
+        ),
         seed=seed,
     )
-    return _make(ingredients, rule, "dare", base, output, options)
 
 
 def della(
     ingredients: Iterable[AnyIngredient],
-    density: Each,
+    density: ByName,
     *,
     base: AnyIngredient,
     output: str | os.PathLike[str],
-    epsilon: Each = 0.15,
-    coefficients: Each = 1.0,
+    epsilon: ByName = 0.15,
+    coefficients: ByName = 1.0,
     lambda_: float = 1.0,
     consensus: Consensus = "sum",
     normalize: bool | None = None,
@@ -192,19 +201,23 @@ def della(
     the consensus unless told. With the consensus ``none`` it is what mergekit calls della_linear.
     Reads everything twice, once without `rescale`. All else as for `dare`.
     """
-    ingredients = listed(ingredients)
-    n = len(ingredients)
-    rule = _task_vectors(
-        n,
-        Ranked(each("density", density, n), each("epsilon", epsilon, n)),
-        coefficients,
-        lambda_,
-        consensus,
-        consensus == "sum" if normalize is None else normalize,
-        rescale,
+    return _merge(
+        ingredients,
+        "della",
+        base,
+        output,
+        options,
+        {"coefficients": coefficients, "density": density, "epsilon": epsilon},
+        lambda at: _terms(
+            at["coefficients"],
+            Ranked(at["density"], at["epsilon"]),
+            lambda_,
+            consensus,
+            consensus == "sum" if normalize is None else normalize,
+            rescale,
+        ),
         seed=seed,
     )
-    return _make(ingredients, rule, "della", base, output, options)
 
 
 def sce(
@@ -262,39 +275,54 @@ def nearswap(
     return _make(listed(ingredients), rule, "nearswap", base, output, options)
 
 
-def each(what: str, given: Each, n: int) -> tuple[float, ...]:
-    """Return one number for each of `n` ingredients. Raises `RecipeError` for another count."""
-    many: Sequence[Any] = given if np.ndim(given) else [given] * n  # type: ignore[assignment]
-    values = tuple(take("float", what, value) for value in many)
-    if len(values) != n:
-        raise RecipeError(
-            f"{what}: {count(len(values), 'value')} for {count(n, 'ingredient')} besides the base; "
-            "give one, or one for each"
+def _merge(
+    ingredients: Iterable[AnyIngredient],
+    method: str,
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options,
+    given: Mapping[str, ByName],
+    terms_of: Callable[[Mapping[str, tuple[float, ...]]], Terms],
+    *,
+    trim: Trim = "tensor",
+    seed: int = 0,
+) -> Soup:
+    """Make a sum of task vectors; `terms_of` turns what was `given` for a tensor into its terms."""
+    ingredients = listed(ingredients)
+    n = len(ingredients)
+    rest: dict[str, Terms] = {}
+    if any(varies(value) for value in given.values()):
+        base, *ingredients = open_ingredients([base, *ingredients], options.reading)
+        tables = {what: each_by_tensor(what, value, n, base) for what, value in given.items()}
+        names = next(iter(tables.values()))
+        terms, rest = most_common(
+            {
+                name: terms_of({what: table[name] for what, table in tables.items()})
+                for name in names
+            }
         )
-    return values
+    else:
+        terms = terms_of({what: each(what, value, n) for what, value in given.items()})  # type: ignore[arg-type]  # no mapping
+    rule = TaskVectors(terms, rest, trim=trim, seed=take("int", "seed", seed))
+    return _make(ingredients, rule, method, base, output, options)
 
 
-def _task_vectors(
-    n: int,
+def _terms(
+    coefficients: tuple[float, ...],
     sparsifier: Sparsifier,
-    coefficients: Each,
     lambda_: float,
     consensus: Consensus,
     normalize: bool,
     rescale: Rescale,
-    *,
-    trim: Trim = "tensor",
-    seed: int = 0,
-) -> TaskVectors:
-    terms = Terms(
-        coefficients=each("coefficients", coefficients, n),
+) -> Terms:
+    return Terms(
+        coefficients=coefficients,
         sparsifier=sparsifier,
         scale=take("float", "lambda", lambda_),
         consensus=consensus,
         normalize=take("bool", "normalize", normalize),
         rescale=rescale,
     )
-    return TaskVectors(terms, trim=trim, seed=take("int", "seed", seed))
 
 
 def _make(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -45,9 +45,19 @@ from streamsoup.output.jobs import make
 from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients
 
-__all__ = ["karcher", "multislerp", "nuslerp"]
+__all__ = [
+    "karcher",
+    "karcher_factors",
+    "make_means",
+    "multislerp",
+    "multislerp_factors",
+    "nuslerp",
+    "nuslerp_factors",
+]
 
 Floats = NDArray[np.float64]
+FactorsOf = Callable[[Floats, Floats], Floats | None]
+"""From a Gram matrix ``(vector, vector)`` and shares to factors; None where there are none."""
 
 SHORTEST = 1e-9
 """Length of the mean of unit vectors, below which they cancel out."""
@@ -160,16 +170,35 @@ def _as_long_as_all(point: Floats, gram: Floats, shares: Floats) -> Floats:
 def _make(
     ingredients: Iterable[AnyIngredient],
     weights: Sequence[float] | None,
-    factors_of: Callable[[Floats, Floats], Floats | None],
+    factors_of: FactorsOf,
     method: str,
     base: AnyIngredient | None,
     output: str | os.PathLike[str],
     options: Options,
 ) -> Soup:
-    """Measure the Gram matrix of each tensor, and make the linear soup of its factors."""
+    """Make the mean with the same weights in all tensors."""
     ingredients = listed(ingredients)
     n = len(ingredients)
     shares = shares_of([1.0] * n if weights is None else weights, n)
+    return make_means(ingredients, shares, {}, factors_of, method, base, output, options)
+
+
+def make_means(
+    ingredients: Sequence[AnyIngredient],
+    shares: Floats,
+    per_tensor: Mapping[str, Floats],
+    factors_of: FactorsOf,
+    method: str,
+    base: AnyIngredient | None,
+    output: str | os.PathLike[str],
+    options: Options,
+    warnings: Sequence[str] = (),
+) -> Soup:
+    """Measure the Gram matrix of each tensor, and make the linear soup of its factors.
+
+    `shares` ``(ingredient,)`` sum to 1, and so do those `per_tensor` that single tensors have.
+    """
+    n = len(ingredients)
     ingredients, base = open_both(ingredients, base, options)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
@@ -177,10 +206,11 @@ def _make(
     straight: list[str] = []
     for place in places:
         gram = about_zero(place) if base is None else place.gram
-        factors = factors_of(gram, shares)
+        own = per_tensor.get(place.name, shares)
+        factors = factors_of(gram, own)
         if factors is None:
             straight.append(place.name)
-            factors = shares
+            factors = own
         if base is not None and not place.gram.any():
             rows[place.name] = (1.0, *[0.0] * n)  # nothing moves it: it stays bit for bit
             continue
@@ -191,9 +221,9 @@ def _make(
         "n_straight": len(straight),
         "straight": some(straight, 20),
     }
-    warnings = []
+    told = [*warnings]
     if straight:
-        warnings.append(
+        told.append(
             f"{count(len(straight), 'tensor')} without a mean on the sphere, being zero in an "
             f"ingredient, or opposite, or without an angle: the straight mean is taken: "
             f"{some(straight)}"
@@ -202,6 +232,6 @@ def _make(
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
     del places  # before the soup is made: a Gram matrix of each tensor
     soup = make_linear(
-        ingredients, coefficients, method, report, output, options, base=base, warnings=warnings
+        ingredients, coefficients, method, report, output, options, base=base, warnings=told
     )
     return with_pass(soup, nbytes, time.monotonic() - started)

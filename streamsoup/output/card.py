@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -93,7 +94,7 @@ def _heading(plan: MixPlan) -> Iterator[str]:
 
 
 def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[str]:
-    """Yield the ingredients with their coefficients; `base` is the name of the first if it is one.
+    """Yield the ingredients with their coefficients; `base` is given if the first is one.
 
     A base comes before the others in every recipe.
     """
@@ -106,7 +107,7 @@ def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[s
     yield "|---:|---|" + ("---:|" if coefficients else "")
     for i, (ingredient, origin) in enumerate(zip(plan.ingredients, origins, strict=True)):
         name = escaped(origin.hub_id or _shown(ingredient))
-        name += " (base)" if i == 0 and base == ingredient.name else ""
+        name += " (base)" if i == 0 and base is not None else ""
         factor = f" {_coefficient(coefficients, i)} |" if coefficients else ""
         yield f"| {i + 1} | {name} |{factor}"
     if coefficients is not None and coefficients.per_tensor:
@@ -144,6 +145,8 @@ def _parameters(plan: MixPlan) -> Iterator[str]:
     yield f"The rule {escaped(rule_name(rule))}, with these parameters:"
     yield ""
     plain: Any = msgspec.to_builtins(rule, enc_hook=repr)
+    with suppress(msgspec.ValidationError):  # a whole number where a float belongs is one
+        plain = msgspec.to_builtins(msgspec.convert(plain, type(rule)), enc_hook=repr)
     for name, value in plain.items() if isinstance(plain, dict) else ():
         yield f"* {escaped(name)}: {escaped(json.dumps(value, default=repr))}"
 

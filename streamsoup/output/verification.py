@@ -38,7 +38,7 @@ from streamsoup.sizes import nbytes_text
 from streamsoup.system.schemes import check_local
 from streamsoup.tensors import TensorSpec
 
-__all__ = ["Verification", "read_provenance", "verify"]
+__all__ = ["Verification", "read_provenance", "verify", "where_they_were"]
 
 
 class Verification(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ def verify(
     problems: list[str] = []
     nbytes = _check_soup(folder, provenance, problems)
     if not take("bool", "quick", quick) and not problems:
-        places = _where_they_were(folder, provenance) if ingredients is None else ingredients
+        places = where_they_were(folder, provenance) if ingredients is None else ingredients
         given = listed(places)
         nbytes += _rederive(provenance, given, options, problems)
     if problems:
@@ -225,7 +225,7 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or printable(error))
 
 
-def _where_they_were(folder: str, provenance: Provenance) -> list[str]:
+def where_they_were(folder: str, provenance: Provenance) -> list[str]:
     """Return the paths of the ingredients. Raises `RecipeError` for tensors in memory."""
     paths = [record.path for record in provenance.ingredients]
     for path in paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamsoup.engine.rules.by_tensor import ByTensor
 from streamsoup.engine.rules.elementwise import NearSwap, Ram
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.rules.row_slerp import RowSlerp
@@ -11,4 +12,4 @@ from streamsoup.rule import Rule
 
 __all__ = ["BUILT_IN"]
 
-BUILT_IN: tuple[type[Rule], ...] = (Linear, TaskVectors, Sce, Ram, NearSwap, RowSlerp)
+BUILT_IN: tuple[type[Rule], ...] = (*(Linear, TaskVectors, Sce, Ram, NearSwap, RowSlerp, ByTensor),)
