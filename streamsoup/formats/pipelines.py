@@ -9,7 +9,7 @@ has no such prefix, so that a model with a pooling layer beside it has the names
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import FormatError, MissingFileError, option, printable, some
@@ -127,6 +127,11 @@ class Pipeline(Source):
     def fingerprint(self) -> Any:
         """The components with their fingerprints."""
         return ["pipeline", [[path, part.fingerprint] for path, part in self._parts.items()]]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is worth a warning about any of its components."""
+        return tuple(note for part in self._parts.values() for note in part.notes)
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that holds one of a single component at a time."""
