@@ -68,7 +68,7 @@ def test_the_model_is_found_and_the_optimizer_is_left_out(tmp_path: Path) -> Non
         assert both[0] == both[1]
         assert any("'model' alone is read" in str(each) for each in ours.warnings)
         assert sorted(os.listdir(ours.path)) == [
-            *("config.json", "model.safetensors", "streamsoup.json"),
+            *("README.md", "config.json", "model.safetensors", "streamsoup.json"),
         ]
     streamsoup.verify(tmp_path / "ours")
     assert command("inspect", folders[0]).returncode == 0

@@ -275,9 +275,7 @@ def test_what_lacks_a_member_is_told_which(tmp_path: Path) -> None:
 
         def cursor(self, access: object) -> None: ...
 
-    with pytest.raises(
-        RecipeError, match=r"lacks check_unchanged, components, contiguous, .*, tensors"
-    ):
+    with pytest.raises(RecipeError, match=r"lacks check_read, check_unchanged, .*, tensors"):
         open_ingredients([Nearly()])
     (opened,) = open_ingredients([save(tmp_path / "m", model(0))])
     with pytest.raises(RecipeError, match="expected a list of ingredients, got one"):

@@ -502,6 +502,35 @@ def test_a_pass_checks_the_members_of_its_own_tensors(tmp_path: Path) -> None:
         source.check_read(["b"])
 
 
+def test_a_derived_source_checks_what_it_is_made_of(tmp_path: Path) -> None:
+    """With other names, too, a member of which only a view is read is checked by its old name."""
+    whole = torch.arange(3000.0).reshape(50, 60)
+    torch.save({"module.w": whole[:, 3:5]}, tmp_path / "m.pt")
+    options = Options(rename=("module.=>",))
+    soup = streamsoup.uniform([tmp_path / "m.pt"], output=tmp_path / "out", options=options)
+    made = load(tmp_path / "out" / "model.safetensors")
+    assert made["w"][2] == whole[:, 3:5].contiguous().numpy().tobytes()
+    assert soup.recipe.reading.rename == ("module.=>",)
+    flipped(tmp_path / "m.pt", "module.w")
+    with pytest.raises(CorruptFileError, match="data/0 is damaged"):
+        streamsoup.uniform([tmp_path / "m.pt"], output=tmp_path / "other", options=options)
+
+
+def test_a_pickled_component_of_a_pipeline_is_checked(tmp_path: Path) -> None:
+    """A pipeline may have components in pickles, and a flipped bit in one of them is found."""
+    (tmp_path / "m" / "unet").mkdir(parents=True)
+    index = {"_class_name": "Any", "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
+    file = tmp_path / "m" / "unet" / "diffusion_pytorch_model.bin"
+    torch.save({"w": torch.arange(300.0).reshape(20, 15)[:, 3:5]}, file)
+    streamsoup.uniform([tmp_path / "m"], output=tmp_path / "out")
+    made = load(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert made["w"][1] == (20, 2)
+    flipped(file, "w")
+    with pytest.raises(CorruptFileError, match="data/0 is damaged"):
+        streamsoup.uniform([tmp_path / "m"], output=tmp_path / "other")
+
+
 def test_parts_find_a_flipped_bit(tmp_path: Path) -> None:
     """The part that a damaged tensor falls to is refused, so the soup is never put in place."""
     for n in range(2):

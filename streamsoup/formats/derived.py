@@ -94,6 +94,10 @@ class Derived(Source):
         for name in self.made_of(tensor):
             self.of.check_unchanged(name)
 
+    def check_read(self, tensors: Collection[str]) -> None:
+        """Check the checksums of what these tensors are made of."""
+        self.of.check_read([name for tensor in tensors for name in self.made_of(tensor)])
+
     def suspects(self, *, strict: bool) -> Suspects | None:
         """Return the tensors that are made of suspected ones."""
         below = self.of.suspects(strict=strict)

@@ -9,7 +9,7 @@ has no such prefix, so that a model with a pooling layer beside it has the names
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import FormatError, MissingFileError, option, printable, some
@@ -128,6 +128,11 @@ class Pipeline(Source):
         """The components with their fingerprints."""
         return ["pipeline", [[path, part.fingerprint] for path, part in self._parts.items()]]
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is worth a warning about any of its components."""
+        return tuple(note for part in self._parts.values() for note in part.notes)
+
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that holds one of a single component at a time."""
         return _PipelineCursor(self._parts, self._owner, access)
@@ -140,6 +145,15 @@ class Pipeline(Source):
             return
         for part in self._parts.values():
             part.check_unchanged()
+
+    def check_read(self, tensors: Collection[str]) -> None:
+        """Check the checksums of each component that these tensors are of."""
+        inner: dict[str, list[str]] = {}
+        for tensor in tensors:
+            path, name = self._owner(tensor)
+            inner.setdefault(path, []).append(name)
+        for path, names in inner.items():
+            self._parts[path].check_read(names)
 
     def cost(self, *, mapped: bool) -> ReadingCost:
         """Return the most that any component costs: they are read one at a time."""
