@@ -89,6 +89,7 @@ _HOMES = {
     "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
+    "watch": "training.watch",
     "wise_ft": "study.landscape.paths",
     "write_report": "study.report.comparison",
     "wsm": "methods.closed",
@@ -177,6 +178,7 @@ if TYPE_CHECKING:
     from streamsoup.study.report.comparison import write_report as write_report
     from streamsoup.tensors import TensorSpec as TensorSpec
     from streamsoup.training.average import Average as Average
+    from streamsoup.training.watch import watch as watch
 
 
 __all__ = sorted(_HOMES)

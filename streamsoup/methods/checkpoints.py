@@ -42,6 +42,8 @@ _EPOCH = re.compile(r"epoch[-_=]?(\d+)", re.ASCII | re.IGNORECASE)
 _END = re.compile(r"\d+$", re.ASCII)
 _NAMED = re.compile(r"(?:checkpoint|ckpt|global_?step|step|epoch|iter)[-_=]?\d", re.IGNORECASE)
 """How the names of folders begin that hold a checkpoint, or were to hold one."""
+_UNFINISHED = ("tmp-", "tmp_")
+"""How the names of folders begin that a trainer renames when they are complete."""
 _NO_WEIGHTS = (
     "training_args",
     "optim",
@@ -210,6 +212,7 @@ def find_checkpoints(run: str, warnings: list[str]) -> list[str]:
     """
     folders, files = _inside(run)
     whole = [name for name in folders if _holds_weights(os.path.join(run, name))]
+    whole = [name for name in whole if not name.startswith(_UNFINISHED)]
     found = [name for name in whole if _is_numbered(os.path.join(run, name))]
     left_out = [name for name in whole if name not in found]
     if not found:

@@ -98,13 +98,22 @@ def ema(
     choice = choose(
         checkpoints, by=by, best=best_of(best, metric, direction), every=every, last=last
     )
-    n = len(choice.checkpoints)
-    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
-    factors[:1] = [decay ** (n - 1)] if n else []
+    factors = ema_factors(len(choice.checkpoints), decay)
     report = {"decay": decay, **choice.report}
     return make_linear(
         choice.ingredients, factors, "ema", report, output, options, warnings=choice.warnings
     )
+
+
+def ema_factors(n: int, decay: float) -> list[float]:
+    """Return the coefficients of `n` checkpoints, oldest first, in an average that keeps `decay`.
+
+    >>> ema_factors(3, 0.5)
+    [0.25, 0.25, 0.5]
+    """
+    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
+    factors[:1] = [decay ** (n - 1)] if n else []
+    return factors
 
 
 def lawa(
