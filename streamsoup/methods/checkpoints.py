@@ -46,6 +46,7 @@ _UNFINISHED = ("tmp-", "tmp_")
 """How the names of folders begin that a trainer renames when they are complete."""
 _NO_WEIGHTS = (
     "training_args",
+    "average_state",
     "optim",
     "sched",
     "scaler",

@@ -162,6 +162,12 @@ class Average:
         """How many updates it has had."""
         return self._n
 
+    @property
+    def ready(self) -> bool:
+        """True if there is a result: after an update, or all of them for ``wsm`` with n."""
+        wanted = self._settings.n if self._window is None else 1
+        return not self._interrupted and self._n >= (wanted or 1)
+
     def memory(self, model: Given) -> AverageMemory:
         """Return what the average of a model will hold, in this process. Reads no weights.
 
