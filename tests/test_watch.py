@@ -281,6 +281,7 @@ def test_an_output_of_something_else_is_not_replaced(script: Script, tmp_path: P
         ({"method": "wsm", "curve": "x"}, "curve must be one of"),
         ({"last": 1, "poll_s": 0}, "poll_s must be above 0"),
         ({"last": 1, "until": 1.5}, "not a whole number"),
+        ({"last": 1, "options": Options(part="1/2")}, "part"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
@@ -325,12 +326,12 @@ def test_the_command_is_killed_and_started_again(tmp_path: Path) -> None:
     stdout, stderr = child.communicate(timeout=30)
     assert child.returncode == 0, stderr
     assert "stopped; the same command goes on from here" in stderr
-    assert not (tmp_path / "soup.partial").exists()
     checkpoint(run, 30)
     child = watching(run, out, "--until", "30", "--json")
     stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 0, stderr
     assert json.loads(stdout)["recipe"]["method"] == "lawa"
     assert value(out) == 25.0
+    assert not (tmp_path / "soup.partial").exists()
     wrong = command("watch", str(run), "-o", str(out))
     assert (wrong.returncode, "lawa needs --last" in wrong.stderr) == (2, True)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsoup.cli import common
+from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options
 
 
-@click.command()
+@command()
 @click.argument("run")
 @click.option(
     "--method",

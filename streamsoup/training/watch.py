@@ -163,6 +163,8 @@ def _asked(
 ) -> _Asked:
     """Check the settings. Raises `RecipeError`."""
     check_choice("method", method, get_args(WatchMethod))
+    if options.part is not None:
+        raise RecipeError("a watch makes each average whole; leave part out")
     if method == "lawa" and last is None:
         raise RecipeError(f"lawa needs {option('last')}: how many of the newest are averaged")
     numbers = {"last": last, "every": every, "until": until}
