@@ -273,6 +273,12 @@ def test_a_state_of_other_settings_is_refused() -> None:
     for wrong in ({}, {**state, "layout": 5}, {**state, "settings": None}):
         with pytest.raises(RecipeError, match="not the state of an Average"):
             Average("ema", decay=0.9).load_state_dict(wrong)
+    for damaged in ({}, {**state["sums"], "float32": torch.ones(3)}):
+        average = Average("ema", decay=0.9)
+        with pytest.raises(RecipeError, match="is damaged"):
+            average.load_state_dict({**state, "sums": damaged})
+        with pytest.raises(RecipeError, match="was interrupted"):
+            average.result()
     with pytest.raises(RecipeError, match="of version 9"):
         Average("ema", decay=0.9).load_state_dict({**state, "version": 9})
 
@@ -415,6 +421,8 @@ def test_options_of_saving(tmp_path: Path) -> None:
     average.save(tmp_path / "soup", options=Options(dtype="bf16"))
     found = load_file(tmp_path / "soup" / "model.safetensors")
     assert found["float32"].dtype == torch.bfloat16
+    with pytest.raises(RecipeError, match="saved whole"):
+        average.save(tmp_path / "part", options=Options(part="1/2"))
     with pytest.raises(streamsoup.StreamsoupError, match="exists"):
         average.save(tmp_path / "soup")
     soup = average.save(tmp_path / "soup", options=Options(overwrite=True))

@@ -211,6 +211,13 @@ def test_fsdp1_is_refused(model: Network) -> None:
         Average().update(FullyShardedDataParallel())
 
 
+def test_what_deepspeed_took_apart_is_refused(model: Network) -> None:
+    """Its parameters hold no elements, and averages of them would be empty."""
+    model.embed.weight.ds_id = 1  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match=r"embed\.weight, head\.weight: partitioned"):
+        Average().update(model)
+
+
 def test_a_saved_module_loads(model: Network, tmp_path: Path) -> None:
     """By ``load_state_dict``, and as safetensors loads a module with tied weights."""
     average = Average()

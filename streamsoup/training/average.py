@@ -24,9 +24,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from streamsoup.errors import MismatchError, NonFiniteError, RecipeError, check_choice, some
+from streamsoup.errors import (
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+    check_choice,
+    printable,
+    some,
+)
 from streamsoup.live.matching import memory_of
-from streamsoup.options import Options, take
+from streamsoup.options import Options, check_options, take
 from streamsoup.recipe import Coefficients
 from streamsoup.training.arithmetic import Arithmetic
 from streamsoup.training.device import DeviceSums
@@ -319,6 +326,9 @@ class Average:
         """
         from streamsoup.training.saving import save
 
+        check_options(options, Options)
+        if options.part is not None:
+            raise RecipeError("an average is saved whole; leave part out")
         module = self._module if model is None else model
         report = {"n_updates": self._n}
         for name in ("decay", "window", "curve"):
@@ -450,11 +460,18 @@ class Average:
             held = {**state["sums"], **(state["window"][-1] if state["window"] else {})}
             samples = held if live is None else live.tensors
             self._begin(found, samples)
-            if self._window is not None:
-                self._window.load(state["window"])
-            else:
-                assert self._sums is not None
-                self._sums.load(state["sums"])
+            self._interrupted = True
+            try:
+                if self._window is not None:
+                    self._window.load(state["window"])
+                else:
+                    assert self._sums is not None
+                    self._sums.load(state["sums"])
+            except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+                raise RecipeError(
+                    f"the state of the Average is damaged ({type(error).__name__}: "
+                    f"{printable(str(error))}); load another one"
+                ) from None
         self._weights.n, self._weights.divisor = weights["n"], weights["divisor"]
         self._n, self._interrupted = n, False
         self._newest = {name: tensor.clone() for name, tensor in state["newest"].items()}

@@ -81,6 +81,7 @@ def read_live(given: nn.Module | Mapping[str, Any], *, keep_frozen: bool) -> Liv
         raise MismatchError(
             f"{printable(repr(given))}: is neither a torch.nn.Module nor a state dict"
         )
+    _check_gathered(tensors)
     sharded: dict[str, Any] = {}
     local: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -158,6 +159,16 @@ def _check_not_flat(module: nn.Module) -> None:
         raise MismatchError(
             "the model is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are joined "
             "into one; use torch.distributed.fsdp.fully_shard (FSDP2), or give a full state dict"
+        )
+
+
+def _check_gathered(tensors: Mapping[str, Any]) -> None:
+    """Raise `MismatchError` for parameters that DeepSpeed took apart, which hold no elements."""
+    apart = [name for name, tensor in tensors.items() if hasattr(tensor, "ds_id")]
+    if apart:
+        raise MismatchError(
+            f"{some(apart)}: partitioned by DeepSpeed ZeRO-3; update with a state dict that is "
+            "gathered first"
         )
 
 

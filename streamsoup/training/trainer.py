@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from contextlib import suppress
 from typing import Any
 
@@ -147,11 +148,14 @@ class TrainerAverage(TrainerCallback):  # type: ignore[misc]
 
     def _save_adapter(self, target: str, model: Any) -> None:
         """Write an adapter of PEFT as it writes them itself."""
-        partial = f"{target}.partial"
+        partial, old = f"{target}.partial", f"{target}.old"
+        for left in (partial, old):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         model.save_pretrained(partial, state_dict=self.average.result())
         with suppress(FileNotFoundError):
-            os.rename(target, f"{target}.old")
+            os.rename(target, old)
         os.rename(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _checkpoint(args: Any, step: int) -> str:
