@@ -283,6 +283,20 @@ def test_a_state_of_other_settings_is_refused() -> None:
         Average("ema", decay=0.9).load_state_dict({**state, "version": 9})
 
 
+def test_reset_forgets_all_updates() -> None:
+    """An average that was reset is one that never had an update."""
+    run = states(3)
+    average = averaged(run[:2], "ema", decay=0.5)
+    average.reset()
+    assert (average.n_updates, average.ready) == (0, False)
+    with pytest.raises(RecipeError, match="no update"):
+        average.result()
+    average.update({"other": torch.ones(1)})
+    average.reset()
+    average.update(run[2])
+    same(average.result(), averaged(run[2:], "ema", decay=0.5).result())
+
+
 def test_the_newest_integers_count() -> None:
     """Integers are never averaged."""
     average = averaged([{"n": torch.tensor(n), "w": torch.tensor(1.0)} for n in (3, 9)])

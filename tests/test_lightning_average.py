@@ -94,6 +94,17 @@ def test_validations_are_of_the_average(tmp_path: Path) -> None:
         assert "current_model_state" not in torch.load(path, weights_only=True)
 
 
+def test_another_training_begins_another_average(tmp_path: Path) -> None:
+    """A callback that is used again does not go on from the training before."""
+    callback = LightningAverage("uniform")
+    for name in ("first", "second"):
+        recorder = Recorder()
+        running = trainer(tmp_path / name, [callback, recorder])
+        running.fit(Module(), loader(0), loader(1))
+        assert callback.average.n_updates == 12
+        same(callback.average.result(), mean_of(recorder.states))
+
+
 def test_accumulated_gradients_make_one_update(tmp_path: Path) -> None:
     """An update belongs to a step of the optimizer, not to a batch."""
     callback = LightningAverage("uniform")

@@ -116,6 +116,18 @@ def test_evaluations_are_of_the_average(tmp_path: Path) -> None:
     assert not list((tmp_path / "off").glob("*/average"))
 
 
+def test_another_training_begins_another_average(tmp_path: Path) -> None:
+    """A callback that is used again does not go on from the training before."""
+    callback, recorder = TrainerAverage("uniform", save=False), Recorder()
+    trainer(tmp_path / "first", [callback]).train()
+    trainer(tmp_path / "second", [callback, recorder]).train()
+    assert callback.average.n_updates == 8
+    alone = Average()
+    for state in recorder.states:
+        alone.update(state)
+    same(callback.average.result(), alone.result())
+
+
 def test_several_evaluation_sets_are_refused(tmp_path: Path) -> None:
     """As nothing tells when the last of them is done."""
     running = trainer(tmp_path, [TrainerAverage("ema")])

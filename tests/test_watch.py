@@ -270,6 +270,16 @@ def test_an_output_of_something_else_is_not_replaced(script: Script, tmp_path: P
         streamsoup.watch(run, output=run, last=1)
 
 
+def test_an_output_within_the_run_is_no_checkpoint(tmp_path: Path) -> None:
+    """Though its name ends in a number."""
+    run = tmp_path / "run"
+    for step, expected in ((10, 10.0), (20, 15.0), (30, 20.0)):
+        checkpoint(run, step)
+        out = run / "average-99"
+        streamsoup.watch(run, output=out, method="uniform", until=step, poll_s=0.01)
+        assert value(out) == expected
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -142,6 +142,10 @@ class Average:
             method, decay, window, curve, n, precision, os.fsdecode(place), frozen, non_finite
         )
         self._threads = Options(threads=threads).n_threads
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all updates, and release what they took."""
         self._weights = self._new_weights()
         self._layout: Layout | None = None
         self._sums: HostSums | DeviceSums | None = None
@@ -453,9 +457,7 @@ class Average:
         live = None if model is None else self._read(model)
         if live is not None and found is not None:
             check_same(found, live.layout, "the model")
-        self._layout, self._sums, self._window, self._module = None, None, None, None
-        self._weights = self._new_weights()
-        self._frozen, self._frozen_versions, self._sharded = {}, {}, {}
+        self.reset()
         if found is not None:
             held = {**state["sums"], **(state["window"][-1] if state["window"] else {})}
             samples = held if live is None else live.tensors

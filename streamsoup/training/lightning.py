@@ -82,6 +82,8 @@ class LightningAverage(_callback()):  # type: ignore[misc]
         if self._loaded is not None:
             self._scheduled.load(self._loaded, pl_module)
             self._loaded = None
+        elif trainer.global_step == 0:
+            self._scheduled.reset(0)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -59,6 +59,11 @@ class ScheduledAverage:
         if swapped is not None:
             swapped.close()
 
+    def reset(self, step: int) -> None:
+        """Forget all updates, as another training begins, or one goes on without them."""
+        self.average.reset()
+        self._last_step = step
+
     def state(self) -> dict[str, Any]:
         """Return the average, and the last step it knows of."""
         return {"average": self.average.state_dict(), "last_step": self._last_step}

@@ -77,6 +77,7 @@ class TrainerAverage(TrainerCallback):  # type: ignore[misc]
         """Continue the average of the checkpoint from which the run resumes."""
         self._scheduled.swap_out()
         step, model = state.global_step, more["model"]
+        self._scheduled.reset(step)
         if step == 0:
             return
         folder = _checkpoint(args, step)

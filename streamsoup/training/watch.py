@@ -198,18 +198,10 @@ class _Folder:
         settled = [path for path, files in found.items() if files == self._seen.get(path)]
         opened = {}
         for path in settled:
-            known = self._opened.get(path)
             try:
-                if known is not None:
-                    known.check_unchanged()
-                    opened[path] = known
-                else:
-                    (opened[path],) = open_ingredients([path], asked.options.reading)
-            except (ChangedIngredientError, FormatError, MissingFileError):
-                try:
-                    (opened[path],) = open_ingredients([path], asked.options.reading)
-                except StreamsoupError as error:
-                    log.debug("%s", error)
+                opened[path] = self._open(path)
+            except (ChangedIngredientError, FormatError, MissingFileError) as error:
+                log.debug("%s", error)  # not complete
         self._seen, self._opened = found, opened
         if not opened:
             return None
@@ -217,12 +209,27 @@ class _Folder:
         n = len(every.checkpoints) if asked.last is None else asked.last
         return replace(every, checkpoints=every.checkpoints[-n:])
 
+    def _open(self, path: str) -> Ingredient:
+        """Open a checkpoint by its headers, unless it is open and unchanged."""
+        known = self._opened.get(path)
+        if known is not None:
+            try:
+                known.check_unchanged()
+                return known
+            except ChangedIngredientError:
+                pass
+        (opened,) = open_ingredients([path], self._asked.options.reading)
+        return opened
+
     def _paths(self) -> list[str]:
         """List what looks like a checkpoint; nothing while the folder is not there."""
         inside = os.path.join(self._asked.run, "checkpoints")
+        own = os.path.realpath(self._asked.output)
         for folder in (self._asked.run, inside):  # Lightning has them one folder below
             try:
-                if os.path.isdir(folder) and (found := find_checkpoints(folder, [])):
+                found = find_checkpoints(folder, []) if os.path.isdir(folder) else []
+                found = [path for path in found if os.path.realpath(path) != own]
+                if found:
                     return found
             except FormatError as error:
                 log.debug("%s", error)
