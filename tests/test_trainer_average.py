@@ -120,7 +120,7 @@ def test_another_training_begins_another_average(tmp_path: Path) -> None:
     """A callback that is used again does not go on from the training before."""
     callback, recorder = TrainerAverage("uniform", save=False), Recorder()
     trainer(tmp_path / "first", [callback]).train()
-    trainer(tmp_path / "second", [callback, recorder]).train()
+    trainer(tmp_path / "second", [recorder, callback]).train()
     assert callback.average.n_updates == 8
     alone = Average()
     for state in recorder.states:
