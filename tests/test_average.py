@@ -226,7 +226,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     run = states(2)
     with pytest.raises(RecipeError, match="depends on those before it"):
         averaged(run, "ema").merge(averaged(run, "ema"))
-    with pytest.raises(RecipeError, match="methods differ"):
+    with pytest.raises(RecipeError, match="settings differ"):
         averaged(run).merge(averaged(run, "ema"))
     with pytest.raises(MismatchError, match="expected F32"):
         averaged([{"w": torch.ones(2)}]).merge(averaged([{"w": torch.ones(3)}]))

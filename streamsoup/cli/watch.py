@@ -89,7 +89,7 @@ def watch(run: str, output: str, **settings: Any) -> int:
             return
         watcher.close()
         if json_wanted:
-            made = None if soup is None else common.as_json(soup, watcher.peak_nbytes)
+            made = None if soup is None else common.as_json(soup, watcher)
             common.tell([json.dumps(made)])
         elif soup is None:
             common.tell([f"{output}: was up to date"])

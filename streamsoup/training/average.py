@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
@@ -28,18 +28,27 @@ from streamsoup.errors import (
     MismatchError,
     NonFiniteError,
     RecipeError,
-    check_choice,
     printable,
     some,
 )
 from streamsoup.live.matching import memory_of
-from streamsoup.options import Options, check_options, take
+from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients
 from streamsoup.training.arithmetic import Arithmetic
 from streamsoup.training.device import DeviceSums
 from streamsoup.training.host import HostSums, sums_nbytes
-from streamsoup.training.live import Layout, Live, check_same, dtype_of, read_live
+from streamsoup.training.live import (
+    Layout,
+    Live,
+    check_same,
+    dtype_of,
+    is_mask,
+    read_live,
+    same_bits,
+    version_of,
+)
 from streamsoup.training.running import Weights, wsm_weights
+from streamsoup.training.settings import Curve, Method, settings_of
 from streamsoup.training.window import Window, state_nbytes
 
 if TYPE_CHECKING:
@@ -47,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Average", "AverageMemory", "Method"]
 
-Method = Literal["uniform", "ema", "lawa", "wsm"]
-Curve = Literal["linear", "cosine", "sqrt"]
 Given = nn.Module | Mapping[str, Any]
 
 VERSION = 1
@@ -64,34 +71,6 @@ class AverageMemory(msgspec.Struct, frozen=True):
     """On the device of the model."""
     disk_nbytes: int
     """In files without names, which are gone when the process ends."""
-
-
-class _Settings(msgspec.Struct, frozen=True):
-    """What decides the values of an average, and where it is kept."""
-
-    method: str
-    decay: float | None
-    window: int | None
-    curve: str | None
-    n: int | None
-    precision: str
-    place: str
-    frozen: str
-    non_finite: str
-
-    @property
-    def folder(self) -> str | None:
-        return None if self.place in ("host", "device") else self.place
-
-    @property
-    def keeps_window(self) -> bool:
-        return self.method == "lawa" or (self.method == "wsm" and self.n is None)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """What a saved state must agree on: it may be kept in another place."""
-        names = ("method", "decay", "window", "curve", "n", "precision", "frozen")
-        return {name: getattr(self, name) for name in names}
 
 
 class Average:
@@ -138,7 +117,7 @@ class Average:
         Raises:
             RecipeError: A setting makes no sense, or belongs to another method.
         """
-        self._settings = _settings(
+        self._settings = settings_of(
             method, decay, window, curve, n, precision, os.fsdecode(place), frozen, non_finite
         )
         self._threads = Options(threads=threads).n_threads
@@ -354,7 +333,7 @@ class Average:
         Costs a read of both, and a write of this one.
         """
         if self._settings.values != other._settings.values:
-            raise RecipeError(f"{other!r}: cannot be merged into {self!r}; the methods differ")
+            raise RecipeError(f"{other!r}: cannot be merged into {self!r}; their settings differ")
         if self.method == "ema" or (self.method == "wsm" and self._settings.n is not None):
             raise RecipeError(
                 f"averages of method {self.method} cannot be merged, as each update depends on "
@@ -373,7 +352,7 @@ class Average:
             if self._n == 0:
                 self._masks[name] = mask.clone()
         for name in [*self._masks]:
-            if name not in other._masks or not _equal(self._masks[name], other._masks[name]):
+            if name not in other._masks or not same_bits(self._masks[name], other._masks[name]):
                 del self._masks[name]
         self._interrupted = True
         if self._window is not None:
@@ -531,9 +510,9 @@ class Average:
                 continue
             tensor = live.tensors[name]
             if self._n == 0:
-                if _is_mask(tensor):
+                if is_mask(tensor):
                     self._masks[name] = tensor.clone()
-            elif not _equal(self._masks[name], tensor):
+            elif not same_bits(self._masks[name], tensor):
                 del self._masks[name]
         for name in self._layout.newest:
             tensor = live.tensors[name]
@@ -544,14 +523,14 @@ class Average:
     def _bind(self, live: Live) -> None:
         """Remember the model: its frozen parameters, its DTensors, and what saving needs."""
         self._frozen = {name: live.tensors[name] for name in live.layout.frozen}
-        self._frozen_versions = {name: _version(t) for name, t in self._frozen.items()}
+        self._frozen_versions = {name: version_of(t) for name, t in self._frozen.items()}
         self._sharded, self._module = live.sharded, live.module
 
     def _check_frozen(self) -> None:
         changed = [
             name
             for name, version in self._frozen_versions.items()
-            if _version(self._frozen[name]) != version
+            if version_of(self._frozen[name]) != version
         ]
         if changed:
             raise MismatchError(
@@ -635,52 +614,6 @@ class Average:
         return made
 
 
-def _settings(
-    method: str,
-    decay: float | None,
-    window: int | None,
-    curve: str | None,
-    n: int | None,
-    precision: str,
-    place: str,
-    frozen: str,
-    non_finite: str,
-) -> _Settings:
-    """Check what the caller asked for. Raises `RecipeError`."""
-    check_choice("method", method, get_args(Method))
-    check_choice("precision", precision, ("float64", "float32"))
-    check_choice("frozen", frozen, ("keep", "average"))
-    check_choice("non_finite", non_finite, ("refuse", "propagate"))
-    own = {"decay": "ema", "window": "lawa", "curve": "wsm", "n": "wsm"}
-    given = {"decay": decay, "window": window, "curve": curve, "n": n}
-    for name, owner in own.items():
-        if given[name] is not None and method != owner:
-            raise RecipeError(f"{name} is for the method {owner}, and this is {method}")
-    if method == "ema":
-        decay = take("float", "decay", 0.999 if decay is None else decay)
-        if not 0 <= decay < 1:
-            raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
-    if method == "lawa":
-        if window is None:
-            raise RecipeError("lawa needs a window: how many of the last updates are averaged")
-        window = take("int", "window", window)
-        if window < 1:
-            raise RecipeError(f"window must be at least 1, got {window}")
-    if method == "wsm":
-        curve = curve or "linear"
-        check_choice("curve", curve, get_args(Curve))
-        n = None if n is None else take("int", "n", n)
-        wsm_weights(1 if n is None else n, curve)
-        if n is None and place in ("host", "device"):
-            raise RecipeError(
-                "wsm needs n, the number of updates there will be, or a folder for place, in which "
-                "the states of all updates are kept until then"
-            )
-    if precision == "float32" and place not in ("host", "device"):
-        raise RecipeError("precision float32 is kept in memory; give place='host' or 'device'")
-    return _Settings(method, decay, window, curve, n, precision, place, frozen, non_finite)
-
-
 def _check_targets(layout: Layout, other: Layout) -> None:
     """Raise `MismatchError` unless a model has room for the average, whatever it trains."""
     mine = {**layout.averaged, **layout.frozen, **layout.newest}
@@ -689,27 +622,3 @@ def _check_targets(layout: Layout, other: Layout) -> None:
     names = {name: layout.names.get(owner, owner) for name, owner in other.names.items()}
     found = {layout.names.get(name, name): spec for name, spec in theirs.items()}
     check_same(flat, Layout(found, {}, {}, names), "the model")
-
-
-def _is_mask(tensor: Tensor) -> bool:
-    """Return True for a tensor with −inf in it, and neither NaN nor +inf."""
-    if not tensor.numel():
-        return False
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    # A finite sum tells at once of nearly all tensors that every element is finite.
-    if bool(torch.isfinite(wide.sum(dtype=torch.float64))):
-        return False
-    return bool((wide < torch.inf).all() and torch.isneginf(wide).any())
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return True if two tensors have the same bits."""
-    other = other.to(one.device)
-    return torch.equal(
-        one.contiguous().reshape(-1).view(torch.uint8),
-        other.contiguous().reshape(-1).view(torch.uint8),
-    )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else int(tensor._version)

@@ -20,7 +20,18 @@ from streamsoup.formats.memory import unwrapped
 from streamsoup.live.matching import PLAIN, memory_of, tensors_of
 from streamsoup.tensors import DTYPES, TORCH_NAMES, DType
 
-__all__ = ["Layout", "Live", "Spec", "read_live", "torch_dtype"]
+__all__ = [
+    "Layout",
+    "Live",
+    "Spec",
+    "check_same",
+    "dtype_of",
+    "is_mask",
+    "read_live",
+    "same_bits",
+    "torch_dtype",
+    "version_of",
+]
 
 _NAMES = {getattr(torch, spelling): name for name, spelling in TORCH_NAMES.items()}
 
@@ -189,3 +200,28 @@ def _check_plain(tensors: Mapping[str, Any]) -> None:
             f"{some(strange) or 'no tensor at all'}: cannot be averaged; expected plain dense "
             "tensors of real numbers (not quantised, lazy, complex or on the meta device)"
         )
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Return True for a tensor with −inf in it, and neither NaN nor +inf."""
+    if not tensor.numel():
+        return False
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    # A finite sum tells at once of nearly all tensors that every element is finite.
+    if bool(torch.isfinite(wide.sum(dtype=torch.float64))):
+        return False
+    return bool((wide < torch.inf).all() and torch.isneginf(wide).any())
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors have the same bits."""
+    other = other.to(one.device)
+    return torch.equal(
+        one.contiguous().reshape(-1).view(torch.uint8),
+        other.contiguous().reshape(-1).view(torch.uint8),
+    )
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return what torch counts up whenever a tensor is changed in place."""
+    return 0 if tensor.is_inference() else int(tensor._version)
