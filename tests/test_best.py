@@ -61,7 +61,7 @@ def test_the_best_are_chosen_and_stay_in_their_order(run: Path) -> None:
 
 def test_the_run_says_which_values_are_the_best(run: Path) -> None:
     """By the value that the Trainer kept as the best; else nothing does, but for losses."""
-    with pytest.raises(RecipeError, match="nothing says which; give direction"):
+    with pytest.raises(RecipeError, match="nothing says which; give direction 'lowest' or"):
         steps(run, 2, "eval_accuracy")
     newest = run / "checkpoint-500" / "trainer_state.json"
     newest.write_text(state(500, LOSSES, best=1 - 0.4))

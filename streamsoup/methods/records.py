@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -92,9 +92,10 @@ def find_direction(metric: str, asked: Direction | None, records: Iterable[Recor
                 return "highest"
     if metric.endswith("loss"):
         return "lowest"
+    low, high = (option(f"direction {way!r}", cli=way) for way in get_args(Direction))
     raise RecipeError(
         f"low and high values of {printable(metric)} may both be the best, and nothing says which; "
-        f"give {option('direction', cli='lowest or --highest')}"
+        f"give {low} or {high}"
     )
 
 
