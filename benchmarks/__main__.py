@@ -8,7 +8,17 @@ import sys
 from benchmarks.checkpoints import SIZES, Case
 from benchmarks.peers import PEERS
 from benchmarks.rows import Session
-from benchmarks.tasks import gram, greedy, growth, kernels, learned, startup, tiers, uniform
+from benchmarks.tasks import (
+    average,
+    gram,
+    greedy,
+    growth,
+    kernels,
+    learned,
+    startup,
+    tiers,
+    uniform,
+)
 
 
 def main() -> None:
@@ -35,6 +45,7 @@ def main() -> None:
         "greedy",
         "gram",
         "learned",
+        "average",
     ):
         commands.add_parser(name)
     commands.add_parser("report", help="make tables and pictures anew from the rows")
@@ -64,7 +75,7 @@ QUICK = ("kernels", "startup", "uniform-125M")
 FULL = (
     *QUICK,
     *("uniform-125M-f16", "uniform-125M-f32", "uniform-1.1B", "uniform-1.1B-cold"),
-    *("tiers", "growth", "growth-sizes", "greedy", "gram", "learned"),
+    *("tiers", "growth", "growth-sizes", "greedy", "gram", "learned", "average"),
 )
 
 
@@ -95,6 +106,8 @@ def run(session: Session, task: str) -> None:
         greedy.run(session, Case("125M", 8))
     elif task == "gram":
         gram.run(session, Case("125M", 32))
+    elif task == "average":
+        average.run(session)
     elif task == "learned":
         learned.run(session, [Case("125M", n) for n in (4, 8, 16)])
 

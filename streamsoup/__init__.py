@@ -12,6 +12,7 @@ from streamsoup.version import __version__ as __version__
 
 _HOMES = {
     "Access": "formats.files",
+    "Average": "training.average",
     "Block": "rule",
     "Candidate": "search.scoring.scorer",
     "CheckpointRecord": "output.records",
@@ -88,6 +89,7 @@ _HOMES = {
     "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
+    "watch": "training.watch",
     "wise_ft": "study.landscape.paths",
     "write_report": "study.report.comparison",
     "wsm": "methods.closed",
@@ -175,6 +177,8 @@ if TYPE_CHECKING:
     from streamsoup.study.landscape.paths import wise_ft as wise_ft
     from streamsoup.study.report.comparison import write_report as write_report
     from streamsoup.tensors import TensorSpec as TensorSpec
+    from streamsoup.training.average import Average as Average
+    from streamsoup.training.watch import watch as watch
 
 
 __all__ = sorted(_HOMES)

@@ -287,7 +287,7 @@ def test_task_arithmetic(states: Any, paths: list[str], tmp_path: Path) -> None:
         }
         output = tmp_path / f"soup{number}"
         same(streamsoup.arithmetic(paths[1:], scale, base=paths[0], output=output), expected)
-    with pytest.raises(RecipeError, match="3 scales"):
+    with pytest.raises(RecipeError, match="scale: 3 values for 4 ingredients"):
         streamsoup.arithmetic(paths[1:], [1, 2, 3], base=paths[0], output=tmp_path / "x")
 
 

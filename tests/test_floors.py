@@ -18,7 +18,7 @@ ROOMS = [
     # what computes
     *("system", "kernels", "formats", "engine", "output", "live"),
     # what chooses
-    *("methods", "task", "search", "study"),
+    *("methods", "task", "search", "study", "training"),
     # what people call
     *("selftest", "demo", "cli"),
 ]

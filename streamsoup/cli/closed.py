@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from streamsoup.options import Options
     from streamsoup.output.make import Soup
 
-CHOICE = ("by", "every", "last")
-"""The options of `common.CHOOSING`."""
-
 SOUP = common.stack(common.WRITING, common.SHARING, common.MAKING, common.RUNNING, common.REPORTING)
 BASE = click.option(
     "--base", required=True, metavar="CKPT", help="What the others were fine-tuned from."
@@ -31,7 +28,7 @@ BASE = click.option(
 @SOUP
 def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
     """Compute the exponential moving average of checkpoints, oldest first, or of those in a RUN."""
-    chosen = {name: settings.pop(name) for name in CHOICE}
+    chosen = {name: settings.pop(name) for name in common.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import ema
@@ -50,7 +47,7 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
 @SOUP
 def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settings: Any) -> int:
     """Average the latest checkpoints of a RUN, or of a list, oldest first (LAWA)."""
-    chosen = {name: settings.pop(name) for name in CHOICE}
+    chosen = {name: settings.pop(name) for name in common.CHOICE}
     if window is None and chosen["last"] is None:
         raise click.UsageError("lawa needs --window or --last: how many checkpoints to average")
 
@@ -75,7 +72,7 @@ def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settin
 @SOUP
 def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) -> int:
     """Merge checkpoints of a constant learning rate, oldest first, in place of its decay (WSM)."""
-    chosen = {name: settings.pop(name) for name in CHOICE}
+    chosen = {name: settings.pop(name) for name in common.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import wsm

@@ -205,12 +205,17 @@ CHOOSING = stack(
         type=click.Choice(["step", "name", "time", "given"]),
         help="Order of checkpoints; default: RUN by step, a list as given if its steps rise.",
     ),
+    click.option("--best", type=Integer(1), metavar="N", help="Only the N best, by --metric."),
+    click.option("--metric", metavar="NAME", help="As the run noted it, such as eval_loss."),
+    click.option("--lowest", "direction", flag_value="lowest", help="Low values are the best;"),
+    click.option("--highest", "direction", flag_value="highest", help="or high ones."),
     click.option(
         "--every", type=Integer(1), default=1, metavar="K", help="Each K-th, back from the newest."
     ),
     click.option("--last", type=Integer(1), metavar="N", help="Then only the N newest."),
 )
-"""Which checkpoints of a run are averaged."""
+CHOICE = ("by", "best", "metric", "direction", "every", "last")
+"""Which checkpoints of a run are averaged, and what the verbs call these options."""
 SHARING = stack(
     click.option(
         "--part",
@@ -354,6 +359,10 @@ def _chosen(soup: Soup) -> list[str]:
         return []
     known = None not in steps
     what = f"steps {some(steps, 20)}" if known else some(names, 20)
+    metric, scores = report.get("metric"), report.get("scores")
+    if metric is not None and isinstance(scores, (list, tuple)):
+        shown = some([f"{score:g}" for score in scores], 20)
+        what += f"; of {report['best']} {printable(metric)}: {shown}"
     return [f"{len(names)} of {report['n_found']} checkpoints, oldest first: {what}"]
 
 

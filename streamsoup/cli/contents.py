@@ -64,6 +64,12 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
             "streamsoup wsm run --curve sqrt -o soup",
             "tasks/average-a-run.md",
         ),
+        "watch": Entry(
+            "watch",
+            "Keep the average of a run up to date while it goes on.",
+            "streamsoup watch run --last 5 -o soup",
+            "tasks/average-a-run.md",
+        ),
         "stock": Entry(
             "closed",
             "Go from a base towards the mean as angles say (Model Stock).",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @common.REPORTING
 def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Average checkpoints, or those in a RUN, all weighted alike."""
-    chosen = {name: settings.pop(name) for name in ("by", "every", "last")}
+    chosen = {name: settings.pop(name) for name in common.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import uniform

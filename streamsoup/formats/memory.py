@@ -23,7 +23,7 @@ from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor
 from streamsoup.system.buffers import Bytes, buffer
 from streamsoup.tensors import TORCH_NAMES
 
-__all__ = ["StateDict", "open_state", "plain_name", "sharing", "unwrapped"]
+__all__ = ["StateDict", "open_state", "open_tensors", "plain_name", "sharing", "unwrapped"]
 
 _PIECE = 1 << 20
 """Bytes digested at a time."""
@@ -193,9 +193,29 @@ def open_state(given: Any) -> StateDict:
     Raise `FormatError` for entries that are not plain dense tensors. Reads all of it once, for
     its digest; copies nothing but what `released` has to.
     """
+    if isinstance(given, Mapping):
+        return _opened(given, {})
+    return _opened(_state_of(given), _side_files(given))
+
+
+def open_tensors(state: Mapping[str, Any], module: Any) -> StateDict:
+    """Open tensors that a module could have as the checkpoint of it that would be saved.
+
+    Args:
+        state: By the names of the module without its wrappers. Tied names share their memory.
+        module: Whose names and configuration a checkpoint has, if it is one of transformers; None
+            for the tensors as they are.
+
+    Raises and costs as `open_state`.
+    """
+    if module is None:
+        return _opened(state, {})
+    return _opened(_as_saved(unwrapped(module), state), _side_files(module))
+
+
+def _opened(state: Mapping[Any, Any], side_files: Mapping[str, bytes]) -> StateDict:
     import torch
 
-    state = given if isinstance(given, Mapping) else _state_of(given)
     names = {getattr(torch, spelling): name for name, spelling in TORCH_NAMES.items()}
     strange = [
         name
@@ -215,9 +235,8 @@ def open_state(given: Any) -> StateDict:
             f"a state dict holds {some(strange) or 'nothing'}, where plain dense tensors were "
             "expected; leave out entries that are not weights"
         )
-    beside = {} if isinstance(given, Mapping) else _side_files(given)
     dtypes = {name: names[tensor.dtype] for name, tensor in state.items()}
-    return StateDict(state, dtypes, beside)
+    return StateDict(state, dtypes, side_files)
 
 
 def unwrapped(module: Any) -> Any:
@@ -251,8 +270,11 @@ def _state_of(module: Any) -> Mapping[str, Any]:
     state: Mapping[str, Any] = {} if isinstance(inner, type) else inner.state_dict()
     if not isinstance(state, Mapping):
         raise FormatError(f"state_dict() of {printable(repr(module))} gave no mapping of tensors")
-    if not isinstance(inner, torch.nn.Module):
-        return state
+    return _as_saved(inner, state) if isinstance(inner, torch.nn.Module) else state
+
+
+def _as_saved(inner: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tensors of a module without tied copies, as transformers would store its own."""
     tied = _tied_names(inner, state)
     state = {plain_name(name): state[name] for name in state if name not in tied}
     return released(inner, state) if is_pretrained(inner) else state

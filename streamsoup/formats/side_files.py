@@ -67,7 +67,7 @@ _OF_A_SOUP = ("*.safetensors", "*.index.json", "*.index.*.json", "streamsoup.jso
 
 _OF_TRAINING = (
     *(".", "checkpoint-", "global_step", "runs", "wandb"),
-    *("optimizer_", "pytorch_model_fsdp"),
+    *("optimizer_", "pytorch_model_fsdp", "average"),
 )
 """What the names of folders begin with that a training run leaves."""
 

@@ -24,6 +24,8 @@ from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed
 from streamsoup.formats.listings import INDEX, read_listing
 from streamsoup.formats.side_files import pieces
 from streamsoup.formats.weights import PICKLES
+from streamsoup.methods.best import Best, choose_best
+from streamsoup.methods.records import LARGEST_STATE, STATE
 from streamsoup.options import take
 
 __all__ = ["By", "Checkpoint", "Choice", "Given", "choose", "choose_any", "find_checkpoints"]
@@ -35,18 +37,16 @@ the time their weights were written, or their place in the list."""
 Given = Iterable[AnyIngredient] | str | os.PathLike[str]
 """Checkpoints, oldest first; or the folder of a run, which stands for all checkpoints in it."""
 
-STATE = "trainer_state.json"
-"""Where the Trainer of transformers notes the step of a checkpoint, among much else."""
-
-LARGEST_STATE = 250_000_000
-"""Bytes beyond which it is not read; a step that is logged takes some hundred."""
-
 _STEP = re.compile(r"(?:step|iter(?:ation)?)s?[-_=]?(\d+)", re.ASCII | re.IGNORECASE)
+_EPOCH = re.compile(r"epoch[-_=]?(\d+)", re.ASCII | re.IGNORECASE)
 _END = re.compile(r"\d+$", re.ASCII)
 _NAMED = re.compile(r"(?:checkpoint|ckpt|global_?step|step|epoch|iter)[-_=]?\d", re.IGNORECASE)
 """How the names of folders begin that hold a checkpoint, or were to hold one."""
+_UNFINISHED = ("tmp-", "tmp_")
+"""How the names of folders begin that a trainer renames when they are complete."""
 _NO_WEIGHTS = (
     "training_args",
+    "average_state",
     "optim",
     "sched",
     "scaler",
@@ -82,6 +82,12 @@ class Choice(msgspec.Struct, frozen=True):
     """What they are ordered by."""
     n_found: int
     """How many there were to choose from."""
+    metric: str | None = None
+    """The metric by which the best were chosen."""
+    direction: str | None = None
+    """Which of its values were the best."""
+    scores: tuple[float, ...] = ()
+    """The values of the metric of those chosen."""
     warnings: tuple[str, ...] = ()
     """What was left out, and whose name and step disagree."""
 
@@ -93,16 +99,24 @@ class Choice(msgspec.Struct, frozen=True):
     @property
     def report(self) -> dict[str, object]:
         """What a provenance says of the choice."""
-        return {
+        found: dict[str, object] = {
             "checkpoints": [each.name for each in self.checkpoints],
             "steps": [each.step for each in self.checkpoints],
             "ordered_by": self.by,
             "n_found": self.n_found,
         }
+        if self.metric is not None:
+            found |= {"best": self.direction, "metric": self.metric, "scores": list(self.scores)}
+        return found
 
 
 def choose(
-    given: Given, *, by: By | None = None, every: int = 1, last: int | None = None
+    given: Given,
+    *,
+    by: By | None = None,
+    best: Best | None = None,
+    every: int = 1,
+    last: int | None = None,
 ) -> Choice:
     """Return the checkpoints to average, oldest first.
 
@@ -110,6 +124,7 @@ def choose(
         given: Checkpoints, or the folder of a run, which stands for all checkpoints in it.
         by: What they are ordered by. None orders a folder by step, and takes a list as it is, but
             refuses one whose steps do not rise.
+        best: Keep the best by a metric, in their order of age; None keeps all.
         every: Keep the newest, and every `every`-th counted back from it.
         last: Then keep this many of the newest; None keeps all.
 
@@ -137,7 +152,9 @@ def choose(
         for warning in warnings:
             log.warning("%s", warning)
         raise
-    chosen = ordered[::-1][::every]
+    found_best = None if best is None else choose_best(ordered, best, warnings)
+    kept = ordered if found_best is None else list(found_best.checkpoints)
+    chosen = kept[::-1][::every]
     if last is not None and last > len(chosen):
         thinned = f", of which every {every} leaves {len(chosen)}" if every > 1 else ""
         raise RecipeError(
@@ -146,7 +163,13 @@ def choose(
         )
     chosen = chosen[:last][::-1]
     by = by or ("given" if run is None else "step")
-    return Choice(tuple(chosen), by, len(found), tuple(warnings))
+    choice = Choice(tuple(chosen), by, len(found), warnings=tuple(warnings))
+    if best is None or found_best is None:
+        return choice
+    scores = tuple(found_best.scores[id(each)] for each in chosen)
+    return msgspec.structs.replace(
+        choice, metric=best.metric, direction=found_best.direction, scores=scores
+    )
 
 
 def _in_order(found: Sequence[Checkpoint], run: str | None, by: By | None) -> list[Checkpoint]:
@@ -162,18 +185,23 @@ def _in_order(found: Sequence[Checkpoint], run: str | None, by: By | None) -> li
 
 
 def choose_any(
-    given: Given, *, by: By | None = None, every: int = 1, last: int | None = None
+    given: Given,
+    *,
+    by: By | None = None,
+    best: Best | None = None,
+    every: int = 1,
+    last: int | None = None,
 ) -> Choice | None:
     """Choose where order does not count: None where `given` is a list to take as it is.
 
     A list need be in order only where it is thinned, and a folder that holds weights of its own
     stands for itself. Otherwise as `choose`.
     """
-    asked = (by, every, last) != (None, 1, None)
+    asked = (by, best, every, last) != (None, None, 1, None)
     run = _run_of(given)
     if not asked and (run is None or _holds_weights(run)):
         return None
-    return choose(given, by=by, every=every, last=last)
+    return choose(given, by=by, best=best, every=every, last=last)
 
 
 def find_checkpoints(run: str, warnings: list[str]) -> list[str]:
@@ -185,6 +213,7 @@ def find_checkpoints(run: str, warnings: list[str]) -> list[str]:
     """
     folders, files = _inside(run)
     whole = [name for name in folders if _holds_weights(os.path.join(run, name))]
+    whole = [name for name in whole if not name.startswith(_UNFINISHED)]
     found = [name for name in whole if _is_numbered(os.path.join(run, name))]
     left_out = [name for name in whole if name not in found]
     if not found:
@@ -208,11 +237,13 @@ def number_in(name: str) -> int | None:
     [10, 500, None]
     >>> number_in("epoch=3-step=1200.ckpt"), number_in("step1000-tokens4B")
     (1200, 1000)
+    >>> number_in("epoch=3-val_loss=0.12.ckpt")
+    3
     """
     stem = name
     for suffix in (".safetensors", *PICKLES):
         stem = stem.removesuffix(suffix)
-    found = _STEP.search(stem)
+    found = _STEP.search(stem) or _EPOCH.search(stem)
     if found is not None:
         return int(found[1])
     end = _END.search(stem)
@@ -240,7 +271,10 @@ def _run_of(given: Any) -> str | None:
     inside = [os.path.join(run, name) for name in folders]
     if any(_is_numbered(path) and _holds_weights(path) for path in inside):
         return run
-    return run if sum(number_in(name) is not None for name in files) > 1 else None
+    if sum(number_in(name) is not None for name in files) > 1:
+        return run
+    below = os.path.join(run, "checkpoints")  # as Lightning has them
+    return _run_of(below) if "checkpoints" in folders and not files else None
 
 
 def _inside(run: str) -> tuple[list[str], list[str]]:

@@ -32,8 +32,10 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, check_choice, count, option, printable, some
 from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
 from streamsoup.methods.angles import Place, measure, plan_geometry
+from streamsoup.methods.best import best_of
 from streamsoup.methods.by_name import ByName, each, each_by_tensor, most_common, varies
 from streamsoup.methods.checkpoints import By, Given, choose
+from streamsoup.methods.records import Direction
 from streamsoup.options import Options, Planned, check_options, take
 from streamsoup.output.destination import check_output
 from streamsoup.output.jobs import make
@@ -58,6 +60,9 @@ def ema(
     decay: float = 0.9,
     *,
     by: By | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    direction: Direction | None = None,
     every: int = 1,
     last: int | None = None,
     output: str | os.PathLike[str],
@@ -71,6 +76,10 @@ def ema(
             it.
         by: What the checkpoints are ordered by: ``step``, ``name``, ``time``, or ``given`` to take
             them as they are, whatever their steps.
+        best: Take only this many, the best by `metric`; they stay in their order.
+        metric: Its name in the records of the run, such as ``eval_loss``.
+        direction: Which values are the best, ``lowest`` or ``highest``; None where the run says so,
+            and for losses.
         every: Take the newest, and every `every`-th counted back from it.
         last: Then take this many of the newest.
         output: The folder to make.
@@ -87,14 +96,25 @@ def ema(
     decay = take("float", "decay", decay)
     if not 0 <= decay < 1:
         raise RecipeError(f"decay {decay} is not between 0 and 1, 1 excluded")
-    choice = choose(checkpoints, by=by, every=every, last=last)
-    n = len(choice.checkpoints)
-    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
-    factors[:1] = [decay ** (n - 1)] if n else []
+    choice = choose(
+        checkpoints, by=by, best=best_of(best, metric, direction), every=every, last=last
+    )
+    factors = ema_factors(len(choice.checkpoints), decay)
     report = {"decay": decay, **choice.report}
     return make_linear(
         choice.ingredients, factors, "ema", report, output, options, warnings=choice.warnings
     )
+
+
+def ema_factors(n: int, decay: float) -> list[float]:
+    """Return the coefficients of `n` checkpoints, oldest first, in an average that keeps `decay`.
+
+    >>> ema_factors(3, 0.5)
+    [0.25, 0.25, 0.5]
+    """
+    factors = [(1 - decay) * decay ** (n - 1 - i) for i in range(n)]
+    factors[:1] = [decay ** (n - 1)] if n else []
+    return factors
 
 
 def lawa(
@@ -102,6 +122,9 @@ def lawa(
     window: int | None = None,
     *,
     by: By | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    direction: Direction | None = None,
     every: int = 1,
     last: int | None = None,
     output: str | os.PathLike[str],
@@ -113,6 +136,9 @@ def lawa(
         checkpoints: Oldest first; or the folder of a run, whose checkpoints are ordered by step.
         window: How many of the latest; None where `last` says so.
         by: As for `ema`.
+        best: As for `ema`.
+        metric: As for `ema`.
+        direction: As for `ema`.
         every: As for `ema`.
         last: As for `ema`.
         output: The folder to make.
@@ -126,7 +152,9 @@ def lawa(
 
     Costs as for `uniform`, of the latest ones only.
     """
-    choice = choose(checkpoints, by=by, every=every, last=last)
+    choice = choose(
+        checkpoints, by=by, best=best_of(best, metric, direction), every=every, last=last
+    )
     n = len(choice.checkpoints)
     if window is None and last is None:
         raise RecipeError(
@@ -150,6 +178,9 @@ def wsm(
     curve: Curve = "linear",
     *,
     by: By | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    direction: Direction | None = None,
     every: int = 1,
     last: int | None = None,
     output: str | os.PathLike[str],
@@ -165,6 +196,9 @@ def wsm(
         curve: With x = j/(k+1), ``linear`` (w = 1−x: the plain mean), ``cosine``
             (w = (1+cos πx)/2) or ``sqrt`` (w = 1−√x).
         by: As for `ema`.
+        best: As for `ema`.
+        metric: As for `ema`.
+        direction: As for `ema`.
         every: As for `ema`.
         last: As for `ema`.
         output: The folder to make.
@@ -178,7 +212,9 @@ def wsm(
 
     Costs as for `uniform`.
     """
-    choice = choose(checkpoints, by=by, every=every, last=last)
+    choice = choose(
+        checkpoints, by=by, best=best_of(best, metric, direction), every=every, last=last
+    )
     coefficients = wsm_coefficients(len(choice.checkpoints), curve)
     report = {"curve": curve, **choice.report}
     return make_linear(

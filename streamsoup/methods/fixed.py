@@ -17,8 +17,10 @@ from msgspec.structs import replace
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed, open_ingredients
+from streamsoup.methods.best import best_of
 from streamsoup.methods.by_name import ByName, each_by_tensor, most_common, varies
 from streamsoup.methods.checkpoints import By, Given, choose_any
+from streamsoup.methods.records import Direction
 from streamsoup.options import Options, take
 from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
 from streamsoup.output.jobs import make
@@ -33,6 +35,9 @@ def uniform(
     ingredients: Given,
     *,
     by: By | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    direction: Direction | None = None,
     every: int = 1,
     last: int | None = None,
     output: str | os.PathLike[str],
@@ -49,6 +54,10 @@ def uniform(
             its checkpoints.
         by: For checkpoints of a run, what they are ordered by before `every` and `last` choose:
             ``step``, ``name``, ``time`` or ``given``.
+        best: Take only this many, the best by `metric`.
+        metric: Its name in the records of the run, such as ``eval_loss``.
+        direction: Which values are the best, ``lowest`` or ``highest``; None where the run says so,
+            and for losses.
         every: Take the newest, and every `every`-th counted back from it.
         last: Then take this many of the newest.
         output: The folder to make.
@@ -62,7 +71,9 @@ def uniform(
 
     Reads each ingredient once, and holds blocks of it only.
     """
-    choice = choose_any(ingredients, by=by, every=every, last=last)
+    choice = choose_any(
+        ingredients, by=by, best=best_of(best, metric, direction), every=every, last=last
+    )
     given = listed(ingredients) if choice is None else choice.ingredients
     equal = Linear(Coefficients.uniform(len(given)))
     ordered = order(given, equal, method="uniform", options=options)
