@@ -160,7 +160,9 @@ def test_a_search_runs_from_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["slerp", "dare", "greedy"])
-def test_a_soup_is_a_recipe_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soup_is_a_recipe_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`run SOUP -o AGAIN` makes the same bytes and provenance, however the soup was found."""
     Path("score.py").write_text("import sys; print(-len(sys.argv[1]))\n")
     words = words_of(name)
@@ -173,6 +175,12 @@ def test_a_soup_is_a_recipe_of_its_own(name: str, capsys: pytest.CaptureFixture[
         assert provenance(other) == provenance("one")
         weights = [Path(each, "model.safetensors").read_bytes() for each in ("one", other)]
         assert weights[0] == weights[1]
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli(["run", "../one", "-q", "-o", "four"]) == 0
+    assert Path("four/model.safetensors").read_bytes() == weights[0]
+    assert "(base)" in Path("four/README.md").read_text() or name != "dare"
+    monkeypatch.chdir("..")
     capsys.readouterr()
     assert cli(["run", "one"]) == 2
     assert "needs another folder: give -o OUT" in capsys.readouterr().err

@@ -39,7 +39,15 @@ def make_again(
     soup is another, and `verify` of the first one says so.
     """
     provenance = read_provenance(soup)
-    recipe = provenance.recipe
-    opened = open_ingredients(where_they_were(soup, provenance), recipe.reading)
-    ordered = plan_order(opened, recipe, options)
-    return make(replace(ordered, report=provenance.report), output=output, options=options)
+    recipe, report = provenance.recipe, dict(provenance.report)
+    # As they were named, if that is still the same path from here.
+    paths = [
+        name if os.path.abspath(name) == path else path
+        for name, path in zip(recipe.ingredients, where_they_were(soup, provenance), strict=True)
+    ]
+    opened = open_ingredients(paths, recipe.reading)
+    names = tuple(ingredient.name for ingredient in opened)
+    if report.get("base") == recipe.ingredients[0]:
+        report["base"] = names[0]
+    ordered = plan_order(opened, replace(recipe, ingredients=names), options)
+    return make(replace(ordered, report=report), output=output, options=options)
