@@ -384,6 +384,27 @@ def test_shards_without_weights_are_not_made(tmp_path: Path) -> None:
     verify(tmp_path / "out")
 
 
+def test_pickled_codes_and_those_of_a_component_are_read(tmp_path: Path) -> None:
+    """The same values, whatever the codes lie in."""
+    stored, name, values = layout("channel", 15)
+    x = torch.frombuffer(bytearray(stored[name][2]), dtype=torch.uint8).reshape(values.shape)
+    s = torch.frombuffer(bytearray(stored[f"{name}_scale"][2]), dtype=torch.float32)
+    pickled = {name: x.view(torch.float8_e4m3fn), f"{name}_scale": s.reshape(-1, 1)}
+    torch.save(pickled, tmp_path / "model.pt")
+    uniform([tmp_path / "model.pt"], output=tmp_path / "out", options=EXACT)
+    assert np.array_equal(made(tmp_path / "out", name), values)
+    assert verify(tmp_path / "out").rederived
+    parts = tmp_path / "pipeline"
+    configure(save(parts / "transformer", stored), quant_method="compressed-tensors")
+    index = {"_class_name": "P", "transformer": ["diffusers", "T"]}
+    (parts / "model_index.json").write_text(json.dumps(index))
+    uniform([parts], output=tmp_path / "piped", options=EXACT)
+    assert np.array_equal(made(tmp_path / "piped" / "transformer", name), values)
+    config = json.loads((tmp_path / "piped" / "transformer" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert verify(tmp_path / "piped").rederived
+
+
 def test_what_only_measures_reads_them_too(tmp_path: Path) -> None:
     """Distances between quantised models are those between their values."""
     models = [layout("mxfp8", seed) for seed in (11, 12)]
