@@ -65,6 +65,12 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 f"{option('exclude')} choose; give one of them"
             )
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What differs from the defaults, as plain JSON: scores depend on it."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
     def takes(self, tensor: str) -> bool:
         """Return True for a tensor that is averaged, if its dtype is: chosen by its name."""
         wanted = not self.include or any(fnmatchcase(tensor, each) for each in self.include)

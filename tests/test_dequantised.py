@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from test_memory import SCRIPT, sparse
 
 from streamsoup import Options, geometry, mix, uniform, verify
-from streamsoup.errors import FormatError, MismatchError, NonFiniteError
+from streamsoup.errors import CorruptFileError, FormatError, MismatchError, NonFiniteError
 from streamsoup.formats.files import Access
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.kernels import decoding
@@ -382,6 +382,45 @@ def test_shards_without_weights_are_not_made(tmp_path: Path) -> None:
     assert index["weight_map"] == {"w": "model-00002-of-00002.safetensors"}
     assert index["metadata"]["total_size"] == 8 * values.size
     verify(tmp_path / "out")
+
+
+def test_pickled_codes_and_those_of_a_component_are_read(tmp_path: Path) -> None:
+    """The same values, whatever the codes lie in."""
+    stored, name, values = layout("channel", 15)
+    x = torch.frombuffer(bytearray(stored[name][2]), dtype=torch.uint8).reshape(values.shape)
+    s = torch.frombuffer(bytearray(stored[f"{name}_scale"][2]), dtype=torch.float32)
+    pickled = {name: x.view(torch.float8_e4m3fn), f"{name}_scale": s.reshape(-1, 1)}
+    torch.save(pickled, tmp_path / "model.pt")
+    uniform([tmp_path / "model.pt"], output=tmp_path / "out", options=EXACT)
+    assert np.array_equal(made(tmp_path / "out", name), values)
+    assert verify(tmp_path / "out").rederived
+    parts = tmp_path / "pipeline"
+    stored["m.input_scale"] = tensor(np.float32(1))
+    configure(save(parts / "transformer", stored), quant_method="compressed-tensors")
+    index = {"_class_name": "P", "transformer": ["diffusers", "T"]}
+    (parts / "model_index.json").write_text(json.dumps(index))
+    soup = uniform([parts], output=tmp_path / "piped", options=EXACT)
+    assert any("1 scale of activations" in text for text in soup.warnings)
+    assert np.array_equal(made(tmp_path / "piped" / "transformer", name), values)
+    config = json.loads((tmp_path / "piped" / "transformer" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert verify(tmp_path / "piped").rederived
+
+
+def test_damaged_pickles_are_found_below_other_readers(tmp_path: Path) -> None:
+    """A checksum that a pickle holds is looked at whatever its tensors are made into."""
+    values = np.arange(4000, dtype=np.float32)
+    torch.save({"module.w": torch.from_numpy(values)}, tmp_path / "model.pt")
+    options = Options(rename="module.=>")
+    uniform([tmp_path / "model.pt"], output=tmp_path / "out", options=options)
+    assert load(tmp_path / "out")["w"][2] == values.tobytes()
+    whole = bytearray((tmp_path / "model.pt").read_bytes())
+    at = whole.index(values[1000:1010].tobytes())
+    whole[at] ^= 1
+    (tmp_path / "model.pt").write_bytes(whole)
+    with pytest.raises(CorruptFileError, match="CRC"):
+        uniform([tmp_path / "model.pt"], output=tmp_path / "no", options=options)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_only_measures_reads_them_too(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import command, load, load_array, save, save_sharded, tensor
 from crash import Machine
 from numpy.typing import NDArray
 
-from streamsoup import Options, geometry, greedy, mix, ties, uniform, verify
+from streamsoup import GreedySettings, Options, geometry, greedy, mix, ties, uniform, verify
 from streamsoup.errors import MismatchError, RecipeError, StreamsoupError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.reading import Reading
@@ -398,6 +399,35 @@ def test_a_search_that_tries_some_refuses_rows_of_others(tmp_path: Path) -> None
     paths = [speaking(tmp_path / f"m{n}", n, 6 + n, WORDS[: 6 + n]) for n in range(2)]
     with pytest.raises(RecipeError, match="has tensors or rows of other ingredients"):
         greedy(paths, lambda model: 0.0, output=tmp_path / "out", options=COMMON)
+
+
+def test_a_search_of_other_tensors_believes_no_scores(tmp_path: Path) -> None:
+    """A choice of tensors is part of what scores are about: a report of another is refused."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+
+    paths = [
+        save(tmp_path / f"m{n}", {"w": tensor(values(n, 3)), "v": tensor(values(n + 9, 3))})
+        for n in range(2)
+    ]
+
+    def score(net: Net) -> float:
+        return float(net.w.sum() - net.v.sum())
+
+    chosen = Options(exclude="v")
+    found = greedy(paths, score, model=Net(), output=tmp_path / "some", options=chosen)
+    assert verify(tmp_path / "some").rederived
+    for options, is_known in ((chosen, True), (Options(), False)):
+        settings = GreedySettings(scores=found.report)
+        out = tmp_path / f"again{is_known}"
+        if is_known:
+            greedy(paths, score, model=Net(), output=out, settings=settings, options=options)
+        else:
+            with pytest.raises(RecipeError, match="scores are of another search: reading"):
+                greedy(paths, score, model=Net(), output=out, settings=settings, options=options)
 
 
 def test_fewer_ingredients_are_fitted_anew(tmp_path: Path) -> None:

@@ -225,7 +225,8 @@ def fixed_nbytes(plan: MixPlan) -> int:
     own = rule_memory(plan).fixed
     costs = [ingredient.source.cost(mapped=True) for ingredient in plan.ingredients]
     compiling = max(cost.compiling_nbytes for cost in costs)
-    return PROCESS_NBYTES + compiling + 1200 * n_shards + specs + leaves + own
+    sources = sum(cost.held_nbytes for cost in costs)
+    return PROCESS_NBYTES + compiling + sources + 1200 * n_shards + specs + leaves + own
 
 
 def rule_memory(plan: MixPlan) -> RuleMemory:

@@ -265,7 +265,7 @@ def quantisation(folder: str | None) -> Quantisation | None:
 
 def is_of_quantisation(name: str) -> bool:
     """Return True for a side file that is about quantisation alone."""
-    return name in _QUANTISED_FILES
+    return os.path.basename(name) in _QUANTISED_FILES
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,21 @@ class Derived(Source):
         return self.of.index_name
 
     @property
+    def index_names(self) -> Sequence[str]:
+        """The indexes of what it is made of."""
+        return self.of.index_names
+
+    @property
+    def components(self) -> Sequence[str]:
+        """The components of what it is made of."""
+        return self.of.components
+
+    @property
+    def copied(self) -> Sequence[str]:
+        """The weights that are copied beside what it is made of."""
+        return self.of.copied
+
+    @property
     def files(self) -> Sequence[str]:
         """The files that are read."""
         return self.of.files

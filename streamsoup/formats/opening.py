@@ -29,13 +29,12 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         return open_stacked(pieces, lambda piece: open_path(piece, reading, cache))
 
     def open_folder(folder: str) -> Source:
-        if is_pickled(folder):
-            return open_pickled(folder, reading.key, cache)
-        stored = open_stored(folder, cache)
+        pickled = is_pickled(folder)
+        source = open_pickled(folder, reading.key, cache) if pickled else open_stored(folder, cache)
         if reading.dequantize:
             from streamsoup.formats.quantised.opening import dequantised
 
-            return dequantised(stored)
-        return stored
+            return dequantised(source)
+        return source
 
     return open_pipeline(path, reading.components, open_folder) or open_folder(path)

@@ -53,6 +53,8 @@ class ReadingCost(msgspec.Struct, frozen=True):
     """Bytes a cursor holds from one call to the next."""
     opening_nbytes: int = 0
     """Bytes held at most while the source was opened."""
+    held_nbytes: int = 0
+    """Bytes held as long as the source is open, such as what it knows of each tensor."""
     compiling_nbytes: int = 0
     """Bytes that compiling what it computes with takes, once for all sources of its kind."""
 

@@ -189,6 +189,7 @@ def scores_depend_on(
         "dtype": recipe.dtype,
         "non_float": recipe.non_float,
         "non_finite": recipe.non_finite,
+        **({"reading": recipe.reading.told} if recipe.reading.told else {}),
     }
 
 
@@ -230,7 +231,8 @@ def _given_scores(settings: GreedySettings, bound_to: Mapping[str, Any]) -> list
     about = report.get("bound_to")
     if not isinstance(about, Mapping):
         raise RecipeError("the scores are not a report of a greedy search; give a number for each")
-    changed = [k for k in bound_to if k != "ingredients" and about.get(k) != bound_to[k]]
+    keys = [key for key in dict.fromkeys([*bound_to, *about]) if key != "ingredients"]
+    changed = [key for key in keys if about.get(key) != bound_to.get(key)]
     try:
         known = {
             json.dumps(identity): float(single["score"])

@@ -159,6 +159,7 @@ def _bound_to(
         "dtype": recipe.dtype,
         "non_float": recipe.non_float,
         "non_finite": recipe.non_finite,
+        **({"reading": recipe.reading.told} if recipe.reading.told else {}),
     } | {name: getattr(settings, name) for name in DECIDING}
 
 

@@ -101,7 +101,10 @@ class Arranged(Fitted):
 
     def cost(self, *, mapped: bool) -> ReadingCost:
         """Return the costs of both sources together."""
-        return together([each.cost(mapped=mapped) for each in (self.of, *self.others)])
+        cost = together([each.cost(mapped=mapped) for each in (self.of, *self.others)])
+        return msgspec.structs.replace(
+            cost, held_nbytes=cost.held_nbytes + 400 * len(self._tensors)
+        )
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that asks one source or the other."""
@@ -141,5 +144,6 @@ def together(costs: Sequence[ReadingCost]) -> ReadingCost:
         unit_nbytes=max(cost.unit_nbytes for cost in costs),
         cursor_nbytes=sum(cost.cursor_nbytes for cost in costs),
         opening_nbytes=max(cost.opening_nbytes for cost in costs),
+        held_nbytes=costs[0].held_nbytes,  # the others' are their own
         compiling_nbytes=max(cost.compiling_nbytes for cost in costs),
     )

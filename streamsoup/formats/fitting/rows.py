@@ -84,7 +84,8 @@ class Lengthened(Fitted):
     def cost(self, *, mapped: bool) -> ReadingCost:
         """Return the costs of all; and what is read, and its values, for each element."""
         below = together([each.cost(mapped=mapped) for each in (self.of, *self.others)])
-        return replace(below, views=False, unit_nbytes=below.unit_nbytes + 32)
+        held = below.held_nbytes + 250 * len(self._tensors)
+        return replace(below, views=False, unit_nbytes=below.unit_nbytes + 32, held_nbytes=held)
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that has one of each source."""

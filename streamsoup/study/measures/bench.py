@@ -265,6 +265,7 @@ class Bench:
             [self.digest(i) for i in mixture.members],
             msgspec.json.encode(mixture.coefficients).decode(),
             *([self.given] if self.given else []),
+            *([self.plan.recipe.reading.told] if self.plan.recipe.reading.told else []),
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
