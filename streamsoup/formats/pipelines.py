@@ -167,20 +167,6 @@ class Pipeline(Source):
             compiling_nbytes=max(cost.compiling_nbytes for cost in costs),
         )
 
-    @property
-    def notes(self) -> Sequence[str]:
-        """What is worth a warning about any component."""
-        return [note for part in self._parts.values() for note in part.notes]
-
-    def check_read(self, tensors: Collection[str]) -> None:
-        """Look at the tensors of each component."""
-        inner: dict[str, list[str]] = {}
-        for tensor in tensors:
-            path, name = self._owner(tensor)
-            inner.setdefault(path, []).append(name)
-        for path, names in inner.items():
-            self._parts[path].check_read(names)
-
     def suspects(self, *, strict: bool) -> Suspects | None:
         """Return what may have changed in any component."""
         found = {path: part.suspects(strict=strict) for path, part in self._parts.items()}
