@@ -259,7 +259,8 @@ def _identity(asked: _Asked, choice: Choice) -> str:
     made = msgspec.to_builtins(asked.coefficients(n))
     options = asked.options
     how = [options.dtype, options.shard_size, options.non_float, options.non_finite]
-    return json.dumps([asked.method, made, [str(each) for each in how], files])
+    reading = msgspec.to_builtins(options.reading)
+    return json.dumps([asked.method, made, [str(each) for each in how], reading, files])
 
 
 def _weights_of(path: str | None) -> object:
