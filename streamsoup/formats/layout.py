@@ -50,6 +50,8 @@ class HeaderCache(msgspec.Struct):
     """By the ids of its headers."""
     pickled: dict[Any, Any] = {}
     """What was read of pickles, by their digest: see `formats.pickled.saved`."""
+    bases: dict[str, Any] = {}
+    """The first adapter over each base: all others have to name the same base."""
 
     def header(self, text: bytes | bytearray, file_nbytes: int) -> Header:
         """Parse a header, unless the same bytes were parsed before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamsoup.formats.adapters.paths import split
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.pipelines import open_pipeline
@@ -25,6 +26,10 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
+    if (parts := split(path)) is not None:
+        from streamsoup.formats.adapters.source import open_adapted
+
+        return open_adapted(open_path(parts[0], reading, cache), parts[1:], cache)
     if (pieces := pieces_of(path)) is not None:
         return open_stacked(pieces, lambda piece: open_path(piece, reading, cache))
 
