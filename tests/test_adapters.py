@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from adapters import factors, in_order, save_adapter, scale
 from checkpoints import load, load_array, save, tensor
 
 import streamsoup
-from streamsoup import Options, geometry, mix, uniform, verify
+from streamsoup import Options, geometry, mix, mix_into, uniform, verify
 from streamsoup.errors import (
     BudgetError,
     FormatError,
@@ -378,3 +379,58 @@ def test_names_may_differ_by_the_prefix_of_the_model(tmp_path: Path) -> None:
         one = save_adapter(tmp_path / "one", q())
         soup = uniform([f"{at}+{one}"], output=tmp_path / f"soup{n}", options=F64)
         assert (load_array(Path(soup.path), name) == in_order(W, A, B, 2.0)).all()
+
+
+KILLED = """
+import os, sys
+from streamsoup import uniform
+from streamsoup.formats.adapters import source
+read, left = source._Cursor.read, [int(sys.argv[1])]
+def dying(self, tensor, begin, block):
+    left[0] -= 1
+    if left[0] < 0:
+        os._exit(9)
+    read(self, tensor, begin, block)
+source._Cursor.read = dying
+uniform(sys.argv[3:], output=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_a_killed_run_is_resumed(tmp_path: Path, n: int) -> None:
+    """Killed at any block, the output is absent; run again, it has the bytes of one run."""
+    at = base(tmp_path / "base", **{"m.k.weight": W, "m.v.weight": W})
+    tensors = {f"m.{x}.{name[4:]}": each for x in "qkv" for name, each in q().items()}
+    path = f"{at}+{save_adapter(tmp_path / 'one', tensors)}"
+    whole = uniform([path, at], output=tmp_path / "whole")
+    out = tmp_path / "soup"
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED, str(n), str(out), path, str(at)], check=False
+    )
+    assert ran.returncode == 9
+    assert not out.exists()
+    soup = uniform([path, at], output=out)
+    assert load(Path(soup.path)) == load(Path(whole.path))
+    verify(out)
+
+
+def test_greedy_chooses_among_adapters_of_one_base(tmp_path: Path) -> None:
+    """A live model of the base is all that is loaded: candidates are made of the factors."""
+    live = torch.nn.Module()
+    live.m = torch.nn.Module()
+    live.m.q = torch.nn.Linear(90, 70)
+    at = save(tmp_path / "base", {"m.q.weight": tensor(W), "m.q.bias": tensor(BIAS)})
+    one = save_adapter(tmp_path / "one", q())
+    two = save_adapter(tmp_path / "two", {**q(), "m.q.lora_B.weight": -B})
+    wanted = torch.from_numpy(in_order(W, A, B, 1.0).astype(np.float32))
+
+    def score(model: Any) -> float:
+        return -float((model.m.q.weight - wanted).square().sum())
+
+    given = [f"{at}+{one}", f"{at}+{two}", at]
+    found = streamsoup.greedy(given, score, model=live, output=tmp_path / "soup")
+    weight = load_array(tmp_path / "soup", "m.q.weight")
+    assert (weight == ((in_order(W, A, B, 2.0) + W.astype(float)) / 2).astype(np.float32)).all()
+    assert found is not None
+    mix_into(live, [f"{at}+{one}"])
+    assert (live.m.q.weight.detach().numpy() == in_order(W, A, B, 2.0).astype(np.float32)).all()

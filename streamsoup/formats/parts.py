@@ -68,6 +68,11 @@ def factors_in(ingredient: Ingredient) -> str | None:
     if not found:
         return None
     folder = printable(ingredient.folder or os.path.dirname(ingredient.path))
+    if ADAPTER_FILE in files:
+        return (
+            f"{ingredient.where(found[0])}{_more(found)} belongs to an adapter, whose factors mean "
+            f"nothing apart: give it over the base it was trained on, as BASE+{folder}"
+        )
     return (
         f"{ingredient.where(found[0])}{_more(found)} belongs to an adapter, whose factors mean "
         'nothing apart: merge each adapter into its base first, as by python -c "from peft import '

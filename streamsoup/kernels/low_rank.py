@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamsoup.kernels.blocks import widen
 from streamsoup.kernels.tiers import first_compiled, tier
-from streamsoup.system.buffers import Bytes, address_of, buffer
+from streamsoup.system.buffers import Bytes, address_of
 from streamsoup.tensors import DType
 
 __all__ = ["Compiled", "Factor", "add_product", "compiled", "scratch_nbytes"]
@@ -95,8 +95,8 @@ def scratch_nbytes(rank: int) -> int:
 
 
 def _columns(rank: int) -> int:
-    """Return the columns of R that the compiled loop holds at once."""
-    return max(64, min(512, TILE // max(1, rank)))
+    """Return the columns of R that the compiled loop holds at once: `plain_low_rank.WIDTH` s."""
+    return max(32, min(512, TILE // 2 // max(1, rank) // 32 * 32))
 
 
 class Compiled:
@@ -138,7 +138,7 @@ class Compiled:
             rank: See there.
             scale: See there.
         """
-        scratch = buffer(scratch_nbytes(rank))
+        scratch = memoryview(bytearray(scratch_nbytes(rank)))
         table = (ctypes.c_int64 * 18)(
             *(address_of(values), address_of(base), _KINDS.index(dtype.name), begin),
             *(len(values) // 8, columns, rank, _columns(rank), address_of(scratch)),

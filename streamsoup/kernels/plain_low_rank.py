@@ -13,15 +13,20 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = ["compile_low_rank"]
 
 _F64, _F32, _BF16 = range(3)
 
-_AT_ONCE = 8
-"""Terms that are added while a sum is in a register."""
+_VECTOR = 8
+"""Float64 in a vector: LLVM makes two of it where the processor has half."""
+
+WIDTH = 32
+"""Columns whose sums are in vectors at once: as many as hide how long a sum takes."""
 
 
 @intrinsic
@@ -37,19 +42,48 @@ def _pointer(typing: Any, address: Any, word: Any) -> Any:
 
 
 @intrinsic
-def _plus_exact(typing: Any, total: Any, one: Any, other: Any) -> Any:
-    """Return ``total + one · other`` where the product is exact.
+def _sum_products(
+    typing: Any, sums_at: Any, left_at: Any, right_at: Any, rank: Any, pitch: Any
+) -> Any:
+    """Put the sums of ``left[k] · right[k, j]`` over k, in order, into `WIDTH` float64.
+
+    The sums stay in vectors while k goes on. All arguments are int64; `pitch` is that of `right`.
 
     1. Factors of 32 bits and fewer have 24 bits of fraction at most, their product 48, which
        float64 holds; its exponent is within that of float64, too.
-    2. So rounding the product, or fusing it with the sum, is the same number: the processor may do
-       either. NaN and Inf come out alike.
+    2. So rounding the product, or fusing it with the sum (``contract``), is the same number: the
+       processor may do either. NaN and Inf come out alike.
     """
-    signature = types.float64(types.float64, types.float64, types.float64)
+    signature = types.void(*[types.int64] * 5)
+    vector = ir.VectorType(ir.DoubleType(), _VECTOR)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(args[1], args[2], flags=("contract",))
-        return builder.fadd(args[0], product, flags=("contract",))
+        sums_at, left_at, right_at, rank, pitch = args
+        word, double = ir.IntType(64), ir.DoubleType()
+        zero = ir.Constant(vector, [0.0] * _VECTOR)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(WIDTH // _VECTOR)]
+        for total in totals:  # alloca_once_value writes at the entry only
+            builder.store(zero, total)
+        with cgutils.for_range(builder, rank, intp=word) as loop:
+            at = builder.add(left_at, builder.mul(loop.index, word(8)))
+            one = builder.load(builder.inttoptr(at, double.as_pointer()))
+            lanes = builder.insert_element(zero, one, ir.IntType(32)(0))
+            same = ir.Constant(ir.VectorType(ir.IntType(32), _VECTOR), [0] * _VECTOR)
+            lanes = builder.shuffle_vector(lanes, zero, same)
+            row = builder.add(right_at, builder.mul(builder.mul(loop.index, pitch), word(8)))
+            for i, total in enumerate(totals):
+                place = builder.add(row, word(8 * _VECTOR * i))
+                other = builder.load(builder.inttoptr(place, vector.as_pointer()), align=8)
+                product = builder.fmul(lanes, other, flags=("contract",))
+                builder.store(
+                    builder.fadd(builder.load(total), product, flags=("contract",)), total
+                )
+        for i, total in enumerate(totals):
+            place = builder.add(sums_at, word(8 * _VECTOR * i))
+            builder.store(
+                builder.load(total), builder.inttoptr(place, vector.as_pointer()), align=8
+            )
+        return context.get_dummy_value()
 
     return signature, generate
 
@@ -89,8 +123,10 @@ def low_rank(table_at: Any, scale: float) -> int:
     left_at, left_kind, left_step, left_k = t[9], t[10], t[11], t[12]
     right_at, right_kind, right_step, right_k = t[13], t[14], t[15], t[16]
     right = numba.carray(_pointer(scratch_at, types.float64), (rank, tile))
-    left = numba.carray(_pointer(scratch_at + 8 * rank * tile, types.float64), (rank,))
-    sums = numba.carray(_pointer(scratch_at + 8 * rank * (tile + 1), types.float64), (tile,))
+    row_at = scratch_at + 8 * rank * tile
+    sums_at = row_at + 8 * rank
+    left = numba.carray(_pointer(row_at, types.float64), (rank,))
+    sums = numba.carray(_pointer(sums_at, types.float64), (tile,))
     end = begin + n
     for first in range(0, columns, tile):
         last = min(columns, first + tile)
@@ -104,37 +140,19 @@ def low_rank(table_at: Any, scale: float) -> int:
                 continue
             for k in range(rank):
                 left[k] = _value(left_kind, left_at, row * left_step + k * left_k)
-            sums[:m] = 0.0
             skip = low - first
-            k = 0
-            while k + _AT_ONCE <= rank:
-                x0, x1, x2, x3 = left[k], left[k + 1], left[k + 2], left[k + 3]
-                x4, x5, x6, x7 = left[k + 4], left[k + 5], left[k + 6], left[k + 7]
-                for j in range(m):
-                    total = _plus_exact(sums[j], x0, right[k, skip + j])
-                    total = _plus_exact(total, x1, right[k + 1, skip + j])
-                    total = _plus_exact(total, x2, right[k + 2, skip + j])
-                    total = _plus_exact(total, x3, right[k + 3, skip + j])
-                    total = _plus_exact(total, x4, right[k + 4, skip + j])
-                    total = _plus_exact(total, x5, right[k + 5, skip + j])
-                    total = _plus_exact(total, x6, right[k + 6, skip + j])
-                    sums[j] = _plus_exact(total, x7, right[k + 7, skip + j])
-                k += _AT_ONCE
-            while k < rank:
-                x0 = left[k]
-                for j in range(m):
-                    sums[j] = _plus_exact(sums[j], x0, right[k, skip + j])
-                k += 1
+            for at in range(skip // WIDTH * WIDTH, skip + m, WIDTH):
+                _sum_products(sums_at + 8 * at, row_at, scratch_at + 8 * at, rank, tile)
             start = row * columns + low - begin
             out = numba.carray(_pointer(out_at + 8 * start, types.float64), (m,))
             if base_kind == _F64:
-                _add(_F64, base_at, start, scale, sums[:m], out)
+                _add(_F64, base_at, start, scale, sums[skip : skip + m], out)
             elif base_kind == _F32:
-                _add(_F32, base_at, start, scale, sums[:m], out)
+                _add(_F32, base_at, start, scale, sums[skip : skip + m], out)
             elif base_kind == _BF16:
-                _add(_BF16, base_at, start, scale, sums[:m], out)
+                _add(_BF16, base_at, start, scale, sums[skip : skip + m], out)
             else:
-                _add(3, base_at, start, scale, sums[:m], out)
+                _add(3, base_at, start, scale, sums[skip : skip + m], out)
     return 0
 
 

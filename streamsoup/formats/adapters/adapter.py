@@ -130,6 +130,12 @@ def _pair(module: str, found: Mapping[str, str], stored: Stored, config: Adapter
     shapes = [stored.layout.places[each][1].shape for each in (a, b)]
     if any(len(shape) < 2 for shape in shapes):
         raise FormatError(f"{stored.where(a)}: has a shape of less than two sizes")
+    if len(shapes[1]) > 2 and 0 < shapes[1][1] < shapes[0][0]:
+        raise FormatError(
+            f"{stored.where(b)}: has {shapes[1][1]} of {shapes[0][0]} ranks for each output, so it "
+            "is of a grouped convolution, to whose weight no such product can be added; leave that "
+            "module out (exclude_modules), or train it whole (modules_to_save)"
+        )
     rank = config.rank_of(module)
     if shapes[0][0] != rank or shapes[1][1] != rank:
         raise FormatError(

@@ -118,15 +118,10 @@ def _turns(
         )
         if turned is None or (pair.embedding and not turned):
             shapes = [list(adapter.spec(each).shape) for each in (pair.a, pair.b)]
-            grouped = len(tensor.shape) > 2 and tensor.shape[0] == shapes[1][0]
-            why = (
-                "a grouped convolution, to which PEFT's factors cannot be added"
-                if grouped and tensor.shape[1] < shapes[0][1]
-                else "this adapter belongs to another base"
-            )
             raise MismatchError(
                 f"{adapter.stored.where(pair.a)}: factors of the shapes {shapes[0]} and "
-                f"{shapes[1]} do not fit {base.where(name)}, which has {list(tensor.shape)}: {why}"
+                f"{shapes[1]} do not fit {base.where(name)}, which has {list(tensor.shape)}; this "
+                "adapter belongs to another base"
             )
         if not pair.embedding:
             both = _fits(pair, adapter, tensor, not turned)
