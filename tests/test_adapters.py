@@ -149,7 +149,7 @@ def test_scales_patterns_and_rank_stabilisation(tmp_path: Path) -> None:
     one = save_adapter(tmp_path / "one", tensors, **config)
     soup = uniform([f"{at}+{one}"], output=tmp_path / "soup", options=F64)
     for name, rank, alpha in [("q", 4, 8), ("k", 7, 3), ("v", 2, 8)]:
-        expected = in_order(W, *made[name], scale(rank, alpha, rslora=True))
+        expected = in_order(W, made[name][0], made[name][1], scale(rank, alpha, rslora=True))
         assert (load_array(Path(soup.path), f"m.{name}.weight") == expected).all()
 
 
@@ -210,7 +210,9 @@ def test_several_adapters_and_other_modules(tmp_path: Path) -> None:
     wide = W.astype(float)
     assert (load_array(soup, "m.q.weight") == 0.5 * in_order(W, A, B, 2.0) + -1.5 * wide).all()
     both = Path(uniform([f"{at}+{one}+{three}"], output=tmp_path / "both", options=F64).path)
-    assert (load_array(both, "m.q.weight") == in_order(in_order(W, A, B, 2.0), *other, 2.0)).all()
+    assert (
+        load_array(both, "m.q.weight") == in_order(in_order(W, A, B, 2.0), other[0], other[1], 2.0)
+    ).all()
 
 
 def test_a_path_that_exists_wins(tmp_path: Path) -> None:

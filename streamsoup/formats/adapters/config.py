@@ -60,11 +60,12 @@ class AdapterConfig(msgspec.Struct, frozen=True):
 
     def rank_of(self, module: str) -> int:
         """Return the rank that a module should have."""
-        return _first(self.rank_pattern, module, self.rank)
+        found: int = _first(self.rank_pattern, module, self.rank)
+        return found
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return the factor s of a module: alpha / r, or alpha / √r with rank stabilisation."""
-        alpha = _first(self.alpha_pattern, module, self.alpha)
+        alpha: float = _first(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ import numpy as np
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.adapters.adapter import Adapter, open_adapter
 from streamsoup.formats.adapters.terms import Side, Term, terms_of, whole_of
+from streamsoup.formats.derived import Derived
 from streamsoup.formats.files import Access
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.source import Cursor, ReadingCost, Source, SourceTensor, Suspects
@@ -29,7 +30,7 @@ _COMPILED_FROM = 1 << 28
 _ONE = memoryview(bytearray(np.float32(1).tobytes()))
 
 
-class Adapted(Source):
+class Adapted(Derived):
     """A base and the adapters on it, as one checkpoint."""
 
     def __init__(self, base: Source, adapters: Sequence[Adapter]) -> None:
@@ -39,7 +40,12 @@ class Adapted(Source):
             base: What they were trained on.
             adapters: One, or several, whose products are added in this order.
         """
-        self.base, self.adapters = base, tuple(adapters)
+        if tuple(base.components) != ("",):
+            raise MismatchError(
+                f"{printable(base.name)}: is a pipeline of components; give the folder of the "
+                "component that the adapter belongs to as its base"
+            )
+        self.of, self.adapters = base, tuple(adapters)
         self.terms: dict[str, list[Term]] = {}
         self.whole: dict[str, tuple[int, str]] = {}
         for number, adapter in enumerate(adapters):
@@ -66,7 +72,7 @@ class Adapted(Source):
     def _described(self) -> dict[str, SourceTensor]:
         """Describe all tensors: those of the base, changed ones in float64, and new ones last."""
         found: dict[str, SourceTensor] = {}
-        for name, tensor in self.base.tensors.items():
+        for name, tensor in self.of.tensors.items():
             if name in self.terms:
                 tensor = SourceTensor(tensor.dtype, tensor.shape, "F64", tensor.file)
             elif name in self.whole:
@@ -76,7 +82,7 @@ class Adapted(Source):
         for name, (number, own) in self.whole.items():
             if name not in found:
                 spec = self._spec(number, own)
-                last = len(self.base.file_names) - 1
+                last = len(self.of.file_names) - 1
                 found[name] = SourceTensor(spec.dtype.name, spec.shape, None, last)
         return found
 
@@ -99,10 +105,14 @@ class Adapted(Source):
                 self._kernel, self._looked = compiled(), True
             return self._kernel
 
+    def made_of(self, tensor: str) -> Collection[str]:
+        """Return the tensor itself; nothing of the base for what an adapter replaces or adds."""
+        return () if tensor in self.whole else (tensor,)
+
     @property
     def name(self) -> str:
         """The path as it was given."""
-        return "+".join([self.base.name, *(each.name for each in self.adapters)])
+        return "+".join([self.of.name, *(each.name for each in self.adapters)])
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
@@ -118,7 +128,7 @@ class Adapted(Source):
         ]
         whole = [[name, number, own] for name, (number, own) in self.whole.items()]
         files = [adapter.stored.fingerprint for adapter in self.adapters]
-        return ["adapted", self.base.fingerprint, files, terms, whole]
+        return ["adapted", self.of.fingerprint, files, terms, whole]
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that reads base and adapters with `access`."""
@@ -126,8 +136,7 @@ class Adapted(Source):
 
     def check_unchanged(self, tensor: str | None = None) -> None:
         """Ask the base, and the adapters that a tensor is made with."""
-        if tensor is None or tensor in self.base.tensors:
-            self.base.check_unchanged(tensor)
+        super().check_unchanged(tensor)
         numbers = {term.adapter for term in self.terms.get(tensor or "", ())}
         if tensor in self.whole:
             numbers.add(self.whole[tensor][0])
@@ -136,7 +145,7 @@ class Adapted(Source):
 
     def cost(self, *, mapped: bool) -> ReadingCost:
         """What the base costs, a block of it, scratch, and factors that are read, not mapped."""
-        below = self.base.cost(mapped=mapped)
+        below = self.of.cost(mapped=mapped)
         ranks = [term.rank for terms in self.terms.values() for term in terms]
         held = max(map(scratch_nbytes, ranks), default=0)
         if not mapped:
@@ -157,54 +166,29 @@ class Adapted(Source):
         return max(lefts, default=0) + max(rights, default=0)
 
     def _delivered(self, name: str) -> DType:
-        tensor = self.base.tensors[name]
+        tensor = self.of.tensors[name]
         return DTYPES[tensor.delivered or tensor.dtype]
 
     @property
     def path(self) -> str | None:
         """The paths of base and adapters, joined by plus signs."""
-        if self.base.path is None:
+        if self.of.path is None:
             return None
-        return "+".join([self.base.path, *(os.path.abspath(each.folder) for each in self.adapters)])
-
-    @property
-    def folder(self) -> str | None:
-        """That of the base: its configuration and tokenizer belong to the soup."""
-        return self.base.folder
-
-    @property
-    def file_names(self) -> Sequence[str]:
-        """Those of the base."""
-        return self.base.file_names
-
-    @property
-    def index_name(self) -> str | None:
-        """That of the base."""
-        return self.base.index_name
+        return "+".join([self.of.path, *(os.path.abspath(each.folder) for each in self.adapters)])
 
     @property
     def files(self) -> Sequence[str]:
         """The files of base and adapters."""
         configs = [each.config.path for each in self.adapters]
         return (
-            *self.base.files,
+            *self.of.files,
             *(file for each in self.adapters for file in each.stored.files),
             *configs,
         )
 
-    @property
-    def memory(self) -> Mapping[str, Any]:
-        """The live tensors of the base."""
-        return self.base.memory
-
-    @property
-    def side_files(self) -> Mapping[str, bytes]:
-        """Those of the base."""
-        return self.base.side_files
-
     def suspects(self, *, strict: bool) -> Suspects | None:
         """Return the tensors that base or adapters suspect."""
-        below = self.base.suspects(strict=strict)
+        below = self.of.suspects(strict=strict)
         tensors = set() if below is None else set(below.tensors)
         above = [each.stored.suspects(strict=strict) for each in self.adapters]
         for number, found in enumerate(above):
@@ -221,7 +205,7 @@ class Adapted(Source):
         """Let base and adapters remember."""
         below, above = suspects.state
         if below is not None:
-            self.base.settle(below)
+            self.of.settle(below)
         for adapter, found in zip(self.adapters, above, strict=True):
             if found is not None:
                 adapter.stored.settle(found)
@@ -232,7 +216,7 @@ class Adapted(Source):
             number, own = self.whole[tensor]
             return self.adapters[number].stored.where(own)
         if tensor not in self.terms:
-            return self.base.where(tensor)
+            return self.of.where(tensor)
         return f"{printable(self.name)}: {printable(tensor)}"
 
 
@@ -241,7 +225,7 @@ class _Cursor(Cursor):
 
     def __init__(self, source: Adapted, access: Access) -> None:
         self._source = source
-        self._base = source.base.cursor(access)
+        self._base = source.of.cursor(access)
         # Two ways through each adapter: a view of one factor is to outlive that of the other.
         self._ways = [[each.stored.cursor(access) for _ in "LR"] for each in source.adapters]
         self._read: dict[tuple[int, int], tuple[str, Bytes]] = {}
@@ -277,10 +261,8 @@ class _Cursor(Cursor):
             left, right = self._factor(term, 0, term.left), self._factor(term, 1, term.right)
             kernel = source.kernel
             if kernel is not None and kernel.takes(dtype, left.dtype, right.dtype):
-                kernel(
-                    *(block, base, dtype, first),
-                    *(term.columns, left, right, term.rank, term.scale),
-                )
+                rank, scale = term.rank, term.scale
+                kernel(block, base, dtype, first, term.columns, left, right, rank, scale)
             else:
                 values = floats_of(block)
                 if base is not block:
