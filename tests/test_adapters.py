@@ -222,7 +222,9 @@ def test_a_path_that_exists_wins(tmp_path: Path) -> None:
     one = save_adapter(tmp_path / "c+d", q())
     assert split(f"{at}+{one}") == [str(at), str(one)]
     assert split("nothing") is None
-    soup = uniform([f"{at}+{one}"], output=tmp_path / "soup", options=F64)
+    assert split(f"{at}+") is None
+    file = one / "adapter_model.safetensors"
+    soup = uniform([f"{at}+{file}"], output=tmp_path / "soup", options=F64)
     assert (load_array(Path(soup.path), "m.q.weight") == in_order(W, A, B, 2.0)).all()
     with pytest.raises(MissingFileError, match=r"/none/adapter_config\.json: no such file"):
         open_ingredients([f"{at}+{tmp_path}/none"])

@@ -14,7 +14,7 @@ from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.stored import Stored, open_stored
 from streamsoup.tensors import TensorSpec
 
-__all__ = ["WEIGHTS", "Adapter", "Pair", "is_adapter", "open_adapter"]
+__all__ = ["WEIGHTS", "Adapter", "Pair", "open_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -56,23 +56,20 @@ class Adapter(msgspec.Struct, frozen=True, eq=False):
         return self.stored.layout.places[tensor][1]
 
 
-def is_adapter(path: str) -> bool:
-    """Return True if a path is the folder of an adapter, by the names of its files."""
-    return os.path.exists(os.path.join(path, "adapter_config.json"))
-
-
 def open_adapter(path: str, cache: HeaderCache) -> Adapter:
-    """Open an adapter: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Open an adapter: its folder, or the ``adapter_model.safetensors`` in it.
 
     Raises:
         MissingFileError: One of them is not there.
         FormatError: It is not a plain LoRA, a factor lacks its other, or a rank is not that of the
             configuration. Names the file, and the tensor.
     """
-    config = read_adapter_config(path)
-    weights = os.path.join(path, WEIGHTS)
+    folder, file = os.path.split(path)
+    folder = (folder or os.curdir) if file == WEIGHTS else path
+    config = read_adapter_config(folder)
+    weights = os.path.join(folder, WEIGHTS)
     if not os.path.exists(weights):
-        pickled = os.path.join(path, "adapter_model.bin")
+        pickled = os.path.join(folder, "adapter_model.bin")
         if os.path.exists(pickled):
             raise UnsafePickleError(
                 f"{printable(pickled)}: is a PyTorch pickle, which could run code when opened; "
@@ -86,7 +83,7 @@ def open_adapter(path: str, cache: HeaderCache) -> Adapter:
     pairs, whole = _sorted(stored, config)
     if not pairs and not whole:
         raise FormatError(f"{printable(weights)}: has no tensors; save the adapter again")
-    return Adapter(path, path, config, stored, pairs, whole)
+    return Adapter(path, folder, config, stored, pairs, whole)
 
 
 def _sorted(stored: Stored, config: AdapterConfig) -> tuple[dict[str, Pair], dict[str, str]]:

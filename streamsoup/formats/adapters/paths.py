@@ -20,7 +20,7 @@ def split(path: str) -> list[str] | None:
         Two paths or more. If they cannot all exist, the longest base that does, and the rest.
     """
     pieces = path.split("+")
-    if not 1 < len(pieces) <= _MOST or "\0" in path or os.path.lexists(path):
+    if not 1 < len(pieces) <= _MOST or not pieces[-1] or "\0" in path or os.path.lexists(path):
         return None
     found = _existing(pieces, {})
     for length in range(len(pieces) - 1, 0, -1) if found is None else ():
