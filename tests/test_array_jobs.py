@@ -292,7 +292,7 @@ def test_parts_killed_at_any_call(
     restore(stage, before)
     assert machine.run(*soup, stage=stage).status == 0
     whole = content(out)
-    step = 1 if "EVERY_CALL" in os.environ else 13
+    step = 1 if "EVERY_CALL" in os.environ else 31
     for k, command in enumerate(parts):
         for at in range(1 + k, 10_000, step):
             restore(stage, before)

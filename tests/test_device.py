@@ -434,7 +434,7 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 1
-        assert done.stderr.startswith("error: ")
+        assert "\nerror: " in f"\n{done.stderr}"  # after a note on what is done
         assert said in done.stderr
 
 

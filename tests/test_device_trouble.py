@@ -26,7 +26,7 @@ from streamsoup.formats import on_disk
 from streamsoup.kernels.accelerator import device as kernels_device
 from streamsoup.kernels.accelerator.device import HostDevice
 from streamsoup.live import mix as live_mix
-from streamsoup.options import Options
+from streamsoup.options import Options, Progress
 from streamsoup.output import write
 from streamsoup.output.make import make, order
 from streamsoup.recipe import Coefficients
@@ -286,8 +286,9 @@ def test_an_interruption_that_is_kept_holds_no_memory(tmp_path: Path) -> None:
     paths = make_half_checkpoints(tmp_path, 2)
     device = FailingDevice()
 
-    def interrupt(progress: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupt(event: Any) -> None:
+        if isinstance(event, Progress):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
         attempt(paths, device, tmp_path / "soup", 2, on_event=interrupt)

@@ -478,7 +478,7 @@ def test_a_flipped_bit_is_found_again_after_a_kill(tmp_path: Path, machine: Mach
         torch.save({"w": torch.full((600, 600), n + 1.0)}, folder / "in" / f"{n}.pt")
     flipped(folder / "in" / "0.pt", "w")
     argv = ["uniform", folder / "in" / "0.pt", folder / "in" / "1.pt", "-o", folder / "out"]
-    for at in range(3, 200, 1 if "EVERY_CALL" in os.environ else 12):
+    for at in range(3, 200, 1 if "EVERY_CALL" in os.environ else 31):
         ended = machine.run(*argv, stage=folder, at=at, action="kill")
         if ended.n_calls < at:
             break

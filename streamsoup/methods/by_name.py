@@ -17,8 +17,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-import numpy as np
-
 from streamsoup.errors import RecipeError, count, option, some
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.layers import layer_in, stacks_in, stands_before
@@ -39,12 +37,12 @@ def varies(given: ByName) -> bool:
     """Return True if a value may differ from tensor to tensor."""
     if isinstance(given, Mapping):
         return True
-    return isinstance(given, Sequence) and any(np.ndim(item) for item in given)
+    return isinstance(given, Sequence) and any(_is_several(item) for item in given)
 
 
 def each(what: str, given: Each, n: int) -> tuple[float, ...]:
     """Return one number for each of `n` ingredients. Raises `RecipeError` for another count."""
-    many: Sequence[Any] = given if np.ndim(given) else [given] * n  # type: ignore[assignment]
+    many: Sequence[Any] = given if _is_several(given) else [given] * n  # type: ignore[assignment]
     values = tuple(take("float", what, value) for value in many)
     _check_count(what, values, n)
     return values
@@ -98,6 +96,11 @@ def most_common(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
     """Return what most tensors have, and what the others have, by name."""
     ((common, _),) = Counter(values.values()).most_common(1)
     return common, {name: value for name, value in values.items() if value != common}
+
+
+def _is_several(given: object) -> bool:
+    """Return True for a list of any library, False for a number: numpy takes 30 ms to import."""
+    return getattr(given, "ndim", isinstance(given, (list, tuple))) > 0
 
 
 def _depth(name: str, stacks: Mapping[str, int]) -> float:
