@@ -18,7 +18,7 @@ from streamsoup.reading import Reading
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Note", "Options", "Progress", "Step", "check_options", "settle", "take"]
+__all__ = ["Note", "Options", "Progress", "Step", "check_options", "n_cpus", "settle", "take"]
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -64,6 +64,13 @@ class Note(msgspec.Struct, frozen=True):
     """A line of text for the user: what begins now, or what was found."""
 
     text: str
+
+
+def n_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def take(kind: str, what: str, value: Any) -> Any:
@@ -201,7 +208,7 @@ class Options(Reading, frozen=True, kw_only=True):
         Raises `RecipeError` for a number below 1.
         """
         if self.threads is None:
-            return min(8, len(os.sched_getaffinity(0)))
+            return min(8, n_cpus())
         if self.threads < 1:
             raise RecipeError(f"threads must be at least 1, got {self.threads}")
         return self.threads

@@ -148,7 +148,10 @@ class FileSums:
         self._descriptor = os.open(path, flags, 0o600)
         os.unlink(path)
         try:
-            os.posix_fallocate(self._descriptor, 0, max(1, 8 * n))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._descriptor, 0, max(1, 8 * n))
+            else:
+                os.ftruncate(self._descriptor, 8 * n)
         except OSError as error:
             os.close(self._descriptor)
             raise BudgetError(

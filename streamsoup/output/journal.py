@@ -24,6 +24,7 @@ from typing import Any
 from streamsoup.errors import OutputError, ResumeError, printable
 from streamsoup.system.closing import Closing
 from streamsoup.system.folders import Folder
+from streamsoup.system.libc import sync
 
 __all__ = ["Journal", "named", "records_of"]
 
@@ -103,7 +104,7 @@ class Journal(Closing):
             while line:
                 line = line[os.write(self._descriptor, line) :]
             if wait:
-                os.fsync(self._descriptor)
+                sync(self._descriptor)
         except OSError:
             # The cache would still show what is not on disk.
             os.ftruncate(self._descriptor, nbytes)
@@ -112,7 +113,7 @@ class Journal(Closing):
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""

@@ -51,7 +51,7 @@ from streamsoup.output.journal import Journal, records_of
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, Provenance
 from streamsoup.rule import Rule
 from streamsoup.system.folders import Folder, other_writer
-from streamsoup.system.libc import NO_REPLACE, rename
+from streamsoup.system.libc import NO_REPLACE, rename, sync
 from streamsoup.system.locks import HeldError, Lock
 from streamsoup.system.regular import read_file
 
@@ -318,7 +318,7 @@ class Parts:
             with open(descriptor, "wb") as file:
                 file.write(_encode(plan))
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             here = {"source_folder": self.root.descriptor, "target_folder": self.root.descriptor}
             try:
                 if not rename(temporary, _PLAN, NO_REPLACE, **here):

@@ -94,7 +94,7 @@ class FileSink:
                     _reserve(descriptor, file.nbytes, folder)
                 elif resumes:
                     # After a failed write the disk and the cache may differ.
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    libc.forget_cached(descriptor)
                 write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
@@ -115,7 +115,7 @@ class FileSink:
                     _reserve(descriptor, file.nbytes, folder)
                 elif resumes:
                     # After a failed write the disk and the cache may differ.
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    libc.forget_cached(descriptor)
                 write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
@@ -301,7 +301,7 @@ def write_file(folder: Folder, name: str, content: Iterable[bytes]) -> None:
             for piece in content:
                 write_at(descriptor, piece, offset)
                 offset += len(piece)
-            os.fsync(descriptor)
+            libc.sync(descriptor)
         finally:
             os.close(descriptor)
     finally:
@@ -326,7 +326,7 @@ def sync_file(folder: Folder, name: str) -> None:
     """Wait until a file's bytes are on disk."""
     descriptor = folder.file(name, os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        libc.sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -21,6 +21,7 @@ from streamsoup.kernels.accelerator.device import (
     accelerator_type,
     open_device,
 )
+from streamsoup.options import n_cpus
 from streamsoup.selftest.findings import Check, Report
 from streamsoup.system.schemes import check_local
 from streamsoup.system.versions import versions
@@ -110,7 +111,7 @@ def _environment(device: Accelerator | HostDevice) -> dict[str, Any]:
         **versions(),
         "torch": str(torch.__version__),
         "system": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": n_cpus(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory": psutil.virtual_memory().total,
     }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamsoup.selftest.findings import Report
+from streamsoup.system.libc import forget_cached, sync
 
 __all__ = ["measure"]
 
@@ -99,8 +100,8 @@ def _read(paths: Sequence[str], *, cold: bool) -> float:
     if cold:
         for path in paths:
             descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            sync(descriptor)
+            forget_cached(descriptor)
             os.close(descriptor)
     started = time.perf_counter()
     for path in paths:
@@ -113,7 +114,7 @@ def _read(paths: Sequence[str], *, cold: bool) -> float:
 def _write(path: str, data: NDArray[np.uint8]) -> None:
     with open(path, "wb", buffering=0) as file:
         file.write(data.data)
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _buses(device: Accelerator, nbytes: int) -> dict[str, float]:

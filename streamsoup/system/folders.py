@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from streamsoup.system.closing import Closing
-from streamsoup.system.libc import file_system
+from streamsoup.system.libc import file_system, sync
 
 __all__ = ["Folder", "is_movable", "other_writer", "replacing"]
 
@@ -112,7 +112,7 @@ class Folder(Closing):
     def sync(self) -> None:
         """Wait until the names in the folder are on disk."""
         try:
-            os.fsync(self.descriptor)
+            sync(self.descriptor)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system that cannot sync folders
                 raise

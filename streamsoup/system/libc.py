@@ -1,16 +1,18 @@
 """Calls of the C library that Python does not wrap: one function each, and nowhere else.
 
-Failures raise `OSError`. If a call that is only an optimisation is missing, its function returns
-False.
+Failures raise `OSError`. A system may lack those that only Linux has: what a call would have made
+faster or safer is then left out, and its function says so by returning False.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import signal
+from contextlib import suppress
 
 __all__ = [
     "EXCHANGE",
@@ -18,6 +20,7 @@ __all__ = [
     "address_of_symbol",
     "begin_writing",
     "file_system",
+    "forget_cached",
     "is_same_memory",
     "kill_with_parent",
     "make_executable",
@@ -26,6 +29,7 @@ __all__ = [
     "reserve",
     "set_float_environment",
     "standard_float_environment",
+    "sync",
     "unmap",
 ]
 
@@ -33,13 +37,17 @@ NO_REPLACE, EXCHANGE = 1, 2
 """Ways to rename, as renameat2(2) has them."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
 _LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_HAS_FALLOCATE = hasattr(_LIBC, "fallocate")
+if _HAS_FALLOCATE:
+    _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_HAS_SYNC_FILE_RANGE = hasattr(_LIBC, "sync_file_range")
+if _HAS_SYNC_FILE_RANGE:
+    _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 _AT_FDCWD = -100
 _FAILED = ctypes.c_void_p(-1).value
@@ -49,8 +57,19 @@ _SYNC_FILE_RANGE_WRITE = 2
 _FENV_NBYTES = 256
 """More than a ``fenv_t`` takes anywhere: 32 bytes on x86-64, 8 on ARM."""
 
-_FE_DFL_ENV = ctypes.c_void_p(-1)
-"""``FE_DFL_ENV`` of the C libraries of Linux: half to even, subnormals kept, no traps."""
+
+def _default_float_environment() -> ctypes.c_void_p:
+    """Return ``FE_DFL_ENV``: half to even, subnormals kept, no traps.
+
+    It is -1 in the C libraries of Linux, and the address of a variable in that of macOS.
+    """
+    try:
+        return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(_LIBC, "_FE_DFL_ENV")))
+    except ValueError:
+        return ctypes.c_void_p(-1)
+
+
+_FE_DFL_ENV = _default_float_environment()
 
 
 def rename(
@@ -84,6 +103,8 @@ def reserve(descriptor: int, nbytes: int) -> bool:
     Not `os.posix_fallocate`: where the file system has no such call, the C library would write to
     every block instead, which takes hours on a network.
     """
+    if not _HAS_FALLOCATE:
+        return False
     while _LIBC.fallocate(descriptor, 0, 0, nbytes) != 0:
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
@@ -95,12 +116,30 @@ def reserve(descriptor: int, nbytes: int) -> bool:
 
 def begin_writing(descriptor: int, offset: int, nbytes: int) -> bool:
     """Start writing bytes of a file to the disk without waiting; return False if unsupported."""
+    if not _HAS_SYNC_FILE_RANGE:
+        return False
     while _LIBC.sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ESPIPE):
             return False
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))  # the next sync may not report it again
+    return True
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file or folder is on the disk, not only in the cache of the drive."""
+    os.fsync(descriptor)
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves it in that cache
+        with suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
+def forget_cached(descriptor: int) -> bool:
+    """Drop what the system has cached of a file; return False if unsupported."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
@@ -135,15 +174,16 @@ def is_same_memory(one: int, other: int, nbytes: int) -> bool:
 
 def file_system(path: str) -> int | None:
     """Return the number by which statfs(2) names the kind of a file system, or None."""
-    found = ctypes.create_string_buffer(512)
+    found = ctypes.create_string_buffer(4096)  # more than a ``struct statfs`` takes anywhere
     if _LIBC.statfs(os.fsencode(path), found) != 0:
         return None
     return ctypes.c_long.from_buffer(found).value
 
 
 def kill_with_parent() -> None:
-    """Ask the system to kill this process when the one that started it dies."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Ask the system to kill this process when the one that started it dies, if it can."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def standard_float_environment() -> ctypes.Array[ctypes.c_char] | None:

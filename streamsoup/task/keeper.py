@@ -6,6 +6,9 @@ descendants: daemons, too, and what runs in sessions of its own. It waits for th
 or for the pipe to close, which also happens when streamsoup is killed. Then it kills its children
 until there are none, and ends as the command did.
 
+Where the system has no such adopter, or no ``/proc`` to find children in, it kills the group of the
+command instead: what runs in sessions of its own gets away there.
+
 It imports nothing of this package, and little else: it starts for every command. (`signal` alone
 would take as long as all the rest.)
 """
@@ -20,6 +23,9 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _SIGKILL = 1, 36, 9
 
+_LOOK_MS = 20
+"""Time between two looks at the command, where the system cannot wait for it and a pipe at once."""
+
 _KILLING_S = 5.0
 """How long to go on killing: a child that another user owns cannot be killed at all."""
 
@@ -27,11 +33,16 @@ _KILLING_S = 5.0
 def keep(pipe: int, command: list[str]) -> None:
     """Run a command until it ends or the pipe closes; never returns."""
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopts = hasattr(libc, "prctl") and os.path.isdir("/proc/self")
+    if adopts:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     os.set_inheritable(pipe, False)
     leader = os.fork()
     if leader == 0:
-        libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        if adopts:
+            libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        else:
+            os.setpgid(0, 0)
         try:
             os.execvp(command[0], command)
         finally:
@@ -39,9 +50,15 @@ def keep(pipe: int, command: list[str]) -> None:
     _hold_nothing_but(pipe)
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    poll.register(os.pidfd_open(leader), select.POLLIN)
-    poll.poll()
-    status = _kill_all(leader)
+    known = None
+    if hasattr(os, "pidfd_open"):
+        poll.register(os.pidfd_open(leader), select.POLLIN)
+        poll.poll()
+    else:
+        while known is None and not poll.poll(_LOOK_MS):
+            ended, ended_as = os.waitpid(leader, os.WNOHANG)
+            known = ended_as if ended else None
+    status = _kill_all(leader, adopts, known)
     if os.WIFSIGNALED(status):
         import resource
 
@@ -59,9 +76,18 @@ def _hold_nothing_but(pipe: int) -> None:
     os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _kill_all(leader: int) -> int:
-    """Kill all descendants, and return the leader's status: children of a child come to us."""
-    status, deadline = _SIGKILL, time.monotonic() + _KILLING_S
+def _kill_all(leader: int, adopts: bool, known: int | None) -> int:
+    """Kill all descendants, and return the leader's status: children of a child come to us.
+
+    Where nobody `adopts` them, the leader's group is killed. Its status may be `known`.
+    """
+    status = _SIGKILL if known is None else known
+    deadline = time.monotonic() + _KILLING_S
+    if not adopts:
+        try:
+            os.killpg(leader, _SIGKILL)
+        except OSError:
+            pass  # nothing of it is left
     while True:
         try:
             ended, ended_as = os.waitpid(-1, os.WNOHANG)
@@ -71,7 +97,7 @@ def _kill_all(leader: int) -> int:
             status = ended_as
         if ended:
             continue
-        for child in _children():
+        for child in _children() if adopts else [leader]:
             try:
                 os.kill(child, _SIGKILL)
             except OSError:

@@ -38,7 +38,8 @@ class _Named(Protocol):
 def alone() -> Iterator[None]:
     """Run the user's code, one thread at a time; restore the working folder and numpy's errors."""
     with _LOCKS.setdefault(os.getpid(), threading.RLock()), np.errstate():
-        folder = os.open(".", os.O_PATH | os.O_CLOEXEC)  # valid even if it was removed
+        path_only = getattr(os, "O_PATH", os.O_RDONLY)  # which needs no right to list it
+        folder = os.open(".", path_only | os.O_CLOEXEC)  # valid even if it was removed
         try:
             yield
         finally:

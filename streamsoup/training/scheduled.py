@@ -12,6 +12,7 @@ from torch import nn
 
 from streamsoup.errors import RecipeError, printable
 from streamsoup.options import take
+from streamsoup.system.libc import sync
 from streamsoup.training.average import Average
 
 __all__ = ["ScheduledAverage", "load_state", "save_state"]
@@ -82,7 +83,7 @@ def save_state(path: str, state: Mapping[str, Any]) -> None:
     with open(partial, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     os.replace(partial, path)
 
 

@@ -155,7 +155,8 @@ class _Worker:
         self._process = self._tree.process
         theirs.close()
         self._connection = Connection(ours)
-        self._died = os.pidfd_open(self._process.pid)
+        # Without it, the end of the connection tells.
+        self._died = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
         self._listener = threading.Thread(
             target=self._listen, name="streamsoup-listen", daemon=True
         )
@@ -214,8 +215,9 @@ class _Worker:
     def _wait(self) -> None:
         """Wait until it has something to say, has died, or is late."""
         poll = select.poll()  # not `select`, which cannot have descriptors above 1023
-        for descriptor in (self._connection.fileno(), self._died):
-            poll.register(descriptor, select.POLLIN)
+        poll.register(self._connection.fileno(), select.POLLIN)
+        if self._died is not None:
+            poll.register(self._died, select.POLLIN)
         wait_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         poll.poll(None if wait_s is None else math.ceil(1000 * min(wait_s, 3600.0)))
 
@@ -230,7 +232,8 @@ class _Worker:
             if self._process.stdout is not None and not self._listener.is_alive():
                 self._process.stdout.close()
             self._connection.close()
-            os.close(self._died)
+            if self._died is not None:
+                os.close(self._died)
 
     def _is_over(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
