@@ -84,10 +84,10 @@ def llama(folder: Path, seed: int, n_layers: int = 32) -> Path:
         "lm_head.weight": (6, 4),
         "classifier.weight": (3, 4),
         "module.extra.weight": (3, 4),
+        "model.layers.0.mlp.up_proj.weight": (8, 4),
     }
     for layer in range(n_layers):
         shapes[f"model.layers.{layer}.self_attn.q_proj.weight"] = (4, 4)
-        shapes[f"model.layers.{layer}.mlp.up_proj.weight"] = (8, 4)
     tensors = {
         name: tensor((base.normal(size=s) + 0.01 * own.normal(size=s)).astype("f4"))
         for name, s in shapes.items()
