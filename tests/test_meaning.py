@@ -484,3 +484,19 @@ def test_the_line_for_pickles_works(tmp_path: Path) -> None:
     assert subprocess.run(line, shell=True, check=False).returncode == 0
     made = load_array(tmp_path / "it's a model.safetensors", "w")
     assert (made == w.t().numpy()).all()
+
+
+def test_the_configuration_of_stacked_layers_is_the_one_that_they_get(tmp_path: Path) -> None:
+    """Layers of several checkpoints fit a model of as many layers: their count is theirs."""
+    for name, n in (("a", 3), ("b", 3), ("c", 4)):
+        layers = {f"model.layers.{i}.w": tensor(np.full(3, float(i), "f4")) for i in range(n)}
+        folder = save(tmp_path / name, layers)
+        config = {"model_type": "llama", "num_hidden_layers": n}
+        (folder / "config.json").write_text(json.dumps(config))
+    stack = f"{tmp_path}/a[0:2],{tmp_path}/b[1:3]"
+    soup = uniform([stack, tmp_path / "c"], output=tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["num_hidden_layers"] == 4
+    assert len(soup.provenance.tensors) == 4
+    with pytest.raises(MismatchError):
+        uniform([stack, tmp_path / "a"], output=tmp_path / "other")

@@ -6,8 +6,10 @@ and has the shapes of both. All that says so is refused by name, before a weight
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from streamsoup.errors import FormatError, MismatchError, count, option, printable, some
 from streamsoup.formats.configs import (
@@ -95,6 +97,8 @@ def check_meaning(
             paths = os.path.join(first, name), os.path.join(folder, name)
             if is_equal(*paths):
                 continue
+            # Stacked layers have a configuration of their own, with another number of them.
+            changed = [each.source.side_files.get(name) for each in (ingredients[0], other)]
             pair = f"{printable(paths[1])} and {printable(paths[0])}"
             if is_vocabulary(name):
                 conflict = compare_vocabularies(*paths)
@@ -102,13 +106,18 @@ def check_meaning(
                     moved |= conflict.moved
                     problems.append(f"{pair} have other token ids: {conflict.what}")
             elif config == "same":
-                problems += _of_configs(pair, *paths, reading)
+                configs = [
+                    read_config(path) if content is None else json.loads(content)
+                    for path, content in zip(paths, changed, strict=True)
+                ]
+                problems += _of_configs(pair, configs[0], configs[1], reading)
     if problems:
         raise MismatchError(_in_words(problems, moved=moved))
 
 
-def _of_configs(pair: str, first: str, other: str, reading: Reading) -> list[str]:
-    one, two = read_config(first), read_config(other)
+def _of_configs(
+    pair: str, one: dict[str, Any] | None, two: dict[str, Any] | None, reading: Reading
+) -> list[str]:
     if one is None or two is None:
         return []
     if reading.dequantize:
