@@ -63,7 +63,7 @@ def plan(
     from msgspec.structs import replace
 
     from streamsoup.engine.rules.linear import Linear
-    from streamsoup.output.coefficients import doubtful_sums, find_coefficients
+    from streamsoup.output.coefficients import doubtful_sums, find_coefficients, for_adapters
     from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
 
@@ -80,10 +80,9 @@ def plan(
     if coefficients is not None:
         given = find_coefficients(coefficients, normalize=normalize)
     method = "uniform" if coefficients is None else "mix"
-    ordered = order(
-        ingredients, Linear(given), method=method, options=common.make_options(settings)
-    )
-    if coefficients is not None:
+    opened, used, options = for_adapters(ingredients, given, common.make_options(settings))
+    ordered = order(opened, Linear(used), method=method, options=options)
+    if coefficients is not None and used is given:
         ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(given)])
     _tell_plan(ordered, 0, as_json=as_json)
     return 0

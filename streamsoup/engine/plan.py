@@ -20,10 +20,10 @@ from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import disagreements, in_words
 from streamsoup.formats.header import make_header
 from streamsoup.formats.index import index_name, is_numbered, shard_names, stem
-from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.ingredients import ADAPTER_FILE, Ingredient
 from streamsoup.formats.layout import Layout, name_in_file
-from streamsoup.formats.parts import ADAPTER_FILE, factors_in, parts_of
-from streamsoup.recipe import Recipe
+from streamsoup.formats.parts import factors_in, parts_of
+from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.tensors import DType, TensorSpec, float_dtype
 
@@ -238,9 +238,10 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     )
     # Ingredients of one layout may differ in the names of their files, which tell adapters.
     adapters = [each for each in ingredients if ADAPTER_FILE in each.file_names]
+    keeps_factors = is_copy or (bool(adapters) and _concatenates(ingredients, coefficients))
     for owner in dict.fromkeys([*owners, *adapters[:1]]):
         # A lone adapter as it is stays one; a factor of its factors would count twice.
-        factors = None if is_copy else factors_in(owner)
+        factors = None if keeps_factors else factors_in(owner)
         causes += [] if factors is None else [factors]
     if causes or problems:
         raise MismatchError(in_words([*causes, *problems], [] if causes else advice))
@@ -251,6 +252,13 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
         tensors.append(tensor)
         n_leaves += tensor.n_leaves
     return MixPlan(recipe, tuple(ingredients), tuple(layouts), layout_of, tuple(tensors), n_leaves)
+
+
+def _concatenates(ingredients: Sequence[Ingredient], coefficients: Coefficients | None) -> bool:
+    """Return True if the soup of adapters alone is the adapter that adds what all of them add."""
+    from streamsoup.formats.adapters.joined import is_concatenation
+
+    return is_concatenation([each.source for each in ingredients], coefficients)
 
 
 def plan_files(plan: MixPlan) -> FilePlan:

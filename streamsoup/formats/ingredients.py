@@ -18,7 +18,10 @@ from streamsoup.formats.stored import Stored
 from streamsoup.reading import Reading
 from streamsoup.sizes import nbytes_text
 
-__all__ = ["AnyIngredient", "Ingredient", "listed", "open_ingredients"]
+ADAPTER_FILE = "adapter_model.safetensors"
+"""What PEFT calls the file of an adapter."""
+
+__all__ = ["ADAPTER_FILE", "AnyIngredient", "Ingredient", "listed", "open_ingredients"]
 
 
 class Ingredient(msgspec.Struct, frozen=True, eq=False):
@@ -148,6 +151,12 @@ def open_ingredients(
 
 def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> list[Ingredient]:
     """Return ingredients made to fit each other, where they have to be."""
+    if len(opened) and all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened):
+        from streamsoup.formats.adapters.joined import are_adapters, join
+
+        adapters = [each.source for each in opened]
+        if are_adapters(adapters):
+            return _with_sources(opened, join(adapters, cache), cache)
     asked = reading.rename or reading.include or reading.exclude or reading.embeddings != "same"
     names = opened[0].layout.places.keys() if opened else ()
     differ = any(each.layout.places.keys() != names for each in opened)
@@ -156,7 +165,13 @@ def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> l
         return opened
     from streamsoup.formats.fitting.fit import fit
 
-    sources = fit([each.source for each in opened], reading)
+    return _with_sources(opened, fit([each.source for each in opened], reading), cache)
+
+
+def _with_sources(
+    opened: list[Ingredient], sources: Sequence[Source], cache: HeaderCache
+) -> list[Ingredient]:
+    """Return ingredients with other sources, laid out anew where they differ."""
     return [
         each if source is each.source else Ingredient(source, _layout_of(source, cache))
         for each, source in zip(opened, sources, strict=True)

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from streamsoup.errors import MismatchError, printable
 from streamsoup.formats.disagreements import in_words
-from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.ingredients import ADAPTER_FILE, Ingredient
 from streamsoup.formats.quantised.causes import advice_for
 from streamsoup.recipe import Coefficients
 from streamsoup.tensors import DType, TensorSpec
 
-__all__ = ["ADAPTER_FILE", "coded_in", "factors_in", "parts_of", "refuse_codes"]
+__all__ = ["coded_in", "factors_in", "parts_of", "refuse_codes"]
 
 _FACTOR = re.compile(
     r"(^|[._])("
@@ -39,9 +39,6 @@ _FACTOR = re.compile(
     r")([._]|$)",
     re.IGNORECASE,
 )
-ADAPTER_FILE = "adapter_model.safetensors"
-"""What PEFT calls the file of an adapter."""
-
 _ASIDE = frozenset(
     {"input", "output", "act", "activation", "global", "inv", "factor", "dequant", "1", "2"}
 )

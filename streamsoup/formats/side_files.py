@@ -189,7 +189,7 @@ def gather_side_files(
         apart = tuple(f"{each}/" for each in _folders(ingredients[0]) if each not in first_parts)
         different = [
             text
-            for name in sorted({*theirs, *names})
+            for name in sorted({*theirs, *names} - (changed.keys() & {"adapter_config.json"}))
             if not (dequantised and is_of_quantisation(name))
             and not (longest is not None and is_of_tokenizer(name))
             and not (apart and name.startswith(apart))

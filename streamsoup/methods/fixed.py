@@ -22,7 +22,12 @@ from streamsoup.methods.by_name import ByName, each_by_tensor, most_common, vari
 from streamsoup.methods.checkpoints import By, Given, choose_any
 from streamsoup.methods.records import Direction
 from streamsoup.options import Options, take
-from streamsoup.output.coefficients import AnyCoefficients, doubtful_sums, find_coefficients
+from streamsoup.output.coefficients import (
+    AnyCoefficients,
+    doubtful_sums,
+    find_coefficients,
+    for_adapters,
+)
 from streamsoup.output.jobs import make
 from streamsoup.output.make import Soup, order
 from streamsoup.recipe import Coefficients, rule_name
@@ -75,8 +80,8 @@ def uniform(
         ingredients, by=by, best=best_of(best, metric, direction), every=every, last=last
     )
     given = listed(ingredients) if choice is None else choice.ingredients
-    equal = Linear(Coefficients.uniform(len(given)))
-    ordered = order(given, equal, method="uniform", options=options)
+    opened, equal, options = for_adapters(given, Coefficients.uniform(len(given)), options)
+    ordered = order(opened, Linear(equal), method="uniform", options=options)
     if choice is not None:
         warnings = [*ordered.warnings, *choice.warnings]
         ordered = replace(ordered, report=choice.report, warnings=warnings)
@@ -119,8 +124,10 @@ def mix(
         found = _by_name(ingredients, given, normalize=normalize)
     else:
         found = find_coefficients(coefficients, normalize=normalize)  # type: ignore[arg-type]
-    ordered = order(ingredients, Linear(found), method="mix", options=options)
-    ordered = replace(ordered, warnings=[*ordered.warnings, *doubtful_sums(found)])
+    opened, used, options = for_adapters(ingredients, found, options)
+    ordered = order(opened, Linear(used), method="mix", options=options)
+    doubts = doubtful_sums(found) if used is found else []  # adapters may have any sum
+    ordered = replace(ordered, warnings=[*ordered.warnings, *doubts])
     return make(ordered, output=output, options=options)
 
 
@@ -172,7 +179,8 @@ def interpolate(
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha {alpha} is not finite")
     coefficients = Coefficients.given((1.0 - alpha, alpha))
-    ordered = order([base, fine_tuned], Linear(coefficients), method="interpolate", options=options)
+    opened, used, options = for_adapters([base, fine_tuned], coefficients, options)
+    ordered = order(opened, Linear(used), method="interpolate", options=options)
     return make(ordered, output=output, options=options)
 
 

@@ -9,13 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import Message, RecipeError, count, option, printable, some
+from streamsoup.formats.ingredients import (
+    ADAPTER_FILE,
+    AnyIngredient,
+    Ingredient,
+    open_ingredients,
+)
+from streamsoup.formats.layout import HeaderCache
+from streamsoup.options import Options, check_options
 from streamsoup.recipe import PROVENANCE_LIMIT, PROVENANCE_NAME, Coefficients, Recipe
 from streamsoup.rule import Rule
 from streamsoup.system.regular import read_whole
@@ -28,6 +36,7 @@ __all__ = [
     "doubtful_sums",
     "find_coefficients",
     "find_rule",
+    "for_adapters",
     "told",
 ]
 
@@ -117,6 +126,41 @@ def find_rule(given: AnyRule, *, normalize: bool = False) -> Rule:
     for warning in doubtful_sums(found):
         log.warning("%s", Message(warning))
     return Linear(found)
+
+
+def for_adapters(
+    ingredients: Iterable[AnyIngredient], coefficients: Coefficients, options: Options
+) -> tuple[list[Ingredient], Coefficients, Options]:
+    """Open ingredients, and make of adapters alone a soup that is one adapter.
+
+    Args:
+        ingredients: As for `uniform`.
+        coefficients: What each adapter, or any other ingredient, is multiplied by.
+        options: The caller's options.
+
+    Returns:
+        The ingredients. For adapters, coefficients of 1 for each first factor, and the dtype
+        float32 unless the options have one; else what was given.
+
+    Raises:
+        StreamsoupError: Those of `open_ingredients` and `coefficients_of_all`.
+    """
+    check_options(options, Options)
+    opened = open_ingredients(ingredients, options.reading)
+    alone = all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened)
+    if not opened or not alone or coefficients.is_copy:
+        return opened, coefficients, options
+    from streamsoup.formats.adapters.joined import are_adapters, coefficients_of_all, open_alone
+
+    sources = [each.source for each in opened]
+    if not are_adapters(sources):
+        return opened, coefficients, options
+    if len(sources) == 1:  # several were opened so to be joined
+        open_alone(sources[0], HeaderCache())
+    coefficients.check(len(opened))
+    dtype = "f32" if options.dtype == "same" else options.dtype
+    found = coefficients_of_all(sources[0], coefficients)
+    return opened, found, msgspec.structs.replace(options, dtype=dtype)
 
 
 _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'
