@@ -242,11 +242,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     wide = save_adapter(tmp_path / "wide", {"m.q.lora_A.weight": a, "m.q.lora_B.weight": b})
     a, b = factors(RNG, 30, 20, 4)
     q = {"m.q.lora_A.weight": a, "m.q.lora_B.weight": b}
+    e = {"m.q.lora_embedding_A": a, "m.q.lora_embedding_B": b}
+    word = save_adapter(tmp_path / "word", e)
     head = save_adapter(tmp_path / "head", q | {"head.weight": a}, modules_to_save=["head"])
     refusals: list[tuple[Any, list[Path], str]] = [
         (FormatError, [one, dora], "DoRA is not supported"),
         (MismatchError, [one, other], "names the base org/other"),
         (MismatchError, [one, wide], r"has the shape \[31, 20\], and \[30, 20\]"),
+        (MismatchError, [one, word], "an embedding has such factors"),
         (MismatchError, [one, head], "is stored whole, and .*one has none"),
     ]
     for error, paths, match in refusals:
@@ -254,6 +257,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
             uniform(paths, output=out)
     with pytest.raises(FormatError, match="DoRA"):
         mix([dora], [0.5], output=out)
+    with pytest.raises(RecipeError, match="stored whole, so coefficients have to sum to 1"):
+        mix([head], [0.5], output=out)
+    with pytest.raises(RecipeError, match="1 coefficient for 2 ingredients"):
+        mix([one, two], [0.5], output=out)
     for make in (
         lambda: slerp([one, two], [0.5, 0.5], output=out),
         lambda: geometry([one, two]),
@@ -297,12 +304,24 @@ def test_a_killed_run_is_resumed_and_a_changed_adapter_is_found(tmp_path: Path) 
         verify(tmp_path / "soup")
 
 
+def test_the_card_has_the_coefficients_of_the_products(tmp_path: Path) -> None:
+    """Not those of every A, which are 1 for all adapters."""
+    paths = three(tmp_path)
+    mix(paths, (2.5, -1.0, 0.75), output=tmp_path / "soup")
+    card = (tmp_path / "soup" / "README.md").read_text()
+    for row in ("| 1 | a | 2.5 |", "| 2 | b | -1 |", "| 3 | c | 0.75 |"):
+        assert row in card
+    assert "coefficients of their own" not in card
+    assert "factors of these adapters are joined" in card
+
+
 def test_on_the_command_line(tmp_path: Path) -> None:
     """uniform, plan and verify take adapters; one given by its file has a configuration, too."""
     paths = three(tmp_path)
     given = [str(paths[0] / "adapter_model.safetensors"), *map(str, paths[1:])]
     for arguments in (
         ["plan", *given],
+        ["plan", "mix", "-c", "1,-1,.5", *given],
         ["mix", "-c", "1,-1,.5", *given, "-o", str(tmp_path / "soup")],
         ["verify", str(tmp_path / "soup")],
     ):

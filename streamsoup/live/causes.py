@@ -65,12 +65,12 @@ def _adapter(modules: list[tuple[str, nn.Module]], found: Match) -> str | None:
         return (
             "the model is a PEFT model, which has adapters beside the weights and names of its "
             "own; let build() return model.merge_and_unload() or model.unload(); ingredients have "
-            "to be whole checkpoints, so merge each adapter into one"
+            "to be whole checkpoints: give each adapter as BASE+ADAPTER"
         )
     return (
         f"the model has PEFT adapters in it ({some(inside)}), which the ingredients do not have; "
-        "build it without them; ingredients have to be whole checkpoints, so merge each adapter "
-        "into one"
+        "build it without them; ingredients have to be whole checkpoints: give each adapter "
+        "as BASE+ADAPTER"
     )
 
 

@@ -56,7 +56,7 @@ def uniform(
     Args:
         ingredients: Safetensors files, folders that hold a checkpoint, state dicts, modules,
             a `streamsoup.Source`, or ones already open; or the folder of a run, which stands for
-            its checkpoints.
+            its checkpoints. LoRA adapters of PEFT, without a base, make one adapter.
         by: For checkpoints of a run, what they are ordered by before `every` and `last` choose:
             ``step``, ``name``, ``time`` or ``given``.
         best: Take only this many, the best by `metric`.

@@ -21,7 +21,7 @@ import msgspec
 from streamsoup.engine.plan import MixPlan
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import count, printable
-from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.ingredients import ADAPTER_FILE, Ingredient
 from streamsoup.formats.origins import Origin, find_origin
 from streamsoup.recipe import PROVENANCE_NAME, Coefficients, rule_name
 
@@ -100,6 +100,11 @@ def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[s
     """
     rule = plan.recipe.rule
     coefficients = rule.coefficients if isinstance(rule, Linear) else None
+    adapters = all(tuple(each.file_names) == (ADAPTER_FILE,) for each in plan.ingredients)
+    if adapters and coefficients is not None:
+        from streamsoup.formats.adapters.joined import coefficients_meant
+
+        coefficients = coefficients_meant(coefficients)
     yield ""
     yield "## Ingredients"
     yield ""
@@ -110,6 +115,12 @@ def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[s
         name += " (base)" if i == 0 and base is not None else ""
         factor = f" {_coefficient(coefficients, i)} |" if coefficients else ""
         yield f"| {i + 1} | {name} |{factor}"
+    if adapters and len(plan.ingredients) > 1:
+        yield ""
+        yield (
+            "The factors of these adapters are joined, so that their products are added: the "
+            "coefficients are those of the products."
+        )
     if coefficients is not None and coefficients.per_tensor:
         yield ""
         yield (

@@ -14,7 +14,7 @@ from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.stored import Stored, open_stored
 from streamsoup.tensors import TensorSpec
 
-__all__ = ["WEIGHTS", "Adapter", "Pair", "open_adapter"]
+__all__ = ["PREFIX", "WEIGHTS", "Adapter", "Pair", "open_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 

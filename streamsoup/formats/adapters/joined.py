@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from streamsoup.errors import MismatchError, RecipeError, printable, some
-from streamsoup.formats.adapters.adapter import WEIGHTS, Adapter, Pair, open_adapter
+from streamsoup.formats.adapters.adapter import PREFIX, WEIGHTS, Adapter, Pair, open_adapter
 from streamsoup.formats.adapters.config import CONFIG
 from streamsoup.formats.adapters.source import check_same_base
 from streamsoup.formats.derived import Derived
@@ -40,7 +40,7 @@ __all__ = [
     "open_alone",
 ]
 
-_A = re.compile(r"\.(lora_A\.weight|lora_embedding_A)")
+_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys that choose modules of the base together: kept where all adapters agree on them."""
@@ -234,7 +234,15 @@ def _join_module(
         for pair, adapter in zip(pairs, adapters, strict=True)
     ]
     for shape, pair, adapter in zip(shapes, pairs, adapters, strict=True):
-        if pair is not None and shape != shapes[number]:
+        if pair is None:
+            continue
+        if pair.embedding != first.embedding:
+            raise MismatchError(
+                f"{adapter.stored.where(pair.a)}: an embedding has such factors, and its module is "
+                f"none in {printable(adapters[number].name)}, or the other way round; these "
+                "adapters belong to different bases"
+            )
+        if shape != shapes[number]:
             raise MismatchError(
                 f"{adapter.stored.where(pair.a)}: its module has the shape {shape}, and "
                 f"{shapes[number]} in {printable(adapters[number].name)}; these adapters belong to "
@@ -245,7 +253,7 @@ def _join_module(
     columns = math.prod(a[1:])
     tensors[first.a] = SourceTensor("F32", (rank, *a[1:]), "F64")
     tensors[first.b] = SourceTensor("F32", (b[0], rank, *b[2:]), "F64")
-    bias = first.b.removesuffix("weight") + "bias" if biased and not first.embedding else None
+    bias = f"{PREFIX}{module}.lora_B.bias" if biased and not first.embedding else None
     if bias is not None:
         tensors[bias] = SourceTensor("F32", (b[0],), "F64")
     at = 0
@@ -337,6 +345,12 @@ def coefficients_of_all(source: Source, coefficients: Coefficients) -> Coefficie
     ones = (1.0,) * len(coefficients.values)
     rows = {name: ones for name in source.tensors if _A.search(name)}
     return msgspec.structs.replace(coefficients, per_tensor=coefficients.per_tensor | rows)
+
+
+def coefficients_meant(coefficients: Coefficients) -> Coefficients:
+    """Return the coefficients of the products: those of `coefficients_of_all`, without every A."""
+    rows = {name: row for name, row in coefficients.per_tensor.items() if not _A.search(name)}
+    return msgspec.structs.replace(coefficients, per_tensor=rows)
 
 
 def is_concatenation(sources: Sequence[Source], coefficients: Coefficients | None) -> bool:
