@@ -71,6 +71,11 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
 
+    @property
+    def changes_tensors(self) -> bool:
+        """True if tensors are renamed, chosen by name, or may get further rows."""
+        return bool(self.rename or self.include or self.exclude) or self.embeddings != "same"
+
     def takes(self, tensor: str) -> bool:
         """Return True for a tensor that is averaged, if its dtype is: chosen by its name."""
         wanted = not self.include or any(fnmatchcase(tensor, each) for each in self.include)

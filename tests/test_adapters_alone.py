@@ -267,7 +267,36 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(StreamsoupError, match=r"belongs to an adapter.*as BASE\+"):
             make()
+    for chosen in (Options(include=("*.q.*",)), Options(rename=("base_model.=>",))):
+        for paths in ([one, two], [one]):
+            with pytest.raises(MismatchError, match=r"belongs to an adapter.*as BASE\+"):
+                mix(paths, [0.5] * len(paths), output=out, options=chosen)
     assert not out.exists()
+
+
+def test_hostile_and_empty_adapters(tmp_path: Path) -> None:
+    """Names that no encoding has are kept as they were, and empty factors are joined."""
+    empty = {
+        "m.q.lora_A.weight": np.zeros((4, 0), np.float32),
+        "m.q.lora_B.weight": np.zeros((3, 4), np.float32),
+    }
+    paths = [save_adapter(tmp_path / n, empty, task_type="\ud800\u00e9") for n in "ab"]
+    soup = uniform(paths, output=tmp_path / "soup")
+    verify(soup.path)
+    config = json.loads((tmp_path / "soup" / "adapter_config.json").read_text())
+    assert config["task_type"] == "\ud800\u00e9"
+    found = load(tmp_path / "soup" / "adapter_model.safetensors")
+    assert [list(each[1]) for each in found.values()] == [[8, 0], [3, 8]]
+
+
+def test_a_changed_configuration_is_found(tmp_path: Path) -> None:
+    """The scale is part of what is read, so another alpha is another adapter."""
+    paths = three(tmp_path)
+    uniform(paths, output=tmp_path / "soup")
+    file = paths[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 9}))
+    with pytest.raises(StreamsoupError, match="is not what its provenance says"):
+        verify(tmp_path / "soup")
 
 
 KILLED = """

@@ -123,9 +123,13 @@ def test_modules_to_save_are_averaged(tmp_path: Path) -> None:
     check(mix(paths, (1.25, -0.25), output=tmp_path / "soup"), paths, (1.25, -0.25))
 
 
-def test_one_adapter_of_weight_1_is_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "told", [{"use_rslora": True}, {"lora_bias": True}, {"alpha_pattern": {"k": 5}}]
+)
+def test_one_adapter_of_weight_1_is_itself(tmp_path: Path, told: dict[str, Any]) -> None:
     """PEFT's issue 3761: bytes of tensors and configuration, with patterns, rsLoRA and all."""
-    config = {"target_modules": ["q", "k"], "r": 3, "use_rslora": True, "alpha_pattern": {"k": 5}}
+    modules = ["q", "head"] if "lora_bias" in told else ["q", "k"]
+    config = {"target_modules": modules, "r": 3, **told}
     one = tuned(tmp_path / "one", 1, **config)
     soup = mix([one], [1.0], output=tmp_path / "soup")
     assert load(Path(soup.path) / ADAPTER) == load(one / ADAPTER)

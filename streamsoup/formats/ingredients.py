@@ -151,13 +151,13 @@ def open_ingredients(
 
 def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> list[Ingredient]:
     """Return ingredients made to fit each other, where they have to be."""
-    if len(opened) and all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened):
+    asked = reading.changes_tensors
+    if not asked and opened and all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened):
         from streamsoup.formats.adapters.joined import are_adapters, join
 
         adapters = [each.source for each in opened]
         if are_adapters(adapters):
             return _with_sources(opened, join(adapters, cache), cache)
-    asked = reading.rename or reading.include or reading.exclude or reading.embeddings != "same"
     names = opened[0].layout.places.keys() if opened else ()
     differ = any(each.layout.places.keys() != names for each in opened)
     was_fitted = any(isinstance(each.source, Fitted) for each in opened)

@@ -148,7 +148,7 @@ def for_adapters(
     check_options(options, Options)
     opened = open_ingredients(ingredients, options.reading)
     alone = all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened)
-    if not opened or not alone or coefficients.is_copy:
+    if not opened or not alone or coefficients.is_copy or options.reading.changes_tensors:
         return opened, coefficients, options
     from streamsoup.formats.adapters.joined import are_adapters, coefficients_of_all, open_alone
 

@@ -250,7 +250,7 @@ def _join_module(
             )
     a, b = (adapters[number].spec(name).shape for name in (first.a, first.b))
     rank = sum(pair.rank for pair in pairs if pair is not None)
-    columns = math.prod(a[1:])
+    columns = max(math.prod(a[1:]), 1)  # of an empty tensor, nothing is ever read
     tensors[first.a] = SourceTensor("F32", (rank, *a[1:]), "F64")
     tensors[first.b] = SourceTensor("F32", (b[0], rank, *b[2:]), "F64")
     bias = f"{PREFIX}{module}.lora_B.bias" if biased and not first.embedding else None
@@ -320,7 +320,7 @@ def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int], biased: bool)
     others = {f"^{re.escape(name)}": n for name, n in ranks.items() if n != rank}
     made |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
     made |= {"use_rslora": False, "lora_bias": biased, "init_lora_weights": True}
-    return json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(made, indent=2).encode() + b"\n"
 
 
 def _choice(config: Mapping[str, Any]) -> list[Any]:
