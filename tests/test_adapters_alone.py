@@ -14,7 +14,13 @@ from adapters import PREFIX, factors, save_adapter
 from checkpoints import load, load_array
 
 from streamsoup import Options, geometry, interpolate, mix, slerp, uniform, verify
-from streamsoup.errors import FormatError, MismatchError, RecipeError, StreamsoupError
+from streamsoup.errors import (
+    FormatError,
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+    StreamsoupError,
+)
 from streamsoup.formats.adapters.config import read_adapter_config
 
 RNG = np.random.default_rng(7)
@@ -245,11 +251,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     e = {"m.q.lora_embedding_A": a, "m.q.lora_embedding_B": b}
     word = save_adapter(tmp_path / "word", e)
     head = save_adapter(tmp_path / "head", q | {"head.weight": a}, modules_to_save=["head"])
+    inner = adapter(tmp_path / "inner", {"model.m.q": 4, "model.m.k": 4})
     refusals: list[tuple[Any, list[Path], str]] = [
         (FormatError, [one, dora], "DoRA is not supported"),
         (MismatchError, [one, other], "names the base org/other"),
         (MismatchError, [one, wide], r"has the shape \[31, 20\], and \[30, 20\]"),
-        (MismatchError, [one, word], "an embedding has such factors"),
+        (MismatchError, [one, word], "is an embedding here or in .*, but not in both"),
+        (MismatchError, [one, inner], r"inner has model\. before the names of all these modules"),
+        (MismatchError, [inner, one], r"inner has model\. before the names of all these modules"),
         (MismatchError, [one, head], "is stored whole, and .*one has none"),
     ]
     for error, paths, match in refusals:
@@ -287,6 +296,33 @@ def test_hostile_and_empty_adapters(tmp_path: Path) -> None:
     assert config["task_type"] == "\ud800\u00e9"
     found = load(tmp_path / "soup" / "adapter_model.safetensors")
     assert [list(each[1]) for each in found.values()] == [[8, 0], [3, 8]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("c.lora_B.bias", (5,), r"has the shape \[5\], expected \[4\]"),
+        ("c.lora_B.bias", (), r"has the shape \[\], expected \[4\]"),
+        ("c.lora_B.weight", (4, 2, 3), "expected sizes of 1 after the rank"),
+    ],
+)
+def test_odd_shapes_are_refused(tmp_path: Path, name: str, shape: Any, match: str) -> None:
+    """What no base shows to be wrong is found in the headers."""
+    shapes = {"c.lora_A.weight": (2, 5, 3), "c.lora_B.weight": (4, 2, 1), name: shape}
+    tensors = {each: np.zeros(size, np.float32) for each, size in shapes.items()}
+    one = save_adapter(tmp_path / "one", tensors, r=2, lora_bias=True)
+    with pytest.raises(FormatError, match=match):
+        uniform([one, one], output=tmp_path / "soup")
+
+
+def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
+    """A sum that float32 or float64 does not hold is refused, as in any soup."""
+    one = adapter(tmp_path / "one", {"m.q": 4})
+    a, b = (np.full((4, 4), 1e200) for _ in "AB")
+    wide = {"m.q.lora_A.weight": a[:, :1].repeat(20, 1), "m.q.lora_B.weight": b.repeat(8, 0)[:30]}
+    two = save_adapter(tmp_path / "two", wide, lora_alpha=1e299)
+    with pytest.raises(NonFiniteError, match=r"m\.q\.lora_"):
+        uniform([one, two], output=tmp_path / "soup")
 
 
 def test_a_changed_configuration_is_found(tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> l
     """Return ingredients made to fit each other, where they have to be."""
     asked = reading.changes_tensors
     if not asked and opened and all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened):
-        from streamsoup.formats.adapters.joined import are_adapters, join
+        from streamsoup.formats.adapters.joined import are_adapters
+        from streamsoup.formats.adapters.joining import join
 
         adapters = [each.source for each in opened]
         if are_adapters(adapters):

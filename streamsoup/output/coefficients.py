@@ -150,7 +150,8 @@ def for_adapters(
     alone = all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened)
     if not opened or not alone or coefficients.is_copy or options.reading.changes_tensors:
         return opened, coefficients, options
-    from streamsoup.formats.adapters.joined import are_adapters, coefficients_of_all, open_alone
+    from streamsoup.formats.adapters.joined import are_adapters, coefficients_of_all
+    from streamsoup.formats.adapters.joining import open_alone
 
     sources = [each.source for each in opened]
     if not are_adapters(sources):
