@@ -186,6 +186,10 @@ def test_a_soup_is_a_recipe_of_its_own(
     assert "needs another folder: give -o OUT" in capsys.readouterr().err
     assert cli(["run", "one", "-o", "four", "--dtype", "f32"]) == 2
     assert "--dtype=f32: a soup is made again as it was" in capsys.readouterr().err
+    assert cli(["run", "one", "-o", "four", "--key", "ema"]) == 2
+    assert "--key=ema: a soup is made again as it was" in capsys.readouterr().err
+    assert cli(["run", "one", "-o", "four", "--drop"]) == 2
+    assert "--drop: a soup is made again as it was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,14 @@ def run(context: click.Context, /, recipe: str, **settings: Any) -> Any:
 
 def _run_again(context: click.Context, path: str, settings: dict[str, Any]) -> int:
     """Make the soup of a provenance again."""
+    from streamsoup.reading import Reading
+
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     output = settings.pop("output")
     if output is None:
         raise click.UsageError("a soup that is made again needs another folder: give -o OUT")
-    for name in ("dtype", "shard_size", "non_float", "non_finite"):
+    decided = ("dtype", "shard_size", "non_float", "non_finite", *Reading.__struct_fields__)
+    for name in decided:
         if name in _given(context):
             raise click.UsageError(f"{_given(context)[name][0]}: a soup is made again as it was")
 
