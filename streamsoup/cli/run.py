@@ -142,9 +142,11 @@ def _run_ours(context: click.Context, table: Table) -> Any:
 
 
 def _after(arguments: list[str], words: list[str]) -> list[str]:
-    """Return arguments with further options behind those that they have: the last one counts."""
+    """Return arguments with further options instead of those that they have."""
     end = arguments.index("--")
-    return [*arguments[:end], *words, *arguments[end:]]
+    options = {f"{word.partition('=')[0]}=" for word in words if "=" in word}
+    kept = [word for word in arguments[:end] if not word.startswith(tuple(options))]
+    return [*kept, *words, *arguments[end:]]
 
 
 def _given(context: click.Context) -> dict[str, list[str]]:
@@ -159,6 +161,9 @@ def _given(context: click.Context) -> dict[str, list[str]]:
         value = context.params[name]
         if param.is_flag:
             found[name] = [option] if value else []
+        elif param.multiple:
+            found[name] = [f"{option}={each}" for each in value]
         else:
-            found[name] = [f"{option}={value}"]
+            text = ",".join(value) if isinstance(value, tuple) else value
+            found[name] = [f"{option}={text}"]
     return found
