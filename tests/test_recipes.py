@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 import numpy as np
+import pipelines
 import pytest
-from checkpoints import save, tensor
+from checkpoints import load, save, tensor
 
 import streamsoup
 from streamsoup.cli import cli, main
@@ -186,6 +187,10 @@ def test_a_soup_is_a_recipe_of_its_own(
     assert "needs another folder: give -o OUT" in capsys.readouterr().err
     assert cli(["run", "one", "-o", "four", "--dtype", "f32"]) == 2
     assert "--dtype=f32: a soup is made again as it was" in capsys.readouterr().err
+    assert cli(["run", "one", "-o", "four", "--key", "ema"]) == 2
+    assert "--key=ema: a soup is made again as it was" in capsys.readouterr().err
+    assert cli(["run", "one", "-o", "four", "--drop"]) == 2
+    assert "--drop: a soup is made again as it was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -349,3 +354,23 @@ def fits(value: Any, rules: Mapping[str, Any]) -> bool:
         and not ("minimum" in rules and value < rules["minimum"])
         and not ("maximum" in rules and value > rules["maximum"])
     )
+
+
+def test_options_of_run_that_are_lists_replace_those_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given several times, or with commas, counts instead of what the file says."""
+    monkeypatch.chdir(tmp_path)
+    model = {f"{part}.w": tensor(np.ones(3, np.float32)) for part in "abc"}
+    for name in ("one", "two"):
+        save(Path(name), model)
+    recipe = {"method": "uniform", "ingredients": ["one", "two"], "include": ["a.*"], "drop": True}
+    Path("r.json").write_text(json.dumps(recipe))
+    assert cli(["run", "r.json", "--include", "b.*", "--include", "c.*", "-o", "out"]) == 0
+    assert sorted(load(Path("out/model.safetensors"))) == ["b.w", "c.w"]
+    for name in ("pipe1", "pipe2"):
+        pipelines.diffusers(Path(name), 1)
+    Path("p.json").write_text(json.dumps({"method": "uniform", "ingredients": ["pipe1", "pipe2"]}))
+    assert cli(["run", "p.json", "--components", "unet,vae", "-o", "both"]) == 0
+    made = json.loads(Path("both/streamsoup.json").read_text())
+    assert made["recipe"]["reading"] == {"components": ["unet", "vae"]}

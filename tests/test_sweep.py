@@ -218,6 +218,21 @@ def test_what_cannot_be_swept_is_refused(paths: list[str], tmp_path: Path) -> No
     assert not (tmp_path / "soup").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan uniform a b --print-recipe",
+        "sweep interpolate a b --alpha 0:1:.5 --command {checkpoint} -o soup --print-recipe",
+    ],
+)
+def test_what_is_swept_or_planned_prints_no_recipe(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--print-recipe after a command that is not run itself is refused, with the reason."""
+    assert cli(words.split()) == 2
+    assert "--print-recipe is for the command itself" in capsys.readouterr().err
+
+
 def test_a_failing_task_names_the_point(paths: list[str], tmp_path: Path) -> None:
     """The message says at which parameters the task failed."""
 

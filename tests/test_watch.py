@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import command, content, save, tensor
 from safetensors.numpy import load_file
 
@@ -134,7 +135,9 @@ def test_files_that_are_being_written_are_waited_for(script: Script, tmp_path: P
     )
     assert seen[:7] == [None, *[10.0] * 6]
     assert seen[7:] == [20.0] * 4  # the mean of 10 and 30
-    assert len(script.notes) == 3
+    unread = [note for note in script.notes if note.startswith("not read so far: ")]
+    assert len(script.notes) - len(unread) == 3
+    assert len(set(unread)) == len(unread) <= 3  # each is told once
 
 
 def test_a_watch_started_anew_makes_nothing_twice(script: Script, tmp_path: Path) -> None:
@@ -253,6 +256,20 @@ def test_files_of_lightning(tmp_path: Path) -> None:
     assert soup is not None
     (file,) = Path(soup.path).glob("*.safetensors")
     assert load_file(file)["w"][0] == 40.0
+
+
+def test_a_checkpoint_that_needs_an_option_is_told(script: Script, tmp_path: Path) -> None:
+    """A pickle with two sets of weights is not waited for in silence, and is named once."""
+    run = tmp_path / "run"
+    run.mkdir()
+    one = {"w": torch.ones(3)}
+    two = {"w": torch.zeros(3)}
+    torch.save({"state_dict": one, "state_dict_ema": two}, run / "epoch=1-step=10.ckpt")
+    script.play(run, nothing, nothing, nothing, last=1)
+    (told,) = script.notes[1:]
+    assert told.startswith("not read so far: ")
+    assert "step=10.ckpt" in told
+    assert "key" in told
 
 
 def test_an_output_of_something_else_is_not_replaced(script: Script, tmp_path: Path) -> None:

@@ -246,6 +246,10 @@ def _printing(command: Command) -> Command:
             return command(*args, **settings)
         from streamsoup.cli.recipes import recipe_text
 
+        if planning.is_asked_for():
+            raise click.UsageError(
+                "--print-recipe is for the command itself, without plan or sweep"
+            )
         tell([recipe_text(click.get_current_context()).rstrip()])
         return 0
 

@@ -71,11 +71,14 @@ def run(context: click.Context, /, recipe: str, **settings: Any) -> Any:
 
 def _run_again(context: click.Context, path: str, settings: dict[str, Any]) -> int:
     """Make the soup of a provenance again."""
+    from streamsoup.reading import Reading
+
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     output = settings.pop("output")
     if output is None:
         raise click.UsageError("a soup that is made again needs another folder: give -o OUT")
-    for name in ("dtype", "shard_size", "non_float", "non_finite"):
+    decided = ("dtype", "shard_size", "non_float", "non_finite", *Reading.__struct_fields__)
+    for name in decided:
         if name in _given(context):
             raise click.UsageError(f"{_given(context)[name][0]}: a soup is made again as it was")
 
@@ -139,9 +142,11 @@ def _run_ours(context: click.Context, table: Table) -> Any:
 
 
 def _after(arguments: list[str], words: list[str]) -> list[str]:
-    """Return arguments with further options behind those that they have: the last one counts."""
+    """Return arguments with further options instead of those that they have."""
     end = arguments.index("--")
-    return [*arguments[:end], *words, *arguments[end:]]
+    options = {f"{word.partition('=')[0]}=" for word in words if "=" in word}
+    kept = [word for word in arguments[:end] if not word.startswith(tuple(options))]
+    return [*kept, *words, *arguments[end:]]
 
 
 def _given(context: click.Context) -> dict[str, list[str]]:
@@ -156,6 +161,9 @@ def _given(context: click.Context) -> dict[str, list[str]]:
         value = context.params[name]
         if param.is_flag:
             found[name] = [option] if value else []
+        elif param.multiple:
+            found[name] = [f"{option}={each}" for each in value]
         else:
-            found[name] = [f"{option}={value}"]
+            text = ",".join(value) if isinstance(value, tuple) else value
+            found[name] = [f"{option}={text}"]
     return found

@@ -190,6 +190,8 @@ class _Folder:
         """The files of each checkpoint."""
         self._opened: dict[str, Ingredient] = {}
         """Complete checkpoints, as they were at the last look."""
+        self._told: set[str] = set()
+        """What was said of those that cannot be read."""
 
     def look(self) -> Choice | None:
         """Return the complete checkpoints to average, oldest first; None if there are none."""
@@ -200,8 +202,12 @@ class _Folder:
         for path in settled:
             try:
                 opened[path] = self._open(path)
-            except (ChangedIngredientError, FormatError, MissingFileError) as error:
+            except (ChangedIngredientError, MissingFileError) as error:
                 log.debug("%s", error)  # not complete
+            except FormatError as error:  # not complete, or never readable as it is asked for
+                if str(error) not in self._told:
+                    self._told.add(str(error))
+                    asked.tell(f"not read so far: {error}")
         self._seen, self._opened = found, opened
         if not opened:
             return None

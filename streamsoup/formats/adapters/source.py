@@ -69,6 +69,10 @@ class Adapted(Derived):
         self._kernel: Compiled | None = None
         self._looked = not self._pays()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes its own, with a lock and a kernel of its own."""
+        return Adapted, (self.of, self.adapters)
+
     def _described(self) -> dict[str, SourceTensor]:
         """Describe all tensors: those of the base, changed ones in float64, and new ones last."""
         found: dict[str, SourceTensor] = {}

@@ -22,6 +22,7 @@ import os
 import threading
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -67,6 +68,10 @@ class Checksums:
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}
         self._wrong: list[int] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes its own: with nothing checked yet."""
+        return Checksums, (self._files, self._members, self._crcs)
 
     def size(self, number: int) -> int:
         """Return the bytes of a member."""

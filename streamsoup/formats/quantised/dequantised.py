@@ -49,7 +49,7 @@ class Dequantised(Derived):
     def __init__(self, of: Source, weights: Weights) -> None:
         """Hold the source of codes and scales, and which of them belong together."""
         self.of, self.weights = of, weights.by_name
-        self._left_out = weights.left_out
+        self._found, self._left_out = weights, weights.left_out
         parts = {part for weight in self.weights.values() for part in weight.parts}
         dropped = {*parts, *self._left_out} - {weight.codes for weight in self.weights.values()}
         whole_of = {weight.codes: name for name, weight in self.weights.items()}
@@ -66,6 +66,10 @@ class Dequantised(Derived):
         self._tensors, self._file_names = in_files(found, of.file_names)
         self._lock = threading.Lock()
         self._decoder: Decoder | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes its own, with a lock and a decoder of its own."""
+        return Dequantised, (self.of, self._found)
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
