@@ -235,7 +235,9 @@ def make(
     Reads each byte of each ingredient once for each pass of the rule.
     """
     if options.part is not None:
-        raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
+        raise RecipeError(
+            f"{option('part')}: only soups made by a formula are made in parts; leave it out"
+        )
     started = time.monotonic()
     given = os.fsdecode(output)
     plan = ordered.plan

@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -50,6 +50,9 @@ PAUSE_S = 1.0
 """How long to wait before the second try; each further wait is twice as long."""
 
 LONGEST_PAUSE_S = 20.0
+
+BEGINNING_S = 10.0
+"""How long to wait for a server that does not answer before the search begins."""
 
 
 class ServerScorer:
@@ -107,7 +110,9 @@ class ServerScorer:
             )
         self._check_room()
         for held in self._held:
-            self._patiently(held.server, "answer", held.server.version)
+            # One that is not there at all is a slip of the address, most likely.
+            timeout = min(self._timeout, BEGINNING_S)
+            self._patiently(held.server, "answer", held.server.version, timeout)
         self._idle = list(reversed(self._held))
 
     def score(self, candidate: Candidate) -> Outcome:
@@ -199,11 +204,13 @@ class ServerScorer:
                     f"{printable(server.url)}: says it has {named} after loading {version}"
                 )
 
-        self._patiently(server, "load the candidate", load)
+        self._patiently(server, "load the candidate", load, self._timeout)
 
-    def _patiently(self, server: Server, what: str, call: Any) -> None:
+    def _patiently(
+        self, server: Server, what: str, call: Callable[[], Any], timeout_s: float
+    ) -> None:
         """Call until it succeeds: a server that refuses a few times, one that is away longer."""
-        until = time.monotonic() + self._timeout
+        until = time.monotonic() + timeout_s
         pause_s, n_refused, n_away = PAUSE_S, 0, 0
         while True:
             try:
@@ -219,9 +226,8 @@ class ServerScorer:
                 is_over = n_away > 1 and time.monotonic() > until  # a hang is tried once more
             if is_over or self._stop.is_set():
                 raise TaskError(
-                    f"{failed.text}; it did not {what} (tried for "
-                    f"{option('reload_timeout')}={self._timeout:g} s at most); see its log, and "
-                    "run the same command again"
+                    f"{failed.text}; it did not {what} ({option('reload_timeout')} is "
+                    f"{self._timeout:g} s); see its log, and run the same command again"
                 ) from None
             self._count("reloads")
             log.warning("%s; trying again", failed.text)
