@@ -83,7 +83,7 @@ class ModelSink:
         """
         if not isinstance(model, nn.Module):
             raise MismatchError(
-                f"a {type(model).__name__} is not a torch.nn.Module to put a mix into"
+                f"{printable(repr(model), 60)} is not a torch.nn.Module to put a mix into"
             )
         self.model = model
         self.plan = plan
