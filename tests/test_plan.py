@@ -275,11 +275,12 @@ def test_all_disagreements_come_in_one_message() -> None:
         planned(a, b, c)
     assert str(refused.value).splitlines() == [
         "these ingredients cannot be averaged:",
-        "  B lacks 1 tensor of A: z",
-        "  B has 1 tensor that A lacks: w",
-        "  B and A differ in the shape of 1 tensor: x [3, 2] and [2, 3]",
-        "  B and A differ in the dtype of 1 tensor: y F16 and F32",
-        "  C and A differ in the dtype of 1 tensor: z I32 and I64",
+        "  B (ingredient 2) lacks 1 tensor of A (ingredient 1): z",
+        "  B (ingredient 2) has 1 tensor that A (ingredient 1) lacks: w",
+        "  B (ingredient 2) and A (ingredient 1) differ in the shape of 1 tensor: "
+        "x [3, 2] and [2, 3]",
+        "  B (ingredient 2) and A (ingredient 1) differ in the dtype of 1 tensor: y F16 and F32",
+        "  C (ingredient 3) and A (ingredient 1) differ in the dtype of 1 tensor: z I32 and I64",
         "leave out what is of another architecture, or save it with the same tensors",
         "leave out what is of another architecture, or has resized embeddings",
         "convert all floats to one dtype with dtype",

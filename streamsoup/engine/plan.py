@@ -230,7 +230,8 @@ def plan_mix(ingredients: Sequence[Ingredient], recipe: Recipe) -> MixPlan:
     layouts = list(dict.fromkeys(ingredient.layout for ingredient in ingredients))
     layout_of = tuple(layouts.index(ingredient.layout) for ingredient in ingredients)
     owners = [ingredients[layout_of.index(n)] for n in range(len(layouts))]
-    problems, advice = disagreements(owners, convert=output is not None)
+    positions = [1 + layout_of.index(n) for n in range(len(layouts))]
+    problems, advice = disagreements(owners, positions, convert=output is not None)
     is_copy = isinstance(recipe.rule, Linear) and recipe.rule.is_copy
     coefficients = recipe.rule.coefficients if isinstance(recipe.rule, Linear) else None
     coded, causes = parts_of(

@@ -56,29 +56,39 @@ _MASKS = frozenset({"BOOL", "I64"})
 """Dtypes of masks and indices in torch; narrower integers may be codes of quantised weights."""
 
 
-def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[str], list[str]]:
+def disagreements(
+    owners: Sequence[Ingredient], positions: Sequence[int], *, convert: bool
+) -> tuple[list[str], list[str]]:
     """List where ingredients differ from the first in names, shapes or dtypes, a line each.
 
-    With `convert`, floats may have any dtype. Gives what to do about it, too, a line for each kind
-    of disagreement: for the likely cause alone, where one can be told. Costs a look at each tensor.
+    Args:
+        owners: An ingredient of each layout, the first of all at first.
+        positions: Their places among all ingredients, from 1.
+        convert: Whether floats may have any dtype.
+
+    Returns:
+        The disagreements, and what to do about them, a line for each kind: for the likely cause
+        alone, where one can be told. Costs a look at each tensor.
     """
     first = owners[0]
     places = first.layout.places
     problems: list[str] = []
     advice: set[str] = set()
-    for other in owners[1:]:
-        pair = f"{printable(other.name)} and {printable(first.name)}"
+    one = _place(first, positions[0])
+    for other, position in zip(owners[1:], positions[1:], strict=True):
+        two = _place(other, position)
         theirs = other.layout.places
         lacking = [name for name in places if name not in theirs]
         extra = [name for name in theirs if name not in places]
         if lacking or extra:
+            named = {id(first): one, id(other): two}
             found = (
-                _by_component(first, other, lacking + extra)
-                or _by_prefix(first, other)
-                or _by_tie(first, other, lacking, extra)
+                _by_component(first, other, named, lacking + extra)
+                or _by_prefix(first, other, named)
+                or _by_tie(first, other, named, lacking, extra)
             )
             cause, todo = found or ("", _OTHER_NAMES)
-            problems += [cause] if found else _by_name(first, other, lacking, extra)
+            problems += [cause] if found else _by_name(one, two, lacking, extra)
             advice.add(todo)
         shapes, dtypes = [], []
         rows = 0
@@ -95,18 +105,24 @@ def disagreements(owners: Sequence[Ingredient], *, convert: bool) -> tuple[list[
                 advice.add(_OTHER_FLOATS if averaged else _OTHER_DTYPES)
         if shapes:
             advice.add(_OTHER_ROWS if rows == len(shapes) else _OTHER_SHAPES)
-            problems.append(f"{pair} differ in the shape of {_count(shapes)}: {some(shapes)}")
+            problems.append(
+                f"{two} and {one} differ in the shape of {_count(shapes)}: {some(shapes)}"
+            )
         if dtypes:
-            problems.append(f"{pair} differ in the dtype of {_count(dtypes)}: {some(dtypes)}")
+            problems.append(
+                f"{two} and {one} differ in the dtype of {_count(dtypes)}: {some(dtypes)}"
+            )
     known = [each for each in _ADVICE if each in advice]
     return problems, [*sorted(advice - set(known)), *known]
 
 
-def _by_name(
-    first: Ingredient, other: Ingredient, lacking: list[str], extra: list[str]
-) -> Iterable[str]:
+def _place(ingredient: Ingredient, position: int) -> str:
+    """Return the name of an ingredient and its position, from 1: names may be long digests."""
+    return f"{printable(ingredient.name)} (ingredient {position})"
+
+
+def _by_name(one: str, two: str, lacking: list[str], extra: list[str]) -> Iterable[str]:
     """Yield which names one has and the other lacks."""
-    one, two = printable(first.name), printable(other.name)
     if lacking:
         yield f"{two} lacks {_count(lacking)} of {one}: {some(lacking)}"
     if extra:
@@ -114,7 +130,7 @@ def _by_name(
 
 
 def _by_component(
-    first: Ingredient, other: Ingredient, names: Sequence[str]
+    first: Ingredient, other: Ingredient, named: Mapping[int, str], names: Sequence[str]
 ) -> tuple[str, str] | None:
     """Return a line for whole components that one of two pipelines lacks, and what to do."""
     ours, theirs = (
@@ -126,7 +142,7 @@ def _by_component(
     if not shared or not within or not all(name.startswith(within) for name in names):
         return None
     lines = [
-        f"{printable(lacks.name)} has no component {some(parts)}, which {printable(has.name)} has"
+        f"{named[id(lacks)]} has no component {some(parts)}, which {named[id(has)]} has"
         for has, lacks, parts in (
             (first, other, [part for part in lone if part in ours]),
             (other, first, [part for part in lone if part in theirs]),
@@ -136,7 +152,9 @@ def _by_component(
     return "; ".join(lines), _OTHER_PARTS
 
 
-def _by_prefix(first: Ingredient, other: Ingredient) -> tuple[str, str] | None:
+def _by_prefix(
+    first: Ingredient, other: Ingredient, named: Mapping[int, str]
+) -> tuple[str, str] | None:
     """Return a line for names that are the same but for a wrapper's prefix, and what to do."""
     ours, theirs = first.layout.places, other.layout.places
     for prefix, wrapper in _WRAPPERS.items():
@@ -147,7 +165,7 @@ def _by_prefix(first: Ingredient, other: Ingredient) -> tuple[str, str] | None:
             if pair is not None or _bare(wrapped, prefix) == _bare(plain, prefix):
                 lone = next(name for name in wrapped if name not in plain)
                 return (
-                    f"the names in {printable(other.name)} and {printable(first.name)} differ by "
+                    f"the names in {named[id(other)]} and {named[id(first)]} differ by "
                     f"{prefix!r} alone, which {wrapper} puts into {printable(has.name)}: "
                     f"{printable(lone)}"
                 ), _OTHER_PREFIX if pair is None else f"rename it with {option('rename', pair)}"
@@ -173,7 +191,11 @@ def _bare(names: Iterable[str], prefix: str) -> list[str]:
 
 
 def _by_tie(
-    first: Ingredient, other: Ingredient, lacking: list[str], extra: list[str]
+    first: Ingredient,
+    other: Ingredient,
+    named: Mapping[int, str],
+    lacking: list[str],
+    extra: list[str],
 ) -> tuple[str, str] | None:
     """Return a line for what is likely a tied copy that one of them does not store."""
     if lacking and extra:
@@ -197,8 +219,8 @@ def _by_tie(
             return None
         twins.append(f"{name} beside {twin}")
     return (
-        f"{printable(has.name)} stores what {printable(lacks.name)} has once only, likely a tied "
-        f"copy: {some(twins)}"
+        f"{named[id(has)]} stores what {named[id(lacks)]} has once only, likely a tied copy: "
+        f"{some(twins)}"
     ), _TIED_COPY
 
 
