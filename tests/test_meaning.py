@@ -14,6 +14,7 @@ from checkpoints import command, load_array, save, save_sharded, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import streamsoup
 from streamsoup import Options, geometry, interpolate, mix, mix_into, slerp, uniform, verify
 from streamsoup.engine import reduce
 from streamsoup.engine.rules.linear import Linear
@@ -350,6 +351,44 @@ def test_angles_pass_over_equal_masks(tmp_path: Path) -> None:
     assert (load_array(tmp_path / "out", "mask") == full).all()
     interpolate(paths[0], paths[1], 2.0, output=tmp_path / "out2")
     assert (load_array(tmp_path / "out2", "mask") == full).all()
+
+
+@pytest.mark.parametrize("memory", [None, "260MB"])
+@pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs", "della", "sce", "ram", "nearswap"])
+def test_merges_copy_equal_masks(name: str, memory: Any, tmp_path: Path) -> None:
+    """A mask is copied to the bit, the other tensors are those of a merge without it."""
+    full = mask()
+    full[5, 0], full[6, 0] = np.inf, -0.0
+    paths = [model(tmp_path / each, i, mask=tensor(full)) for i, each in enumerate("abc")]
+    plain = [model(tmp_path / f"p{each}", i) for i, each in enumerate("abc")]
+    more: dict[str, list[Any]] = {"sce": [], "ram": [], "nearswap": [0.1]}
+    given = slice(1, 2) if name == "nearswap" else slice(1, 3)
+    for folders, out in ((paths, "out"), (plain, "wanted")):
+        getattr(streamsoup, name)(
+            folders[given],
+            *more.get(name, [0.5]),
+            base=folders[0],
+            output=tmp_path / out,
+            options=Options(memory=memory),
+        )
+    assert verify(tmp_path / "out").rederived
+    found = load_array(tmp_path / "out", "mask")
+    assert np.array_equal(np.isinf(found), np.isinf(full))
+    assert np.array_equal(found, full)
+    assert np.array_equal(load_array(tmp_path / "out", "w"), load_array(tmp_path / "wanted", "w"))
+
+
+def test_merges_refuse_masks_that_differ(tmp_path: Path) -> None:
+    """One other byte in one ingredient, or in the base, and infinities stop the run."""
+    full, other = mask(), mask()
+    other[-1, 0] = 7
+    a, b, c = (
+        model(tmp_path / name, i, mask=tensor(each))
+        for i, (name, each) in enumerate({"a": full, "b": full, "c": other}.items())
+    )
+    for tuned, base in (([b, c], a), ([a, b], c)):
+        with pytest.raises(NonFiniteError, match=r"mask: holds -inf at \[0, 1\]"):
+            streamsoup.ties(tuned, 0.5, base=base, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("block", [64, 1 << 20])

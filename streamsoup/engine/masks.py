@@ -1,10 +1,13 @@
 """Buffers such as a −inf attention mask: not finite, and the same in every ingredient.
 
-Where all ingredients agree no mean is needed, so such a tensor does not stop the run. The condition
-is one on the whole tensor, so it does not depend on how a pass is cut into blocks: its bytes are
-the same in all ingredients. Its non-finite elements are then those of the ingredients, also
-where the arithmetic would make NaN of them (−inf · 0), and the finite ones are summed as always.
-A NaN is written in the one form that stands for every NaN (`tensors.DType.nan`).
+Where all ingredients agree no mean or merge is needed, so such a tensor does not stop the run. The
+condition is one on the whole tensor, so it does not depend on how a pass is cut into blocks: its
+bytes are the same in all ingredients. Its non-finite elements are then those of the ingredients,
+also where the arithmetic would make NaN of them (−inf · 0), and the finite ones are summed as
+always. A NaN is written in the one form that stands for every NaN (`tensors.DType.nan`).
+
+A merge of equal tensors is that tensor, as every task vector is zero. Its statistics are therefore
+taken of zeros, and a block that is not finite is copied as a whole.
 """
 
 from __future__ import annotations
@@ -13,8 +16,14 @@ import math
 
 from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.read import Session
+from streamsoup.engine.rules.elementwise import NearSwap, Ram
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.rules.sce import Sce
+from streamsoup.engine.rules.task_vectors import TaskVectors
 from streamsoup.system.buffers import Bytes
+
+_MERGES = (TaskVectors, Sce, Ram, NearSwap)
+"""Rules that leave a tensor as it is where all ingredients, the base among them, hold the same."""
 
 __all__ = ["is_kept", "restore"]
 
@@ -29,12 +38,7 @@ def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) 
     """
     from streamsoup.kernels.blocks import array_of, widen
 
-    if not isinstance(plan.recipe.rule, Linear):
-        return False
-    coefficients = plan.recipe.rule.coefficients
-    factors, divisor = coefficients.of(tensor.name)
-    part_of_mean = set(factors) == {1.0} and len(factors) <= divisor
-    if not part_of_mean and not coefficients.is_affine(tensor.name):
+    if not _leaves_equal(plan, tensor):
         return False
     dtypes = [tensor.sources[layout].dtype for layout in plan.layout_of]
     if any(dtype is not dtypes[0] for dtype in dtypes):
@@ -54,8 +58,18 @@ def is_kept(plan: MixPlan, tensor: PlannedTensor, block: int, reading: Session) 
     return True
 
 
+def _leaves_equal(plan: MixPlan, tensor: PlannedTensor) -> bool:
+    """Return True if the rule makes of equal tensors that tensor, or a part of their mean."""
+    rule = plan.recipe.rule
+    if not isinstance(rule, Linear):
+        return isinstance(rule, _MERGES)
+    factors, divisor = rule.coefficients.of(tensor.name)
+    part_of_mean = set(factors) == {1.0} and len(factors) <= divisor
+    return part_of_mean or rule.coefficients.is_affine(tensor.name)
+
+
 def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -> bool | None:
-    """Put the non-finite elements of `given` into `result`, a block of the soup.
+    """Put the non-finite elements of `given` (of a merge: all) into `result`, a soup's block.
 
     `given` is the block of any ingredient, all being the same. Return True if that changed bytes,
     False if not, and None where the result cannot be kept: an element is not finite though that of
@@ -68,10 +82,11 @@ def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -
     dtype = tensor.sources[plan.layout_of[0]].dtype
     with np.errstate(invalid="ignore"):
         values = widen(array_of(given), dtype).astype(np.float64)
-    bad = ~np.isfinite(values)
+    rule = plan.recipe.rule
+    bad = ~np.isfinite(values) if isinstance(rule, Linear) else np.ones(len(values), bool)
     if not len(result):  # on a device: right where every product is the infinity itself
-        assert isinstance(plan.recipe.rule, Linear)
-        factors, _ = plan.recipe.rule.coefficients.of(tensor.name)
+        assert isinstance(rule, Linear)
+        factors, _ = rule.coefficients.of(tensor.name)
         infinite = all(factor > 0 for factor in factors) and not np.isnan(values).any()
         return False if infinite else None
     made = np.asarray(array_of(result))

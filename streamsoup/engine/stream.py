@@ -356,18 +356,38 @@ class _Pass:
         leaf, k = task.leaf, len(self.plan.ingredients)
         tensor = self.plan.tensors[leaf.tensor]
         self.check_unchanged(leaf)
-        worker.begin(leaf)
         end = leaf.start + leaf.n_units
-        for start in range(leaf.start, end, self.memory.block):
-            if self.stop.is_set():
-                raise Interrupted("stopped")
-            n_units = min(self.memory.block, end - start)
-            worker.measure(tensor, start, n_units, reading.block(tensor, 0, k, start, n_units))
-            if worker.spoiled and self.plan.recipe.non_finite == "refuse":
-                self.explain(tensor, start, n_units, reading)
+        as_zeros = self.kept.get(leaf.tensor, False)
+        done = False
+        while not done:
+            worker.begin(leaf)
+            for start in range(leaf.start, end, self.memory.block):
+                if self.stop.is_set():
+                    raise Interrupted("stopped")
+                n_units = min(self.memory.block, end - start)
+                blocks = reading.block(tensor, 0, k, start, n_units)
+                if as_zeros:  # pages of zeros that are only read take no memory
+                    blocks = [memoryview(bytes(len(blocks[0])))] * k
+                worker.measure(tensor, start, n_units, blocks)
+                if worker.spoiled and self.plan.recipe.non_finite == "refuse":
+                    if as_zeros or not self.keeps(leaf.tensor, reading):
+                        self.explain(tensor, start, n_units, reading)
+                    as_zeros = True
+                    break  # a mask: the leaf is measured anew
+            else:
+                done = True
         with self.lock:
             self.nbytes_measured += self.nbytes_of(leaf)
         self.schedule.merge(task, worker.measured())
+
+    def keeps(self, number: int, reading: Session) -> bool:
+        """Return True if a tensor that is not finite is kept as it is; see `masks.is_kept`."""
+        from streamsoup.engine.masks import is_kept
+
+        if number not in self.kept:
+            tensor = self.plan.tensors[number]
+            self.kept[number] = is_kept(self.plan, tensor, self.memory.block, reading)
+        return self.kept[number]
 
     def make_leaf(
         self,
@@ -468,16 +488,14 @@ class _Pass:
 
         Raises `NonFiniteError` if the result is not a mask.
         """
-        from streamsoup.engine.masks import is_kept, restore
+        from streamsoup.engine.masks import restore
 
         number = block.leaf.tensor
         tensor = self.plan.tensors[number]
         if self.plan.measures:
             self.explain(tensor, block.start, block.n_units, reading)
-        if number not in self.kept:
-            self.kept[number] = is_kept(self.plan, tensor, self.memory.block, reading)
         changed = None
-        if self.kept[number]:
+        if self.keeps(number, reading):
             (given,) = reading.block(tensor, 0, 1, block.start, block.n_units)
             changed = restore(self.plan, tensor, given, result)
         if changed is None:
