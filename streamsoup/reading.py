@@ -43,12 +43,20 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Components of pipelines to make a soup of, by the paths of their folders, ``.`` for the
     pipeline's own; the others are taken from the first ingredient. All if empty."""
 
+    download: bool = False
+    """Download models of the Hugging Face Hub that its cache lacks into that cache, with
+    huggingface_hub; searches always do."""
+
     def __post_init__(self) -> None:
         """Make tuples of lists, and check all. Raises `RecipeError`."""
         if self.dequantize not in (False, True) or self.drop not in (False, True):
             raise RecipeError(
                 f"{option('dequantize')} and {option('drop')} are truth values, got "
                 f"{printable(repr((self.dequantize, self.drop)), 80)}"
+            )
+        if self.download not in (False, True):
+            raise RecipeError(
+                f"{option('download')} is a truth value, got {printable(repr(self.download), 80)}"
             )
         for name in ("rename", "include", "exclude"):
             msgspec.structs.force_setattr(self, name, _texts(name, getattr(self, name)))
@@ -67,14 +75,23 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain JSON: scores depend on it."""
+        """What differs from the defaults, as plain JSON: scores depend on it.
+
+        How ingredients reach this machine is left out, as it changes no byte of them.
+        """
         found: dict[str, Any] = msgspec.to_builtins(self)
+        found.pop("download", None)
         return found
 
     @property
     def changes_tensors(self) -> bool:
         """True if tensors are renamed, chosen by name, or may get further rows."""
         return bool(self.rename or self.include or self.exclude) or self.embeddings != "same"
+
+    @property
+    def downloading(self) -> Reading:
+        """The same with `download`: for searches, which read ingredients many times."""
+        return msgspec.structs.replace(self, download=True)
 
     def takes(self, tensor: str) -> bool:
         """Return True for a tensor that is averaged, if its dtype is: chosen by its name."""

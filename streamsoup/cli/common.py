@@ -104,6 +104,11 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
+DOWNLOAD = click.option(
+    "--download",
+    is_flag=True,
+    help="Download models of the Hugging Face Hub (org/name) that its cache lacks.",
+)
 READING = stack(
     click.option(
         "--key",
@@ -143,6 +148,7 @@ READING = stack(
         metavar="NAME,…",
         help="Of pipelines: read these alone; a soup has the others of the first.",
     ),
+    DOWNLOAD,
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(

@@ -6,6 +6,8 @@ from streamsoup.formats.adapters.paths import split
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.pipelines import open_pipeline
+from streamsoup.formats.remote.hub_cache import hub_model
+from streamsoup.formats.remote.snapshots import snapshot_of
 from streamsoup.formats.source import Source
 from streamsoup.formats.stacked import open_stacked, pieces_of
 from streamsoup.formats.stored import open_stored
@@ -18,7 +20,8 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
     """Open the checkpoint at a path by its headers, with the reader for its kind.
 
     Args:
-        path: As the user gave it; `formats.stacked` says how layers of several are named.
+        path: As the user gave it; `formats.stacked` says how layers of several are named, and
+            `formats.remote.hub_cache` which paths are those of models of the Hub.
         reading: How files become tensors.
         cache: Headers parsed so far, to be shared by the ingredients of one soup.
 
@@ -32,6 +35,8 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         return open_adapted(open_path(parts[0], reading, cache), parts[1:], cache)
     if (pieces := pieces_of(path)) is not None:
         return open_stacked(pieces, lambda piece: open_path(piece, reading, cache))
+    if (model := hub_model(path)) is not None:
+        path = snapshot_of(model, download=reading.download)
 
     def open_folder(folder: str) -> Source:
         pickled = is_pickled(folder)

@@ -255,7 +255,8 @@ def _rederive(
             f"{count(len(given), 'ingredient')} given for a soup of "
             f"{len(provenance.ingredients)}; give all, in the same order"
         )
-    opened = open_ingredients(given, provenance.recipe.reading)
+    reading = provenance.recipe.reading
+    opened = open_ingredients(given, reading.downloading if options.download else reading)
     plan = plan_mix(opened, provenance.recipe)
     mapped = will_map(opened, options.io)
     memory = plan_memory(

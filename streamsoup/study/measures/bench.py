@@ -78,7 +78,7 @@ class Bench:
         measurement is reported as a `Step`. Raises what `output.make.order` raises, and
         `TaskError` for a task without what `recalibrate` needs.
         """
-        opened = open_ingredients(ingredients, options.reading)
+        opened = open_ingredients(ingredients, options.reading.downloading)
         equal = Coefficients.uniform(len(opened))
         ordered = order(opened, Linear(equal), method="compare", options=options)
         self.plan = ordered.plan
