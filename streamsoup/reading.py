@@ -46,6 +46,9 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     download: bool = False
     """Download models of the Hugging Face Hub that its cache lacks into that cache, with
     huggingface_hub; searches always do."""
+    network_timeout: float = 120.0
+    """Seconds without a byte from the network after which a soup of remote files ends in an
+    error."""
 
     def __post_init__(self) -> None:
         """Make tuples of lists, and check all. Raises `RecipeError`."""
@@ -53,6 +56,12 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise RecipeError(
                 f"{option('dequantize')} and {option('drop')} are truth values, got "
                 f"{printable(repr((self.dequantize, self.drop)), 80)}"
+            )
+        number: Any = self.network_timeout
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e6:
+            raise RecipeError(
+                f"{option('network_timeout')} is a number of seconds above 0, got "
+                f"{printable(repr(number), 80)}"
             )
         if self.download not in (False, True):
             raise RecipeError(
@@ -80,7 +89,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         How ingredients reach this machine is left out, as it changes no byte of them.
         """
         found: dict[str, Any] = msgspec.to_builtins(self)
-        found.pop("download", None)
+        for name in ("download", "network_timeout"):
+            found.pop(name, None)
         return found
 
     @property

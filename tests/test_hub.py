@@ -102,7 +102,7 @@ def test_what_is_missing_is_named(cache: Path) -> None:
         shard.unlink(missing_ok=True)
         if spoil is os.path.realpath:
             shard.symlink_to(f"{target}-gone")
-        with pytest.raises(MissingFileError, match="lacks model-00002-of-00002.safetensors"):
+        with pytest.raises(MissingFileError, match=r"lacks model-00002-of-00002\.safetensors"):
             streamsoup.uniform(["org/one"], output="soup")
     for file in snapshot.iterdir():
         if file.name != "config.json":

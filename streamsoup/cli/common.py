@@ -104,10 +104,20 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
-DOWNLOAD = click.option(
-    "--download",
-    is_flag=True,
-    help="Download models of the Hugging Face Hub (org/name) that its cache lacks.",
+DOWNLOAD = stack(
+    click.option(
+        "--download",
+        is_flag=True,
+        help="Download models of the Hugging Face Hub (org/name) that its cache lacks.",
+    ),
+    click.option(
+        "--network-timeout",
+        type=Number(0.1, 900_000),
+        default=120.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Without a byte of a remote file, until that is an error.",
+    ),
 )
 READING = stack(
     click.option(

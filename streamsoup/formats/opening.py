@@ -6,8 +6,8 @@ from streamsoup.formats.adapters.paths import split
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.pipelines import open_pipeline
+from streamsoup.formats.remote.addresses import is_address
 from streamsoup.formats.remote.hub_cache import hub_model
-from streamsoup.formats.remote.snapshots import snapshot_of
 from streamsoup.formats.source import Source
 from streamsoup.formats.stacked import open_stacked, pieces_of
 from streamsoup.formats.stored import open_stored
@@ -35,16 +35,25 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         return open_adapted(open_path(parts[0], reading, cache), parts[1:], cache)
     if (pieces := pieces_of(path)) is not None:
         return open_stacked(pieces, lambda piece: open_path(piece, reading, cache))
-    if (model := hub_model(path)) is not None:
-        path = snapshot_of(model, download=reading.download)
+    model = None if is_address(path) else hub_model(path)
+    if model is not None or is_address(path):
+        from streamsoup.formats.remote.opening import open_remote
+
+        found = open_remote(model or path, reading, cache)
+        if not isinstance(found, str):
+            return _dequantised(found) if reading.dequantize else found
+        path = found
 
     def open_folder(folder: str) -> Source:
         pickled = is_pickled(folder)
         source = open_pickled(folder, reading.key, cache) if pickled else open_stored(folder, cache)
-        if reading.dequantize:
-            from streamsoup.formats.quantised.opening import dequantised
-
-            return dequantised(source)
-        return source
+        return _dequantised(source) if reading.dequantize else source
 
     return open_pipeline(path, reading.components, open_folder) or open_folder(path)
+
+
+def _dequantised(source: Source) -> Source:
+    """Return a source of the values of quantised weights."""
+    from streamsoup.formats.quantised.opening import dequantised
+
+    return dequantised(source)

@@ -51,17 +51,18 @@ class Cached(msgspec.Struct, frozen=True):
     """Weights that it lacks; empty for one that is complete."""
 
 
-def hub_model(path: str) -> HubModel | None:
+def hub_model(path: str, *, local: bool = True) -> HubModel | None:
     """Return the model of the Hub that a path names; None for any other path.
 
     ``org/name`` and ``org/name@revision`` name one, unless a file or folder of that name exists.
     So does a snapshot in a cache that is no longer there, such as a provenance records: it names
-    the commit, which this machine's cache may have elsewhere.
+    the commit, which this machine's cache may have elsewhere. Without `local`, what exists here is
+    not looked at.
 
     >>> hub_model("org/model@refs/pr/1")
     HubModel(id='org/model', revision='refs/pr/1')
     """
-    if os.path.lexists(path):
+    if local and os.path.lexists(path):
         return None
     cached = _CACHED.fullmatch(path)
     if cached is not None:
