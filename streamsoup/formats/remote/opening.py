@@ -7,6 +7,7 @@ is asked for by name, and side files by the names that libraries give them.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -40,7 +41,10 @@ _HEAD = 1 << 16
 """Bytes of a file that are asked for first: most headers are within."""
 
 _LARGEST = 100_000_000
-"""Bytes of a listing, an index or a side file at most."""
+"""Bytes of a listing or an index at most."""
+
+_LARGEST_BESIDE = 1_000_000_000
+"""Bytes of a side file at most."""
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -114,16 +118,17 @@ def _open_hub(model: HubModel, reading: Reading, cache: HeaderCache) -> Remote:
         listing = f"{endpoint()}/api/models/{model.id}/revision/{revision}"
         check_address(listing)
         try:
-            text = requests.fetch(listing, _LARGEST, patient=False)
+            text = io.BytesIO()
+            found = requests.fetch(listing, text, _LARGEST, patient=False)
         except MissingFileError as error:
             raise MissingFileError(f"{printable(model)}: {error.text}") from None
         except FormatError as error:
             raise MissingFileError(
                 f"{not_found(model, find_cached(model)).text} ({error.text})"
             ) from None
-        if text is None:
+        if not found:
             raise not_found(model, find_cached(model))
-        commit, names = _listed(model, text)
+        commit, names = _listed(model, text.getvalue())
         root = f"{endpoint()}/{model.id}/resolve/{commit}/"
 
         def address(name: str) -> str:
@@ -133,7 +138,7 @@ def _open_hub(model: HubModel, reading: Reading, cache: HeaderCache) -> Remote:
         side_files = [
             name
             for name in names
-            if "/" not in name and not name.startswith(".") and not name.endswith(SUFFIXES)
+            if _is_plain(name) and not name.endswith((*SUFFIXES, ".index.json"))
         ]
         return _open(
             requests,
@@ -163,9 +168,15 @@ def _listed(model: HubModel, text: bytes) -> tuple[str, list[str]]:
     return commit, sorted(names)
 
 
+def _is_plain(name: str) -> bool:
+    """Return True for the name of a file in a folder itself that is not hidden."""
+    plain = name.isprintable() and "/" not in name and not name.startswith(".")
+    return plain and 0 < len(name.encode()) < 256
+
+
 def _choose(name: str, names: Iterable[str]) -> str:
     """Return the name of the index, or of the only safetensors file, in a listing."""
-    inside = [each for each in names if "/" not in each]
+    inside = [each for each in names if _is_plain(each)]
     for plain in (_INDEX, _SINGLE):
         if plain in inside:
             return plain
@@ -282,13 +293,11 @@ def _open(
 def _read_index(requests: Requests, place: _Place, name: str) -> tuple[dict[str, str], int]:
     """Download an index and read it, with errors that name its address."""
     where = shown(place.address(name))
-    text = requests.fetch(place.address(name), _LARGEST)
-    if text is None:
-        raise MissingFileError(f"{where}: no such file; check the address")
     with tempfile.TemporaryDirectory(prefix="streamsoup-") as folder:
         path = os.path.join(folder, "index.json")
         with open(path, "wb") as file:
-            file.write(text)
+            if not requests.fetch(place.address(name), file, _LARGEST):
+                raise MissingFileError(f"{where}: no such file; check the address")
         try:
             return read_index(path)
         except FormatError as error:
@@ -302,9 +311,10 @@ def _fetch(
     requests = Requests(timeout_s)
     try:
         for name in names:
-            text = requests.fetch(address(name), _LARGEST)
-            if text is not None:
-                with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
-                    file.write(text)
+            path = os.path.join(folder, name)
+            with open(path, "wb") as file:
+                found = requests.fetch(address(name), file, _LARGEST_BESIDE)
+            if not found:
+                os.remove(path)
     finally:
         requests.close()

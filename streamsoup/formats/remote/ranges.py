@@ -14,6 +14,7 @@ import random
 import re
 import ssl
 import time
+from typing import BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -37,6 +38,12 @@ _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 _EXPIRED = (400, 401, 403, 404, 410)
 """Statuses that the target of a redirect may have when its signature has expired."""
+
+_MOST_TRIES = 8
+"""Tries of what begins anew each time, however many bytes came."""
+
+_PIECE = 1 << 18
+"""Bytes of a side file that are held at once."""
 
 _STALL = 20.0
 """Seconds without a byte after which a connection is given up for another one."""
@@ -87,30 +94,33 @@ class Requests:
         self._file: RemoteFile | None = None
         self._at = self._end = 0
 
-    def fetch(self, url: str, limit: int, *, patient: bool = True) -> bytes | None:
-        """Return a whole small file; None if there is none.
+    def fetch(self, url: str, into: BinaryIO, limit: int, *, patient: bool = True) -> bool:
+        """Write a whole small file into another; return False if there is none.
 
         Raises:
             FormatError: It is larger than `limit`, or cannot be had; at once if not `patient`.
             MissingFileError: The server does not give it to us.
         """
-        trying = _Trying(url, self._timeout_s if patient else 0.0)
+        trying = _Trying(url, self._timeout_s if patient else 0.0, _MOST_TRIES)
         while True:
             try:
                 answer = self._ask(url, None)
                 if answer.response.status in (404, 410):
                     self.close()
-                    return None
+                    return False
                 if answer.response.status != 200:
                     raise _Broken(f"status {answer.response.status} instead of 200")
-                text = answer.response.read(limit + 1)
+                into.seek(0)
+                into.truncate()
+                while piece := answer.response.read(_PIECE):
+                    into.write(piece)
+                    trying.had_a_byte()
+                    if into.tell() > limit:
+                        raise FormatError(f"{shown(url)}: has more than {limit} bytes")
                 told = answer.response.getheader("Content-Length")
-                if len(text) > limit:
-                    self.close()
-                    raise FormatError(f"{shown(url)}: has more than {limit} bytes")
-                if told is not None and told.isdigit() and len(text) < int(told):
+                if told is not None and told.isdecimal() and into.tell() < int(told):
                     raise _Broken("an answer that is too short")
-                return text
+                return True
             except StreamsoupError:  # some are an OSError, too
                 self.close()
                 raise
@@ -123,7 +133,7 @@ class Requests:
 
         Raises `FormatError` and `MissingFileError` as `fetch` does.
         """
-        trying = _Trying(url, self._timeout_s)
+        trying = _Trying(url, self._timeout_s, _MOST_TRIES)
         while True:
             try:
                 answer = self._ask(url, (0, nbytes))
@@ -299,8 +309,8 @@ class Requests:
 class _Trying:
     """The tries of one request: how long there was no byte, and how long to wait."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self._url, self._timeout_s = url, timeout_s
+    def __init__(self, url: str, timeout_s: float, n_tries: int = 1_000_000) -> None:
+        self._url, self._timeout_s, self._n_left = url, timeout_s, n_tries
         self.had_a_byte()
 
     def had_a_byte(self) -> None:
@@ -309,10 +319,11 @@ class _Trying:
     def again(self, error: Exception, at: int = 0) -> None:
         """Wait for the next try. Raise `FormatError` if there was no byte for too long."""
         self._n += 1
+        self._n_left -= 1
         wait = min(_LONGEST_WAIT, 0.1 * 2.0**self._n) * random.uniform(0.5, 1)
         wait = max(wait, getattr(error, "wait_s", 0.0))
         elapsed = time.monotonic() - self._since
-        hopeless = isinstance(error, ssl.SSLCertVerificationError)
+        hopeless = self._n_left <= 0 or isinstance(error, ssl.SSLCertVerificationError)
         if (
             hopeless
             or self._n >= getattr(error, "n_tries", 1_000_000)
