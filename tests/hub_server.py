@@ -31,6 +31,7 @@ class Hub:
         self.faults: list[str] = []
         """Of the next ranges that are asked for, first to last: ``500``, ``429``, ``short``,
         ``hang``, ``wrong-range``, ``cut``, or nothing."""
+        self.retry_after = "0"
         self.always = ""
         """Of all ranges."""
         self.signed_for = 1_000_000
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, file.read_bytes(), headers)
         fault = hub.always or (hub.faults.pop(0) if hub.faults else "")
         if fault in ("500", "429"):
-            return self.answer(int(fault), b"no", {"Retry-After": "0"})
+            return self.answer(int(fault), b"no", {"Retry-After": hub.retry_after})
         if fault == "hang":
             time.sleep(3)
             self.close_connection = True

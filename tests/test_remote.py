@@ -138,7 +138,7 @@ def test_a_server_that_stays_silent(hub: Hub) -> None:
         ["org/one", "org/two"], streamsoup.Options(network_timeout=0.5).reading
     )
     hub.always = "hang"
-    with pytest.raises(FormatError, match="no byte in") as caught:
+    with pytest.raises(FormatError, match="without a byte") as caught:
         streamsoup.uniform(opened, output="soup")
     assert "safetensors" in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -163,6 +163,17 @@ def test_a_change_is_noticed(hub: Hub, at: str) -> None:
     with pytest.raises(ChangedIngredientError, match="changed size"):
         streamsoup.uniform(opened, output="soup")
     assert not Path("soup").exists()
+
+
+def test_a_server_that_asks_to_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer wait than the timeout is not begun: the error says what the server asked for."""
+    opened = streamsoup.open_ingredients(["org/one"])
+    hub.always, hub.retry_after = "429", "9000"
+    with pytest.raises(FormatError, match="status 429, which asks to wait for 9000 s"):
+        streamsoup.uniform(opened, output="soup")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(MissingFileError, match="cannot be reached: Connection refused"):
+        streamsoup.open_ingredients(["org/one"])
 
 
 def test_ranges_that_are_ignored(hub: Hub) -> None:
@@ -223,8 +234,12 @@ def test_addresses_that_are_refused(address: str, said: str) -> None:
 
 def test_what_is_missing(hub: Hub) -> None:
     """Models, files and servers that are not there are named, with what to do."""
-    with pytest.raises(MissingFileError, match="org/none"):
+    with pytest.raises(MissingFileError, match=r"org/none.*the Hub has no such model"):
         streamsoup.open_ingredients(["org/none"])
+    with pytest.raises(RecipeError, match="parts read files"):
+        streamsoup.uniform(
+            ["org/one", "org/two"], output="soup", options=streamsoup.Options(part="1/2")
+        )
     with pytest.raises(MissingFileError, match=r"none/model\.safetensors: no such file"):
         streamsoup.open_ingredients([f"{hub.url}/plain/none"])
     (hub.root / "org/one/model-00002-of-00002.safetensors").unlink()

@@ -111,7 +111,7 @@ def find_cached(model: HubModel) -> Cached | None:
     return Cached(snapshot, tuple(_missing(snapshot)))
 
 
-def not_found(model: HubModel, cached: Cached | None) -> MissingFileError:
+def not_found(model: HubModel, cached: Cached | None, why: str = "") -> MissingFileError:
     """Return the error for a model that is not, or not whole, in the cache: what to type."""
     what = f"no such folder, and no model in the Hub's cache ({printable(cache_folder())})"
     if cached is not None:
@@ -122,7 +122,7 @@ def not_found(model: HubModel, cached: Cached | None) -> MissingFileError:
     line = printable(of_hub_id(str(model)) or "", 400)
     return MissingFileError(
         f"{printable(model)}: {what}; check the name, or download it: {option('download', True)}, "
-        f"or type `{line}`"
+        f"or type `{line}`{f' ({why})' if why else ''}"
     )
 
 

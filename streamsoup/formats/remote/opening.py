@@ -123,11 +123,10 @@ def _open_hub(model: HubModel, reading: Reading, cache: HeaderCache) -> Remote:
         except MissingFileError as error:
             raise MissingFileError(f"{printable(model)}: {error.text}") from None
         except FormatError as error:
-            raise MissingFileError(
-                f"{not_found(model, find_cached(model)).text} ({error.text})"
-            ) from None
+            raise not_found(model, find_cached(model), error.text) from None
         if not found:
-            raise not_found(model, find_cached(model))
+            why = "the Hub has no such model, or revision"
+            raise not_found(model, find_cached(model), why)
         commit, names = _listed(model, text.getvalue())
         root = f"{endpoint()}/{model.id}/resolve/{commit}/"
 

@@ -24,6 +24,7 @@ from streamsoup.errors import (
     FormatError,
     MissingFileError,
     StreamsoupError,
+    count,
     option,
 )
 from streamsoup.formats.remote.addresses import check_address, is_here, origin, shown, token_for
@@ -98,10 +99,11 @@ class Requests:
         """Write a whole small file into another; return False if there is none.
 
         Raises:
-            FormatError: It is larger than `limit`, or cannot be had; at once if not `patient`.
+            FormatError: It is larger than `limit`, or cannot be had: without `patient`, at once if
+                the server cannot be reached.
             MissingFileError: The server does not give it to us.
         """
-        trying = _Trying(url, self._timeout_s if patient else 0.0, _MOST_TRIES)
+        trying = _Trying(url, self._timeout_s, _MOST_TRIES, patient=patient)
         while True:
             try:
                 answer = self._ask(url, None)
@@ -309,8 +311,10 @@ class Requests:
 class _Trying:
     """The tries of one request: how long there was no byte, and how long to wait."""
 
-    def __init__(self, url: str, timeout_s: float, n_tries: int = 1_000_000) -> None:
-        self._url, self._timeout_s, self._n_left = url, timeout_s, n_tries
+    def __init__(
+        self, url: str, timeout_s: float, n_tries: int = 1_000_000, *, patient: bool = True
+    ) -> None:
+        self._url, self._timeout_s, self._n_left, self._patient = url, timeout_s, n_tries, patient
         self.had_a_byte()
 
     def had_a_byte(self) -> None:
@@ -318,25 +322,23 @@ class _Trying:
 
     def again(self, error: Exception, at: int = 0) -> None:
         """Wait for the next try. Raise `FormatError` if there was no byte for too long."""
+        where = shown(self._url)
+        is_certificate = isinstance(error, ssl.SSLCertVerificationError)
+        if is_certificate or (not self._patient and isinstance(error, OSError)):
+            raise FormatError(f"{where}: cannot be reached: {_reason(error)}") from None
         self._n += 1
         self._n_left -= 1
         wait = min(_LONGEST_WAIT, 0.1 * 2.0**self._n) * random.uniform(0.5, 1)
-        wait = max(wait, getattr(error, "wait_s", 0.0))
+        asked_s = error.wait_s if isinstance(error, _Broken) else 0.0
+        n_tries = error.n_tries if isinstance(error, _Broken) else self._n + 1
+        wait = max(wait, asked_s)
         elapsed = time.monotonic() - self._since
-        hopeless = self._n_left <= 0 or isinstance(error, ssl.SSLCertVerificationError)
-        if (
-            hopeless
-            or self._n >= getattr(error, "n_tries", 1_000_000)
-            or (elapsed + wait >= self._timeout_s)
-        ):
-            if not self._timeout_s:
-                raise FormatError(
-                    f"{shown(self._url)}: cannot be asked: {_reason(error)}"
-                ) from None
+        if self._n_left <= 0 or self._n >= n_tries or elapsed + wait >= self._timeout_s:
+            asks = f", which asks to wait for {asked_s:.0f} s" if asked_s else ""
             raise FormatError(
-                f"{shown(self._url)}: no byte in {elapsed:.0f} s, from byte {at} on: "
-                f"{_reason(error)}; check the network, and run again, or give more time with "
-                f"{option('network_timeout')}"
+                f"{where}: could not be read from byte {at} on, after {count(self._n, 'attempt')} and "
+                f"{elapsed:.0f} s without a byte: {_reason(error)}{asks}; check the network, and "
+                f"run again, or give more time with {option('network_timeout')}"
             ) from None
         time.sleep(wait)
 
