@@ -88,15 +88,24 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
         How ingredients reach this machine is left out, as it changes no byte of them.
         """
-        found: dict[str, Any] = msgspec.to_builtins(self)
-        for name in ("download", "network_timeout"):
-            found.pop(name, None)
+        found: dict[str, Any] = msgspec.to_builtins(self.recorded)
         return found
 
     @property
     def changes_tensors(self) -> bool:
         """True if tensors are renamed, chosen by name, or may get further rows."""
         return bool(self.rename or self.include or self.exclude) or self.embeddings != "same"
+
+    @property
+    def recorded(self) -> Reading:
+        """What a recipe records: all but how ingredients reach this machine."""
+        return self.reaching_as(Reading())
+
+    def reaching_as(self, other: Reading) -> Reading:
+        """Return the same reading of ingredients that reach this machine as in another."""
+        return msgspec.structs.replace(
+            self, download=other.download, network_timeout=other.network_timeout
+        )
 
     @property
     def downloading(self) -> Reading:

@@ -148,6 +148,28 @@ def test_a_server_that_stays_silent(hub: Hub) -> None:
     same_as_local(hub, "soup")
 
 
+def test_a_soup_goes_on_after_a_broken_connection(hub: Hub) -> None:
+    """Made again, a soup that ended in an error asks for what it had not made, and is the same."""
+    for seed, name in enumerate(("one", "two")):
+        shutil.rmtree(hub.root / "org" / name)
+        model(hub.root / "org" / name, seed, n=700_000)  # tensors of two leaves
+    hub.faults = [""] * 24 + ["500"] * 100
+    program = [sys.executable, "-m", "streamsoup", "uniform", "org/one", "org/two", "-o", "soup"]
+    # Work is noted twice a second.
+    failed = subprocess.run([*program, "--network-timeout", "2"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "status 500" in failed.stderr
+    assert not Path("soup").exists()
+    hub.faults = []
+    hub.nbytes = 0
+    assert subprocess.run(program, capture_output=True).returncode == 0
+    resumed = hub.nbytes
+    same_as_local(hub, "soup")
+    hub.nbytes = 0
+    streamsoup.uniform(["org/one", "org/two"], output="whole")
+    assert resumed < 0.95 * hub.nbytes
+
+
 @pytest.mark.parametrize("at", ["org/{}", "{url}/plain/org/{}"])
 def test_a_change_is_noticed(hub: Hub, at: str) -> None:
     """A file with another ETag or size is refused by name, and no soup is made."""

@@ -256,12 +256,7 @@ def _rederive(
             f"{count(len(given), 'ingredient')} given for a soup of "
             f"{len(provenance.ingredients)}; give all, in the same order"
         )
-    reading = msgspec.structs.replace(
-        provenance.recipe.reading,
-        download=options.download,
-        network_timeout=options.network_timeout,
-    )
-    opened = open_ingredients(given, reading)
+    opened = open_ingredients(given, provenance.recipe.reading.reaching_as(options))
     plan = plan_mix(opened, provenance.recipe)
     mapped = will_map(opened, options.io)
     memory = plan_memory(

@@ -10,10 +10,8 @@ its target stops to answer: signed addresses expire.
 from __future__ import annotations
 
 import http.client
-import random
 import re
 import ssl
-import time
 from typing import BinaryIO
 from urllib.parse import urljoin, urlsplit
 
@@ -24,10 +22,9 @@ from streamsoup.errors import (
     FormatError,
     MissingFileError,
     StreamsoupError,
-    count,
-    option,
 )
 from streamsoup.formats.remote.addresses import check_address, is_here, origin, shown, token_for
+from streamsoup.formats.remote.tries import Broken, Tries
 from streamsoup.system.buffers import Bytes
 from streamsoup.version import __version__
 
@@ -49,9 +46,6 @@ _PIECE = 1 << 18
 _STALL = 20.0
 """Seconds without a byte after which a connection is given up for another one."""
 
-_LONGEST_WAIT = 8.0
-"""Seconds between two tries at most, unless the server asks for more."""
-
 
 class RemoteFile(msgspec.Struct, frozen=True):
     """A file at an address, as it was when it was opened."""
@@ -65,14 +59,6 @@ class RemoteFile(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         """Return it without secrets."""
         return f"<RemoteFile {shown(self.url)}>"
-
-
-class _Broken(Exception):
-    """A try that failed, and may work the next time."""
-
-    def __init__(self, text: str, wait_s: float = 0.0, n_tries: int = 1_000_000) -> None:
-        super().__init__(text)
-        self.wait_s, self.n_tries = wait_s, n_tries
 
 
 class _Answer(msgspec.Struct):
@@ -103,7 +89,7 @@ class Requests:
                 the server cannot be reached.
             MissingFileError: The server does not give it to us.
         """
-        trying = _Trying(url, self._timeout_s, _MOST_TRIES, patient=patient)
+        trying = Tries(url, self._timeout_s, _MOST_TRIES, patient=patient)
         while True:
             try:
                 answer = self._ask(url, None)
@@ -111,7 +97,7 @@ class Requests:
                     self.close()
                     return False
                 if answer.response.status != 200:
-                    raise _Broken(f"status {answer.response.status} instead of 200")
+                    raise Broken(f"status {answer.response.status} instead of 200")
                 into.seek(0)
                 into.truncate()
                 while piece := answer.response.read(_PIECE):
@@ -121,12 +107,12 @@ class Requests:
                         raise FormatError(f"{shown(url)}: has more than {limit} bytes")
                 told = answer.response.getheader("Content-Length")
                 if told is not None and told.isdecimal() and into.tell() < int(told):
-                    raise _Broken("an answer that is too short")
+                    raise Broken("an answer that is too short")
                 return True
             except StreamsoupError:  # some are an OSError, too
                 self.close()
                 raise
-            except (OSError, http.client.HTTPException, _Broken) as error:
+            except (OSError, http.client.HTTPException, Broken) as error:
                 self.close()
                 trying.again(error)
 
@@ -135,7 +121,7 @@ class Requests:
 
         Raises `FormatError` and `MissingFileError` as `fetch` does.
         """
-        trying = _Trying(url, self._timeout_s, _MOST_TRIES)
+        trying = Tries(url, self._timeout_s, _MOST_TRIES)
         while True:
             try:
                 answer = self._ask(url, (0, nbytes))
@@ -144,16 +130,16 @@ class Requests:
                     return None
                 begin, end, size = self._range_of(answer, url)
                 if begin != 0 or end != min(nbytes, size):
-                    raise _Broken("another range than was asked for")
+                    raise Broken("another range than was asked for")
                 file = RemoteFile(url, size, _validator(answer))
                 head = answer.response.read(end)
                 if len(head) < end:
-                    raise _Broken("an answer that is too short")
+                    raise Broken("an answer that is too short")
                 return file, head
             except StreamsoupError:  # some are an OSError, too
                 self.close()
                 raise
-            except (OSError, http.client.HTTPException, _Broken) as error:
+            except (OSError, http.client.HTTPException, Broken) as error:
                 self.close()
                 trying.again(error)
 
@@ -170,7 +156,7 @@ class Requests:
             ChangedIngredientError: The file has another size or validator now.
             FormatError: There was no byte for the whole timeout, or ranges are ignored.
         """
-        trying = _Trying(file.url, self._timeout_s)
+        trying = Tries(file.url, self._timeout_s)
         while block:
             try:
                 if self._response is None or (file, at) != (self._file, self._at):
@@ -178,11 +164,11 @@ class Requests:
                 assert self._response is not None
                 n = self._response.readinto(block[: self._end - at])
                 if n == 0:
-                    raise _Broken("an answer that is too short")
+                    raise Broken("an answer that is too short")
             except StreamsoupError:  # some are an OSError, too
                 self.close()
                 raise
-            except (OSError, http.client.HTTPException, _Broken) as error:
+            except (OSError, http.client.HTTPException, Broken) as error:
                 self.close()
                 trying.again(error, at)
                 continue
@@ -220,7 +206,7 @@ class Requests:
         if validator != file.validator:
             raise _changed(file.url, "was replaced (its ETag or time is another)")
         if begin != at or stop != end:
-            raise _Broken("another range than was asked for")
+            raise Broken("another range than was asked for")
         self._response, self._file, self._at, self._end = answer.response, file, at, end
 
     def _finish(self) -> None:
@@ -243,9 +229,9 @@ class Requests:
             )
         found = _RANGE.fullmatch(answer.response.getheader("Content-Range") or "")
         if status != 206 or found is None:
-            raise _Broken(f"status {status} without a range")
+            raise Broken(f"status {status} without a range")
         if (answer.response.getheader("Content-Encoding") or "identity") != "identity":
-            raise _Broken("compressed bytes")
+            raise Broken("compressed bytes")
         first, last, size = map(int, found.groups())
         return first, last + 1, size
 
@@ -268,10 +254,10 @@ class Requests:
                 continue
             if at != url and status in _EXPIRED:
                 self._targets.pop(url, None)
-                raise _Broken(f"status {status} from {urlsplit(at).hostname}", n_tries=4)
+                raise Broken(f"status {status} from {urlsplit(at).hostname}", n_tries=4)
             if status in _AGAIN:
                 told = response.getheader("Retry-After") or ""
-                raise _Broken(f"status {status}", float(told) if told.isdecimal() else 0.0)
+                raise Broken(f"status {status}", float(told) if told.isdecimal() else 0.0)
             if status in (401, 403):
                 raise MissingFileError(
                     f"{shown(url)}: may not be read by us (status {status}); check the name, and "
@@ -306,48 +292,6 @@ class Requests:
             )
         self._connection.request("GET", target, headers=headers)
         return self._connection.getresponse()
-
-
-class _Trying:
-    """The tries of one request: how long there was no byte, and how long to wait."""
-
-    def __init__(
-        self, url: str, timeout_s: float, n_tries: int = 1_000_000, *, patient: bool = True
-    ) -> None:
-        self._url, self._timeout_s, self._n_left, self._patient = url, timeout_s, n_tries, patient
-        self.had_a_byte()
-
-    def had_a_byte(self) -> None:
-        self._since, self._n = time.monotonic(), 0
-
-    def again(self, error: Exception, at: int = 0) -> None:
-        """Wait for the next try. Raise `FormatError` if there was no byte for too long."""
-        where = shown(self._url)
-        is_certificate = isinstance(error, ssl.SSLCertVerificationError)
-        if is_certificate or (not self._patient and isinstance(error, OSError)):
-            raise FormatError(f"{where}: cannot be reached: {_reason(error)}") from None
-        self._n += 1
-        self._n_left -= 1
-        wait = min(_LONGEST_WAIT, 0.1 * 2.0**self._n) * random.uniform(0.5, 1)
-        asked_s = error.wait_s if isinstance(error, _Broken) else 0.0
-        n_tries = error.n_tries if isinstance(error, _Broken) else self._n + 1
-        wait = max(wait, asked_s)
-        elapsed = time.monotonic() - self._since
-        if self._n_left <= 0 or self._n >= n_tries or elapsed + wait >= self._timeout_s:
-            asks = f", which asks to wait for {asked_s:.0f} s" if asked_s else ""
-            raise FormatError(
-                f"{where}: could not be read from byte {at} on, after {count(self._n, 'attempt')} and "
-                f"{elapsed:.0f} s without a byte: {_reason(error)}{asks}; check the network, and "
-                f"run again, or give more time with {option('network_timeout')}"
-            ) from None
-        time.sleep(wait)
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong, without text of the server, which may hold secrets."""
-    if isinstance(error, _Broken):
-        return str(error)
-    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _validator(answer: _Answer) -> str:

@@ -480,7 +480,7 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         rule=Linear(Coefficients.uniform(1)),
         non_float="first",
         non_finite="propagate",
-        reading=options.reading,
+        reading=options.reading.recorded,
     )
     plan = plan_mix([ingredient], recipe)
     memory = plan_memory(
