@@ -14,6 +14,7 @@ from checkpoints import command, content, save, tensor
 import streamsoup
 from streamsoup.errors import MissingFileError
 from streamsoup.formats.remote.hub_cache import cache_folder, find_cached, hub_model
+from streamsoup.formats.remote.snapshots import with_snapshots
 
 FIRST, SECOND = "a" * 40, "b" * 40
 
@@ -84,6 +85,18 @@ def test_the_commit_is_recorded(cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_CACHE", str(moved))
         streamsoup.verify("soup")
+
+
+def test_ids_beside_adapters(cache: Path) -> None:
+    """In ``BASE+ADAPTER`` either may be an id; what names nothing is left as it is."""
+    base = put(cache, "org/one", FIRST, 1.0)
+    Path("adapter").mkdir()
+    assert with_snapshots("org/one+adapter", download=False) == f"{base}+adapter"
+    assert with_snapshots("adapter+org/one@main", download=False) == f"adapter+{base}"
+    for path in ("org/one", "none+adapter", "org/one+none", "adapter+adapter"):
+        assert with_snapshots(path, download=False) == path
+    with pytest.raises(MissingFileError, match="hf download org/two"):
+        with_snapshots("org/two+adapter", download=False)
 
 
 def test_a_local_folder_wins(cache: Path) -> None:

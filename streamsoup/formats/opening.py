@@ -8,6 +8,7 @@ from streamsoup.formats.pickled.opening import is_pickled, open_pickled
 from streamsoup.formats.pipelines import open_pipeline
 from streamsoup.formats.remote.addresses import is_address
 from streamsoup.formats.remote.hub_cache import hub_model
+from streamsoup.formats.remote.snapshots import with_snapshots
 from streamsoup.formats.source import Source
 from streamsoup.formats.stacked import open_stacked, pieces_of
 from streamsoup.formats.stored import open_stored
@@ -29,6 +30,7 @@ def open_path(path: str, reading: Reading, cache: HeaderCache) -> Source:
         MissingFileError: There is no such file or folder.
         FormatError: The file is not a checkpoint; names the file and the fault.
     """
+    path = with_snapshots(path, download=reading.download)
     if (parts := split(path)) is not None:
         from streamsoup.formats.adapters.source import open_adapted
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from streamsoup.errors import FormatError, MissingFileError, printable
-from streamsoup.formats.remote.hub_cache import HubModel, find_cached, not_found
+from streamsoup.formats.remote.hub_cache import HubModel, find_cached, hub_model, not_found
 from streamsoup.formats.weights import SUFFIXES
 
-__all__ = ["snapshot_of"]
+__all__ = ["snapshot_of", "with_snapshots"]
 
 _OTHERS = tuple(f"*{suffix}" for suffix in SUFFIXES if suffix != ".safetensors")
 
@@ -35,6 +37,27 @@ def snapshot_of(model: HubModel, *, download: bool) -> str:
     if cached is not None and cached.folder == folder and cached.missing:
         raise not_found(model, cached)
     return folder
+
+
+def with_snapshots(path: str, *, download: bool) -> str:
+    """Return ``BASE+ADAPTER`` with the snapshots of models of the Hub in the place of their ids.
+
+    Any other path is returned as it is. Raises what `snapshot_of` raises.
+    """
+    parts = path.split("+")
+    if len(parts) < 2 or "\0" in path or os.path.lexists(path):
+        return path
+    models = [hub_model(part) for part in parts]
+    known = all(
+        model is not None or os.path.lexists(part)
+        for part, model in zip(parts, models, strict=True)
+    )
+    if not known or not any(models):
+        return path
+    return "+".join(
+        part if model is None else snapshot_of(model, download=download)
+        for part, model in zip(parts, models, strict=True)
+    )
 
 
 def _download(model: HubModel) -> str:
