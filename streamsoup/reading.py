@@ -43,12 +43,29 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Components of pipelines to make a soup of, by the paths of their folders, ``.`` for the
     pipeline's own; the others are taken from the first ingredient. All if empty."""
 
+    download: bool = False
+    """Download models of the Hugging Face Hub that its cache lacks into that cache, with
+    huggingface_hub; searches always do."""
+    network_timeout: float = 120.0
+    """Seconds without a byte from the network after which a soup of remote files ends in an
+    error."""
+
     def __post_init__(self) -> None:
         """Make tuples of lists, and check all. Raises `RecipeError`."""
         if self.dequantize not in (False, True) or self.drop not in (False, True):
             raise RecipeError(
                 f"{option('dequantize')} and {option('drop')} are truth values, got "
                 f"{printable(repr((self.dequantize, self.drop)), 80)}"
+            )
+        number: Any = self.network_timeout
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e6:
+            raise RecipeError(
+                f"{option('network_timeout')} is a number of seconds above 0, got "
+                f"{printable(repr(number), 80)}"
+            )
+        if self.download not in (False, True):
+            raise RecipeError(
+                f"{option('download')} is a truth value, got {printable(repr(self.download), 80)}"
             )
         for name in ("rename", "include", "exclude"):
             msgspec.structs.force_setattr(self, name, _texts(name, getattr(self, name)))
@@ -67,14 +84,33 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain JSON: scores depend on it."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
+        """What differs from the defaults, as plain JSON: scores depend on it.
+
+        How ingredients reach this machine is left out, as it changes no byte of them.
+        """
+        found: dict[str, Any] = msgspec.to_builtins(self.recorded)
         return found
 
     @property
     def changes_tensors(self) -> bool:
         """True if tensors are renamed, chosen by name, or may get further rows."""
         return bool(self.rename or self.include or self.exclude) or self.embeddings != "same"
+
+    @property
+    def recorded(self) -> Reading:
+        """What a recipe records: all but how ingredients reach this machine."""
+        return self.reaching_as(Reading())
+
+    def reaching_as(self, other: Reading) -> Reading:
+        """Return the same reading of ingredients that reach this machine as in another."""
+        return msgspec.structs.replace(
+            self, download=other.download, network_timeout=other.network_timeout
+        )
+
+    @property
+    def downloading(self) -> Reading:
+        """The same with `download`: for searches, which read ingredients many times."""
+        return msgspec.structs.replace(self, download=True)
 
     def takes(self, tensor: str) -> bool:
         """Return True for a tensor that is averaged, if its dtype is: chosen by its name."""

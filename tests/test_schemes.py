@@ -99,10 +99,11 @@ def test_every_door_of_the_library(here: Path) -> None:
     for at in (AT, Path(AT), "gs://b/x", "https://host/x", "hf://org/model", "file:///tmp/x"):
         with pytest.raises(OutputError, match="not supported yet"):
             streamsoup.uniform(["a", "b"], output=at)
-        with pytest.raises(MissingFileError, match="not supported yet"):
-            streamsoup.uniform(["a", at], output="out")
-        with pytest.raises(MissingFileError, match="not supported yet"):
-            streamsoup.open_ingredients([at])
+        if not str(at).startswith(("https://", "hf://")):  # which are read: see test_remote
+            with pytest.raises(MissingFileError, match="not supported yet"):
+                streamsoup.uniform(["a", at], output="out")
+            with pytest.raises(MissingFileError, match="not supported yet"):
+                streamsoup.open_ingredients([at])
         with pytest.raises(RecipeError, match="not supported yet"):
             streamsoup.verify(at)
         with pytest.raises(TaskError, match="not supported yet"):

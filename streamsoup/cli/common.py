@@ -104,6 +104,21 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
+DOWNLOAD = stack(
+    click.option(
+        "--download",
+        is_flag=True,
+        help="Download models of the Hugging Face Hub (org/name) that its cache lacks.",
+    ),
+    click.option(
+        "--network-timeout",
+        type=Number(0.1, 900_000),
+        default=120.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Without a byte of a remote file, until that is an error.",
+    ),
+)
 READING = stack(
     click.option(
         "--key",
@@ -143,6 +158,7 @@ READING = stack(
         metavar="NAME,…",
         help="Of pipelines: read these alone; a soup has the others of the first.",
     ),
+    DOWNLOAD,
 )
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(

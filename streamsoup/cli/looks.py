@@ -124,6 +124,7 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool, **settings: Any) -> i
     metavar="CKPT",
     help="Where an ingredient is now; give all, in order.",
 )
+@common.DOWNLOAD
 @common.RUNNING
 @common.REPORTING
 def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any) -> int:

@@ -76,11 +76,12 @@ def _names(folder: str, name: str) -> list[str]:
 def of_hub_id(given: str) -> str | None:
     """Return the line that downloads a model of the Hugging Face Hub, if `given` may name one.
 
-    >>> of_hub_id("org/model@v1")
-    'hf download org/model --revision v1 --local-dir model'
+    >>> of_hub_id("org/model@v1"), of_hub_id("gpt2")
+    ('hf download org/model --revision v1', 'hf download gpt2 --local-dir gpt2')
     """
     if not _HUB_ID.fullmatch(given) or _FILE.search(given):
         return None
     name, _, revision = given.partition("@")
     told = f" --revision {revision}" if revision else ""
-    return f"hf download {name}{told} --local-dir {name.rpartition('/')[2]}"
+    kept = "" if "/" in name else f" --local-dir {name}"  # else found in the Hub's cache, by its id
+    return f"hf download {name}{told}{kept}"

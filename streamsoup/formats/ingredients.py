@@ -48,8 +48,8 @@ class Ingredient(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def real_path(self) -> str:
-        """Its path with links resolved; the name of what has none."""
-        return self.name if self.source.path is None else os.path.realpath(self.source.path)
+        """Its path with links resolved; an address as it is, and the name of what has none."""
+        return os.path.realpath(self.path) if os.path.isabs(self.path) else self.path
 
     @property
     def folder(self) -> str | None:

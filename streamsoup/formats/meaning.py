@@ -23,6 +23,7 @@ from streamsoup.formats.configs import (
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.parts import coded_in
 from streamsoup.formats.quantised.causes import advice_for
+from streamsoup.formats.remote.addresses import is_address
 from streamsoup.formats.side_files import is_equal
 from streamsoup.formats.vocabularies import compare_vocabularies, is_vocabulary
 from streamsoup.reading import Reading
@@ -45,7 +46,7 @@ def check_quantised(
     whose weights are dequantised in `reading` were looked at then. Reads the configurations.
     """
     for ingredient, component in [(each, part) for each in ingredients for part in each.components]:
-        if reading.dequantize and ingredient.source.files:
+        if reading.dequantize and (ingredient.source.files or is_address(ingredient.path)):
             continue
         folder = folder_of(ingredient)
         told = quantisation(None if folder is None else os.path.join(folder, component))

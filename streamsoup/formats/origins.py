@@ -64,6 +64,8 @@ def find_origin(path: str | None, folder: str | None) -> Origin:
     """
     cached = None if path is None else _CACHED.search(os.path.abspath(path))
     hub_id = f"{cached[1]}/{cached[2]}" if cached else ""
+    if path is not None and path.startswith("hf://"):
+        hub_id = path.removeprefix("hf://").partition("@")[0]
     hub_id = hub_id if _HUB_ID.fullmatch(hub_id) else ""
     if folder is None:
         return Origin(hub_id)

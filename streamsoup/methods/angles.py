@@ -243,7 +243,7 @@ def plan_geometry(
         method="geometry",
         dtype="F64",
         non_float="first",
-        reading=options.reading,
+        reading=options.reading.recorded,
     )
     refuse_codes(opened)
     plan = replace(floats_of(plan_mix(opened, recipe)), measures=True)

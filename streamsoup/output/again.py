@@ -45,7 +45,7 @@ def make_again(
         name if os.path.abspath(name) == path else path
         for name, path in zip(recipe.ingredients, where_they_were(soup, provenance), strict=True)
     ]
-    opened = open_ingredients(paths, recipe.reading)
+    opened = open_ingredients(paths, recipe.reading.reaching_as(options))
     names = tuple(ingredient.name for ingredient in opened)
     if report.get("base") == recipe.ingredients[0]:
         report["base"] = names[0]

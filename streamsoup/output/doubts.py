@@ -74,7 +74,7 @@ def _twice(ingredients: Sequence[Ingredient]) -> Iterator[str]:
 
 def _identity(ingredient: Ingredient) -> object:
     source = ingredient.source
-    if source.path is None:  # a state dict is named after its digest, or its origin
+    if not source.files:  # a state dict is named after its digest, or its origin
         return json.dumps([source.name, source.fingerprint])
     found = [os.stat(path) for path in source.files]
     return tuple((status.st_dev, status.st_ino) for status in found)

@@ -152,7 +152,7 @@ def order(
         non_float=options.non_float,
         non_finite=options.non_finite,
         shard_size=None if size is None else parse_nbytes(size),
-        reading=options.reading,
+        reading=options.reading.recorded,
     )
     return plan_order(opened, recipe, options)
 

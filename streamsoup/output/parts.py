@@ -47,6 +47,7 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.ingredients import Ingredient
+from streamsoup.formats.remote.addresses import is_address
 from streamsoup.output.journal import Journal, records_of
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, Provenance
 from streamsoup.rule import Rule
@@ -142,6 +143,11 @@ def identity_of(ingredient: Ingredient) -> IngredientIdentity:
             head = xxhash.xxh3_128_hexdigest(file.read(HEAD_NBYTES))
         files.append((os.path.basename(path), status.st_size, status.st_mtime_ns, head))
     if not files or ingredient.source.path is None:
+        if is_address(ingredient.path):
+            raise RecipeError(
+                f"{printable(ingredient.name)}: is read over the network, and parts read files; "
+                f"download it, a model of the Hub with {option('download', True)}"
+            )
         raise RecipeError(
             f"{printable(ingredient.name)}: is not made of files, which other processes could "
             f"read; leave out {option('part')}"

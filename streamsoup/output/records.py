@@ -107,7 +107,7 @@ def inspect(
     """
     (ingredient,) = open_ingredients([checkpoint], options.reading)
     layout, paths = ingredient.layout, ingredient.source.files
-    root = ingredient.folder
+    root = ingredient.folder if paths else None  # that of a remote one would be downloaded
     files = tuple(os.path.relpath(path, root) if root else os.path.basename(path) for path in paths)
     mirrored = len(files) == len(ingredient.file_names)
     homes = files if mirrored else tuple(ingredient.file_names)

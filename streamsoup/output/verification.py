@@ -28,6 +28,7 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, listed, open_ingredients
 from streamsoup.formats.listings import check_component
+from streamsoup.formats.remote.addresses import is_address
 from streamsoup.formats.shards import Shard
 from streamsoup.formats.side_files import pieces
 from streamsoup.formats.stored import open_stored
@@ -229,7 +230,7 @@ def where_they_were(folder: str, provenance: Provenance) -> list[str]:
     """Return the paths of the ingredients. Raises `RecipeError` for tensors in memory."""
     paths = [record.path for record in provenance.ingredients]
     for path in paths:
-        if not os.path.isabs(path):
+        if not (os.path.isabs(path) or is_address(path)):
             raise RecipeError(
                 f"{printable(folder)}: was made of tensors in memory ({printable(path)}); give "
                 "all ingredients again, or compare digests alone (quick)"
@@ -255,7 +256,7 @@ def _rederive(
             f"{count(len(given), 'ingredient')} given for a soup of "
             f"{len(provenance.ingredients)}; give all, in the same order"
         )
-    opened = open_ingredients(given, provenance.recipe.reading)
+    opened = open_ingredients(given, provenance.recipe.reading.reaching_as(options))
     plan = plan_mix(opened, provenance.recipe)
     mapped = will_map(opened, options.io)
     memory = plan_memory(

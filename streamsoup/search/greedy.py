@@ -115,7 +115,7 @@ def greedy(
     """
     started = time.monotonic()
     check_options(settings, GreedySettings)
-    opened = open_ingredients(ingredients, options.reading)
+    opened = open_ingredients(ingredients, options.reading.downloading)
     settings.check(len(opened))
     check_independent([each.source for each in opened])
     equal = Linear(Coefficients.uniform(len(opened)))

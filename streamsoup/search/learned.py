@@ -110,7 +110,7 @@ def learned(
     settings.check()
     if torch.is_inference_mode_enabled():
         raise RecipeError("nothing has a gradient in torch.inference_mode(): learn outside of it")
-    opened = open_ingredients(ingredients, options.reading)
+    opened = open_ingredients(ingredients, options.reading.downloading)
     if len(opened) < 2:
         raise RecipeError("there is nothing to learn with less than two ingredients")
     equal = Linear(Coefficients.uniform(len(opened)))

@@ -157,7 +157,7 @@ def sweep(
     verb: Callable[..., Soup] = getattr(
         importlib.import_module(f"streamsoup.methods.{METHODS[method]}"), method
     )
-    first, *opened = open_ingredients([base, *ingredients], options.reading)
+    first, *opened = open_ingredients([base, *ingredients], options.reading.downloading)
     ordered: Order | None = None
     points = []
     for values in places(grid):

@@ -16,10 +16,7 @@ __all__ = ["check_local"]
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)", re.ASCII)
 """Two letters at least: ``C:/`` is a drive."""
 
-_ADVICE = {
-    "hf": "download the model with `hf download` and give its folder",
-    "file": "give the plain path",
-}
+_ADVICE = {"file": "give the plain path"}
 
 
 def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupError]) -> None:

@@ -78,7 +78,7 @@ class Bench:
         measurement is reported as a `Step`. Raises what `output.make.order` raises, and
         `TaskError` for a task without what `recalibrate` needs.
         """
-        opened = open_ingredients(ingredients, options.reading)
+        opened = open_ingredients(ingredients, options.reading.downloading)
         equal = Coefficients.uniform(len(opened))
         ordered = order(opened, Linear(equal), method="compare", options=options)
         self.plan = ordered.plan
@@ -480,7 +480,7 @@ def _digest(ingredient: Ingredient, options: Options, *, mapped: bool) -> str:
         rule=Linear(Coefficients.uniform(1)),
         non_float="first",
         non_finite="propagate",
-        reading=options.reading,
+        reading=options.reading.recorded,
     )
     plan = plan_mix([ingredient], recipe)
     memory = plan_memory(

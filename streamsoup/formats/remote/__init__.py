@@ -1,0 +1,1 @@
+"""Ingredients that lie elsewhere: models of the Hugging Face Hub, and files at addresses."""
