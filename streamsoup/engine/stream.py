@@ -30,7 +30,7 @@ from streamsoup.kernels.environment import standard_floats
 from streamsoup.kernels.leaf_digests import LeafDigests
 from streamsoup.options import Progress
 from streamsoup.rule import usual_passes
-from streamsoup.system.buffers import Bytes
+from streamsoup.system.buffers import Bytes, buffer
 
 __all__ = ["DigestLedger", "Ledger", "Nowhere", "Progress", "Read", "Sink", "SinkSession", "run"]
 
@@ -367,7 +367,7 @@ class _Pass:
                 n_units = min(self.memory.block, end - start)
                 blocks = reading.block(tensor, 0, k, start, n_units)
                 if as_zeros:  # pages of zeros that are only read take no memory
-                    blocks = [memoryview(bytes(len(blocks[0])))] * k
+                    blocks = [buffer(len(blocks[0]))] * k
                 worker.measure(tensor, start, n_units, blocks)
                 if worker.spoiled and self.plan.recipe.non_finite == "refuse":
                     if as_zeros or not self.keeps(leaf.tensor, reading):
