@@ -13,7 +13,18 @@ import pytest
 from adapters import PREFIX, factors, save_adapter
 from checkpoints import load, load_array
 
-from streamsoup import Options, geometry, interpolate, mix, slerp, uniform, verify
+from streamsoup import (
+    Options,
+    arithmetic,
+    ema,
+    geometry,
+    interpolate,
+    lawa,
+    mix,
+    slerp,
+    uniform,
+    verify,
+)
 from streamsoup.errors import (
     FormatError,
     MismatchError,
@@ -84,6 +95,17 @@ def test_the_mean_of_adapters_adds_the_mean_of_their_products(tmp_path: Path, io
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"^m\.k": 5, r"^m\.v": 7}
     with pytest.raises(AssertionError):
         check(soup, paths, [1 / 3, 1 / 3, 1 / 2], "m.q")
+
+
+def test_runs_of_adapters_are_averaged(tmp_path: Path) -> None:
+    """EMA, LAWA and task arithmetic of adapters are the weighted sums of their products."""
+    paths = three(tmp_path)
+    averaged = ema(paths, 0.5, output=tmp_path / "ema")
+    check(averaged, paths, [0.25, 0.25, 0.5], "m.q", "m.k", "m.v")
+    latest = lawa(paths, 2, output=tmp_path / "lawa")
+    check(latest, paths[1:], [0.5, 0.5], "m.q", "m.k", "m.v")
+    added = arithmetic(paths[1:], [0.3, 0.2], base=paths[0], output=tmp_path / "sum")
+    check(added, paths, [0.5, 0.3, 0.2], "m.q", "m.k", "m.v")
 
 
 @pytest.mark.parametrize("given", [(2.5, -1.0, 0.75), (-1.0, -1.0, -2.0), (0.0, 1.0, 0.0)])

@@ -37,6 +37,7 @@ from streamsoup.methods.by_name import ByName, each, each_by_tensor, most_common
 from streamsoup.methods.checkpoints import By, Given, choose
 from streamsoup.methods.records import Direction
 from streamsoup.options import Options, Planned, check_options, take
+from streamsoup.output.coefficients import for_adapters
 from streamsoup.output.destination import check_output
 from streamsoup.output.jobs import make
 from streamsoup.output.make import Soup, order
@@ -600,7 +601,8 @@ def make_linear(
     if not isinstance(coefficients, Coefficients):
         coefficients = Coefficients.given(coefficients)
     everything = [*([] if base is None else [base]), *ingredients]
-    ordered = order(everything, Linear(coefficients), method=method, options=options)
+    opened, used, options = for_adapters(everything, coefficients, options)
+    ordered = order(opened, Linear(used), method=method, options=options)
     if base is not None:
         report = {"base": ordered.plan.ingredients[0].name} | dict(report)
     ordered = replace(ordered, report=report, warnings=[*ordered.warnings, *warnings])
