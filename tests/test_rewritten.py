@@ -13,11 +13,12 @@ import pytest
 import torch
 from checkpoints import content, save, tensor
 
-from streamsoup import Options, mix_into, uniform
+from streamsoup import Options, karcher, mix_into, slerp, stock, ties, uniform
 from streamsoup.engine import plan, stream
 from streamsoup.errors import ChangedIngredientError
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.formats.stored import Stored
+from streamsoup.methods import closed, spheres
 
 OLD = {"a": tensor(np.arange(5000.0)), "b": tensor(np.arange(5000.0))}
 NEW = {"a": tensor(np.arange(5000.0) + 8), "b": tensor(np.arange(5000.0) + 8)}
@@ -171,3 +172,34 @@ def test_a_source_given_twice_is_compared_twice(
     assert (Path(soup.path) / "model.safetensors").read_bytes()[-80_000:] == (
         (tmp_path / "copy").read_bytes()[-80_000:]
     )
+
+
+VERBS: dict[str, Callable[[list[Path], Path], object]] = {
+    "slerp": lambda paths, out: slerp(paths, [0.5, 0.5], output=out),
+    "stock": lambda paths, out: stock(paths, base=paths[0], output=out),
+    "karcher": lambda paths, out: karcher(paths, output=out),
+    "ties": lambda paths, out: ties([paths[1]], base=paths[0], density=0.5, output=out),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_changes_after_it_was_measured_makes_no_soup(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is written in place between two passes ends the run."""
+    paths, first = folders(tmp_path)
+    new = (save(tmp_path / "new", NEW) / "model.safetensors").read_bytes()
+    if verb == "ties":
+        after_leaf(1, lambda: write_in_place(first, new), monkeypatch)
+    for module in (closed, spheres):
+        measure_all = module.measure_all
+
+        def measured(*given: Any, before: Callable[..., Any] = measure_all) -> Any:
+            found = before(*given)
+            write_in_place(first, new)
+            return found
+
+        monkeypatch.setattr(module, "measure_all", measured)
+    with pytest.raises(ChangedIngredientError, match="its change time is newer"):
+        VERBS[verb](paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -132,6 +132,9 @@ class MixPlan(msgspec.Struct, frozen=True):
     n_leaves: int
     measures: bool = False
     """True if the pass only measures: messages then give no advice on making a soup."""
+    is_measured: bool = False
+    """True if another pass has measured the ingredients, without digests: a change since then that
+    has no innocent explanation ends the run, whatever the digests of this pass say."""
 
     def leaves(self) -> Iterator[Leaf]:
         """Yield the leaves in the order of work: copies first, as those can still be refused."""

@@ -186,7 +186,7 @@ def run(
         raise pass_.errors[0]
     # Another ledger need not keep them, and what a rule has measured has none.
     known: Digests | None = getattr(ledger, "digests", None)
-    digests = None if pass_.measured else known
+    digests = None if pass_.measured or plan.is_measured else known
     check_read(plan, memory, reader, chosen, digests)
     if on_event is not None:
         on_event(Progress(pass_.nbytes_done, pass_.nbytes_done, time.monotonic() - started))

@@ -370,7 +370,9 @@ def stock(
     }
     del places  # before the soup is made: a Gram matrix of each tensor
     coefficients = Coefficients((0.0, *[1 / n] * n), per_tensor=rows)
-    soup = make_linear(ingredients, coefficients, "stock", report, output, options, base=base)
+    soup = make_linear(
+        ingredients, coefficients, "stock", report, output, options, base=base, measured=True
+    )
     return with_pass(soup, nbytes, time.monotonic() - started)
 
 
@@ -452,7 +454,15 @@ def slerp(
             f"{left} where both have the same weight and length: {some(opposite)}"
         )
     soup = make_linear(
-        ingredients, coefficients, "slerp", report, output, options, base=base, warnings=warnings
+        ingredients,
+        coefficients,
+        "slerp",
+        report,
+        output,
+        options,
+        base=base,
+        warnings=warnings,
+        measured=True,
     )
     return with_pass(soup, nbytes, time.monotonic() - started)
 
@@ -596,13 +606,18 @@ def make_linear(
     options: Options,
     base: AnyIngredient | None = None,
     warnings: Sequence[str] = (),
+    measured: bool = False,
 ) -> Soup:
-    """Make the soup. A `base` comes before the ingredients, and the report names it."""
+    """Make the soup. A `base` comes before the ingredients, and the report names it.
+
+    Coefficients that were `measured` are those of what the ingredients held then.
+    """
     if not isinstance(coefficients, Coefficients):
         coefficients = Coefficients.given(coefficients)
     everything = [*([] if base is None else [base]), *ingredients]
     opened, used, options = for_adapters(everything, coefficients, options)
     ordered = order(opened, Linear(used), method=method, options=options)
+    ordered = replace(ordered, plan=replace(ordered.plan, is_measured=measured))
     if base is not None:
         report = {"base": ordered.plan.ingredients[0].name} | dict(report)
     ordered = replace(ordered, report=report, warnings=[*ordered.warnings, *warnings])

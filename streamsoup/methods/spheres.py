@@ -232,6 +232,14 @@ def make_means(
     coefficients = Coefficients((*first, *map(float, shares)), per_tensor=rows)
     del places  # before the soup is made: a Gram matrix of each tensor
     soup = make_linear(
-        ingredients, coefficients, method, report, output, options, base=base, warnings=told
+        ingredients,
+        coefficients,
+        method,
+        report,
+        output,
+        options,
+        base=base,
+        warnings=told,
+        measured=True,
     )
     return with_pass(soup, nbytes, time.monotonic() - started)
