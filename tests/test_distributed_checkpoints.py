@@ -95,6 +95,22 @@ def test_a_flat_state_dict_is_read_whole(tmp_path: Path) -> None:
     assert_reads(source, state)
 
 
+def test_members_of_enumerations_are_read_as_older_pythons_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration as a call of getattr."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    def by_name(self: Any, protocol: int) -> Any:
+        return getattr, (type(self), self.name)
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    state = {"w": torch.arange(12.0).reshape(3, 4)}
+    dcp.save(state, checkpoint_id=str(tmp_path / "c"), no_dist=True)
+    assert b"getattr" in (tmp_path / "c" / ".metadata").read_bytes()
+    assert_reads(opened(tmp_path / "c").source, state)
+
+
 def assert_reads(source: Any, state: dict[str, Any]) -> None:
     """Assert that random ranges of all tensors hold their bytes."""
     rng = np.random.default_rng(0)

@@ -247,6 +247,19 @@ def _mapping(*args: Any) -> Items:
     return made
 
 
+_ENUMS = ("torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",)
+
+
+def _member(of: Any, name: Any, *rest: Any) -> Record:
+    """`getattr`, by which Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
+    if not isinstance(of, Global) or of.name not in _ENUMS or not isinstance(name, str) or rest:
+        raise UnsafePickleError(
+            "needs builtins.getattr of what is no enumeration of torch's, which is not on the list "
+            "of what weights are made of, and could run code"
+        )
+    return Record(of.name, (name,))
+
+
 def _reconstruct(kind: Any, *rest: Any) -> Any:
     """`copyreg._reconstructor` of protocols 0 and 1."""
     return build(kind, ())
@@ -267,6 +280,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_wrapper_subclass": _strange("is of a class of its own"),
     "torch.Size": _size,
     "copyreg._reconstructor": _reconstruct,
+    "builtins.getattr": _member,
 }
 """Functions and classes that may be called, by what is built instead."""
 
