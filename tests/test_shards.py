@@ -321,7 +321,7 @@ def test_what_holds_no_checkpoint_is_answered_with_what_it_holds(tmp_path: Path)
 
 def test_a_hub_id_gets_advice() -> None:
     """A name such as org/model is answered with how to get its files."""
-    with pytest.raises(MissingFileError, match="download it first"):
+    with pytest.raises(MissingFileError, match="or type `hf download meta-llama/Llama-3`"):
         open_ingredients(["meta-llama/Llama-3"])
 
 

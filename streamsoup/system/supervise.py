@@ -155,14 +155,18 @@ def _work(work: Callable[[], int], parent: int, heeded: list[signal.Signals]) ->
 
 
 def _flush(status: int) -> int:
-    """Flush stdout. A closed pipe is not an error: the work is done."""
+    """Flush stdout. A closed pipe is not an error: the work is done.
+
+    A command that has failed has said why, and may have failed to write to stdout.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         pass
     except OSError as error:
-        print(f"error: stdout: cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
+        if status == 0:
+            print(f"error: stdout: cannot be written: {error.strerror}", file=sys.stderr)
+        return status or 1
     return status
 
 
