@@ -11,8 +11,6 @@ import pytest
 from commands import started
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of remote sources have a server of their own
-    "HF_HUB_OFFLINE", "1"
-)  # no test asks the Hub; those of remote sources have a stub
 
 
 @pytest.fixture(autouse=True)
