@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def test_a_search_runs_from_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:
     """Greedy with a command that scores is a recipe as any other; options given count more."""
     Path("score.py").write_text("import sys; print(-len(sys.argv[1]))\n")
     path = written(
-        "method: greedy\ningredients: [A, B]\ncommand: python score.py {checkpoint}\noutput: no\n"
+        "method: greedy\ningredients: [A, B]\n"
+        f"command: {sys.executable} score.py {{checkpoint}}\noutput: no\n"
     )
     assert cli(["run", path, "--json", "-o", "soup", "--threads", "1"]) == 0
     assert json.loads(capfd.readouterr().out)["recipe"]["method"] == "greedy"
@@ -168,7 +170,7 @@ def test_a_soup_is_a_recipe_of_its_own(
     Path("score.py").write_text("import sys; print(-len(sys.argv[1]))\n")
     words = words_of(name)
     if name == "greedy":
-        words = ["greedy", "A", "B", "C", "--command", "python score.py {checkpoint}"]
+        words = ["greedy", "A", "B", "C", "--command", f"{sys.executable} score.py {{checkpoint}}"]
     assert cli([*words, "-q", "-o", "one", "--dtype", "bf16"]) == 0
     assert cli(["run", "one", "-q", "-o", "two"]) == 0
     assert cli(["run", "one/streamsoup.json", "-q", "-o", "three", "--threads", "1"]) == 0
