@@ -60,10 +60,13 @@ class Server(Protocol):
         """End a request that is under way in another thread."""
 
 
-_CONNECTIONS: Mapping[str, type[http.client.HTTPConnection]] = {
-    "http": http.client.HTTPConnection,
-    "https": http.client.HTTPSConnection,
-}
+def _connection(scheme: str) -> type[http.client.HTTPConnection]:
+    """Return the class of connections of a scheme. Raises `RecipeError` without OpenSSL."""
+    if scheme == "http":
+        return http.client.HTTPConnection
+    if not hasattr(http.client, "HTTPSConnection"):
+        raise RecipeError("this Python was built without OpenSSL, so https:// cannot be used")
+    return http.client.HTTPSConnection
 
 
 class _Http:
@@ -71,7 +74,7 @@ class _Http:
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in _CONNECTIONS or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RecipeError(
                 f"{option('server')} {printable(url)!r} is not an address such as "
                 "http://localhost:8000"
@@ -82,7 +85,7 @@ class _Http:
                 f"put an API key into {KEY}"
             )
         self.url = url.rstrip("/")
-        self._kind, self._place = _CONNECTIONS[parts.scheme], parts.netloc
+        self._kind, self._place = _connection(parts.scheme), parts.netloc
         self._above = parts.path.rstrip("/")
         self._open: http.client.HTTPConnection | None = None
         self._is_closed = False
