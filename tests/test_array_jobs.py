@@ -22,7 +22,7 @@ import streamsoup
 from streamsoup import GreedySettings, Options, mix, slerp, ties, uniform, verify
 from streamsoup.engine import plan as planning
 from streamsoup.engine.rules.linear import Linear
-from streamsoup.errors import OutputBusyError, OutputError, RecipeError
+from streamsoup.errors import OutputBusyError, OutputError, OutputExistsError, RecipeError
 from streamsoup.output import verification
 from streamsoup.output.jobs import commit
 from streamsoup.output.make import order
@@ -236,6 +236,39 @@ def test_what_was_lost_after_a_part_is_made_again(
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("made", [1, 2])
+def test_an_older_soup_of_the_same_recipe_is_no_commit(
+    made: int, three: list[str], tmp_path: Path
+) -> None:
+    """An output of the same paths, which held other weights then, is replaced, or stays."""
+    uniform(three, output=tmp_path / "out")
+    older = content(tmp_path / "out")
+    shutil.rmtree(tmp_path / "m1")
+    shutil.copytree(tmp_path / "m2", tmp_path / "m1")
+    for number in range(1, made + 1):
+        options = Options(part=f"{number}/2", overwrite=True)
+        uniform(three, output=tmp_path / "out", options=options)
+    if made == 1:
+        with pytest.raises(OutputError, match="1 part of 2 not made yet: 2"):
+            commit(tmp_path / "out", options=Options(overwrite=True))
+        assert content(tmp_path / "out") == older
+        return
+    with pytest.raises(OutputExistsError):
+        commit(tmp_path / "out")
+    assert content(tmp_path / "out") == older
+    commit(tmp_path / "out", options=Options(overwrite=True))
+    uniform(three, output=tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole") != older
+
+
+def test_a_part_killed_at_once_is_no_commit(three: list[str], tmp_path: Path) -> None:
+    """The empty folder of a part that had no time is no sign that what it replaces is its soup."""
+    uniform(three, output=tmp_path / "out")
+    (tmp_path / "out.parts").mkdir(0o700)
+    with pytest.raises(OutputError, match=r"out\.parts: is empty: .* run the parts again"):
+        commit(tmp_path / "out", options=Options(overwrite=True))
+
+
 def test_one_part_is_made_by_one_process(three: list[str], tmp_path: Path) -> None:
     """A part that another process is making is refused, with the process."""
     uniform(three, output=tmp_path / "out", options=Options(part="1/2"))
@@ -279,17 +312,29 @@ def machine() -> Iterator[Machine]:
     machine.close()
 
 
-@pytest.mark.parametrize("action", ["kill", "power"])
+@pytest.mark.parametrize(("action", "older"), [("kill", False), ("power", False), ("kill", True)])
 def test_parts_killed_at_any_call(
-    three: list[str], tmp_path: Path, machine: Machine, action: str
+    three: list[str], tmp_path: Path, machine: Machine, action: str, older: bool
 ) -> None:
-    """A part or a commit that is killed at any call, and run again, makes the same soup."""
+    """A part or a commit that is killed at any call, and run again, makes the same soup.
+
+    Over an `older` one, which had the same recipe, too.
+    """
     stage, before = tmp_path / "stage", tmp_path / "before"
     before.mkdir()
     out = str(stage / "out")
     soup = ["uniform", *three, "-o", out, "--threads", "1"]
     parts = [[*soup, "--part", "1/2"], [*soup, "--part", "2/2"], ["commit", out, "--threads", "1"]]
     restore(stage, before)
+    if older:
+        assert machine.run(*soup, stage=stage).status == 0
+        shutil.rmtree(before)
+        shutil.copytree(stage, before)
+        shutil.rmtree(stage)
+        stage.mkdir()
+        shutil.rmtree(three[1])
+        shutil.copytree(three[2], three[1])
+        parts = [[*command, "--overwrite"] for command in parts]
     assert machine.run(*soup, stage=stage).status == 0
     whole = content(out)
     step = 1 if "EVERY_CALL" in os.environ else 31
@@ -305,7 +350,10 @@ def test_parts_killed_at_any_call(
             if first.n_calls < at:
                 assert first.status == 0, first.stderr
                 break
-            done = not (stage / "out.parts").exists() and (stage / "out").exists()
+            if older and k == 2 and not list((stage / "out.parts").glob("*")):
+                assert content(out) == whole, at
+                continue
+            done = k == 2 and not (stage / "out.parts").exists()
             for again in [] if done else parts[k:]:
                 ran = machine.run(*again, stage=stage)
                 assert ran.status == 0, (k, at, ran.stderr)

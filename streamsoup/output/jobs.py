@@ -125,13 +125,12 @@ def commit(
     if parts is None:
         raise OutputError(f"{printable(given)}: has no parts to commit; run the parts first")
     with parts:
-        if not parts.root.names() and os.path.isdir(target):
-            found = read_provenance(target)  # the commit was killed in its very last step
+        there = _in_place(target, parts, options)
+        if there is not None and not parts.has_plan():
             parts.remove()
-            return Soup(target, found.recipe, found, 0, 0, 0.0, finished=True)
+            return Soup(target, there.recipe, there, 0, 0, 0.0, finished=True)
         planned = parts.plan()
         recipe = planned.provenance.recipe
-        there = _in_place(target, planned)  # by a commit that was killed while it tidied up
         missing = parts.missing(planned.n_parts)
         if missing and there is None:
             names = some([str(each) for each in missing], 12)
@@ -172,6 +171,7 @@ def commit(
                 options=options,
                 fingerprint=f"parts {planned.fingerprint}",
                 hand_over=hand_over,
+                announce=parts.announce,
             )
         except OutputExistsError:
             if there is None:
@@ -274,16 +274,17 @@ def _shared_plan(ordered: Order, n: int, options: Options) -> SharedPlan:
     )
 
 
-def _in_place(target: str, planned: SharedPlan) -> Provenance | None:
-    """Return the provenance of the output, if it is the soup that the parts were made for."""
-    if not os.path.isdir(target):
+def _in_place(target: str, parts: Parts, options: Options) -> Provenance | None:
+    """Return the provenance of the output, if a commit that was killed later put it in place."""
+    if parts.in_place():
+        return read_provenance(target)
+    if parts.root.names() or not os.path.isdir(target):
         return None
-    try:
-        found = read_provenance(target)
-    except RecipeError:
-        return None
-    here = replace(found.recipe, ingredients=())
-    there = replace(planned.provenance.recipe, ingredients=())
-    paths = [record.path for record in found.ingredients]
-    same = here == there and paths == [each.path for each in planned.ingredients]
-    return found if found.intact and same else None
+    if options.overwrite:
+        where = printable(parts.root.path)
+        raise OutputError(
+            f"{where}: is empty: the output is in place, and a commit was killed in its very last "
+            "step, or a part was killed in its very first; remove that folder, and if the output "
+            "is an older one, run the parts again"
+        )
+    return read_provenance(target)

@@ -212,6 +212,7 @@ def make(
     options: Options,
     fingerprint: str | None = None,
     hand_over: Callable[[Staging], None] = lambda staging: None,
+    announce: Callable[[str], None] = lambda digest: None,
 ) -> Soup:
     """Make a planned soup in the folder `output`.
 
@@ -225,6 +226,8 @@ def make(
         fingerprint: What tells unfinished work from that of other soups; None for the paths,
             inodes, sizes and times of the ingredients, and the recipe.
         hand_over: Called before the work begins, to move finished work of others into it.
+        announce: Called before the last step, with the digest of the provenance that it puts in
+            place.
 
     Raises:
         OutputError: The output exists, is being written by another run, or cannot be written.
@@ -260,7 +263,7 @@ def make(
                 staging.commit(staging.complete)
                 return _finished(target, ordered, started)
             hand_over(staging)
-            provenance, late, read = _fill(ordered, staging, options)
+            provenance, late, read = _fill(ordered, staging, options, announce)
     except OutputExistsError as error:
         # A run that was killed after its last step left nothing to resume: the output is finished,
         # and only the message can say so.
@@ -297,7 +300,9 @@ def warned(warnings: Sequence[str]) -> Sequence[str]:
     return messages
 
 
-def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenance, list[str], Read]:
+def _fill(
+    ordered: Order, staging: Staging, options: Options, announce: Callable[[str], None]
+) -> tuple[Provenance, list[str], Read]:
     """Make everything in the staging folder, and put it in place.
 
     Returns the provenance, late warnings, and what was read.
@@ -307,11 +312,16 @@ def _fill(ordered: Order, staging: Staging, options: Options) -> tuple[Provenanc
     sink = FileSink(plan, files, staging.soup)
     ledger = FileLedger(plan, sink, staging.journal, digests)
     with closing(sink):
-        return _written(ordered, staging, sink, ledger, options)
+        return _written(ordered, staging, sink, ledger, options, announce)
 
 
 def _written(
-    ordered: Order, staging: Staging, sink: FileSink, ledger: FileLedger, options: Options
+    ordered: Order,
+    staging: Staging,
+    sink: FileSink,
+    ledger: FileLedger,
+    options: Options,
+    announce: Callable[[str], None],
 ) -> tuple[Provenance, list[str], Read]:
     plan, digests = ordered.plan, ledger.digests
     sink.prepare(resumes=ledger.resumes)
@@ -334,7 +344,9 @@ def _written(
     sink.sync()
     write_file(staging.soup, PROVENANCE_NAME, [text])
     staging.soup.sync_below()
-    staging.commit(digest_bytes(text))
+    digest = digest_bytes(text)
+    announce(digest)
+    staging.commit(digest)
     return provenance, doubts.after(plan, provenance, digests), read
 
 

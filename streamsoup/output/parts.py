@@ -6,6 +6,7 @@ All parts work in ``OUT.parts``, a folder beside the output::
     OUT.parts/soup/                   the shards: each part writes its own leaves into them
     OUT.parts/part-0003/lock          held by the one process that makes part 3
     OUT.parts/part-0003/journal-…     the leaves that one run of part 3 has finished
+    OUT.parts/commit-…                the provenance, by its digest, that is about to be in place
 
 Every part plans the whole soup, by the headers alone, and makes its *share* of the leaves: a static
 cut, so no process ever waits for another or sends it anything. `commit` hands shards and notes over
@@ -49,8 +50,10 @@ from streamsoup.errors import (
 from streamsoup.formats.ingredients import Ingredient
 from streamsoup.formats.remote.addresses import is_address
 from streamsoup.output.journal import Journal, records_of
+from streamsoup.output.staging import provenance_digest
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, Provenance
 from streamsoup.rule import Rule
+from streamsoup.system.closing import Closing
 from streamsoup.system.folders import Folder, other_writer
 from streamsoup.system.libc import NO_REPLACE, rename, sync
 from streamsoup.system.locks import HeldError, Lock
@@ -62,6 +65,7 @@ HEAD_NBYTES = 1 << 16
 """Bytes at the beginning of each ingredient's file that are digested: most of its header."""
 
 _PLAN = "plan"
+_COMMIT = "commit-"
 
 
 class IngredientIdentity(msgspec.Struct, frozen=True):
@@ -189,7 +193,7 @@ def part_folder(output: str) -> str:
     return os.path.realpath(output) + ".parts"
 
 
-class Parts:
+class Parts(Closing):
     """The folder of all parts of one output, open."""
 
     def __init__(self, target: str, above: Folder, root: Folder) -> None:
@@ -250,21 +254,8 @@ class Parts:
             raise
         return parts
 
-    def __enter__(self) -> Parts:
-        """Return the folder itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the folder; what is in it stays."""
-        self.close()
-
     def close(self) -> None:
-        """Close the folder; a second time does nothing."""
+        """Close the folder, whose content stays; a second time does nothing."""
         self.root.close()
         self._above.close()
 
@@ -281,6 +272,24 @@ class Parts:
                 f"{printable(self.root.path)}/{_PLAN}: is damaged ({printable(error)}); remove "
                 "that folder and run the parts again"
             ) from None
+
+    def has_plan(self) -> bool:
+        """Return True unless no part has begun, or a commit has tidied up."""
+        return self.root.status(_PLAN) is not None
+
+    def announce(self, digest: str) -> None:
+        """Note the digest of the provenance that is about to be put in place, on disk."""
+        with suppress(FileExistsError):
+            os.close(self.root.file(_COMMIT + digest, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        self.root.sync()
+
+    def in_place(self) -> bool:
+        """Return True if the output is what a commit of these parts put there.
+
+        An output of the same recipe may be an older one, of ingredients that were other ones then.
+        """
+        digest = provenance_digest(self._above, os.path.basename(self.target))
+        return digest is not None and self.root.status(_COMMIT + digest) is not None
 
     def missing(self, n_parts: int) -> list[int]:
         """Return the numbers of the parts that are not finished, from 1 on."""
@@ -304,11 +313,12 @@ class Parts:
         return self.root.folder("soup")
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it, the plan last."""
-        for name in self.root.names():
-            if name != _PLAN:
-                self.root.remove(name)
-        self.root.remove(_PLAN)
+        """Remove the folder with all that is in it: the plan last but for what tells of a commit.
+
+        So whenever this is killed, what is left tells the next commit that all is done.
+        """
+        for name in sorted(self.root.names(), key=lambda name: (_is_mark(name), name == _PLAN)):
+            self.root.remove(name)
         with suppress(OSError):  # a part that was started late has begun anew
             os.rmdir(os.path.basename(self.root.path), dir_fd=self._above.descriptor)
         self._above.sync()
@@ -318,7 +328,9 @@ class Parts:
 
     def _agree(self, plan: SharedPlan) -> None:
         """Write the plan unless there is one; then compare. Raises `OutputError`."""
-        if self.root.status(_PLAN) is None:
+        if not self.has_plan():
+            for name in filter(_is_mark, self.root.names()):  # of a commit that is done
+                self.root.remove(name)
             temporary = f"{_PLAN}.{os.urandom(8).hex()}"
             descriptor = self.root.file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             with open(descriptor, "wb") as file:
@@ -360,7 +372,7 @@ class Parts:
             )
         for name in self.root.names():
             status = self.root.status(name)
-            known = name == "soup" or name.startswith((_PLAN, "part-"))
+            known = name == "soup" or name.startswith((_PLAN, "part-", _COMMIT))
             if status is not None and not known:
                 raise _in_the_way(self.root.path)
 
@@ -423,6 +435,10 @@ class _PartJournal(Journal):
 def is_lone(status: os.stat_result) -> bool:
     """Return True for a regular file with one name: writing to it changes no other."""
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def _is_mark(name: str) -> bool:
+    return name.startswith(_COMMIT)
 
 
 def _name(number: int) -> str:

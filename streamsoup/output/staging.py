@@ -316,7 +316,7 @@ class Staging:
                 self._put_back(name)
                 self._earlier.append(_Earlier(self._root, name))
         self._journal = Journal(os.path.join(self._work.path, "journal"), self._work)
-        there = self._provenance_digest(self._above, self._name)
+        there = provenance_digest(self._above, self._name)
         in_place = [e for e in self._earlier if e.committed is not None and e.committed == there]
         if any(each.fingerprint == fingerprint for each in in_place):
             with self._above.folder(self._name) as soup:
@@ -397,7 +397,7 @@ class Staging:
         """Return True if a folder that was taken over is a whole soup, as it would be made now."""
         assert self._work is not None
         digest = each.committed
-        if digest is None or self._provenance_digest(self._work, name) != digest:
+        if digest is None or provenance_digest(self._work, name) != digest:
             return False
         with self._work.folder(name) as taken:
             return self._is_current(taken)
@@ -567,16 +567,16 @@ class Staging:
             if each is not None:
                 each.close()
 
-    @staticmethod
-    def _provenance_digest(above: Folder, name: str) -> str | None:
-        """Return the digest of the provenance in a folder, or None if there is none."""
-        from streamsoup.engine.digest import digest_bytes
 
-        try:
-            with above.folder(name) as folder:
-                return digest_bytes(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
-        except OSError:
-            return None
+def provenance_digest(above: Folder, name: str) -> str | None:
+    """Return the digest of the provenance in a folder, or None if there is none."""
+    from streamsoup.engine.digest import digest_bytes
+
+    try:
+        with above.folder(name) as folder:
+            return digest_bytes(read_file(folder, PROVENANCE_NAME, PROVENANCE_LIMIT))
+    except OSError:
+        return None
 
 
 def move_files(taken: Folder, to: Folder) -> None:
