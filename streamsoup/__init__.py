@@ -61,7 +61,7 @@ _HOMES = {
     "compare": "study.comparison.table",
     "dare": "methods.merges",
     "della": "methods.merges",
-    "ema": "methods.closed",
+    "ema": "methods.averages",
     "geometry": "methods.angles",
     "greedy": "search.greedy",
     "commit": "output.jobs",
@@ -69,7 +69,7 @@ _HOMES = {
     "interpolate": "methods.fixed",
     "karcher": "methods.spheres",
     "landscape": "study.landscape.landscape",
-    "lawa": "methods.closed",
+    "lawa": "methods.averages",
     "learned": "search.learned",
     "mix": "methods.fixed",
     "mix_into": "live.mix",
@@ -92,7 +92,7 @@ _HOMES = {
     "watch": "training.watch",
     "wise_ft": "study.landscape.paths",
     "write_report": "study.report.comparison",
-    "wsm": "methods.closed",
+    "wsm": "methods.averages",
 }
 """Public names, and the rooms they live in: each is imported on first use."""
 
@@ -119,12 +119,12 @@ if TYPE_CHECKING:
     from streamsoup.live.streams import stream_mix as stream_mix
     from streamsoup.methods.angles import Geometry as Geometry
     from streamsoup.methods.angles import geometry as geometry
+    from streamsoup.methods.averages import ema as ema
+    from streamsoup.methods.averages import lawa as lawa
+    from streamsoup.methods.averages import wsm as wsm
     from streamsoup.methods.closed import arithmetic as arithmetic
-    from streamsoup.methods.closed import ema as ema
-    from streamsoup.methods.closed import lawa as lawa
     from streamsoup.methods.closed import slerp as slerp
     from streamsoup.methods.closed import stock as stock
-    from streamsoup.methods.closed import wsm as wsm
     from streamsoup.methods.fixed import apply as apply
     from streamsoup.methods.fixed import interpolate as interpolate
     from streamsoup.methods.fixed import mix as mix

@@ -12,6 +12,9 @@ from commands import started
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of remote sources have a server of their own
 
+# A shell that runs the suite in the background lets it, and all that it starts, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:

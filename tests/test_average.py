@@ -273,6 +273,9 @@ def test_a_state_of_other_settings_is_refused() -> None:
     for wrong in ({}, {**state, "layout": 5}, {**state, "settings": None}):
         with pytest.raises(RecipeError, match="not the state of an Average"):
             Average("ema", decay=0.9).load_state_dict(wrong)
+    for name in state:
+        with pytest.raises(RecipeError, match=f"not the state of an Average.*{name}"):
+            Average("ema", decay=0.9).load_state_dict({k: state[k] for k in state if k != name})
     for damaged in ({}, {**state["sums"], "float32": torch.ones(3)}):
         average = Average("ema", decay=0.9)
         with pytest.raises(RecipeError, match="is damaged"):

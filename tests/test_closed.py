@@ -21,7 +21,8 @@ import streamsoup
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import NonFiniteError, OutputExistsError, RecipeError
 from streamsoup.methods.angles import Place
-from streamsoup.methods.closed import sphere_factors, stock_ratio, wsm_coefficients
+from streamsoup.methods.averages import wsm_coefficients
+from streamsoup.methods.closed import sphere_factors, stock_ratio
 from streamsoup.output.make import make, order
 
 N = 4

@@ -178,7 +178,9 @@ VERBS: dict[str, Callable[[list[Path], Path], object]] = {
     "slerp": lambda paths, out: slerp(paths, [0.5, 0.5], output=out),
     "stock": lambda paths, out: stock(paths, base=paths[0], output=out),
     "karcher": lambda paths, out: karcher(paths, output=out),
-    "ties": lambda paths, out: ties([paths[1]], base=paths[0], density=0.5, output=out),
+    "ties": lambda paths, out: ties(  # one thread: another would see the time before it is set back
+        [paths[1]], base=paths[0], density=0.5, output=out, options=Options(threads=1)
+    ),
 }
 
 

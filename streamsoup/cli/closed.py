@@ -31,7 +31,7 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
     chosen = {name: settings.pop(name) for name in common.CHOICE}
 
     def make(options: Options) -> Soup:
-        from streamsoup.methods.closed import ema
+        from streamsoup.methods.averages import ema
 
         return ema(ingredients, decay, **chosen, output=output, options=options)
 
@@ -52,7 +52,7 @@ def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settin
         raise click.UsageError("lawa needs --window or --last: how many checkpoints to average")
 
     def make(options: Options) -> Soup:
-        from streamsoup.methods.closed import lawa
+        from streamsoup.methods.averages import lawa
 
         return lawa(ingredients, window, **chosen, output=output, options=options)
 
@@ -75,7 +75,7 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
     chosen = {name: settings.pop(name) for name in common.CHOICE}
 
     def make(options: Options) -> Soup:
-        from streamsoup.methods.closed import wsm
+        from streamsoup.methods.averages import wsm
 
         return wsm(ingredients, curve, **chosen, output=output, options=options)
 

@@ -27,7 +27,7 @@ class _Sweep(Command):
     """``sweep VERB …``, with the options of the verb, of which some are ranges."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take the options of the sweep, and leave the others to the verb."""
+        """Read the name of the verb and the options of the sweep; all others are for the verb."""
         if args and args[0] in planning.VERBS:
             ctx.obj = args[0]
             args = args[1:]

@@ -40,7 +40,9 @@ from streamsoup.training.host import HostSums, sums_nbytes
 from streamsoup.training.live import (
     Layout,
     Live,
+    as_sharded,
     check_same,
+    check_targets,
     dtype_of,
     is_mask,
     read_live,
@@ -48,6 +50,7 @@ from streamsoup.training.live import (
     version_of,
 )
 from streamsoup.training.running import Weights, wsm_weights
+from streamsoup.training.saved_state import VERSION, layout_of
 from streamsoup.training.settings import Curve, Method, settings_of
 from streamsoup.training.window import Window, state_nbytes
 
@@ -57,9 +60,6 @@ if TYPE_CHECKING:
 __all__ = ["Average", "AverageMemory", "Method"]
 
 Given = nn.Module | Mapping[str, Any]
-
-VERSION = 1
-"""Of what `Average.state_dict` returns."""
 
 
 class AverageMemory(msgspec.Struct, frozen=True):
@@ -236,7 +236,8 @@ class Average:
         assert self._layout is not None
         found: dict[str, Tensor] = {}
         for name in dict.fromkeys(self._layout.names.values()):
-            found[name] = self._as_sharded(name, self._local(name))
+            local, whole = self._local(name), self._sharded.get(name)
+            found[name] = local if whole is None else as_sharded(local, whole)
         return {name: found[owner] for name, owner in self._layout.names.items()}
 
     def apply_to(self, model: nn.Module) -> None:
@@ -408,31 +409,7 @@ class Average:
             RecipeError: It is no such state, or one of other settings.
             MismatchError: The model has other tensors.
         """
-        try:
-            version, settings = state["version"], dict(state["settings"])
-            if version != VERSION:
-                raise RecipeError(
-                    f"the state is of version {version}, and {VERSION} was expected; load it with "
-                    "the streamsoup that saved it"
-                )
-            layout = state["layout"]
-            weights, n = state["weights"], state["n_updates"]
-            found = None if layout is None else msgspec.convert(layout, Layout)
-        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
-            raise RecipeError(
-                f"not the state of an Average ({type(error).__name__}: {error}); give what "
-                "state_dict() returned"
-            ) from None
-        mine = self._settings.values
-        other = [
-            f"{name} {settings.get(name)!r}, not {value!r}"
-            for name, value in mine.items()
-            if settings.get(name) != value
-        ]
-        if other:
-            raise RecipeError(
-                f"the state is of an Average with {some(other)}; begin one with its settings"
-            )
+        found = layout_of(state, self._settings)
         live = None if model is None else self._read(model)
         if live is not None and found is not None:
             check_same(found, live.layout, "the model")
@@ -453,8 +430,9 @@ class Average:
                     f"the state of the Average is damaged ({type(error).__name__}: "
                     f"{printable(str(error))}); load another one"
                 ) from None
+        weights = state["weights"]
         self._weights.n, self._weights.divisor = weights["n"], weights["divisor"]
-        self._n, self._interrupted = n, False
+        self._n, self._interrupted = state["n_updates"], False
         self._newest = {name: tensor.clone() for name, tensor in state["newest"].items()}
         self._masks = {name: tensor.clone() for name, tensor in state["masks"].items()}
         if live is not None:
@@ -558,7 +536,7 @@ class Average:
         """Return the tensors of a model that a result goes to: not frozen ones of its own."""
         live = self._read(model)
         assert self._layout is not None
-        _check_targets(self._layout, live.layout)
+        check_targets(self._layout, live.layout)
         return {
             name: tensor
             for name, tensor in live.tensors.items()
@@ -595,30 +573,3 @@ class Average:
                 "overflowed; begin it later, or give non_finite='propagate'"
             )
         return made
-
-    def _as_sharded(self, name: str, local: Tensor) -> Tensor:
-        """Return a local part as the DTensor that it is a part of, if it is."""
-        whole = self._sharded.get(name)
-        if whole is None:
-            return local
-        from torch.distributed.tensor import DTensor
-
-        made: Tensor = DTensor.from_local(
-            local.to(whole.to_local().device),
-            whole.device_mesh,
-            whole.placements,
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-        return made
-
-
-def _check_targets(layout: Layout, other: Layout) -> None:
-    """Raise `MismatchError` unless a model has room for the average, whatever it trains."""
-    mine = {**layout.averaged, **layout.frozen, **layout.newest}
-    theirs = {**other.averaged, **other.frozen, **other.newest}
-    flat = Layout(mine, {}, {}, {**layout.names})
-    names = {name: layout.names.get(owner, owner) for name, owner in other.names.items()}
-    found = {layout.names.get(name, name): spec for name, spec in theirs.items()}
-    check_same(flat, Layout(found, {}, {}, names), "the model")

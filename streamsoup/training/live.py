@@ -24,7 +24,9 @@ __all__ = [
     "Layout",
     "Live",
     "Spec",
+    "as_sharded",
     "check_same",
+    "check_targets",
     "dtype_of",
     "is_mask",
     "read_live",
@@ -162,6 +164,31 @@ def check_same(layout: Layout, other: Layout, what: str) -> None:
         f"{what}: {some(changed or layout.names)}: tied, frozen or trained otherwise than in the "
         "average; begin a new Average"
     )
+
+
+def check_targets(layout: Layout, other: Layout) -> None:
+    """Raise `MismatchError` unless a model has room for the average, whatever it trains."""
+    mine = {**layout.averaged, **layout.frozen, **layout.newest}
+    theirs = {**other.averaged, **other.frozen, **other.newest}
+    flat = Layout(mine, {}, {}, {**layout.names})
+    names = {name: layout.names.get(owner, owner) for name, owner in other.names.items()}
+    found = {layout.names.get(name, name): spec for name, spec in theirs.items()}
+    check_same(flat, Layout(found, {}, {}, names), "the model")
+
+
+def as_sharded(local: Tensor, whole: Any) -> Tensor:
+    """Return a local part as a DTensor that lies as `whole` does."""
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        local.to(whole.to_local().device),
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return made
 
 
 def _check_not_flat(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ import math
 import msgspec
 
 from streamsoup.errors import RecipeError
-from streamsoup.methods.closed import wsm_coefficients
+from streamsoup.methods.averages import wsm_coefficients
 from streamsoup.recipe import Coefficients
 
 __all__ = ["Step", "Weights"]

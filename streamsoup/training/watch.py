@@ -38,8 +38,8 @@ from streamsoup.errors import (
     some,
 )
 from streamsoup.formats.ingredients import Ingredient, open_ingredients
+from streamsoup.methods.averages import Curve, ema_factors, wsm_coefficients
 from streamsoup.methods.checkpoints import Choice, choose, find_checkpoints
-from streamsoup.methods.closed import Curve, ema_factors, wsm_coefficients
 from streamsoup.options import Note, Options, check_options, take
 from streamsoup.output.make import Soup, make, order
 from streamsoup.output.verification import read_provenance

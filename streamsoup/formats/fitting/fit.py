@@ -152,7 +152,7 @@ def _is_alike(source: Source, first: Source, name: str) -> bool:
 
 
 def _lengthened(sources: Sequence[Source]) -> list[Source]:
-    """Give embeddings and heads the rows that others have."""
+    """Lengthen embeddings and heads that are shorter than others, by the rows that these have."""
     n_rows: dict[str, list[int | None]] = {}
     for name in sources[0].tensors if len(sources) > 1 else ():
         shapes = [tuple(source.tensors[name].shape) for source in sources if name in source.tensors]

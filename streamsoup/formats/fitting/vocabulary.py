@@ -1,4 +1,4 @@
-"""Whether two vocabularies agree on the ids that they share, so that their rows have a mean."""
+"""Whether two vocabularies mean the same tokens by the same ids: only then rows are averaged."""
 
 from __future__ import annotations
 

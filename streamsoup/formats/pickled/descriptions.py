@@ -335,7 +335,7 @@ def storage_of(pid: Any) -> Storage:
 
 
 def set_state(target: Any, given: Any) -> None:
-    """Give an object its state, as ``__setstate__`` would: kept for records, else left out."""
+    """Set the state of an object: records keep it; of mappings and tensors it is not needed."""
     if isinstance(target, Record):
         target.state = given
     elif not isinstance(target, (Items, Tensor)):

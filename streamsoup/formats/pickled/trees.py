@@ -132,7 +132,7 @@ def _at(root: Items, key: str) -> Any:
 
 
 def _weights(root: Items, key: str, items: Items) -> Weights:
-    """Take the tensors of a mapping, and list what is not taken."""
+    """Return the tensors of a mapping, with the names of all else in it, which is not read."""
     tensors: dict[str, Tensor] = {}
     left: list[str] = []
     for name, value in items.pairs:
