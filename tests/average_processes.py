@@ -68,6 +68,8 @@ def main(rank: int, folder: Path) -> None:
         held = sum(t.to_local().numel() for t in result.values() if hasattr(t, "to_local"))
         total = sum(t.numel() for t in result.values() if hasattr(t, "to_local"))
         assert 0 < held < total, "each process averages its own part"
+        own = model.state_dict()
+        assert all(t.stride() == own[name].stride() for name, t in result.items())
         found[f"fsdp-{method}"] = whole(result)
         before = whole(model.state_dict())
         with again.swap(model):

@@ -21,6 +21,7 @@ from crash import Machine, restore
 import streamsoup
 from streamsoup import GreedySettings, Options, mix, slerp, ties, uniform, verify
 from streamsoup.engine import plan as planning
+from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import OutputBusyError, OutputError, OutputExistsError, RecipeError
 from streamsoup.output import verification
@@ -259,6 +260,23 @@ def test_an_older_soup_of_the_same_recipe_is_no_commit(
     commit(tmp_path / "out", options=Options(overwrite=True))
     uniform(three, output=tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole") != older
+
+
+def test_parts_begun_where_a_commit_was_tidying_up_make_their_own_soup(
+    three: list[str], tmp_path: Path
+) -> None:
+    """What an earlier commit announced, and left when it was killed, says nothing of new parts."""
+    uniform(three, output=tmp_path / "out")
+    digest = digest_bytes((tmp_path / "out" / "streamsoup.json").read_bytes())
+    (tmp_path / "out.parts").mkdir(0o700)
+    (tmp_path / "out.parts" / f"commit-{digest}").touch()
+    shutil.rmtree(tmp_path / "m1")
+    shutil.copytree(tmp_path / "m2", tmp_path / "m1")
+    for number in (1, 2):
+        options = Options(part=f"{number}/2", overwrite=True, commit=True)
+        uniform(three, output=tmp_path / "out", options=options)
+    uniform(three, output=tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_part_killed_at_once_is_no_commit(three: list[str], tmp_path: Path) -> None:
