@@ -91,7 +91,7 @@ _HOMES = {
     "verify": "output.verification",
     "watch": "training.watch",
     "wise_ft": "study.landscape.paths",
-    "write_report": "study.report.comparison",
+    "write_report": "study.report.write",
     "wsm": "methods.averages",
 }
 """Public names, and the rooms they live in: each is imported on first use."""
@@ -175,7 +175,7 @@ if TYPE_CHECKING:
     from streamsoup.study.landscape.landscape import LandscapeSettings as LandscapeSettings
     from streamsoup.study.landscape.landscape import landscape as landscape
     from streamsoup.study.landscape.paths import wise_ft as wise_ft
-    from streamsoup.study.report.comparison import write_report as write_report
+    from streamsoup.study.report.write import write_report as write_report
     from streamsoup.tensors import TensorSpec as TensorSpec
     from streamsoup.training.average import Average as Average
     from streamsoup.training.watch import watch as watch

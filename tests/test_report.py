@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -35,10 +36,12 @@ from streamsoup.study.measures.rows import (
 )
 from streamsoup.study.names import short_names
 from streamsoup.study.plot import plot_coefficients, plot_geometry
-from streamsoup.study.report import charts, figures
-from streamsoup.study.report.comparison import verdict, write_report
-from streamsoup.study.report.page import Code, Heading, Page, Picture, Table, Text
-from streamsoup.study.report.paths import draw_landscape, draw_sweep, sweep_page
+from streamsoup.study.report import comparison_plots, figures
+from streamsoup.study.report.blocks import Code, Heading, Plot, Table, Text
+from streamsoup.study.report.comparison import verdict
+from streamsoup.study.report.page import Page
+from streamsoup.study.report.paths import draw_landscape, sweep_page
+from streamsoup.study.report.write import write_report
 
 CLIP = Path(__file__).parents[2] / "shared" / "data" / "clip72"
 
@@ -92,22 +95,18 @@ def test_the_papers_order_and_its_ties() -> None:
 
 
 @published
-@drawn
-def test_the_papers_scatter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_scatter(tmp_path: Path) -> None:
     """72 models and the published soups are in the picture, at the published places."""
-    kept: list[Any] = []
-    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
     found = of_paper()
-    charts.draw_scatter(found, "unused.png")
-    (axes,) = kept[0].axes
-    points = {c.get_label(): np.asarray(c.get_offsets()) for c in axes.collections}
-    assert points["ingredients (72)"].shape == (72, 2)
+    (plot,) = comparison_plots.scatter(found)
+    points = {each.name: each.points for each in plot.series}
+    assert len(points["ingredients (72)"]) == 72
     for name in ("uniform soup", "greedy soup"):
         (scores,) = lines(f"{name.replace(' ', '_')}_results.jsonl")
         shifts = np.mean([scores[split] for split in found.splits.shifts])
-        assert points[name][0] == pytest.approx([100 * scores["ImageNet"], 100 * shifts])
-    assert not axes.texts
-    monkeypatch.undo()
+        (point,) = points[name]
+        assert (point.x, point.y) == pytest.approx((100 * scores["ImageNet"], 100 * shifts))
+    assert not any(point.name for point in points["ingredients (72)"])  # too many to be written
     page = Path(write_report(found, tmp_path)).read_text()
     assert "81.03" in page
     assert "wins on" not in page  # there are no results by example
@@ -120,12 +119,19 @@ class Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.loaded: list[str] = []
+        self.handlers: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img"):
+        if tag != "meta":
             self.open.append(tag)
-        self.loaded += [v or "" for k, v in attrs if k in ("src", "href")]
+        self.loaded += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+        self.loaded += [v for _, v in attrs if v and "url(" in v]
+        self.handlers += [k for k, _ in attrs if k.startswith("on")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -183,15 +189,13 @@ def small(name: str = "a<b>|*c*") -> Comparison:
     )  # fmt: skip
 
 
-@drawn
 def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
-    """One HTML file with closed tags and its pictures inside; Markdown and rows beside it."""
+    """One HTML file with closed tags and its plots inside; Markdown and rows beside it."""
     page = Path(write_report(small(), tmp_path))
     checker = Checker()
     checker.feed(page.read_text())
-    assert checker.open == []
-    assert len(checker.loaded) == 6
-    assert all(source.startswith("data:image/png;base64,") for source in checker.loaded)
+    assert (checker.open, checker.loaded, checker.handlers) == ([], [], [])
+    assert page.read_text().count("<svg") == 8
     who = "greedy soup: 1 of 2: a<b>|*c*."
     for text in (
         who,
@@ -230,7 +234,7 @@ def test_a_report_shows_what_steers_a_terminal_as_escapes(tmp_path: Path) -> Non
         Table([nasty, nasty], [[nasty, nasty]], frozenset({0})),
     ]
     page = Page(nasty, blocks)
-    for text in (page.to_markdown(), page.to_html(str(tmp_path))):
+    for text in (page.to_markdown("plots"), page.to_html()):
         assert text.replace("\n", "").isprintable()
         assert text.count("u202e") >= 9
 
@@ -240,30 +244,22 @@ def test_a_report_writes_through_no_planted_link(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.write_text("precious")
     folder = tmp_path / "report"
-    folder.mkdir()
-    for name in ("report.md", "report.md.partial", "report.html.partial", "rows.jsonl.partial"):
+    write_report(small(), folder)
+    (folder / "report.md").unlink()
+    (folder / "rows.jsonl").unlink()
+    for name in ("report.md", "rows.jsonl", "report.html.partial", "rows.jsonl.partial"):
         (folder / name).symlink_to(mine)
     write_report(small(), folder)
     assert mine.read_text() == "precious"
     assert not (folder / "report.md").is_symlink()
     (tmp_path / "pictures").mkdir()
     other = tmp_path / "other"
-    other.mkdir()
+    write_report(small(), other)
+    shutil.rmtree(other / "plots")
     (other / "plots").symlink_to(tmp_path / "pictures")
     with pytest.raises(OutputError, match="plots: is a link"):
         write_report(small(), other)
     assert not list((tmp_path / "pictures").iterdir())
-
-
-def test_without_matplotlib_there_are_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The report says how to get pictures, and has everything else."""
-    monkeypatch.setattr("streamsoup.study.report.comparison.have_matplotlib", lambda: False)
-    page = Path(write_report(small(), tmp_path)).read_text()
-    assert "<img" not in page
-    assert "streamsoup[plot]" in page
-    assert "uniform soup" in page
 
 
 def test_short_names_are_distinct() -> None:
@@ -352,49 +348,33 @@ def test_tables_fit_a_terminal() -> None:
     assert len(_table(found, 200)) == len(found.rows) - 1
 
 
-@drawn
-def test_percent_only_where_the_task_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_percent_only_where_the_task_says_so(tmp_path: Path) -> None:
     """A score keeps its name and its scale, even between 0 and 1; the picture says the same."""
     found = replace(small(), metric="matthews", is_share=False)
     page = Path(write_report(found, tmp_path)).read_text()
     assert "The matthews, larger is better" in page
     assert "0.82 [0.7, 0.9]" in page
     assert "82.00" not in page
-    kept: list[Any] = []
-    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
-    charts.draw_intervals(found, "unused.png")
-    assert kept[0].axes[0].get_xlabel() == "matthews on test"
+    first, *_ = comparison_plots.intervals(found)
+    assert first.across == "matthews on test"
 
 
-@drawn
-def test_coefficients_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each learned soup has a panel with its numbers, in the places of its members."""
-    kept: list[Any] = []
-    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
-    charts.draw_coefficients(small("plain"), "unused.png")
-    panel = kept[0].axes[0]
-    assert np.array_equal(panel.images[0].get_array(), [[0.25, 0.75], [1.5, -0.5]])
-    assert [text.get_text() for text in panel.texts] == ["0.25", "0.75", "1.50", "-0.50"]
-    assert [text.get_text() for text in panel.get_yticklabels()] == ["layers.0", "head"]
-    assert [text.get_text() for text in panel.get_xticklabels()] == ["plain", "run1"]
+def test_coefficients_are_shown() -> None:
+    """Each learned soup has a heat map with its numbers, in the places of its members."""
+    (table,) = comparison_plots.heat_maps(small("plain"))
+    assert table.head == ["", "plain", "run1"]
+    assert table.rows == [["layers.0", "0.250", "0.750"], ["head", "1.500", "-0.500"]]
+    assert table.shades == {(0, 1): 0.375, (0, 2): 0.625, (1, 1): 1.0, (1, 2): 0.0}
 
 
-@drawn
-def test_axes_of_a_sweep_name_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_axes_of_a_path_name_its_ends() -> None:
     """What is at α = 0 and at α = 1 stands below the axis."""
-    kept: list[Any] = []
-    monkeypatch.setattr(
-        "streamsoup.study.report.paths.save", lambda figure, path: kept.append(figure)
-    )
     values = {"val": (0.5, 0.9)}
     ends = ("runs/base/model", "runs/tuned$/model")
     found = Sweep(ends, Splits("val", None, ()), "f1", (0.0, 1.0), values, {})
-    draw_sweep(found, "unused.png")
-    label = kept[0].axes[0].get_xlabel().replace("\\$", "$")
-    assert label == "α\n0 is base\n1 is tuned$"
-    assert kept[0].axes[0].get_ylabel() == "f1"
+    (plot,) = [block for block in sweep_page(found, ()).blocks if isinstance(block, Plot)]
+    assert (plot.across, plot.up) == ("α, from base to tuned$", "f1")
+    assert [(p.x, p.y) for p in plot.series[0].points] == [(0.0, 0.5), (1.0, 0.9)]
 
 
 def test_text_cannot_become_markup() -> None:
@@ -402,21 +382,22 @@ def test_text_cannot_become_markup() -> None:
     nasty = "<script>alert(1)</script> [x](y) `z` &lt; ~~a~~ $b$"
     code = Code(["<x>", "```", "a"])
     page = Page("t", [Heading("h"), Text(nasty), Table(["a", "b"], [[nasty, "1"]]), code])
-    html = page.to_html(".")
+    html = page.to_html()
     assert html.count("<script>") == 1  # the page's own
     assert "script-src 'sha256-" in html
     assert "&lt;script&gt;" in html
-    markdown = page.to_markdown()
+    markdown = page.to_markdown("plots")
     assert r"\<script>alert(1)\</script> \[x](y) \`z\` \&lt; \~\~a\~\~ \$b\$" in markdown
-    assert markdown.endswith("````\n<x>\n```\na\n````\n")
+    assert "````\n<x>\n```\na\n````\n" in markdown
 
 
 def test_names_of_splits_break_no_table() -> None:
     """Heads of tables, and what pictures show, are escaped as cells are."""
     table = Table(["", "a|b", "<b>"], [["x", "1", "2"]])
-    markdown = Page("t", [table, Picture("p.png", "On [a|b]")]).to_markdown()
+    plot = Plot("p", "On [a|b]", "x", "y", ())
+    markdown = Page("t", [table, plot]).to_markdown("plots of (a)")
     assert "|  | a\\|b | \\<b> |\n| --- | ---: | ---: |\n| x | 1 | 2 |" in markdown
-    assert "![On \\[a\\|b]](p.png)\n\nOn \\[a\\|b]" in markdown
+    assert "![On \\[a\\|b]](plots%20of%20%28a%29/p.svg)\n\nOn \\[a\\|b]" in markdown
 
 
 @drawn
@@ -435,22 +416,6 @@ def test_heat_maps_draw_names_as_they_are(tmp_path: Path, end: str) -> None:
     if end == ".svg":
         text = (tmp_path / "coefficients.svg").read_text()
         assert "<!-- $\\frac$ -->" in text
-
-
-@drawn
-@pytest.mark.parametrize("name", ["$\\frac$", "_a$", "模型"])
-def test_names_are_drawn_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """No name is taken for a formula or left out, and one that no font has draws no warning."""
-    found = small(name)
-    charts.draw_scatter(found, str(tmp_path / "scatter.png"))
-    charts.draw_intervals(found, str(tmp_path / "intervals.png"))
-    kept: list[Any] = []
-    monkeypatch.setattr(charts, "save", lambda figure, path: kept.append(figure))
-    charts.draw_scatter(found, "unused.png")
-    labels = [text.get_text() for text in kept[0].legends[0].get_texts()]
-    assert labels[1].replace("\\$", "$") == f"best on val: {name}"
 
 
 @drawn
@@ -474,22 +439,19 @@ def test_names_cover_nothing(tmp_path: Path) -> None:
         assert len(boxes) > 7
 
 
-@drawn
-def test_a_sweep_in_words_and_lines(tmp_path: Path) -> None:
+def test_a_path_in_words_and_lines(tmp_path: Path) -> None:
     """The chosen α stands out; both barriers are named; the picture is drawn."""
     values = {"val": (0.5, 0.9, 0.9), "test": (0.5, 0.4, 0.8)}
     found = Sweep(
         ("a", "b"), Splits("val", "test", ()), "accuracy", (0.0, 0.5, 1.0), values, {}, 0, True
     )
     assert found.best == 0.5
-    text = sweep_page(found, None, ("cmd",)).to_markdown()
+    text = sweep_page(found, ("cmd",)).to_markdown("plots")
     assert "**0.5**" in text
     assert "| test | 25.00 | 25.00 | – | – | -25.00 |" in text
     assert "over the chord" in text.lower()
-    assert "streamsoup\\[plot]" in text
-    assert "plot]" not in sweep_page(found, "sweep.png", ()).to_markdown()
-    draw_sweep(found, str(tmp_path / "sweep.svg"))
-    assert (tmp_path / "sweep.svg").stat().st_size > 1000
+    write_report(found, tmp_path / "path.md", commands=("cmd",))
+    assert (tmp_path / "path-plots" / "score.svg").stat().st_size > 1000
     assert math.isnan(
         Sweep(("a", "b"), found.splits, "x", (0.5,), {"val": (1.0,), "test": (1.0,)}, {}).advantage(
             "val"
@@ -553,7 +515,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "learned soup, by layer" in first.stdout
     page = (tmp_path / "out" / "report.html").read_text()
     assert "streamsoup compare" in page
-    assert page.count("<img") == 6
+    assert page.count("<svg") == 8
     again = command(*run, "--orders", 1, "--curve", 2, "--pairs", 2, "--json")
     assert again.returncode == 0
     assert sorted(again.stderr.splitlines()) == ["ready", "ready, too"]
@@ -575,7 +537,7 @@ def test_the_commands(tmp_path: Path) -> None:
     )
     assert (swept.returncode, swept.stderr) == (0, "")
     assert "best α on val" in swept.stdout
-    assert (tmp_path / "path" / "sweep.png").is_file()
+    assert (tmp_path / "path" / "plots" / "score.svg").is_file()
     wrong = command("interpolate", *folders[:2], "--alphas", "0:1:0.5", "-o", tmp_path / "x")
     assert wrong.returncode == 2
     assert "--task" in wrong.stderr

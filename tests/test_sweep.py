@@ -18,6 +18,7 @@ from streamsoup.cli import cli
 from streamsoup.errors import RecipeError, TaskError
 from streamsoup.search.sweep import METHODS, places
 from streamsoup.study.report import sweeps
+from streamsoup.study.report.blocks import Plot, Table
 
 GRID = {"density": [0.2, 0.6], "lambda_": [0.5, 1.0]}
 
@@ -312,9 +313,8 @@ def test_seeds_are_whole_numbers(
 
 
 @pytest.mark.parametrize("n_axes", [1, 2, 3])
-def test_pictures_of_one_and_two_parameters(tmp_path: Path, n_axes: int) -> None:
+def test_pictures_of_one_and_two_parameters(n_axes: int) -> None:
     """A curve, a heat map, and for more parameters a table alone."""
-    pytest.importorskip("matplotlib")
     names = ["density", "lambda", "gamma"][:n_axes]
     points = [
         {"values": values, "score": sum(values.values())}
@@ -330,10 +330,21 @@ def test_pictures_of_one_and_two_parameters(tmp_path: Path, n_axes: int) -> None
             "compared": {"the base": 0.15, "the mean": 0.9},
         },
     }
-    assert sweeps.draw(report, str(tmp_path / "a.png")) == (n_axes < 3)
-    assert (tmp_path / "a.png").exists() == (n_axes < 3)
+    page = sweeps.page(report, ())
+    assert list(page.to_pictures()) == ["sweep.svg"] * (n_axes < 3)
+    values = [f"{point['score']:.6g}" for point in points]
+    if n_axes == 1:
+        (plot,) = [block for block in page.blocks if isinstance(block, Plot)]
+        assert [(p.x, p.y) for p in plot.series[0].points] == [(0.1, 0.1), (0.2, 0.2)]
+        assert [each.name for each in plot.series] == ["ties", "best", "the base", "the mean"]
+    elif n_axes == 2:
+        heat = next(block for block in page.blocks if isinstance(block, Table))
+        assert [cell for row in heat.rows for cell in row[1:]] == values
+        assert heat.shades[0, 1] == 0
+        assert heat.shades[1, 2] == 1
+        assert heat.bold == {(1, 2)}
     lines = sweeps.lines(report)
     assert lines[0].split()[:n_axes] == names
     assert lines[len(points)].endswith("best")
     assert lines[-1].startswith("the mean scores 0.9")
-    assert "A sweep of ties" in sweeps.page(report, None, ()).to_markdown()
+    assert "A sweep of ties" in page.to_markdown("plots")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import click
 
 from streamsoup.cli import common
 from streamsoup.cli.help import command
+from streamsoup.cli.reports import this_command
 from streamsoup.errors import OutputExistsError, printable
 
 if TYPE_CHECKING:
@@ -30,7 +29,15 @@ RECALIBRATE = click.option(
 @command()
 @common.INGREDIENTS
 @common.TASK
-@click.option("--output", "-o", required=True, metavar="DIR", help="Folder of report and cache.")
+@click.option(
+    "--output",
+    "--report",
+    "-o",
+    "output",
+    required=True,
+    metavar="DIR",
+    help="Folder of report and cache.",
+)
 @click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
 @click.option(
     "--orders", type=common.Integer(0), default=3, show_default=True, help="Random greedy orders."
@@ -81,7 +88,7 @@ def compare(
 
         from streamsoup.study.comparison.table import CompareSettings
         from streamsoup.study.comparison.table import compare as run_comparison
-        from streamsoup.study.report.comparison import write_report
+        from streamsoup.study.report.write import write_report
 
         chosen = CompareSettings(
             orders=orders,
@@ -207,38 +214,23 @@ def sweep(
         from streamsoup.study.comparison.table import check_folder
         from streamsoup.study.landscape.paths import wise_ft as measure
         from streamsoup.study.measures.barriers import parse_alphas
-        from streamsoup.study.report.figures import have_matplotlib
-        from streamsoup.study.report.page import write_text
-        from streamsoup.study.report.paths import draw_sweep, sweep_page
+        from streamsoup.study.report.write import write_report
 
         at = parse_alphas(alphas)
         check_folder(output, ends)
         cache = os.path.join(output, "cache")
         found = measure(*ends, task, at, cache=cache, recalibrate=recalibrate, options=options)
         watcher.close()
-        picture = "sweep.png" if have_matplotlib() else None
-        if picture is not None:
-            draw_sweep(found, os.path.join(output, picture))
-        rows = "".join(f"{each}\n" for each in found.to_lines())
-        write_text(os.path.join(output, "rows.jsonl"), rows)
-        page = sweep_page(found, picture, (this_command(),))
-        write_text(os.path.join(output, "report.md"), page.to_markdown())
-        write_text(os.path.join(output, "report.html"), page.to_html(output))
+        path = write_report(found, output, commands=(this_command(),))
         if as_json:
             common.tell_rows(found.to_lines(), watcher)
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
-        path = os.path.join(output, "report.html")
         said = f"best α on {printable(val)}: {best:g} ({found.metric} {score:.4g})"
         common.tell([f"{said}; see {printable(path)}"])
 
     return common.supervise(work, "interpolate", ends, settings)
-
-
-def this_command() -> str:
-    line = shlex.join(["streamsoup", *sys.argv[1:]])
-    return line.encode("utf-8", "backslashreplace").decode()  # not every path is Unicode
 
 
 def _table(found: Comparison, width: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import common, reports
 from streamsoup.cli.help import command
 from streamsoup.errors import printable
 
@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="CKPT", help="What they were fine-tuned from.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--plot", metavar="PNG", help="Draw the angles as a heat map.")
+@reports.REPORT
 @common.READING
 @common.RUNNING
 @common.REPORTING
 def geometry(
-    ingredients: tuple[str, ...], base: str | None, tensors: bool, plot: str | None, **settings: Any
+    ingredients: tuple[str, ...],
+    base: str | None,
+    tensors: bool,
+    plot: str | None,
+    report: str | None,
+    **settings: Any,
 ) -> int:
     """Show norms, angles and distances of checkpoints, from one pass over them."""
 
@@ -46,6 +52,10 @@ def geometry(
 
             check_plot(plot)
             check_outside(plot, paths)
+        if report is not None:
+            from streamsoup.study.report.write import check_report
+
+            check_report(report, paths)
         started = time.monotonic()
         found = geometry(ingredients, base=base, options=options)
         elapsed_s = time.monotonic() - started
@@ -54,6 +64,7 @@ def geometry(
             from streamsoup.study.plot import plot_geometry
 
             plot_geometry(found, plot)
+        seen = reports.write(found, report)
         notes = [] if settings_quiet else [f"note: {note}" for note in found.notes]
         if as_json:
             for note in notes:
@@ -65,7 +76,7 @@ def geometry(
         last = summary(what, found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)
         rows = [*describe(found, shutil.get_terminal_size().columns)]
         rows += describe_tensors(found) if tensors else []
-        common.tell([*rows, *notes, last])
+        common.tell([*rows, *notes, last, *seen])
 
     settings_quiet = bool(settings["quiet"])
     paths = ingredients if base is None else (base, *ingredients)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import common, reports
 from streamsoup.cli.help import command
-from streamsoup.errors import RecipeError, count, printable
+from streamsoup.errors import RecipeError, printable
 from streamsoup.system.regular import read_whole
 from streamsoup.system.schemes import check_local
 
@@ -118,12 +118,13 @@ RULES = (
 @common.INGREDIENTS
 @TASK
 @SEARCHING
+@reports.REPORT
 @common.WRITING
 @common.MAKING
 @common.RUNNING
 @common.TRACEBACK
 @common.REPORTING
-def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
+def greedy(ingredients: tuple[str, ...], output: str, report: str | None, **settings: Any) -> int:
     """Add checkpoints to a soup, best first, each only if the score does not suffer."""
     names = ("task", "command", "lm_eval", "limit", "batch_size", "metric", "split")
     told = {name: settings.pop(name) for name in names}
@@ -138,6 +139,10 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 
         from streamsoup.search.greedy import greedy
 
+        if report is not None:
+            from streamsoup.study.report.write import check_report
+
+            check_report(report, ingredients)
         in_server = bool(rules["servers"])
         task = make_task(told, rules["timeout"], ingredients[0], in_server=in_server)
         search = _settings(told["split"], rules)
@@ -145,11 +150,12 @@ def greedy(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
         options = replace(options, on_event=watch)
         soup = greedy(ingredients, task, output=output, settings=search, options=options)
         watcher.close()
+        seen = reports.write(soup, report)
         if as_json:
             found = common.as_json(soup, watcher) | {"report": soup.report}
             common.tell([json.dumps(found)])
             return
-        common.tell(lines(soup))
+        common.tell([*lines(soup), *seen])
 
     return common.supervise(work, "greedy", ingredients, settings)
 
@@ -252,8 +258,7 @@ def _line(trial: Trial) -> str:
 
 def lines(soup: GreedySoup) -> list[str]:
     """Describe a search: a table of what was kept and left out, and what it cost."""
-    from streamsoup.search.report import beyond_scoring
-    from streamsoup.sizes import nbytes_text
+    from streamsoup.study.report.searches import cost
 
     report = soup.report
     if soup.finished and not soup.runs:
@@ -277,16 +282,7 @@ def lines(soup: GreedySoup) -> list[str]:
         over = report["over_orders"]
         n = len(report["runs"])
         said.append(f"over {n} random orders: {over['mean']:.6g}, deviation {over['sd']:.2g}")
-    seconds = report["seconds"]
-    known = f", {report['n_resumed']} known from an earlier run" if report["n_resumed"] else ""
-    n = report["n_scored"]
-    text = f"{count(n, 'score')} in {seconds['search']:.2f} s{known}"
-    if report["rules"]["jobs"] == 1 and seconds["scoring"] > 0:
-        text += f"; {100 * beyond_scoring(seconds):.1f} % of it beyond scoring"
-    text += f"; {nbytes_text(report['nbytes_read'])} of ingredients read"
-    if report["nbytes_sums"]:
-        text += f", {nbytes_text(report['nbytes_sums'])} of sums moved"
-    said.append(text)
+    said.append(cost(report))
     if report.get("mixed_on"):
         said.append(f"candidates were mixed on {report['mixed_on']}")
     if "advice" in report:

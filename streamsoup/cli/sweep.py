@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common, greedy, planning
+from streamsoup.cli import common, greedy, planning, reports
 from streamsoup.cli.help import Command
-from streamsoup.errors import OutputError, printable
+from streamsoup.errors import printable
 
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
@@ -49,7 +48,7 @@ class _Sweep(Command):
 @click.option("--jobs", type=common.Integer(1), default=1, help="Points scored at once.")
 @click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take.")
 @click.option("--restart", is_flag=True, help="Forget the scores of an unfinished sweep.")
-@click.option("--report", metavar="DIR", help="Folder for a page with a curve or a heat map.")
+@reports.REPORT
 @click.option("--output", "-o", required=True, metavar="OUT", help="Folder of the best soup.")
 def sweep(
     words: tuple[str, ...],
@@ -83,28 +82,23 @@ def sweep(
         from streamsoup.search.sweep import SweepSettings, sweep_points
 
         if report is not None:
-            from streamsoup.study.comparison.table import check_folder
+            from streamsoup.study.report.write import check_report
 
-            check_folder(report, paths)
-            _make_folder(report)
+            check_report(report, paths)
         chosen = SweepSettings(split=split, isolate=True, **rules)
         task = greedy.make_task(told, chosen.timeout, paths[0])
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
         options = replace(options, on_event=watch)
         soup = sweep_points(points, first, task, output=output, settings=chosen, options=options)
         watcher.close()
-        if report is not None:
-            _write_report(soup.report, report)
+        seen = reports.write(soup, report)
         if as_json:
             found = common.as_json(soup, watcher) | {"report": soup.report}
             common.tell([json.dumps(found)])
             return
         from streamsoup.study.report.sweeps import lines
 
-        said = [*lines(soup.report), f"the best is in {printable(soup.path)}"]
-        if report is not None:
-            said.append(f"see {printable(os.path.join(report, 'report.html'))}")
-        common.tell(said)
+        common.tell([*lines(soup.report), f"the best is in {printable(soup.path)}", *seen])
 
     return common.supervise(work, "sweep", paths, settings)
 
@@ -157,29 +151,3 @@ def _line_of(event: object) -> str | None:
     if isinstance(event, Step) and event.what == "point" and event.text:
         return event.text
     return None
-
-
-def _make_folder(folder: str) -> None:
-    """Make the folder of the report, before hours go into what it is to hold."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{printable(folder)}: cannot be made: {error.strerror}; choose another --report"
-        ) from None
-
-
-def _write_report(report: Any, folder: str) -> None:
-    """Write a page with the table and a picture, and rows for other tools."""
-    from streamsoup.cli.compare import this_command
-    from streamsoup.study.report.figures import have_matplotlib
-    from streamsoup.study.report.page import write_text
-    from streamsoup.study.report.sweeps import draw, page, rows
-
-    picture = "sweep.png" if have_matplotlib() else None
-    if picture is not None and not draw(report, os.path.join(folder, picture)):
-        picture = None
-    found = page(report, picture, (this_command(),))
-    write_text(os.path.join(folder, "rows.jsonl"), "".join(f"{row}\n" for row in rows(report)))
-    write_text(os.path.join(folder, "report.md"), found.to_markdown())
-    write_text(os.path.join(folder, "report.html"), found.to_html(folder))

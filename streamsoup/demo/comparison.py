@@ -17,7 +17,7 @@ from streamsoup.demo.table import Results
 from streamsoup.output.coefficients import coefficients_of
 from streamsoup.output.verification import read_provenance
 from streamsoup.study.comparison.table import CompareSettings, compare
-from streamsoup.study.report.comparison import write_report
+from streamsoup.study.report.write import write_report
 
 __all__ = ["write"]
 

@@ -1,10 +1,11 @@
-"""What was compared, as pages and pictures one can hand on.
+"""What was found, as a page that one can hand on.
 
-* `figures`: an empty figure, and how it is saved: whole or not at all
-* `charts`: scatter, curves, intervals, pairs, paths and planes
-* `page`: headings, tables and pictures, as Markdown and as one HTML file
-* `comparison`: the report of a comparison
+* `write`: where a report goes, and what may be replaced there
+* `comparison`, `searches`, `sweeps`, `paths`, `angles`: the page of each kind of result
+* `blocks`: what a page consists of, as data
+* `page`, `markdown`, `svg`: the same blocks as one HTML file, as Markdown, as pictures
+* `figures`: pictures by matplotlib (``streamsoup[plot]``), for the contours of a landscape
 
-Matplotlib draws, and is loaded when it is asked for (``streamsoup[plot]``); without it the pages
-have tables alone.
+The page builder knows no result, and a result knows neither HTML nor Markdown. Nothing is loaded
+from anywhere, and names are escaped in one place, `svg.in_html`.
 """

@@ -1,75 +1,25 @@
-"""The report of a comparison: tables, pictures, rows, and the commands that made them.
-
-::
-
-    DIR/report.md     the page, for a terminal or a repository
-    DIR/report.html   the same in one file, pictures included
-    DIR/rows.jsonl    every number: a row, a point of a curve or a pair a line
-    DIR/plots/…       the pictures
-"""
+"""The page of a comparison: who wins, every number, plots, and the commands that made it."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from streamsoup.errors import OutputError, printable
+from streamsoup.errors import printable
 from streamsoup.study.measures.rows import Cell, Comparison, Gain, Row
-from streamsoup.study.report import charts
-from streamsoup.study.report.figures import have_matplotlib
-from streamsoup.study.report.page import (
-    Block,
-    Code,
-    Heading,
-    Page,
-    Picture,
-    Table,
-    Text,
-    write_text,
-)
-from streamsoup.system.schemes import check_local
+from streamsoup.study.report import comparison_plots as plots
+from streamsoup.study.report.blocks import Block, Code, Heading, Table, Text
+from streamsoup.study.report.page import Page
 
-__all__ = ["verdict", "write_report"]
+__all__ = ["page", "verdict"]
 
 BEST, BASE = "over_best", "over_base"
 """The fields of a cell that hold how much better it is than these."""
 
-Drawer = Callable[[Comparison, str], None]
 
-
-def write_report(found: Comparison, folder: str | os.PathLike[str]) -> str:
-    """Write the report of a comparison into `folder`, as HTML, Markdown and JSON lines.
-
-    Args:
-        found: The result of `compare`.
-        folder: Made if need be; files of an earlier report are replaced one by one.
-
-    Returns:
-        The path of the HTML page.
-
-    Raises:
-        OutputError: A file or the folder cannot be written, or ``plots`` is a link.
-
-    Reads no checkpoint and runs no task. Without matplotlib there are no pictures, and the page
-    says so.
-    """
-    root = os.fspath(folder)
-    check_local(root, OutputError)
-    plots = os.path.join(root, "plots")
-    if os.path.islink(plots):
-        raise OutputError(f"{printable(plots)}: is a link, which is not written through; remove it")
-    try:
-        os.makedirs(plots, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{printable(root)}: cannot be made: {error.strerror}") from None
-    write_text(os.path.join(root, "rows.jsonl"), "".join(f"{line}\n" for line in found.to_lines()))
-    pictures = _draw(found, root) if have_matplotlib() else {}
-    page = Page("Ingredients, soups and ensembles", _blocks(found, pictures))
-    write_text(os.path.join(root, "report.md"), page.to_markdown())
-    path = os.path.join(root, "report.html")
-    write_text(path, page.to_html(root))
-    return path
+def page(found: Comparison) -> Page:
+    """Put a comparison on a page."""
+    return Page("Ingredients, soups and ensembles", _blocks(found))
 
 
 def verdict(found: Comparison, row: Row) -> str:
@@ -145,8 +95,8 @@ def _members(found: Comparison) -> list[Block]:
     return [Heading("Members"), *lines] if lines else []
 
 
-def _coefficients(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
-    """Show the coefficients of learned soups: drawn, and in a table."""
+def _coefficients(found: Comparison) -> list[Block]:
+    """Show the coefficients of learned soups: their means, and each as a heat map."""
     rows = [row for row in found.of("soup") if row.coefficients]
     if not rows:
         return []
@@ -157,64 +107,12 @@ def _coefficients(found: Comparison, pictures: dict[str, Picture]) -> list[Block
         cells = [f"{means[i]:.3f}" if i in means else "–" for i in range(len(found.names))]
         lines.append([row.name, str(len(row.groups)), *cells])
     blocks: list[Block] = [Heading("Coefficients")]
-    blocks += [pictures["coefficients"]] if "coefficients" in pictures else []
     blocks.append(Table(["", "groups", *found.names], lines))
     blocks.append(Text("Factors of the ingredients; where groups of tensors differ, their mean."))
-    return blocks
+    return [*blocks, *plots.heat_maps(found)]
 
 
-def _draw(found: Comparison, root: str) -> dict[str, Picture]:
-    """Draw what there is to draw."""
-    shifted = found.splits.shifted is not None
-    theory = any(math.isfinite(pair.approximation) for pair in found.pairs)
-    wanted: list[tuple[str, bool, Drawer, str]] = [
-        (
-            "scatter",
-            shifted,
-            charts.draw_scatter,
-            "One point for each ingredient, soup and ensemble: in distribution against shift.",
-        ),
-        (
-            "intervals",
-            True,
-            charts.draw_intervals,
-            "Every way to choose; the dashed line is the best on validation.",
-        ),
-        (
-            "curves",
-            bool(found.curves),
-            charts.draw_curves,
-            "What the first n ingredients would have given.",
-        ),
-        (
-            "pairs",
-            bool(found.pairs),
-            charts.draw_pairs,
-            "What the middle between two ingredients gains over their mean, against their angle.",
-        ),
-        (
-            "coefficients",
-            any(row.coefficients for row in found.rows),
-            charts.draw_coefficients,
-            "Coefficients of learned soups: a row for each group of tensors.",
-        ),
-        (
-            "theory",
-            theory,
-            charts.draw_theory,
-            "Loss of the soup less loss of the ensemble, for pairs: approximated and measured.",
-        ),
-    ]
-    pictures = {}
-    for name, there, draw, words in wanted:
-        if there:
-            file = os.path.join("plots", f"{name}.png")
-            draw(found, os.path.join(root, file))
-            pictures[name] = Picture(file, words)
-    return pictures
-
-
-def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
+def _blocks(found: Comparison) -> list[Block]:
     splits = found.splits
     counts = ", ".join(f"{split} {n:,}" for split, n in found.n_examples.items())
     chosen = f"{len(found.names)} ingredients, all choices made on the split {splits.val!r}"
@@ -238,20 +136,16 @@ def _blocks(found: Comparison, pictures: dict[str, Picture]) -> list[Block]:
     blocks += [Heading("Differences"), _difference_table(found, BEST)]
     blocks += [_difference_table(found, BASE)] if found.of("base") else []
     blocks.append(Text(_DIFFERENCES.format(unit)))
-    for name in ("intervals", "scatter"):
-        blocks += [pictures[name]] if name in pictures else []
+    blocks += [*plots.intervals(found), *plots.scatter(found)]
     if any(math.isfinite(row.beta) for row in found.rows):
         blocks += [Heading("Calibration"), Text(_CALIBRATION)]
         blocks += [_calibration_table(found, "NLL"), _calibration_table(found, "ECE")]
-    if "curves" in pictures:
-        blocks += [Heading("Number of ingredients"), pictures["curves"], Text(_CURVES)]
+    if found.curves:
+        blocks += [Heading("Number of ingredients"), *plots.curves(found), Text(_CURVES)]
     if found.pairs:
-        blocks += [Heading("Pairs"), Text(_PAIRS)]
-        blocks += [pictures[name] for name in ("pairs", "theory") if name in pictures]
-    blocks += _members(found) + _coefficients(found, pictures)
+        blocks += [Heading("Pairs"), Text(_PAIRS), *plots.pairs(found), *plots.theory(found)]
+    blocks += _members(found) + _coefficients(found)
     blocks += [Heading("Ingredients"), _ingredient_table(found)]
-    if not pictures:
-        blocks.append(Text("No pictures: pip install 'streamsoup[plot]', and run again."))
     if found.commands:
         blocks += [Heading("Made by"), Code(found.commands)]
     return blocks

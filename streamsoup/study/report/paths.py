@@ -1,8 +1,9 @@
-"""Pictures and words of a path between two checkpoints, and of a plane through three."""
+"""The page of a path between two checkpoints, and of a plane through three as a picture."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,51 +12,62 @@ from streamsoup.errors import printable
 from streamsoup.study.landscape.landscape import Landscape
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.names import short_names
-from streamsoup.study.report.figures import GREY, new_figure, place_names, plain, save
-from streamsoup.study.report.page import Block, Code, Heading, Page, Picture, Table, Text
-
-__all__ = ["draw_landscape", "draw_sweep", "sweep_page"]
-
-_LINES = (
-    ("#000000", "-", "o"),
-    ("#1f77b4", "--", "s"),
-    ("#b2182b", "-.", "^"),
-    ("#1b7837", ":", "D"),
-    ("#e08214", "-", "v"),
-    ("#542788", "--", "P"),
-    ("#8c510a", "-.", "X"),
+from streamsoup.study.report.blocks import (
+    Block,
+    Code,
+    Heading,
+    Plot,
+    Point,
+    Series,
+    Table,
+    Text,
 )
+from streamsoup.study.report.figures import new_figure, place_names, plain, save
+from streamsoup.study.report.page import Page
+
+__all__ = ["draw_landscape", "sweep_page"]
+
+_LINES = ("solid", "dashed", "dotted")
+_SHAPES = ("circle", "square", "up", "diamond", "down", "plus", "cross")
 
 
-def draw_sweep(found: Sweep, path: str) -> None:
+def _curves(found: Sweep) -> list[Plot]:
     """Draw score and loss along a path, a line for each split; the chosen α is marked."""
-    panels = [(found.metric, found.values)] + (
-        [("loss (nats)", found.losses)] if found.losses else []
-    )
-    figure = new_figure(1.0 + 4.4 * len(panels), 4.5)
-    names = short_names(found.ends, 40)
-    ends = [f"{alpha} is {plain(name)}" for alpha, name in zip((0, 1), names, strict=True)]
-    for axes, (label, of_splits) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    names = short_names(found.ends, 20)
+    plots = []
+    for number, (what, of_splits) in enumerate(
+        [(found.metric, found.values), *([("loss (nats)", found.losses)] if found.losses else [])]
     ):
-        percent = label == found.metric and found.is_share
-        for n, (split, values) in enumerate(of_splits.items()):
-            colour, line, marker = _LINES[n % len(_LINES)]
-            ys = [100 * value if percent else value for value in values]
-            axes.plot(
-                found.alphas, ys, line, color=colour, marker=marker, markersize=4.5, linewidth=1.5,
-                label=plain(split),
-            )  # fmt: skip
-        axes.axvline(found.best, color=GREY, linestyle="--", linewidth=1)
-        axes.set_xlabel("\n".join(["α", *ends]), fontsize=9)
-        axes.set_ylabel(f"{label} (%)" if percent else label)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle(f"best α on {plain(found.splits.val)}: {found.best:g}", fontsize=11)
-    save(figure, path)
+        percent = number == 0 and found.is_share
+        scale = 100 if percent else 1
+        series = [
+            Series(
+                split,
+                [
+                    Point(alpha, scale * value, f"{split} at α = {alpha:g}: {scale * value:.6g}")
+                    for alpha, value in zip(found.alphas, values, strict=True)
+                ],
+                _SHAPES[n % len(_SHAPES)],
+                n % 8,
+                line=_LINES[n % len(_LINES)],
+            )
+            for n, (split, values) in enumerate(of_splits.items())
+        ]
+        plots.append(
+            Plot(
+                "score" if number == 0 else "loss",
+                f"{'Loss' if number else found.metric.capitalize()} along the path; the dashed "
+                f"line is the best α on {found.splits.val}.",
+                f"α, from {names[0]} to {names[1]}",
+                f"{what} (%)" if percent else what,
+                series,
+                verticals=[found.best],
+            )
+        )
+    return plots
 
 
-def sweep_page(found: Sweep, picture: str | None, commands: tuple[str, ...]) -> Page:
+def sweep_page(found: Sweep, commands: Sequence[str]) -> Page:
     """Put a sweep into words: the points, the best α, and both barriers by name."""
     splits = found.splits.all
     points = [
@@ -67,16 +79,10 @@ def sweep_page(found: Sweep, picture: str | None, commands: tuple[str, ...]) -> 
     blocks: list[Block] = [
         Text(f"(1 - α) · {printable(found.ends[0])} + α · {printable(found.ends[1])}"),
         Text(f"Best α on {found.splits.val}: {found.best:g}; the smallest of equals."),
-        *(
-            [Picture(picture, f"{found.metric.capitalize()} and loss along the path.")]
-            if picture
-            else []
-        ),
+        *_curves(found),
         Table(["α", *splits], points, chosen),
         *_barriers(found),
     ]
-    if not picture:
-        blocks.append(Text("No picture: pip install 'streamsoup[plot]', and run again."))
     if commands:
         blocks += [Heading("Made by"), Code(commands)]
     return Page("Between two checkpoints", blocks)

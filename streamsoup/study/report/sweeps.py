@@ -1,4 +1,4 @@
-"""Pictures and words of a sweep: a curve over one parameter, a heat map over two, and the table.
+"""The page of a sweep: a curve over one parameter, a heat map over two, and the table.
 
 All of it comes from the report that the soup itself holds.
 """
@@ -10,13 +10,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from streamsoup.errors import printable
-from streamsoup.study.report.figures import GREY, new_figure, plain, save
-from streamsoup.study.report.page import Block, Code, Heading, Page, Picture, Table, Text
+from streamsoup.study.report.blocks import (
+    Block,
+    Code,
+    Heading,
+    Plot,
+    Point,
+    Series,
+    Table,
+    Text,
+    shades,
+)
+from streamsoup.study.report.page import Page
 
-__all__ = ["draw", "lines", "page", "rows"]
+__all__ = ["lines", "page", "rows"]
 
 Report = Mapping[str, Any]
 
@@ -43,33 +51,26 @@ def lines(report: Report) -> list[str]:
     return [table[0], *marked, *_verdict(report)]
 
 
-def page(report: Report, picture: str | None, commands: Sequence[str]) -> Page:
-    """Put a sweep on a page; `picture` is the name of one beside it."""
+def page(report: Report, commands: Sequence[str]) -> Page:
+    """Put a sweep on a page: a curve over one parameter, a heat map over two, and the table."""
     swept = report["sweep"]
     head, body = _table(report)
     bold = frozenset((swept["best"], column) for column in range(len(head)))
-    blocks: list[Block] = [Text(each) for each in _verdict(report)]
-    if picture is not None:
-        blocks.append(Picture(picture, f"The score on {report['split']} at every point."))
-    blocks.append(Table(head, body, bold))
+    blocks: list[Block] = [Text(f"{'; '.join(_verdict(report))}.")]
+    names = swept["parameters"]
+    if len(names) == 1:
+        blocks.append(_curve(report, names[0]))
+    elif len(names) == 2:
+        blocks.append(_heat_map(report, *names))
+    blocks += [Heading("Points"), Table(head, body, bold)]
     if commands:
         blocks += [Heading("Made by"), Code(commands)]
     return Page(f"A sweep of {swept['method']}", blocks)
 
 
-def draw(report: Report, path: str) -> bool:
-    """Draw a curve over one parameter, or a heat map over two; False, and nothing, for more."""
-    names = report["sweep"]["parameters"]
-    if len(names) == 1:
-        _curve(report, names[0], path)
-    elif len(names) == 2:
-        _heat_map(report, names, path)
-    return len(names) <= 2
-
-
 def _table(report: Report) -> tuple[list[str], list[list[str]]]:
     swept = report["sweep"]
-    head = [*swept["parameters"], f"score on {printable(report['split'])}"]
+    head = [*map(_named, swept["parameters"]), f"score on {printable(report['split'])}"]
     body = [
         [*(f"{value:g}" for value in point["values"].values()), _shown(point["score"])]
         for point in swept["points"]
@@ -81,7 +82,7 @@ def _verdict(report: Report) -> list[str]:
     """Say what is best, and what it is worth beside the base and the mean."""
     swept = report["sweep"]
     best = swept["points"][swept["best"]]
-    at = ", ".join(f"{name} {value:g}" for name, value in best["values"].items())
+    at = ", ".join(f"{_named(name)} {value:g}" for name, value in best["values"].items())
     said = [f"{swept['method']} is best at {at}: {_shown(best['score'])}"]
     for name, score in swept["compared"].items():
         gain = float(best["score"]) - float(score)
@@ -91,46 +92,79 @@ def _verdict(report: Report) -> list[str]:
     return said
 
 
-def _curve(report: Report, name: str, path: str) -> None:
+def _curve(report: Report, name: str) -> Plot:
     swept = report["sweep"]
-    xs = [point["values"][name] for point in swept["points"]]
-    ys = [float(point["score"]) for point in swept["points"]]
-    figure = new_figure(6.0, 4.2)
-    axes = figure.subplots()
-    axes.plot(xs, ys, "-", color="black", marker="o", markersize=4.5, label=plain(swept["method"]))
-    for (what, score), line in zip(swept["compared"].items(), (":", "--"), strict=False):
-        axes.axhline(float(score), color=GREY, linestyle=line, linewidth=1.2, label=plain(what))
-    axes.scatter(
-        [xs[swept["best"]]], [ys[swept["best"]]], s=140, marker="*", color="black", zorder=5
+    points = [
+        Point(
+            point["values"][name],
+            float(point["score"]),
+            f"{_named(name)} {point['values'][name]:g}: {_shown(point['score'])}",
+        )
+        for point in swept["points"]
+    ]
+    best = points[swept["best"]]
+    ends = [min(p.x for p in points), max(p.x for p in points)]
+    compared = [
+        Series(
+            what,
+            [Point(x, float(score), f"{what}: {_shown(score)}") for x in ends],
+            "square",
+            3 + n,
+            line=line,
+            size=2.5,
+        )
+        for n, ((what, score), line) in enumerate(
+            zip(swept["compared"].items(), ("dotted", "dashed"), strict=False)
+        )
+    ]
+    return Plot(
+        "sweep",
+        f"The score on {report['split']} at every point; the star is the best.",
+        _named(name),
+        f"score on {report['split']}",
+        [
+            Series(swept["method"], points, colour=1, line="solid"),
+            Series("best", [best], "star", 2, size=7),
+            *compared,
+        ],
     )
-    axes.set_xlabel(plain(name))
-    axes.set_ylabel(f"score on {plain(report['split'])}")
-    axes.legend(fontsize=9, frameon=False)
-    save(figure, path)
 
 
-def _heat_map(report: Report, names: Sequence[str], path: str) -> None:
+def _heat_map(report: Report, down: str, across: str) -> Table:
+    """Show the scores over two parameters, the first from top to bottom."""
     swept = report["sweep"]
-    ys, xs = (sorted({point["values"][name] for point in swept["points"]}) for name in names)
-    scores = np.full((len(ys), len(xs)), np.nan)
-    for point in swept["points"]:
-        down, across = (point["values"][name] for name in names)
-        scores[ys.index(down), xs.index(across)] = float(point["score"])
-    figure = new_figure(1.8 + 0.7 * len(xs), 1.6 + 0.55 * len(ys))
-    axes = figure.subplots()
-    image = axes.imshow(scores, origin="lower", cmap="cividis", aspect="auto")
-    best = swept["points"][swept["best"]]["values"]
-    axes.scatter(
-        [xs.index(best[names[1]])], [ys.index(best[names[0]])],
-        s=160, marker="*", c="white", edgecolors="black", zorder=5,
-    )  # fmt: skip
-    axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], fontsize=8)
-    axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys], fontsize=8)
-    axes.set_xlabel(plain(names[1]))
-    axes.set_ylabel(plain(names[0]))
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label(f"score on {plain(report['split'])}")
-    save(figure, path)
+    ys, xs = (sorted({point["values"][name] for point in swept["points"]}) for name in
+              (down, across))  # fmt: skip
+    cells = [["–"] * len(xs) for _ in ys]
+    places = {}
+    for number, point in enumerate(swept["points"]):
+        row, column = ys.index(point["values"][down]), xs.index(point["values"][across])
+        cells[row][column] = _shown(point["score"])
+        places[number] = (row, column + 1)
+    values = {places[n]: float(point["score"]) for n, point in enumerate(swept["points"])}
+    down, across = _named(down), _named(across)
+    return Table(
+        [f"{down} \\ {across}", *(f"{x:g}" for x in xs)],
+        [[f"{y:g}", *row] for y, row in zip(ys, cells, strict=True)],
+        frozenset([places[swept["best"]]]),
+        {
+            place: f"{down} {ys[place[0]]:g}, {across} {xs[place[1] - 1]:g}: {value!r}"
+            for place, value in values.items()
+        },
+        shades(values),
+        "sweep",
+        f"The score on {report['split']} for each {down} (down) and {across} (across); "
+        "the best is framed.",
+    )
+
+
+def _named(parameter: str) -> str:
+    """Return what the command line calls a parameter: ``lambda`` is no name in Python.
+
+    >>> _named("lambda_"), _named("select_topk")
+    ('lambda', 'select-topk')
+    """
+    return parameter.rstrip("_").replace("_", "-")
 
 
 def _shown(score: Any) -> str:
