@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from checkpoints import command, load_array, random_model, save, save_sharded, t
 import streamsoup
 from streamsoup.cli import cli, main
 from streamsoup.cli.common import _explain
+from streamsoup.cli.contents import COMMANDS
 from streamsoup.kernels.fast import processor
 from streamsoup.reading import Reading
 from streamsoup.search.report import beyond_scoring
@@ -65,6 +67,31 @@ def test_every_command_has_help(words: tuple[str, ...], capsys: pytest.CaptureFi
         if isinstance(parameter, click.Option) and not parameter.hidden:
             named = parameter.help or parameter.show_default
             assert named, f"{words}: {parameter.name} says nothing"
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_help_keeps_words_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line is longer than the terminal is wide, no word is cut, and the example is whole."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in walk(main):
+        assert cli([*words, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns, words
+        inner: click.Command = main
+        for word in words:
+            assert isinstance(inner, click.Group)
+            inner = inner.commands[word]
+        printed = text.replace("-", " ").split()
+        for parameter in inner.params:
+            for word in (getattr(parameter, "help", None) or "").replace("-", " ").split():
+                assert word in printed, (words, word)
+        if words:
+            entry = COMMANDS[words[0]]
+            example = text.partition("Example:")[2].partition("More:")[0].replace("\\\n", " ")
+            assert shlex.split(example) == shlex.split(entry.example)
+            assert text.endswith(f"{entry.page}\n")
 
 
 def test_wrong_usage_has_status_2(

@@ -175,7 +175,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "sweep": Entry(
             "sweep",
             "Score a merge on a grid of its parameters, keep the best.",
-            "streamsoup sweep ties a b --base c --density .2:.8:.2 --task t.py -o o",
+            "streamsoup sweep ties run1 run2 --base base --density .2:.8:.2 --task task.py -o soup",
             "tasks/sweep.md",
         ),
     },

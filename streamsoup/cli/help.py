@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
 from streamsoup.cli.contents import COMMANDS, PAGES, SECTIONS
+from streamsoup.cli.layout import Context, Layout
 
 __all__ = ["Command", "Group", "command"]
 
 HELP = ("-h", "--help")
 
-_OPTIONS: Mapping[str, frozenset[str]] = {
-    "Where it goes": frozenset({"output", "overwrite", "part", "commit"}),
-    "What decides the bytes": frozenset(
-        {"dtype", "shard_size", "non_float", "config", "non_finite", "card"}
+_SCORING = (
+    *("task", "command", "lm_eval", "limit", "batch_size", "metric", "split", "recalibrate"),
+    *("jobs", "timeout", "servers", "server_kind", "scratch", "reload_timeout"),
+)
+_CHOOSING = ("by", "best", "metric", "direction", "every", "last")
+_GROUPS: Mapping[str, Iterable[str]] = {
+    "How candidates are scored": _SCORING,
+    "Which checkpoints of a run": _CHOOSING,
+    "How checkpoints are read": (),
+    "Where it goes": ("output", "overwrite", "report", "plot", "part", "commit"),
+    "What decides the bytes": (
+        *("dtype", "shard_size", "non_float", "config", "non_finite", "card"),
     ),
-    "How the work is done": frozenset({"device", "device_memory", "memory", "threads", "io"}),
-    "What is shown": frozenset({"as_json", "quiet", "traceback", "print_recipe", "schema", "help"}),
+    "How the work is done": (
+        *("device", "device_memory", "memory", "threads", "io", "sums", "restart"),
+    ),
+    "What is shown": (
+        *("as_json", "quiet", "traceback", "print_recipe", "schema", "tensors", "help"),
+    ),
 }
-"""The options that many commands share, by name. Others come first, as those of the command."""
+"""The options of commands, by name. Others come first, as those of the command."""
 
-_READING = "How checkpoints are read"
-"""The group of the fields of `streamsoup.reading.Reading`, which come before all others."""
+
+def _group_of(names: frozenset[str]) -> dict[str, str]:
+    """Return the group of each option of a command that has options of these names."""
+    from streamsoup.reading import Reading
+
+    groups = dict(_GROUPS) | {"How checkpoints are read": Reading.__struct_fields__}
+    # The metric of a run chooses its checkpoints, that of a task scores candidates.
+    if "task" not in names:
+        del groups["How candidates are scored"]
+    if "by" not in names:
+        del groups["Which checkpoints of a run"]
+    return {name: group for group, names in groups.items() for name in names}
 
 
 class Command(click.Command):
     """A command whose help has options in groups, an example, and a page to read on."""
+
+    context_class = Context
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """Return the names of the option, whatever context the command was first seen in."""
@@ -37,16 +62,14 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, those of the command itself first."""
-        from streamsoup.reading import Reading
-
-        groups = {_READING: frozenset(Reading.__struct_fields__), **_OPTIONS}
-        shared = {name: group for group, names in groups.items() for name in names}
-        rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in groups}}
-        for parameter in self.get_params(ctx):
+        rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in _GROUPS}}
+        parameters = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+        group_of = _group_of(frozenset(p.name or "" for p in parameters))
+        for parameter in parameters:
             record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
+            if record is not None:
                 name = "help" if "--help" in parameter.opts else parameter.name or ""
-                rows[shared.get(name, "Options")].append(record)
+                rows[group_of.get(name, "Options")].append(record)
         for group, records in rows.items():
             if records:
                 with formatter.section(group):
@@ -57,7 +80,9 @@ class Command(click.Command):
         entry = COMMANDS.get(self.name or "")
         if entry is not None:
             formatter.write_paragraph()
-            formatter.write(f"Example:  {entry.example}\nMore:     {PAGES}{entry.page}\n")
+            assert isinstance(formatter, Layout)
+            formatter.write_named("Example", entry.example, command=True)
+            formatter.write_named("More", f"{PAGES}{entry.page}")
 
 
 def command() -> Callable[[Callable[..., Any]], Command]:
@@ -67,6 +92,8 @@ def command() -> Callable[[Callable[..., Any]], Command]:
 
 class Group(click.Group):
     """All commands, in sections."""
+
+    context_class = Context
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """Return the names of the option, whatever context the group was first seen in."""
