@@ -16,7 +16,7 @@ bfloat16 itself would round away.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from streamsoup.live.matching import memory_of
 from streamsoup.options import Options, check_options
 from streamsoup.recipe import Coefficients
 from streamsoup.training.arithmetic import Arithmetic
+from streamsoup.training.copies import Arrived, Copies, is_away, staged_nbytes
 from streamsoup.training.device import DeviceSums
 from streamsoup.training.host import HostSums, sums_nbytes
 from streamsoup.training.live import (
@@ -49,7 +50,7 @@ from streamsoup.training.live import (
     same_bits,
     version_of,
 )
-from streamsoup.training.running import Weights, wsm_weights
+from streamsoup.training.running import Step, Weights, wsm_weights
 from streamsoup.training.saved_state import VERSION, layout_of
 from streamsoup.training.settings import Curve, Method, settings_of
 from streamsoup.training.window import Window, state_nbytes
@@ -121,6 +122,7 @@ class Average:
             method, decay, window, curve, n, precision, os.fsdecode(place), frozen, non_finite
         )
         self._threads = Options(threads=threads).n_threads
+        self._copies: Copies | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -137,6 +139,9 @@ class Average:
         self._module: nn.Module | None = None
         self._n = 0
         self._interrupted = False
+        if self._copies is not None:
+            self._copies.abandon()
+        self._copies = Copies() if self._settings.copies_ahead else None
 
     def __repr__(self) -> str:
         """Return a one-line summary for the REPL."""
@@ -178,6 +183,8 @@ class Average:
         if settings.place == "device":
             return AverageMemory(0, nbytes + extra, 0)
         on_disk = settings.folder is not None
+        if settings.copies_ahead:
+            extra += staged_nbytes(self._away(live))
         return AverageMemory(extra + (0 if on_disk else nbytes), 0, nbytes if on_disk else 0)
 
     def update(self, model: Given) -> None:
@@ -195,7 +202,8 @@ class Average:
             RecipeError: More updates than ``wsm`` was begun for.
 
         Costs, in memory traffic, a read of the model and a read and write of its float64 sums; a
-        window is written once.
+        window is written once. From a device to host memory the copies are queued, and added up in
+        a thread while the device goes on: what fails there is raised by the next call.
         """
         live = self._read(model)
         self._check_whole()
@@ -207,16 +215,52 @@ class Average:
         assert self._layout is not None
         step = self._weights.next() if self._window is None else None
         self._interrupted = True
-        self._note(live)
-        tensors = {name: live.tensors[name] for name in self._layout.averaged}
-        if self._window is not None:
-            self._window.add(tensors)
+        away = self._away(live) if self._copies is not None else {}
+        if away and self._copies is not None and self._copies.reserve(away):
+            self._add_later(live, away, step, self._copies)
         else:
-            assert self._sums is not None
-            assert step is not None
-            self._sums.add(tensors, step)
+            self._note(live)
+            tensors = {name: live.tensors[name] for name in self._layout.averaged}
+            if self._window is not None:
+                self._window.add(tensors)
+            else:
+                assert self._sums is not None
+                assert step is not None
+                self._sums.add(tensors, step)
         self._n += 1
         self._interrupted = False
+
+    def _away(self, live: Live) -> dict[str, Tensor]:
+        """Return what is copied from devices at each update: averaged tensors, and the newest."""
+        names = [*live.layout.averaged, *live.layout.newest]
+        return {name: live.tensors[name] for name in names if is_away(live.tensors[name])}
+
+    def _add_later(
+        self, live: Live, away: Mapping[str, Tensor], step: Step | None, copies: Copies
+    ) -> None:
+        """Add the tensors that are here, and those of devices once they have arrived."""
+        self._note(live, away)
+        assert self._layout is not None
+        averaged, window, sums = self._layout.averaged, self._window, self._sums
+        newest = {name: self._newest[name] for name in self._layout.newest if name in away}
+        here = {name: live.tensors[name] for name in averaged if name not in away}
+        state = None
+        if window is not None:
+            state = window.begin({name: live.tensors[name] for name in averaged}, here)
+        elif sums is not None and step is not None:
+            sums.add(here, step)
+
+        def add(arrived: Sequence[Arrived]) -> None:
+            for name, begin, end, values in arrived:
+                if name in newest:
+                    newest[name].view(-1)[begin:end].copy_(values)
+            found = [each for each in arrived if each.name in averaged]
+            if window is not None and state is not None:
+                window.add_arrived(state, found)
+            elif sums is not None and step is not None:
+                sums.add_arrived(found, step)
+
+        copies.begin(away, add)
 
     def result(self) -> dict[str, Tensor]:
         """Return the average as a state dict of the model, in its dtypes.
@@ -480,8 +524,11 @@ class Average:
         assert self._sums is not None
         return self._sums.state()
 
-    def _note(self, live: Live) -> None:
-        """Keep what is not summed: the newest of integers, frozen parameters, masks of −inf."""
+    def _note(self, live: Live, away: Collection[str] = ()) -> None:
+        """Keep what is not summed: the newest of integers, frozen parameters, masks of −inf.
+
+        The newest of tensors that are `away` get a place that they will be copied to.
+        """
         assert self._layout is not None
         for name in self._layout.averaged:
             if self._n and name not in self._masks:
@@ -494,6 +541,9 @@ class Average:
                 del self._masks[name]
         for name in self._layout.newest:
             tensor = live.tensors[name]
+            if name in away:
+                self._newest[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                continue
             kept = tensor if self._settings.place == "device" else tensor.cpu()
             self._newest[name] = kept.clone() if kept is tensor else kept
         self._bind(live)
@@ -517,6 +567,9 @@ class Average:
             )
 
     def _check_whole(self) -> None:
+        """Wait for the last update, and raise unless it was added as a whole."""
+        if self._copies is not None:
+            self._copies.settle()
         if self._interrupted:
             raise RecipeError(
                 "an update was interrupted, and the average holds a part of it; load the last "

@@ -7,12 +7,13 @@ for devices on which float64 is slow or missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from streamsoup.training.arithmetic import Arithmetic, blocks
+from streamsoup.training.copies import Arrived
 from streamsoup.training.host import bytes_of
 from streamsoup.training.live import Spec, dtype_of, torch_dtype
 from streamsoup.training.running import Step
@@ -48,15 +49,20 @@ class DeviceSums:
 
     def add(self, tensors: Mapping[str, Tensor], step: Step) -> None:
         """Add the tensors where they are; nothing waits for the device."""
-        for name in self._specs:
-            flat = tensors[name].contiguous().reshape(-1)
-            flat = flat.to(self._sums[name].device)
-            for begin in range(0, len(flat), ROOM):
-                cut = slice(begin, begin + ROOM)
+        for name, tensor in tensors.items():
+            flat = tensor.contiguous().reshape(-1).to(self._sums[name].device)
+            self.add_arrived([Arrived(name, 0, len(flat), flat)], step)
+
+    def add_arrived(self, arrived: Sequence[Arrived], step: Step) -> None:
+        """Add elements of tensors that lie where the sums do."""
+        for name, first, last, values in arrived:
+            for begin in range(first, last, ROOM):
+                cut = slice(begin, min(begin + ROOM, last))
+                part = values[cut.start - first : cut.stop - first]
                 if self._paired:
-                    _add_pair(self._sums[name][cut], self._rest[name][cut], flat[cut], step)
+                    _add_pair(self._sums[name][cut], self._rest[name][cut], part, step)
                 else:
-                    _add(self._sums[name][cut], flat[cut], step)
+                    _add(self._sums[name][cut], part, step)
 
     def finish(self, name: str, divisor: float) -> tuple[Tensor, bool]:
         """Return the average of a tensor on its device, and True if an element is not finite.

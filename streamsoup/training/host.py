@@ -6,7 +6,7 @@ well (9 bytes more): equal values stay as they are, as the sum of equal float64 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamsoup.system.buffers import Bytes
 from streamsoup.training.arithmetic import Arithmetic, blocks
+from streamsoup.training.copies import Arrived
 from streamsoup.training.live import Spec, dtype_of, torch_dtype
 from streamsoup.training.rooms import room, starts
 from streamsoup.training.running import Step
@@ -54,27 +55,31 @@ class HostSums:
     def add(self, tensors: Mapping[str, Tensor], step: Step) -> None:
         """Add the tensors; those of other devices are brought here one by one."""
         here: dict[str, Tensor] = {}
-        for name in self._specs:
-            tensor = tensors[name]
+        for name, tensor in tensors.items():
             if tensor.device.type == "cpu" and tensor.is_contiguous():
                 here[name] = tensor
             else:
-                self._add({name: tensor.cpu().contiguous()}, step)
-        self._add(here, step)
+                self._add([_whole(name, tensor.cpu().contiguous())], step)
+        self._add([_whole(name, tensor) for name, tensor in here.items()], step)
 
-    def _add(self, tensors: Mapping[str, Tensor], step: Step) -> None:
-        raw = {name: bytes_of(tensor) for name, tensor in tensors.items()}
-        pieces = [
-            Piece(name, begin, end)
-            for name, tensor in tensors.items()
-            for begin, end in blocks(tensor.numel())
-        ]
+    def add_arrived(self, arrived: Sequence[Arrived], step: Step) -> None:
+        """Add elements of tensors that have come from a device."""
+        self._add(arrived, step)
 
-        def add(piece: Piece) -> None:
+    def _add(self, arrived: Sequence[Arrived], step: Step) -> None:
+        pieces = []
+        for name, first, _, values in arrived:
+            raw, size = bytes_of(values), dtype_of(self._specs[name]).itemsize
+            pieces += [
+                (Piece(name, first + begin, first + end), raw[begin * size : end * size])
+                for begin, end in blocks(values.numel())
+            ]
+
+        def add(one: tuple[Piece, Bytes]) -> None:
+            piece, block = one
             name, begin, end = piece
             dtype = dtype_of(self._specs[name])
             sums = self._parts[name][8 * begin : 8 * end]
-            block = raw[name][begin * dtype.itemsize : end * dtype.itemsize]
             if step.shift:
                 floats = np.frombuffer(sums, np.float64)
                 np.ldexp(floats, -step.shift, out=floats)
@@ -144,6 +149,10 @@ class HostSums:
         """Copy sums that `state` returned."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+
+
+def _whole(name: str, tensor: Tensor) -> Arrived:
+    return Arrived(name, 0, tensor.numel(), tensor)
 
 
 def parts(specs: Mapping[str, Spec], *, keeps_equal: bool) -> tuple[dict[str, int], set[str]]:

@@ -35,6 +35,14 @@ class Settings(msgspec.Struct, frozen=True):
         return None if self.place in ("host", "device") else self.place
 
     @property
+    def copies_ahead(self) -> bool:
+        """True if a model on a device is copied to memory while the device goes on.
+
+        Not for a folder, which is there to save memory.
+        """
+        return self.place == "host"
+
+    @property
     def keeps_window(self) -> bool:
         """True if states are kept rather than sums."""
         return self.method == "lawa" or (self.method == "wsm" and self.n is None)

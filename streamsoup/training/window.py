@@ -16,6 +16,7 @@ from streamsoup.engine.rules.linear import Linear
 from streamsoup.recipe import Coefficients
 from streamsoup.system.buffers import Bytes
 from streamsoup.training.arithmetic import Arithmetic, blocks
+from streamsoup.training.copies import Arrived
 from streamsoup.training.host import bytes_of
 from streamsoup.training.live import Spec, dtype_of, torch_dtype
 from streamsoup.training.rooms import room, starts
@@ -44,11 +45,24 @@ class Window:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors, in the place of the oldest if the window is full."""
+        self.add_arrived(self.begin(tensors, tensors), [])
+
+    def begin(self, tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> State:
+        """Return a place for the tensors, with those that are `here` copied.
+
+        It is no part of the window until `add_arrived` has brought the others: an interrupt must
+        not leave half of a state.
+        """
         full = len(self.states) == self._size
-        # Out of the list while it is overwritten: an interrupt must not leave half of a state.
         state = self.states.pop(0) if full else self._room(tensors)
-        for name, place in state.items():
-            place.copy_(tensors[name])
+        for name, tensor in here.items():
+            state[name].copy_(tensor)
+        return state
+
+    def add_arrived(self, state: State, arrived: Sequence[Arrived]) -> None:
+        """Complete what `begin` returned with what has come from a device, as the newest state."""
+        for name, begin, end, values in arrived:
+            state[name].view(-1)[begin:end].copy_(values)
         self.states.append(state)
 
     def _room(self, tensors: Mapping[str, Tensor]) -> State:
