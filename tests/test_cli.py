@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from checkpoints import command, load_array, random_model, save, save_sharded, tensor
+from click.shell_completion import BashComplete
 
 import streamsoup
 from streamsoup.cli import cli, main
@@ -92,6 +93,34 @@ def test_help_keeps_words_whole(
             example = text.partition("Example:")[2].partition("More:")[0].replace("\\\n", " ")
             assert shlex.split(example) == shlex.split(entry.example)
             assert text.endswith(f"{entry.page}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("gre", "plain,greedy"),
+        ("uniform run", "file,run"),
+        ("uniform a -o so", "file,so"),
+        ("ties a --base ba", "file,ba"),
+        ("geometry a --report re", "file,re"),
+        ("greedy a --task ta", "file,ta"),
+        ("sweep ties a", "file,a"),
+        ("run re", "file,re"),
+        ("verify so", "file,so"),
+        ("uniform a --non-float f", "plain,first"),
+        ("uniform a --overw", "plain,--overwrite"),
+        ("uniform a --dtype f", ""),
+    ],
+)
+def test_a_shell_completes_commands_options_and_paths(line: str, expected: str) -> None:
+    """What bash is told at the end of a line: our own words, or to complete a path."""
+    words = ["streamsoup", *line.split()]
+    asked = {"_STREAMSOUP_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words)}
+    completer = BashComplete(main, {}, "streamsoup", "_STREAMSOUP_COMPLETE")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**asked, "COMP_CWORD": str(len(words) - 1)}.items():
+            patch.setenv(name, value)
+        assert completer.complete() == expected
 
 
 def test_wrong_usage_has_status_2(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from streamsoup.cli.contents import COMMANDS, PAGES, SECTIONS
 from streamsoup.cli.layout import Context, Layout
@@ -51,10 +52,32 @@ def _group_of(names: frozenset[str]) -> dict[str, str]:
     return {name: group for group, names in groups.items() for name in names}
 
 
+PATHS = ("CKPT", "OUT", "DIR", "PATH", "PNG", "TASK", "FILE|MODULE:OBJECT", "S,S,…|FILE")
+"""What options call a file or a folder in their help; arguments all are one."""
+
+
+class FilePath(click.types.StringParamType):
+    """A text that a shell completes as a path; other texts it does not complete at all."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Leave it to the shell."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 class Command(click.Command):
     """A command whose help has options in groups, an example, and a page to read on."""
 
     context_class = Context
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Take paths for what they are, so that a shell completes them."""
+        super().__init__(*args, **more)
+        for parameter in self.params:
+            is_path = isinstance(parameter, click.Argument) or parameter.metavar in PATHS
+            if is_path and parameter.type in (click.STRING, click.UNPROCESSED):
+                parameter.type = FilePath()
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """Return the names of the option, whatever context the command was first seen in."""
