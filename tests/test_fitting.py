@@ -73,6 +73,23 @@ def test_a_prefix_is_replaced_in_all_ingredients(shards: int, tmp_path: Path) ->
         assert recipe["reading"] == {"rename": ["module.=>"]}
 
 
+def test_a_head_of_another_shape_is_named(tmp_path: Path) -> None:
+    """Where one part has another shape, the refusal has the option that leaves it alone."""
+    a, b = (
+        save(
+            tmp_path / name,
+            model(n) | {f"classifier.{part}": tensor(values(n, n)) for part in ("bias", "scale")},
+        )
+        for name, n in (("a", 3), ("b", 5))
+    )
+    out = tmp_path / "out"
+    refused = command("uniform", a, b, "-o", out)
+    assert "come from the first, with --exclude 'classifier.*'; or leave out" in refused.stderr
+    assert command("uniform", a, b, "-o", out, "--exclude", "classifier.*").returncode == 0
+    with pytest.raises(MismatchError, match=r"exclude='classifier\.\*'"):
+        uniform([a, b], output=out)
+
+
 @pytest.mark.parametrize(
     ("prefix", "plain", "option"),
     [

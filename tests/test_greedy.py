@@ -351,6 +351,28 @@ def test_statistics_are_scored_both_ways(tmp_path: Path, paths: list[str]) -> No
     assert "score_with_averaged_statistics" not in soup.report["singles"][0]
 
 
+def test_a_model_without_statistics_is_refused_before_the_first_score(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    """Nothing to measure anew is found when the model is built, not after hours of scores."""
+    asked = []
+
+    class Plain:
+        def build(self) -> nn.Module:
+            return nn.Linear(1, 1)
+
+        def score(self, model: nn.Module) -> float:
+            asked.append(model)
+            return 0.0
+
+        def recalibration(self) -> list[torch.Tensor]:
+            return []
+
+    with pytest.raises(TaskError, match="has no BatchNorm statistics"):
+        greedy(paths, Plain(), output=tmp_path / "o", settings=GreedySettings(recalibrate=True))
+    assert not asked
+
+
 def test_scores_do_not_depend_on_what_was_scored_before(tmp_path: Path, paths: list[str]) -> None:
     """Random numbers, modes and settings that a task changes are the same for every candidate."""
     seen = []

@@ -118,6 +118,20 @@ def test_bookkeeping_is_silent_and_run_time_is_warned_about(tmp_path: Path) -> N
     assert "text_config.attention_dropout 0.5 and 0.0" in warning
 
 
+def test_a_base_need_not_know_its_loss(tmp_path: Path) -> None:
+    """Trained classifiers of transformers say which loss they had, and their base does not yet."""
+    known = CONFIG | {"problem_type": "single_label_classification"}
+    for first, other in ((CONFIG, known), (CONFIG | {"problem_type": None}, known)):
+        a, b = pair(tmp_path, first, other)
+        (warning,) = warned([a, b], tmp_path / "out", overwrite=True)
+        assert "problem_type" in warning
+        (warning,) = warned([b, a], tmp_path / "out", overwrite=True)
+        assert "problem_type" in warning
+    a, b = pair(tmp_path, known, CONFIG | {"problem_type": "regression"})
+    with pytest.raises(MismatchError, match='problem_type "regression" and "single_label_class'):
+        uniform([a, b], output=tmp_path / "two")
+
+
 def test_both_ways_to_write_rotary_embeddings_are_one() -> None:
     """A model saved by transformers 4 and one saved by 5 agree; another base does not."""
     old = {"rope_theta": 1e4, "rope_scaling": None}

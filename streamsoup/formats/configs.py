@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -182,7 +182,7 @@ def changes(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[Change]:
                 pending.append((inside, *((a, b) if rotary else (_modern(a), _modern(b)))))
             elif not _same(a, b):
                 texts = (_text(one, key), _text(two, key))
-                found.append(Change(printable(f"{at}{key}"), _kind(str(key)), *texts))
+                found.append(Change(printable(f"{at}{key}"), _kind(str(key), texts), *texts))
     return found
 
 
@@ -203,9 +203,12 @@ def _text(config: Mapping[str, Any], key: str) -> str:
         return "…"
 
 
-def _kind(key: str) -> Kind:
+def _kind(key: str, texts: Sequence[str]) -> Kind:
     if key in _BOOKKEEPING:
         return "bookkeeping"
+    # transformers writes which loss it takes once a model was trained; a base has none yet.
+    if key == "problem_type" and not {"nothing", "null"}.isdisjoint(texts):
+        return "running"
     return "running" if _RUNNING.search(key) else "meaning"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamsoup.errors import count, option, printable, some
@@ -90,6 +91,7 @@ def disagreements(
             cause, todo = found or ("", _OTHER_NAMES)
             problems += [cause] if found else _by_name(one, two, lacking, extra)
             advice.add(todo)
+        misshapen: list[str] = []
         shapes, dtypes = [], []
         rows = 0
         for name, (_, spec) in places.items():
@@ -98,13 +100,18 @@ def disagreements(
             there = theirs[name][1]
             if there.shape != spec.shape:
                 rows += name.endswith(OF_WORDS) and there.shape[1:] == spec.shape[1:]
+                misshapen.append(name)
                 shapes.append(f"{printable(name)} {list(there.shape)} and {list(spec.shape)}")
             averaged = there.dtype.averaged and spec.dtype.averaged
             if there.dtype != spec.dtype and not (convert and averaged):
                 dtypes.append(f"{printable(name)} {there.dtype.name} and {spec.dtype.name}")
                 advice.add(_OTHER_FLOATS if averaged else _OTHER_DTYPES)
         if shapes:
-            advice.add(_OTHER_ROWS if rows == len(shapes) else _OTHER_SHAPES)
+            advice.add(
+                _OTHER_ROWS
+                if rows == len(shapes)
+                else _of_part(misshapen, len(places)) or _OTHER_SHAPES
+            )
             problems.append(
                 f"{two} and {one} differ in the shape of {_count(shapes)}: {some(shapes)}"
             )
@@ -119,6 +126,22 @@ def disagreements(
 def _place(ingredient: Ingredient, position: int) -> str:
     """Return the name of an ingredient and its position, from 1: names may be long digests."""
     return f"{printable(ingredient.name)} (ingredient {position})"
+
+
+def _of_part(names: Sequence[str], n: int) -> str:
+    """Return what to do where only one part of many has other shapes, such as a head; or nothing.
+
+    `n` is the number of all tensors.
+    """
+    part = posixpath.commonprefix([f"{name.rpartition('.')[0]}." for name in names])
+    part = part[: part.rfind(".") + 1]
+    # A pattern that a shell and `fnmatch` take as it is, and more that fits than does not.
+    if not re.fullmatch(r"[\w.-]+\.", part) or 2 * len(names) >= n:
+        return ""
+    return (
+        f"average all but these, which come from the first, with {option('exclude', part + '*')}; "
+        "or leave out what is of another architecture"
+    )
 
 
 def _by_name(one: str, two: str, lacking: list[str], extra: list[str]) -> Iterable[str]:

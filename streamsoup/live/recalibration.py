@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamsoup.errors import TaskError
 
-__all__ = ["negative_variances", "recalibrate"]
+__all__ = ["negative_variances", "recalibrate", "statistics_of"]
 
 
 @torch.no_grad()
@@ -35,11 +35,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Costs a forward pass over the batches; holds a copy of the statistics.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    layers = statistics_of(model)
     if not layers:
         return 0
     batches = iter(batches)
@@ -74,6 +70,15 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         for module, was_training in training:
             module.training = was_training
     return len(layers)
+
+
+def statistics_of(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the layers of BatchNorm that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
 
 
 def negative_variances(model: nn.Module) -> list[str]:

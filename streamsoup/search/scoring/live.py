@@ -82,6 +82,8 @@ class LiveScorer:
             with contained(self._task, "build"):
                 self._model = self._task.build()
             self._on_code("")
+        if self._work.recalibrate:
+            self._check_statistics(self._model)
         self._sink = ModelSink(self._model, self._work.ordered.plan)
         self._sink.check_apart()
         self._candidates = candidates_of(self._work, self._sink)
@@ -137,8 +139,14 @@ class LiveScorer:
         from streamsoup.live.recalibration import recalibrate
 
         with contained(self._task, "recalibration"):
-            if not recalibrate(sink.model, self._task.recalibration()):
-                raise TaskError(
-                    f"{self._task.name}: the model has no BatchNorm statistics to measure; "
-                    f"leave out {option('recalibrate', True)}"
-                )
+            recalibrate(sink.model, self._task.recalibration())
+
+    def _check_statistics(self, model: nn.Module) -> None:
+        """Raise `TaskError`, before the first score, for a model without BatchNorm."""
+        from streamsoup.live.recalibration import statistics_of
+
+        if not statistics_of(model):
+            raise TaskError(
+                f"{self._task.name}: the model has no BatchNorm statistics to measure; "
+                f"leave out {option('recalibrate', True)}"
+            )
