@@ -139,6 +139,9 @@ def test_greedy_reports_what_it_did(tmp_path: Path, capfd: pytest.CaptureFixture
     assert "not a report of streamsoup" in capfd.readouterr().err
     assert mine.read_text() == "<p>mine"
     assert not out.exists()
+    for inside in (out, tmp_path, out / "page.html"):
+        assert cli([*words, "--report", str(inside)]) == 1
+        assert "is not apart from the soup" in capfd.readouterr().err
     page = tmp_path / "page.html"
     assert cli([*words, "--report", str(page)]) == 0
     said = capfd.readouterr()
@@ -280,7 +283,9 @@ def test_hints_in_a_browser(chromium: browser.Browser, tmp_path: Path, width: in
         ("td[data-hint]", "a: 0.5"),
     ]:
         chromium.move(selector)
-        assert expected in chromium.run("document.querySelector('#hint').textContent")
+        lines = chromium.run("document.querySelector('#hint').textContent").split("\n")
+        assert expected in lines[0]
+        assert lines[-1] == "10 B of ingredients read"
         box = chromium.run(
             "(b => [b.left, b.right])(document.querySelector('#hint').getBoundingClientRect())"
         )

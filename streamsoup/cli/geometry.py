@@ -52,10 +52,7 @@ def geometry(
 
             check_plot(plot)
             check_outside(plot, paths)
-        if report is not None:
-            from streamsoup.study.report.write import check_report
-
-            check_report(report, paths)
+        reports.check(report, paths)
         started = time.monotonic()
         found = geometry(ingredients, base=base, options=options)
         elapsed_s = time.monotonic() - started

@@ -139,10 +139,7 @@ def greedy(ingredients: tuple[str, ...], output: str, report: str | None, **sett
 
         from streamsoup.search.greedy import greedy
 
-        if report is not None:
-            from streamsoup.study.report.write import check_report
-
-            check_report(report, ingredients)
+        reports.check(report, ingredients, output)
         in_server = bool(rules["servers"])
         task = make_task(told, rules["timeout"], ingredients[0], in_server=in_server)
         search = _settings(told["split"], rules)

@@ -81,10 +81,7 @@ def sweep(
 
         from streamsoup.search.sweep import SweepSettings, sweep_points
 
-        if report is not None:
-            from streamsoup.study.report.write import check_report
-
-            check_report(report, paths)
+        reports.check(report, paths, output)
         chosen = SweepSettings(split=split, isolate=True, **rules)
         task = greedy.make_task(told, chosen.timeout, paths[0])
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)

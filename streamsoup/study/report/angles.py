@@ -66,7 +66,8 @@ def page(found: Geometry, commands: Sequence[str]) -> Page:
             Heading("Distances"),
             _matrix(total.distances, names, "{:.4g}", "", "distances", words),
         ]
-    blocks += [Heading("Tensors"), _changes(found, of), _tensors(found, of)]
+    measures = [_measures(place) for place in found.tensors]
+    blocks += [Heading("Tensors"), _changes(found, measures, of), _tensors(found, measures, of)]
     if commands:
         blocks += [Heading("Made by"), Code(commands)]
     return Page("Geometry of checkpoints", blocks)
@@ -122,12 +123,15 @@ def _matrix(
     return Table(["", *names], body, hints=hints, shades=shades(known), name=name, words=words)
 
 
+Measures = tuple[float, float, float, float]
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def _measures(place: Place) -> tuple[float, float, float, float]:
+def _measures(place: Place) -> Measures:
     """Return mean angle, distance, relative distance and share that changed, of one tensor."""
     upper = place.angles[np.triu_indices(len(place.norms), 1)]
     norm, own = float(place.norms.mean()), float(place.weight_norms.mean())
@@ -135,11 +139,11 @@ def _measures(place: Place) -> tuple[float, float, float, float]:
     return _mean(upper), norm, relative, float(place.shares.mean())
 
 
-def _changes(found: Geometry, of: str) -> Plot:
+def _changes(found: Geometry, measures: Sequence[Measures], of: str) -> Plot:
     """Draw how far each tensor moved, in the order of the checkpoint."""
     points = []
-    for n, place in enumerate(found.tensors, 1):
-        angle, _, relative, _ = _measures(place)
+    for n, (place, measured) in enumerate(zip(found.tensors, measures, strict=True), 1):
+        angle, _, relative, _ = measured
         hint = f"{place.name}\n{100 * relative:.4g} % of its norm"
         hint += f"\nmean angle {angle:.1f}°" if math.isfinite(angle) else ""
         points.append(Point(n, 100 * relative, hint))
@@ -150,14 +154,13 @@ def _changes(found: Geometry, of: str) -> Plot:
     return Plot("tensors", words, "tensor, in the order of the checkpoint", up, series, whole=True)
 
 
-def _tensors(found: Geometry, of: str) -> Table:
+def _tensors(found: Geometry, measures: Sequence[Measures], of: str) -> Table:
     """Show each tensor, as a mean over the ingredients."""
     head = ["tensor", "elements", f"to {of}", "relative (%)", "changed (%)"]
     has_angles = found.base is not None and len(found.names) > 1
     head += ["mean angle"] if has_angles else []
     body = []
-    for place in found.tensors:
-        angle, norm, relative, share = _measures(place)
+    for place, (angle, norm, relative, share) in zip(found.tensors, measures, strict=True):
         line = [place.name, str(place.n_elements), f"{norm:.4g}", _percent(relative)]
         line.append(f"{100 * share:.2f}")
         line += [f"{angle:.1f}" if math.isfinite(angle) else "–"] if has_angles else []

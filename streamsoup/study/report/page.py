@@ -17,7 +17,14 @@ import msgspec
 from streamsoup.errors import OutputError, printable
 from streamsoup.study.report.blocks import Block, Code, Heading, Plot, Table, Text
 from streamsoup.study.report.markdown import markdown
-from streamsoup.study.report.svg import beside, draw, heat_map, in_html, standing_alone
+from streamsoup.study.report.svg import (
+    beside,
+    draw,
+    heat_map,
+    hint_in_html,
+    in_html,
+    standing_alone,
+)
 from streamsoup.system.folders import replacing
 
 __all__ = ["GENERATOR", "Page", "write_text"]
@@ -26,6 +33,7 @@ GENERATOR = '<meta name="generator" content="streamsoup">'
 """Only a file with this line is replaced by another report."""
 
 TEXT = ' class="text"'
+UNNAMED = ' aria-label="name of the row"'
 NUMBER = re.compile(r"\s*[+-]?\d")
 
 
@@ -90,7 +98,8 @@ def _in_html(block: Block) -> str:
 def _table(table: Table) -> str:
     are_text = [_is_text([row[n] for row in table.rows]) for n in range(len(table.head))]
     head = "".join(
-        f'<th scope="col"{TEXT * is_text}><button type="button">{in_html(cell)}</button></th>'
+        f'<th scope="col"{TEXT * is_text}><button type="button"{UNNAMED * (not cell)}>'
+        f"{in_html(cell)}</button></th>"
         for cell, is_text in zip(table.head, are_text, strict=True)
     )
     lines: list[str] = []
@@ -120,7 +129,7 @@ def _cell(table: Table, row: int, column: int, text: str, is_text: bool) -> str:
     attributes = f' class="{kinds}"' if kinds else ""
     attributes += f' style="--s:{shade:.3f}"' if shade is not None else ""
     hint = table.hints.get(place)
-    attributes += f' title="{in_html(hint)}"' if hint else ""
+    attributes += f' title="{hint_in_html(hint)}"' if hint else ""
     return f"<td{attributes}>{in_html(text)}</td>"
 
 
@@ -141,8 +150,10 @@ _HTML = """<!doctype html>
 {generator}
 <title>{title}</title><style>{style}</style></head>
 <body>
+<main>
 <h1>{title}</h1>
 {body}
+</main>
 <script>{script}</script>
 </body>
 </html>

@@ -15,7 +15,16 @@ from streamsoup.errors import printable
 from streamsoup.study.report.axes import Axis, axis
 from streamsoup.study.report.blocks import Plot, Point, Series, Table
 
-__all__ = ["SHAPES", "beside", "draw", "heat_map", "in_html", "shown", "standing_alone"]
+__all__ = [
+    "SHAPES",
+    "beside",
+    "draw",
+    "heat_map",
+    "hint_in_html",
+    "in_html",
+    "shown",
+    "standing_alone",
+]
 
 WIDTH, HEIGHT = 480, 340
 """Of a plot without its legend, in pixels: a phone shows three quarters of that."""
@@ -56,6 +65,15 @@ def shown(text: str) -> str:
 def in_html(text: str) -> str:
     """Return a text as it may stand in HTML and SVG, in attributes too."""
     return html.escape(shown(text))
+
+
+def hint_in_html(text: str) -> str:
+    r"""Return a hint as it may stand in HTML and SVG, its lines apart.
+
+    >>> hint_in_html("a<b\n0.5")
+    'a&lt;b&#10;0.5'
+    """
+    return "&#10;".join(map(in_html, text.split("\n")))
 
 
 def beside(name: str) -> str:
@@ -158,7 +176,7 @@ def _series(series: Series, points: Sequence[Point], across: Axis, up: Axis) -> 
         way = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
         parts.append(f'<path class="line {series.line}" d="M{way}"/>')
     for point, (x, y) in zip(points, at, strict=True):
-        hint = f"<title>{in_html(point.hint)}</title>" if point.hint else ""
+        hint = f"<title>{hint_in_html(point.hint)}</title>" if point.hint else ""
         reach = ""
         if math.isfinite(point.low) and math.isfinite(point.high):
             low, high = across.at(point.low), across.at(point.high)

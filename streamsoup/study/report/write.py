@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from streamsoup.errors import OutputError, OutputExistsError, RecipeError, printable
 from streamsoup.methods.angles import Geometry
@@ -77,15 +78,23 @@ def write_report(
     return html
 
 
-def check_report(path: str, ingredients: Iterable[str] = ()) -> None:
+def check_report(path: str, ingredients: Iterable[str] = (), output: str | None = None) -> None:
     """Raise `OutputError` unless a report may be written to `path`.
 
     Args:
         path: As of `write_report`.
         ingredients: Paths of checkpoints, which no report is put into.
+        output: The folder of a soup, which holds nothing but the soup.
     """
     check_local(path, OutputError)
     where = printable(path)
+    if output is not None:
+        soup, page = (Path(os.path.realpath(each)) for each in (output, path))
+        if soup == page or soup in page.parents or page in soup.parents:
+            raise OutputError(
+                f"{where}: is not apart from the soup in {printable(output)}; choose another path "
+                "for the report"
+            )
     check_outside(path, list(ingredients))
     end = os.path.splitext(path)[1].lower()
     if end not in (".html", ".htm", ".md"):
