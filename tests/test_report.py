@@ -362,8 +362,8 @@ def test_percent_only_where_the_task_says_so(tmp_path: Path) -> None:
 def test_coefficients_are_shown() -> None:
     """Each learned soup has a heat map with its numbers, in the places of its members."""
     (table,) = comparison_plots.heat_maps(small("plain"))
-    assert table.head == ["", "plain", "run1"]
-    assert table.rows == [["layers.0", "0.250", "0.750"], ["head", "1.500", "-0.500"]]
+    assert table.head == ["tensors", "plain", "run1"]
+    assert table.rows == [["layers.0", "0.2500", "0.7500"], ["head", "1.5000", "-0.5000"]]
     assert table.shades == {(0, 1): 0.375, (0, 2): 0.625, (1, 1): 1.0, (1, 2): 0.0}
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import browser
 import numpy as np
 import pytest
+from learning import files, learn
 from networks import ingredients
 from safetensors.numpy import save_file
 from test_report import Checker, small
@@ -151,6 +152,26 @@ def test_greedy_reports_what_it_did(tmp_path: Path, capfd: pytest.CaptureFixture
     recipe = ["greedy", *folders, "--command", command, "--report", "r.html", "--print-recipe"]
     assert cli(recipe) == 0
     assert "report: r.html" in capfd.readouterr().out
+
+
+def test_a_learned_soup_on_a_page(tmp_path: Path) -> None:
+    """Coefficients, losses and the chosen evaluation are those of the soup."""
+    soup = learn(files(tmp_path), tmp_path / "soup", granularity="layer", evaluations=4)
+    page = Path(write_report(soup, tmp_path / "report"))
+    rows = [json.loads(line) for line in (page.parent / "rows.jsonl").read_text().splitlines()]
+    told = [row["coefficients"] for row in rows if row["kind"] == "coefficients"]
+    assert told == [list(row) for row in soup.rows]
+    losses = [row for row in rows if row["kind"] == "evaluation"]
+    assert [row["loss"] for row in losses] == [each.loss for each in soup.evaluations]
+    assert [row["best"] for row in losses].index(True) == soup.best
+    text = (page.parent / "report.md").read_text()
+    first, best = soup.evaluations[0], soup.evaluations[soup.best]
+    assert f"Loss {first.loss:.5g} (uniform) to {best.loss:.5g}" in text
+    assert f"| **{soup.best}** | **{best.loss:.6g}** |" in text
+    for group, row in zip(soup.groups, soup.rows, strict=True):
+        cells = " | ".join(f"{value:.4f}" for value in row)
+        assert f"| {group} | {cells} |".replace("_", "\\_") in text
+    assert {p.name for p in (page.parent / "plots").iterdir()} == {"coefficients.svg", "losses.svg"}
 
 
 def test_where_a_report_may_go(pair: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import common, reports
 from streamsoup.cli.help import command
 from streamsoup.errors import count, printable
 
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 )
 @click.option("--restart", is_flag=True, help="Forget an unfinished search.")
 @click.option("--plot", metavar="PNG", help="Draw the coefficients.")
+@reports.REPORT
 @common.WRITING
 @common.MAKING
 @common.RUNNING
@@ -92,6 +93,7 @@ def learned(
     guard_every: int,
     restart: bool,
     plot: str | None,
+    report: str | None,
     output: str,
     **settings: Any,
 ) -> int:
@@ -109,6 +111,7 @@ def learned(
 
             check_plot(plot)
             check_outside(plot, ingredients)
+        reports.check(report, ingredients, output)
         search = LearnedSettings(
             granularity=granularity,
             constraint=constraint,
@@ -134,12 +137,13 @@ def learned(
 
             names = short_names(soup.recipe.ingredients, 24)
             plot_coefficients(np.array(soup.rows), soup.groups, names, plot)
+        seen = reports.write(soup, report)
         if as_json:
             found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
             found["warnings"] = watcher.warnings
             common.tell([json.dumps(found)])
             return
-        common.tell(describe(soup))
+        common.tell([*describe(soup), *seen])
 
     return common.supervise(work, "learned", ingredients, settings)
 

@@ -1,7 +1,8 @@
 """What was found, as a page that one can hand on.
 
 * `write`: where a report goes, and what may be replaced there
-* `comparison`, `searches`, `sweeps`, `paths`, `angles`: the page of each kind of result
+* `comparison`, `searches`, `coefficients`, `sweeps`, `paths`, `angles`: a page for each kind of
+  result
 * `blocks`: what a page consists of, as data
 * `page`, `markdown`, `svg`: the same blocks as one HTML file, as Markdown, as pictures
 * `figures`: pictures by matplotlib (``streamsoup[plot]``), for the contours of a landscape

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from streamsoup.study.measures.rows import MEAN, Comparison, Row
-from streamsoup.study.report.blocks import Plot, Point, Series, Table, shades
+from streamsoup.study.report.blocks import Plot, Point, Series, Table
+from streamsoup.study.report.coefficients import coefficient_map
 
 __all__ = ["curves", "heat_maps", "intervals", "pairs", "scatter", "theory"]
 
@@ -204,31 +205,13 @@ def theory(found: Comparison) -> Iterator[Plot]:
 def heat_maps(found: Comparison) -> Iterator[Table]:
     """Show the coefficients of each learned soup: groups from top to bottom, ingredients across."""
     for number, row in enumerate((row for row in found.rows if row.coefficients), 1):
-        values = {
-            (group, member + 1): value
-            for group, line in enumerate(row.coefficients)
-            for member, value in zip(row.members, line, strict=True)
-        }
-        rows = [
-            [
-                name,
-                *(
-                    f"{values[n, i]:.3f}" if (n, i) in values else "–"
-                    for i in range(1, 1 + len(found.names))
-                ),
-            ]
-            for n, name in enumerate(row.groups)
-        ]
-        yield Table(
-            ["", *found.names],
-            rows,
-            hints={
-                (n, i): f"{row.name}: {row.groups[n]} of {found.names[i - 1]}: {value!r}"
-                for (n, i), value in values.items()
-            },
-            shades=shades(values),
-            name=f"coefficients-{number}",
-            words=f"Coefficients of the {row.name}, for each group of tensors.",
+        yield coefficient_map(
+            f"coefficients-{number}",
+            f"Coefficients of the {row.name}, for each group of tensors.",
+            row.groups,
+            row.members,
+            row.coefficients,
+            found.names,
         )
 
 

@@ -21,10 +21,11 @@ from streamsoup.errors import OutputError, OutputExistsError, RecipeError, print
 from streamsoup.methods.angles import Geometry
 from streamsoup.output.destination import check_outside
 from streamsoup.search.greedy import GreedySoup
+from streamsoup.search.learned import LearnedSoup
 from streamsoup.search.sweep import SweepSoup
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.measures.rows import Comparison
-from streamsoup.study.report import angles, comparison, paths, searches, sweeps
+from streamsoup.study.report import angles, coefficients, comparison, paths, searches, sweeps
 from streamsoup.study.report.markdown import END
 from streamsoup.study.report.page import GENERATOR, Page, write_text
 from streamsoup.system.regular import read_whole
@@ -32,7 +33,7 @@ from streamsoup.system.schemes import check_local
 
 __all__ = ["check_report", "write_report"]
 
-Found = Comparison | GreedySoup | SweepSoup | Sweep | Geometry
+Found = Comparison | GreedySoup | LearnedSoup | SweepSoup | Sweep | Geometry
 
 LARGEST = 500_000_000
 """Bytes of a file that is looked at before it is replaced."""
@@ -44,7 +45,7 @@ def write_report(
     """Write what was found as a page that one can hand on.
 
     Args:
-        found: The result of `compare`, `greedy`, `sweep`, `wise_ft` or `geometry`.
+        found: The result of `compare`, `greedy`, `learned`, `sweep`, `wise_ft` or `geometry`.
         path: A name that ends in ``.html`` or ``.md`` for one page, the second with its pictures
             in a folder beside it; any other for a folder with both pages, pictures and
             ``rows.jsonl``. Made if need be; an earlier report is replaced, and nothing else.
@@ -139,12 +140,14 @@ def _page(found: Found, commands: Sequence[str]) -> tuple[Page, Iterable[str]]:
         return paths.sweep_page(found, commands), found.to_lines()
     if isinstance(found, Geometry):
         return angles.page(found, commands), angles.rows(found)
+    if isinstance(found, LearnedSoup) and found.evaluations:
+        return coefficients.page(found, commands), coefficients.rows(found)
     kind, key = (searches, "runs") if isinstance(found, GreedySoup) else (sweeps, "sweep")
     report = getattr(found, "report", {})
     if key not in report:
         raise RecipeError(
-            f"{type(found).__name__} has no report; give the result of compare, greedy, sweep, "
-            "wise_ft or geometry"
+            f"{type(found).__name__} has no report; give the result of compare, greedy, "
+            "learned, sweep, wise_ft or geometry"
         )
     return kind.page(report, commands), kind.rows(report)
 
