@@ -6,6 +6,8 @@ is for `make test-cuda`, on a card or on a simulated runtime, where races are lo
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -17,6 +19,7 @@ from test_average import State, same, states
 from torch import nn
 
 from streamsoup import Average
+from streamsoup.errors import RecipeError
 from streamsoup.training import copies
 from streamsoup.training.copies import spans, staged_nbytes
 
@@ -154,6 +157,15 @@ def test_memory_in_transit_is_predicted(played: threading.Event) -> None:
     assert held.host_nbytes - plain.host_nbytes == staged_nbytes(away)
 
 
+def test_a_new_average_can_be_copied_and_pickled() -> None:
+    """As trainers do with their callbacks; it starts no thread before its first update."""
+    n_threads = threading.active_count()
+    for made in (copy.deepcopy(Average("ema")), pickle.loads(pickle.dumps(Average("ema")))):
+        made.update(states(1)[0])
+        same(made.result(), averaged_without_device(states(1), {"method": "ema"}))
+    assert threading.active_count() == n_threads
+
+
 @pytest.fixture
 def no_races() -> Iterator[None]:
     """Check a test for races, where that is possible."""
@@ -204,3 +216,34 @@ def test_a_swapped_model_has_its_own_values_again(no_races: None) -> None:
                 assert model.weight.cpu()[0] == [0, 0.5, 1.25][step]
             assert model.weight.cpu()[0] == step
     assert int(average.result()["num_batches_tracked"]) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "step", ["cudaHostAlloc:1", "cudaMemcpyAsync:2", "cudaMemcpyAsync:9", "cudaEventRecord:2",
+             "cudaEventSynchronize:1"],
+)  # fmt: skip
+def test_a_device_that_fails_spoils_no_average(step: str) -> None:
+    """The average is right, or every call raises until it is reset: it is never a part of one."""
+    simcuda = pytest.importorskip("simcuda")
+    names = [name for name in states(1)[0] if name not in ("float8_e4m3fn", "mask")]
+    run = [{name: state[name] for name in names} for state in states(2)]
+    expected = averaged_without_device(run, {"method": "uniform"})
+    models = [{name: tensor.cuda() for name, tensor in state.items()} for state in run]
+    average = Average()
+    failed = False
+    with simcuda.settings(fail=step):
+        try:
+            for model in models:
+                average.update(model)
+            same(average.result(), expected)
+        except (RuntimeError, RecipeError):
+            failed = True
+    if failed:
+        for call in (average.result, average.state_dict):
+            with pytest.raises((RuntimeError, RecipeError)):
+                call()
+        average.reset()
+        for model in models:
+            average.update(model)
+    same(average.result(), expected)

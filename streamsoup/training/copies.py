@@ -83,7 +83,8 @@ class Copies:
     def __init__(self) -> None:
         """Reserve nothing yet."""
         self._chunks: list[Tensor] | None = []
-        self._pool = ThreadPoolExecutor(1, "streamsoup-average")
+        # Made when it is needed: an average that had no update can be copied and pickled.
+        self._pool: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -128,6 +129,7 @@ class Copies:
             values.copy_(flat[span.begin : span.end], non_blocking=True)
             arrived.append(Arrived(span.name, span.begin, span.end, values))
         events = [_record(device) for device in dict.fromkeys(t.device for t in tensors.values())]
+        self._pool = self._pool or ThreadPoolExecutor(1, "streamsoup-average")
         self._pending = self._pool.submit(_wait, events, work, arrived)
 
     def settle(self) -> None:
