@@ -19,6 +19,7 @@ _HOMES = {
     "Coefficients": "recipe",
     "CompareSettings": "study.comparison.table",
     "Cursor": "formats.source",
+    "Executor": "cluster.executor",
     "Geometry": "methods.angles",
     "GreedySettings": "search.trials",
     "GreedySoup": "search.greedy",
@@ -55,6 +56,7 @@ _HOMES = {
     "SweepSoup": "search.sweep",
     "TensorSpec": "tensors",
     "Trial": "search.trials",
+    "Unit": "cluster.units",
     "apply": "methods.fixed",
     "arithmetic": "methods.closed",
     "breadcrumbs": "methods.merges",
@@ -97,6 +99,8 @@ _HOMES = {
 """Public names, and the rooms they live in: each is imported on first use."""
 
 if TYPE_CHECKING:
+    from streamsoup.cluster.executor import Executor as Executor
+    from streamsoup.cluster.units import Unit as Unit
     from streamsoup.engine.plan import Leaf as Leaf
     from streamsoup.engine.plan import MixPlan as MixPlan
     from streamsoup.engine.rules.linear import Linear as Linear

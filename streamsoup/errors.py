@@ -13,6 +13,7 @@
     ├── BudgetError (ValueError)          memory, disk space or device too small
     ├── RecipeError (ValueError)          coefficients, options or a recipe that make no sense
     ├── DeviceError (RuntimeError)        no such accelerator here, or it failed
+    ├── ClusterError (RuntimeError)       no such cluster, or it lost too much
     ├── TaskError                         the user's scoring code failed
     ├── OutputError (OSError)             the output cannot be written
     │   ├── OutputExistsError (FileExistsError)
@@ -37,6 +38,7 @@ from collections.abc import Collection, Iterable
 __all__ = [
     "BudgetError",
     "ChangedIngredientError",
+    "ClusterError",
     "CorruptFileError",
     "DeviceError",
     "FormatError",
@@ -174,6 +176,10 @@ class BudgetError(StreamsoupError, ValueError):
 
 class DeviceError(StreamsoupError, RuntimeError):
     """An accelerator that is not there, cannot be used, or failed."""
+
+
+class ClusterError(StreamsoupError, RuntimeError):
+    """A cluster that is not there, cannot be used, or lost too much."""
 
 
 class RecipeError(StreamsoupError, ValueError):

@@ -42,6 +42,8 @@ class Progress(msgspec.Struct, frozen=True):
     """Bytes of the ingredients in all passes: an estimate, where a rule tells only as it goes how
     many it needs."""
     elapsed_s: float
+    nodes: Mapping[str, int] = {}
+    """Bytes read by each node of a cluster in what is finished, by its name."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -181,6 +183,12 @@ class Options(Reading, frozen=True, kw_only=True):
     (``auto/8`` where it does not say how many there are). For soups made by a formula."""
     commit: bool = False
     """If all parts are made after this one, put the soup in place."""
+    ray: str | None = None
+    """Spread the work over the nodes of Ray, which see the same files: ``local`` for processes that
+    are started on this machine, ``auto`` or ``HOST:PORT`` for a cluster. `threads` and `memory` are
+    then those of each process, of which a node has as many as fit."""
+    executor: Any = None
+    """What does the work instead: a `streamsoup.Executor`; None for the threads of this process."""
     overwrite: bool = False
     """Replace an output that exists, in the last step."""
     on_event: Callable[[Any], None] | None = None

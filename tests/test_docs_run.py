@@ -31,13 +31,13 @@ from streamsoup.cli.contents import COMMANDS
 NOT_RUN = {
     "--device cuda": "needs a GPU",
     "--server": "needs an inference server; stubs are in test_servers.py",
+    "--ray": "needs Ray; test_ray.py",
     "org/run1": "needs the Hub; a local one in test_hub.py and test_remote.py",
     "https://host": "needs a server; test_remote.py",
     "hf://org": "needs the Hub; test_remote.py",
     "streamsoup watch": "goes on until it is stopped; test_watch.py",
     "streamsoup demo": "takes a minute; test_demo.py",
     "streamsoup selftest": "takes as long; test_selftest.py",
-    "streamsoup sweep ties a b --base c": "names that only fit on a line of help",
 }
 """What is in a command that is not run here, and why."""
 

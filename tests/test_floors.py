@@ -16,7 +16,7 @@ ROOMS = [
     # plain words and data
     *("version", "errors", "sizes", "tensors", "rule", "reading", "recipe", "options"),
     # what computes
-    *("system", "kernels", "formats", "engine", "output", "live"),
+    *("system", "kernels", "formats", "engine", "cluster", "output", "live"),
     # what chooses
     *("methods", "task", "search", "study", "training"),
     # what people call

@@ -232,6 +232,11 @@ CHOOSING = stack(
 )
 CHOICE = ("by", "best", "metric", "direction", "every", "last")
 """Which checkpoints of a run are averaged, and what the verbs call these options."""
+RAY = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the work over the nodes of Ray: local, auto, or HOST:PORT.",
+)
 SHARING = stack(
     click.option(
         "--part",
@@ -239,6 +244,7 @@ SHARING = stack(
         help="Make one part of N; auto or auto/N: as the launcher of the job says.",
     ),
     click.option("--commit", is_flag=True, help="After the last part, put the soup in place."),
+    RAY,
 )
 """How the work of one soup is shared out to several processes."""
 
@@ -519,7 +525,7 @@ def supervise(
     def child() -> int:
         from streamsoup.cli.terminal import Watcher, fitted, show_warnings
 
-        if as_json:
+        if as_json or settings.get("ray") is not None:  # Ray tells on stdout what it has lost
             keep_for_the_result()
         watcher = Watcher(label, quiet)
         watcher.warnings = show_warnings(quiet)

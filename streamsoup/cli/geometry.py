@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @reports.REPORT
 @common.READING
 @common.RUNNING
+@common.RAY
 @common.REPORTING
 def geometry(
     ingredients: tuple[str, ...],

@@ -30,7 +30,7 @@ _GROUPS: Mapping[str, Iterable[str]] = {
         *("dtype", "shard_size", "non_float", "config", "non_finite", "card"),
     ),
     "How the work is done": (
-        *("device", "device_memory", "memory", "threads", "io", "sums", "restart"),
+        *("device", "device_memory", "memory", "threads", "io", "ray", "sums", "restart"),
     ),
     "What is shown": (
         *("as_json", "quiet", "traceback", "print_recipe", "schema", "tensors", "help"),

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamsoup.engine.budget import (
@@ -50,11 +51,13 @@ from streamsoup.tensors import DType
 __all__ = [
     "Dot",
     "Gram",
+    "LeafSums",
     "Products",
     "Sums",
     "Vector",
     "fastest_products",
     "floats_of",
+    "measured_part",
     "plan_inner_memory",
     "symmetric",
 ]
@@ -75,6 +78,11 @@ kernel from the cache."""
 def floats_of(plan: MixPlan) -> MixPlan:
     """Return the part of a plan with averaged tensors: others have no inner products."""
     return plan.only({tensor.name for tensor in plan.reduced})
+
+
+def measured_part(plan: MixPlan) -> MixPlan:
+    """Return the part of a plan of which inner products are taken, as a pass that only measures."""
+    return replace(floats_of(plan), measures=True)
 
 
 def plan_inner_memory(
@@ -164,9 +172,15 @@ class Gram(OnePass):
         """Hold what the workers share, all of it read-only."""
         self.plan, self.memory, self.base = plan, memory, base
         self.n_rows = len(plan.ingredients) + (0 if base else 1)
-        self.n_values = self.n_products(self.n_rows) + self.n_rows - 1
+        self.n_values = self.count_values(plan, base=base)
         n_products = self.n_products(self.n_rows)
         self.products = fastest_products(plan, n_products, compiles=memory.compiles)
+
+    @classmethod
+    def count_values(cls, plan: MixPlan, *, base: bool) -> int:
+        """Count the numbers that a grain gives."""
+        n_rows = len(plan.ingredients) + (0 if base else 1)
+        return cls.n_products(n_rows) + n_rows - 1
 
     @staticmethod
     def n_products(n_rows: int) -> int:
@@ -328,6 +342,20 @@ class Sums:
     def _end(self, tensor: int) -> int:
         planned = self._plan.tensors[tensor]
         return planned.first_leaf + planned.n_leaves
+
+
+class LeafSums(Sums):
+    """A sink like `Sums`, which keeps the sums of each leaf: another process adds them up."""
+
+    def __init__(self, plan: MixPlan, n_values: int) -> None:
+        """Begin with no leaf."""
+        super().__init__(plan, n_values)
+        self.of_leaves: dict[int, Floats] = {}
+        """By the number of a leaf, its sums ``(value,) float64``."""
+
+    def add(self, leaf: Leaf, values: Floats) -> None:
+        """Keep the sums of a leaf."""
+        self.of_leaves[leaf.number] = values
 
 
 class _SumsSession(msgspec.Struct):

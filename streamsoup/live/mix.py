@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.engine.device import OnDevice, RunningSum, find_device
 from streamsoup.engine.plan import MixPlan, PlannedTensor
@@ -146,6 +147,7 @@ def mix_into(
     disk.
     """
     check_options(options, Options)
+    refuse_spread(options, "mix_into")
     if coefficients is None:
         ingredients = listed(ingredients)
         coefficients = Linear(Coefficients.uniform(len(ingredients)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.budget import MemoryPlan
 from streamsoup.engine.plan import Leaf, MixPlan
 from streamsoup.engine.read import Kept, open_reader
@@ -60,6 +61,7 @@ def stream_mix(
     ingredient once for each pass of the rule.
     """
     check_options(options, Options)
+    refuse_spread(options, "a stream of tensors")
     plan, mapped, memory = _planned(ingredients, rule, options)
     if plan.recipe.rule.spans_model:
         raise RecipeError(
@@ -105,6 +107,7 @@ def mix_to(
     Reads each ingredient once for each pass of the rule; holds blocks only.
     """
     check_options(options, Options)
+    refuse_spread(options, "a stream of tensors")
     plan, mapped, memory = _planned(ingredients, rule, options)
     reader = open_reader(plan, memory, mapped=mapped)
     run(

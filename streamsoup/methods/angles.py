@@ -16,12 +16,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.cluster.choice import executing, is_spread
 from streamsoup.engine.budget import MemoryPlan, memory_budget
 from streamsoup.engine.digest import Digests
-from streamsoup.engine.inner import Gram, Sums, floats_of, plan_inner_memory, symmetric
+from streamsoup.engine.inner import Gram, Sums, measured_part, plan_inner_memory, symmetric
 from streamsoup.engine.plan import MixPlan, plan_mix
 from streamsoup.engine.read import open_reader, will_map
 from streamsoup.engine.rules.linear import Linear
@@ -246,12 +246,11 @@ def plan_geometry(
         reading=options.reading.recorded,
     )
     refuse_codes(opened)
-    plan = replace(floats_of(plan_mix(opened, recipe)), measures=True)
+    plan = measured_part(plan_mix(opened, recipe))
     mapped = will_map(opened, options.io)
-    n_rows = len(opened) + (base is None)
     memory = plan_inner_memory(
         plan,
-        Gram.n_products(n_rows) + n_rows - 1,
+        Gram.count_values(plan, base=base is not None),
         mapped=mapped,
         threads=options.n_threads,
         budget=memory_budget(plan, options.memory),
@@ -265,13 +264,19 @@ def measure(
     """Run a planned pass, and return its result with notes. See `geometry`."""
     from streamsoup.engine.stream import DigestLedger, run
 
-    gram = Gram(plan, memory, base=base)
-    sums = Sums(plan, gram.n_values)
+    sums = Sums(plan, Gram.count_values(plan, base=base))
     # Rounded sums do not tell whether two ingredients are equal; digests do.
     ledger = DigestLedger(plan)
-    reader = open_reader(plan, memory, mapped=mapped)
-    run(plan, memory, reader, gram, sums, ledger=ledger, on_event=options.on_event)
-    n = gram.n_products(gram.n_rows)
+    if is_spread(options):
+        from streamsoup.cluster.products import gram_in_units
+
+        with executing(options) as held:
+            gram_in_units(plan, sums, ledger, base=base, mapped=mapped, options=held)
+    else:
+        gram = Gram(plan, memory, base=base)
+        reader = open_reader(plan, memory, mapped=mapped)
+        run(plan, memory, reader, gram, sums, ledger=ledger, on_event=options.on_event)
+    n = Gram.n_products(len(plan.ingredients) + (not base))
     tensors = [
         Place(planned.name, planned.n_units, values[:n], values[n:].astype(np.int64))
         for planned, values in zip(plan.tensors, sums.of_tensors, strict=True)

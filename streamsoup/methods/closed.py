@@ -21,6 +21,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.cluster.choice import executing
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, count, option, printable, some
 from streamsoup.formats.ingredients import AnyIngredient, listed, open_ingredients
@@ -30,7 +31,7 @@ from streamsoup.options import Options, Planned, check_options, take
 from streamsoup.output.coefficients import for_adapters
 from streamsoup.output.destination import check_output
 from streamsoup.output.jobs import make
-from streamsoup.output.make import Soup, order
+from streamsoup.output.make import Soup, check_spread, order
 from streamsoup.recipe import Coefficients
 
 __all__ = ["arithmetic", "slerp", "stock"]
@@ -130,7 +131,19 @@ def stock(
     n = len(ingredients)
     if n < 2:
         raise RecipeError("Model Stock needs the angle between two ingredients at least")
-    ingredients, base = open_both(ingredients, base, options)
+    ingredients, opened = open_both(ingredients, base, options)
+    assert opened is not None
+    with executing(options) as held:
+        return _stock(ingredients, opened, output, held)
+
+
+def _stock(
+    ingredients: Sequence[AnyIngredient],
+    base: AnyIngredient,
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Soup:
+    n = len(ingredients)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
@@ -207,6 +220,17 @@ def slerp(
     ingredients = listed(ingredients)
     shares = shares_of(weights, len(ingredients))
     ingredients, base = open_both(ingredients, base, options)
+    with executing(options) as held:
+        return _slerp(ingredients, shares, base, output, held)
+
+
+def _slerp(
+    ingredients: Sequence[AnyIngredient],
+    shares: Floats,
+    base: AnyIngredient | None,
+    output: str | os.PathLike[str],
+    options: Options,
+) -> Soup:
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}
@@ -362,6 +386,7 @@ def measure_all(
     ordered = order(everything, Linear(equal), method="mix", options=options)
     if options.on_event is not None:
         options.on_event(Planned(ordered, n_before=1))
+    check_spread(ordered, options)
     check_output(
         os.fsdecode(output), ordered.plan.ingredients, overwrite=options.overwrite, resumes=True
     )

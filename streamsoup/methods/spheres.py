@@ -27,6 +27,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.cluster.choice import executing
 from streamsoup.engine.rules.row_slerp import RowSlerp
 from streamsoup.errors import RecipeError, count, some
 from streamsoup.formats.ingredients import AnyIngredient, listed
@@ -198,8 +199,25 @@ def make_means(
 
     `shares` ``(ingredient,)`` sum to 1, and so do those `per_tensor` that single tensors have.
     """
-    n = len(ingredients)
     ingredients, base = open_both(ingredients, base, options)
+    with executing(options) as held:
+        return _make_means(
+            ingredients, shares, per_tensor, factors_of, method, base, output, held, warnings
+        )
+
+
+def _make_means(
+    ingredients: Sequence[AnyIngredient],
+    shares: Floats,
+    per_tensor: Mapping[str, Floats],
+    factors_of: FactorsOf,
+    method: str,
+    base: AnyIngredient | None,
+    output: str | os.PathLike[str],
+    options: Options,
+    warnings: Sequence[str],
+) -> Soup:
+    n = len(ingredients)
     started = time.monotonic()
     places, nbytes = measure_all(ingredients, base, output, options)
     rows: dict[str, tuple[float, ...]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.digest import Digests, digest_bytes
 from streamsoup.engine.read import open_reader
 from streamsoup.engine.reducers import reducer_of
@@ -26,12 +27,13 @@ from streamsoup.errors import (
     printable,
     some,
 )
+from streamsoup.formats.identity import identity_of
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options, Planned, check_options
 from streamsoup.output.destination import check_output
-from streamsoup.output.make import Order, Soup, plan_order, warned
+from streamsoup.output.make import Order, Soup, check_spread, plan_order, warned
 from streamsoup.output.make import make as make_whole
-from streamsoup.output.parts import Part, Parts, SharedPlan, identity_of, part_folder, share
+from streamsoup.output.parts import Part, Parts, SharedPlan, part_folder, share
 from streamsoup.output.staging import Staging, move_files
 from streamsoup.output.verification import read_provenance
 from streamsoup.output.write import FileLedger, FileSink
@@ -69,6 +71,7 @@ def make(ordered: Order, *, output: str | os.PathLike[str], options: Options) ->
         raise RecipeError(
             f"{option('part')}: parts are made on the CPU; leave out {option('device')}"
         )
+    check_spread(ordered, options)
     number, n = parse_part(options.part)
     if options.on_event is not None:
         options.on_event(Planned(ordered))
@@ -119,6 +122,7 @@ def commit(
     Reads the output once, and headers of the ingredients. May be killed and called again.
     """
     check_options(options, Options)
+    refuse_spread(options, "commit")
     given = os.fsdecode(output)
     target = os.path.realpath(given)
     parts = Parts.find(target)
@@ -247,7 +251,7 @@ def _make_part(
 def _shared_plan(ordered: Order, n: int, options: Options) -> SharedPlan:
     """Return what the processes that make parts have to agree on."""
     plan, files = ordered.plan, ordered.files
-    identities = tuple(identity_of(ingredient) for ingredient in plan.ingredients)
+    identities = tuple(identity_of(ingredient, "part") for ingredient in plan.ingredients)
     provenance = Provenance(
         recipe=plan.recipe,
         ingredients=tuple(

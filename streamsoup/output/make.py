@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import xxhash
 
+from streamsoup.cluster.choice import asked_for, executing, is_spread
+from streamsoup.cluster.units import refuse_whole_model
 from streamsoup.engine.budget import MemoryPlan, memory_budget, plan_memory
 from streamsoup.engine.digest import Digests, digest_bytes
 from streamsoup.engine.plan import FilePlan, MixPlan, plan_files, plan_mix
@@ -34,6 +36,7 @@ from streamsoup.errors import (
     printable,
     some,
 )
+from streamsoup.formats.identity import identity_of
 from streamsoup.formats.ingredients import AnyIngredient, Ingredient, open_ingredients
 from streamsoup.formats.layout import name_in_file
 from streamsoup.formats.meaning import check_meaning, check_quantised
@@ -65,9 +68,11 @@ from streamsoup.tensors import float_dtype
 if TYPE_CHECKING:
     from streamsoup.engine.device import OnDevice
 
-__all__ = ["Order", "Soup", "make", "order", "plan_order", "warned", "write_beside"]
+__all__ = ["Order", "Soup", "check_spread", "make", "order", "plan_order", "warned", "write_beside"]
 
 log = logging.getLogger("streamsoup")
+
+_SPREAD = "cpu, of the processes of a cluster"
 
 
 class Soup(msgspec.Struct, frozen=True):
@@ -241,6 +246,19 @@ def make(
         raise RecipeError(
             f"{option('part')}: only soups made by a formula are made in parts; leave it out"
         )
+    check_spread(ordered, options)
+    with executing(options) as held:
+        return _make(ordered, output, held, fingerprint, hand_over, announce)
+
+
+def _make(
+    ordered: Order,
+    output: str | os.PathLike[str],
+    options: Options,
+    fingerprint: str | None,
+    hand_over: Callable[[Staging], None],
+    announce: Callable[[str], None],
+) -> Soup:
     started = time.monotonic()
     given = os.fsdecode(output)
     plan = ordered.plan
@@ -248,6 +266,8 @@ def make(
         options.on_event(Planned(ordered))
     try:
         target = check_output(given, plan.ingredients, overwrite=options.overwrite, resumes=True)
+        if options.executor is not None:
+            options.executor.open()
         check_variances(plan, mapped=ordered.mapped, memory=options.memory)
         warned(ordered.warnings)
         with Staging(
@@ -286,10 +306,26 @@ def make(
         read.nbytes,
         plan.nbytes_written,
         elapsed_s,
-        summed_on=ordered.summed_on,
+        summed_on=ordered.summed_on if options.executor is None else _SPREAD,
         warnings=(*map(Message, ordered.warnings), *warned(late)),
         n_passes=read.n_passes,
     )
+
+
+def check_spread(ordered: Order, options: Options) -> None:
+    """Raise `RecipeError` for a soup that processes of a cluster are to make, and cannot."""
+    if not is_spread(options):
+        return
+    asked = asked_for(options)
+    if options.part is not None:
+        raise RecipeError(f"{option(asked)} and {option('part')} are two ways to share; take one")
+    if ordered.on_device is not None:
+        raise RecipeError(
+            f"{option(asked)}: units are made on the CPU; leave out {option('device')}"
+        )
+    refuse_whole_model(ordered.plan, asked)
+    for ingredient in ordered.plan.ingredients:
+        identity_of(ingredient, asked)
 
 
 def warned(warnings: Sequence[str]) -> Sequence[str]:
@@ -323,22 +359,36 @@ def _written(
     options: Options,
     announce: Callable[[str], None],
 ) -> tuple[Provenance, list[str], Read]:
-    plan, digests = ordered.plan, ledger.digests
+    plan, files, digests = ordered.plan, ordered.files, ledger.digests
     sink.prepare(resumes=ledger.resumes)
     # Side files first: they can still fail, and weights may take hours.
     side_files = write_beside(ordered, staging.soup)
-    reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
-    on_device = ordered.on_device
-    reducer = reducer_of(plan, ordered.memory) if on_device is None else on_device.mix(plan)
-    read = run(
-        plan,
-        ordered.memory,
-        reader,
-        reducer,
-        sink,
-        ledger=ledger,
-        on_event=options.on_event,
-    )
+    if options.executor is None:
+        reader = open_reader(plan, ordered.memory, mapped=ordered.mapped)
+        on_device = ordered.on_device
+        reducer = reducer_of(plan, ordered.memory) if on_device is None else on_device.mix(plan)
+        read = run(
+            plan,
+            ordered.memory,
+            reader,
+            reducer,
+            sink,
+            ledger=ledger,
+            on_event=options.on_event,
+        )
+    else:
+        from streamsoup.output.units import make_in_units
+
+        read = make_in_units(
+            plan,
+            files,
+            sink,
+            ledger,
+            folder=staging.soup.path,
+            mapped=ordered.mapped,
+            executor=options.executor,
+            options=options,
+        )
     provenance = _provenance(ordered, digests, side_files).sealed()
     text = provenance.to_json()
     sink.sync()

@@ -47,8 +47,7 @@ from streamsoup.errors import (
     printable,
     some,
 )
-from streamsoup.formats.ingredients import Ingredient
-from streamsoup.formats.remote.addresses import is_address
+from streamsoup.formats.identity import IngredientIdentity, how_files_differ
 from streamsoup.output.journal import Journal, records_of
 from streamsoup.output.staging import provenance_digest
 from streamsoup.recipe import ARITHMETIC, DIGEST, PROVENANCE_LIMIT, Provenance
@@ -61,19 +60,8 @@ from streamsoup.system.regular import read_file
 
 __all__ = ["Parts", "SharedPlan", "part_folder", "share"]
 
-HEAD_NBYTES = 1 << 16
-"""Bytes at the beginning of each ingredient's file that are digested: most of its header."""
-
 _PLAN = "plan"
 _COMMIT = "commit-"
-
-
-class IngredientIdentity(msgspec.Struct, frozen=True):
-    """What tells an ingredient on any machine: not inodes, which copies of a file do not share."""
-
-    path: str
-    files: tuple[tuple[str, int, int, str], ...]
-    """Of each file: its name, size, modification time in ns, and the digest of its beginning."""
 
 
 class SharedPlan(msgspec.Struct, frozen=True):
@@ -115,7 +103,7 @@ class SharedPlan(msgspec.Struct, frozen=True):
             if one.path != two.path:
                 found.append(f"{printable(two.path)} is in the place of {printable(one.path)}")
             elif one.files != two.files:
-                found.append(f"{printable(one.path)} {_how_files_differ(one, two)}")
+                found.append(f"{printable(one.path)} {how_files_differ(one, two)}")
         if msgspec.structs.replace(here.recipe, ingredients=()) != msgspec.structs.replace(
             there.recipe, ingredients=()
         ):
@@ -125,38 +113,6 @@ class SharedPlan(msgspec.Struct, frozen=True):
         if not found and self.side_files != other.side_files:
             found.append("options for the files beside the weights differ")
         return found
-
-
-def _how_files_differ(one: IngredientIdentity, two: IngredientIdentity) -> str:
-    """Return how the files of one ingredient differ between two machines, or two moments."""
-    if [file[0] for file in one.files] != [file[0] for file in two.files]:
-        return "has other files here"
-    for (name, *here), (_, *there) in zip(one.files, two.files, strict=True):
-        for what, x, y in zip(("size", "time", "digest"), here, there, strict=True):
-            if x != y:
-                return f"has another {what} here, in {printable(name)}"
-    return "differs"
-
-
-def identity_of(ingredient: Ingredient) -> IngredientIdentity:
-    """Return what tells an ingredient's files. Raises `RecipeError` for one without files."""
-    files: list[tuple[str, int, int, str]] = []
-    for path in ingredient.source.files:
-        with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            head = xxhash.xxh3_128_hexdigest(file.read(HEAD_NBYTES))
-        files.append((os.path.basename(path), status.st_size, status.st_mtime_ns, head))
-    if not files or ingredient.source.path is None:
-        if is_address(ingredient.path):
-            raise RecipeError(
-                f"{printable(ingredient.name)}: is read over the network, and parts read files; "
-                f"download it, a model of the Hub with {option('download', True)}"
-            )
-        raise RecipeError(
-            f"{printable(ingredient.name)}: is not made of files, which other processes could "
-            f"read; leave out {option('part')}"
-        )
-    return IngredientIdentity(ingredient.path, tuple(files))
 
 
 def share(plan: MixPlan, files: FilePlan, number: int, n: int) -> list[Leaf]:

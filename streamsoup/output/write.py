@@ -12,14 +12,14 @@ import os
 import posixpath
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import xxhash
 
 from streamsoup.engine.digest import SIZE, Digests
 from streamsoup.engine.plan import NOTES, FilePlan, Leaf, MixPlan
 from streamsoup.formats.files import Descriptors
-from streamsoup.output.journal import Journal
 from streamsoup.sizes import nbytes_text
 from streamsoup.system import libc
 from streamsoup.system.buffers import Bytes
@@ -120,6 +120,28 @@ class FileSink:
             finally:
                 os.close(descriptor)
 
+    def attach(self, numbers: Iterable[int], *, resumes: bool) -> None:
+        """Open the folders of some shards, which another process has made; make nothing.
+
+        Raises `OSError` if they are not there.
+        """
+        for number in numbers:
+            above, name = posixpath.split(self._files.files[number].name)
+            folder = self._folders[""]
+            for part in above.split("/") if above and above not in self._folders else ():
+                inner = folder.folder(part)
+                if folder is not self._folders[""]:
+                    folder.close()
+                folder = inner
+            folder = self._folders.setdefault(above, folder)
+            descriptor = folder.file(name, os.O_RDWR)
+            try:
+                if resumes:
+                    # After a failed write the disk and the cache may differ.
+                    libc.forget_cached(descriptor)
+            finally:
+                os.close(descriptor)
+
     def sync(self, numbers: Iterable[int] | None = None) -> None:
         """Wait until some shards, or all, are on disk."""
         for number in range(len(self._files.files)) if numbers is None else numbers:
@@ -139,6 +161,16 @@ class FileSink:
             self._folders.pop(above).close()
 
 
+class Notes(Protocol):
+    """Where finished leaves are noted: a `Journal`, or what is as good."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read all records."""
+
+    def append(self, record: dict[str, Any], *, wait: bool = True) -> None:
+        """Add a record; it is on disk then."""
+
+
 class FileLedger:
     """The finished leaves of a `FileSink`, in a journal beside it.
 
@@ -146,7 +178,7 @@ class FileLedger:
     is trusted only if the bytes match its digest.
     """
 
-    def __init__(self, plan: MixPlan, sink: FileSink, journal: Journal, digests: Digests) -> None:
+    def __init__(self, plan: MixPlan, sink: FileSink, journal: Notes, digests: Digests) -> None:
         """Read what earlier runs noted into `digests`."""
         self._plan, self._sink, self._journal, self.digests = plan, sink, journal, digests
         self._lock = threading.Lock()

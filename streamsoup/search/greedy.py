@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable, some
@@ -115,6 +116,7 @@ def greedy(
     """
     started = time.monotonic()
     check_options(settings, GreedySettings)
+    refuse_spread(options, "greedy")
     opened = open_ingredients(ingredients, options.reading.downloading)
     settings.check(len(opened))
     check_independent([each.source for each in opened])

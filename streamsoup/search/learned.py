@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.engine.statistics import note_of
@@ -107,6 +108,7 @@ def learned(
     import torch
 
     check_options(settings, LearnedSettings)
+    refuse_spread(options, "learned")
     settings.check()
     if torch.is_inference_mode_enabled():
         raise RecipeError("nothing has a gradient in torch.inference_mode(): learn outside of it")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, TaskError, check_choice, option
@@ -153,6 +154,7 @@ def sweep(
     the mean each. Holds the model, and what the verb itself holds.
     """
     check_options(settings, SweepSettings)
+    refuse_spread(options, "sweep")
     check_choice("method", method, tuple(METHODS))
     verb: Callable[..., Soup] = getattr(
         importlib.import_module(f"streamsoup.methods.{METHODS[method]}"), method

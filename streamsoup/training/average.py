@@ -24,6 +24,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.errors import (
     MismatchError,
     NonFiniteError,
@@ -355,6 +356,7 @@ class Average:
         from streamsoup.training.saving import save
 
         check_options(options, Options)
+        refuse_spread(options, "an average in training")
         if options.part is not None:
             raise RecipeError("an average is saved whole; leave part out")
         module = self._module if model is None else model

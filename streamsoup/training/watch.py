@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import msgspec
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import (
     ChangedIngredientError,
@@ -122,6 +123,7 @@ def watch(
     are there. Each average costs what `uniform` of its checkpoints does.
     """
     check_options(options, Options)
+    refuse_spread(options, "watch")
     asked = _asked(run, output, method, last, every, decay, curve, until, options)
     poll_s = take("float", "poll_s", poll_s)
     if not 0 < poll_s < 1e6:

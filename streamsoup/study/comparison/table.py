@@ -17,6 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.errors import (
     OutputError,
     OutputExistsError,
@@ -130,6 +131,7 @@ def compare(
     task's predictions, and no pass. Holds one model, and the logits of one split twice over.
     """
     check_options(settings, CompareSettings)
+    refuse_spread(options, "compare")
     loaded = load_task(task)
     ingredients = listed(ingredients)
     if not ingredients:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsoup.cluster.choice import refuse_spread
 from streamsoup.errors import RecipeError
 from streamsoup.formats.ingredients import AnyIngredient
 from streamsoup.options import Options, check_options, settle
@@ -129,6 +130,7 @@ def landscape(
     task over each split; holds one model.
     """
     check_options(settings, LandscapeSettings)
+    refuse_spread(options, "landscape")
     loaded = load_task(task)
     wanted = [loaded.check_split(split) for split in (settings.splits or loaded.splits[:1])]
     with Cache(os.fspath(cache)) as answers:
