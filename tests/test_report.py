@@ -35,11 +35,11 @@ from streamsoup.study.measures.rows import (
     Splits,
 )
 from streamsoup.study.names import short_names
+from streamsoup.study.pages.blocks import Code, Heading, Plot, Table, Text
+from streamsoup.study.pages.page import Page
 from streamsoup.study.plot import plot_coefficients, plot_geometry
 from streamsoup.study.report import comparison_plots, figures
-from streamsoup.study.report.blocks import Code, Heading, Plot, Table, Text
 from streamsoup.study.report.comparison import verdict
-from streamsoup.study.report.page import Page
 from streamsoup.study.report.paths import draw_landscape, sweep_page
 from streamsoup.study.report.write import write_report
 

@@ -20,11 +20,12 @@ from test_report import Checker, small
 import streamsoup
 from streamsoup.cli import cli
 from streamsoup.errors import OutputError, OutputExistsError, RecipeError
+from streamsoup.study.pages.axes import axis
+from streamsoup.study.pages.blocks import Heading, Plot, Point, Series, Table, Text, shades
+from streamsoup.study.pages.heat import heat_map
+from streamsoup.study.pages.page import Page
+from streamsoup.study.pages.svg import SHAPES, draw, standing_alone
 from streamsoup.study.report import searches
-from streamsoup.study.report.axes import axis
-from streamsoup.study.report.blocks import Heading, Plot, Point, Series, Table, Text, shades
-from streamsoup.study.report.page import Page
-from streamsoup.study.report.svg import SHAPES, draw, heat_map, standing_alone
 from streamsoup.study.report.write import write_report
 
 NASTY = "x\"'><script>alert(1)</script><img src=x onerror=alert(2)>\u202egnp\x1b[2J\x9b"

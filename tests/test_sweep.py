@@ -17,8 +17,8 @@ from streamsoup import Candidate, Options, Step, SweepSettings
 from streamsoup.cli import cli
 from streamsoup.errors import RecipeError, TaskError
 from streamsoup.search.sweep import METHODS, places
+from streamsoup.study.pages.blocks import Plot, Table
 from streamsoup.study.report import sweeps
-from streamsoup.study.report.blocks import Plot, Table
 
 GRID = {"density": [0.2, 0.6], "lambda_": [0.5, 1.0]}
 

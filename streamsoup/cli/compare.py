@@ -163,8 +163,8 @@ def landscape(
         from streamsoup.output.destination import check_outside
         from streamsoup.study.landscape.landscape import LandscapeSettings
         from streamsoup.study.landscape.landscape import landscape as measure
+        from streamsoup.study.pages.page import write_text
         from streamsoup.study.report.figures import check_picture
-        from streamsoup.study.report.page import write_text
         from streamsoup.study.report.paths import draw_landscape
 
         check_picture(plot)

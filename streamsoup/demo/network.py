@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from streamsoup.demo.digits import SIDE
 from streamsoup.errors import OutputError, printable
-from streamsoup.study.report.page import write_text
+from streamsoup.study.pages.page import write_text
 
 N_CLASSES = 10
 

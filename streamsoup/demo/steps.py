@@ -29,7 +29,7 @@ from streamsoup.errors import OutputExistsError, printable
 from streamsoup.methods.angles import Geometry
 from streamsoup.search.greedy import GreedySoup
 from streamsoup.search.learned import LearnedSoup
-from streamsoup.study.report.page import write_text
+from streamsoup.study.pages.page import write_text
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from streamsoup.errors import count
 from streamsoup.methods.angles import Geometry, Place
 from streamsoup.study.names import short_names
-from streamsoup.study.report.blocks import (
+from streamsoup.study.pages.blocks import (
     Block,
     Code,
     Heading,
@@ -24,7 +24,7 @@ from streamsoup.study.report.blocks import (
     Text,
     shades,
 )
-from streamsoup.study.report.page import Page
+from streamsoup.study.pages.page import Page
 
 __all__ = ["page", "rows"]
 

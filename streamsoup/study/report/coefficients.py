@@ -10,7 +10,7 @@ from streamsoup.errors import count
 from streamsoup.search.learned import LearnedSoup
 from streamsoup.sizes import nbytes_text
 from streamsoup.study.names import short_names
-from streamsoup.study.report.blocks import (
+from streamsoup.study.pages.blocks import (
     Block,
     Code,
     Heading,
@@ -21,7 +21,7 @@ from streamsoup.study.report.blocks import (
     Text,
     shades,
 )
-from streamsoup.study.report.page import Page
+from streamsoup.study.pages.page import Page
 
 __all__ = ["coefficient_map", "page", "rows"]
 

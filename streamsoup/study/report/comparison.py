@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from streamsoup.errors import printable
 from streamsoup.study.measures.rows import Cell, Comparison, Gain, Row
+from streamsoup.study.pages.blocks import Block, Code, Heading, Table, Text
+from streamsoup.study.pages.page import Page
 from streamsoup.study.report import comparison_plots as plots
-from streamsoup.study.report.blocks import Block, Code, Heading, Table, Text
-from streamsoup.study.report.page import Page
 
 __all__ = ["page", "verdict"]
 

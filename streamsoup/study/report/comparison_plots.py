@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from streamsoup.study.measures.rows import MEAN, Comparison, Row
-from streamsoup.study.report.blocks import Plot, Point, Series, Table
+from streamsoup.study.pages.blocks import Plot, Point, Series, Table
 from streamsoup.study.report.coefficients import coefficient_map
 
 __all__ = ["curves", "heat_maps", "intervals", "pairs", "scatter", "theory"]

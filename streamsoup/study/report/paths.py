@@ -12,7 +12,7 @@ from streamsoup.errors import printable
 from streamsoup.study.landscape.landscape import Landscape
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.names import short_names
-from streamsoup.study.report.blocks import (
+from streamsoup.study.pages.blocks import (
     Block,
     Code,
     Heading,
@@ -22,8 +22,8 @@ from streamsoup.study.report.blocks import (
     Table,
     Text,
 )
+from streamsoup.study.pages.page import Page
 from streamsoup.study.report.figures import new_figure, place_names, plain, save
-from streamsoup.study.report.page import Page
 
 __all__ = ["draw_landscape", "sweep_page"]
 

@@ -14,7 +14,7 @@ from streamsoup.errors import count
 from streamsoup.search.report import beyond_scoring
 from streamsoup.sizes import nbytes_text
 from streamsoup.study.names import short_names
-from streamsoup.study.report.blocks import (
+from streamsoup.study.pages.blocks import (
     Block,
     Code,
     Heading,
@@ -24,7 +24,7 @@ from streamsoup.study.report.blocks import (
     Table,
     Text,
 )
-from streamsoup.study.report.page import Page
+from streamsoup.study.pages.page import Page
 
 __all__ = ["cost", "page", "rows"]
 

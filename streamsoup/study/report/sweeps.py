@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamsoup.errors import printable
-from streamsoup.study.report.blocks import (
+from streamsoup.study.pages.blocks import (
     Block,
     Code,
     Heading,
@@ -22,7 +22,7 @@ from streamsoup.study.report.blocks import (
     Text,
     shades,
 )
-from streamsoup.study.report.page import Page
+from streamsoup.study.pages.page import Page
 
 __all__ = ["lines", "page", "rows"]
 

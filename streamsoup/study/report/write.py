@@ -25,9 +25,9 @@ from streamsoup.search.learned import LearnedSoup
 from streamsoup.search.sweep import SweepSoup
 from streamsoup.study.landscape.paths import Sweep
 from streamsoup.study.measures.rows import Comparison
+from streamsoup.study.pages.markdown import END
+from streamsoup.study.pages.page import GENERATOR, Page, write_text
 from streamsoup.study.report import angles, coefficients, comparison, paths, searches, sweeps
-from streamsoup.study.report.markdown import END
-from streamsoup.study.report.page import GENERATOR, Page, write_text
 from streamsoup.system.regular import read_whole
 from streamsoup.system.schemes import check_local
 

@@ -1,29 +1,29 @@
-"""Plots and heat maps as SVG: in an HTML page, where marks have hints, or as files by themselves.
+"""Plots as SVG: in an HTML page, where marks have hints, or as files by themselves.
 
 Text has the size of the page's; how wide it is can only be estimated.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import unicodedata
 from collections.abc import Sequence
 
-from streamsoup.errors import printable
-from streamsoup.study.report.axes import Axis, axis
-from streamsoup.study.report.blocks import Plot, Point, Series, Table
+from streamsoup.study.pages.axes import Axis, axis
+from streamsoup.study.pages.blocks import Plot, Point, Series
+from streamsoup.study.pages.escapes import hint_in_html, in_html, shown
 
 __all__ = [
+    "ROW",
     "SHAPES",
     "beside",
     "draw",
-    "heat_map",
-    "hint_in_html",
-    "in_html",
-    "shown",
+    "short",
     "standing_alone",
+    "start",
+    "width_of",
+    "written",
 ]
 
 WIDTH, HEIGHT = 480, 340
@@ -35,8 +35,6 @@ ROW = 22
 """The height of a line of the legend, and of a place on the vertical axis."""
 LONGEST = 30
 """Letters of a name in a legend or on an axis; more are left out from the middle."""
-NUMBERED = 400
-"""Most cells of a heat map for which there is room for their numbers."""
 
 SHAPES = {
     "circle": "M-1 0A1 1 0 1 1 1 0A1 1 0 1 1-1 0Z",
@@ -49,31 +47,6 @@ SHAPES = {
     "cross": "M-1-.45-.45-1 0-.55.45-1 1-.45.55 0 1 .45.45 1 0 .55-.45 1-1 .45-.55 0Z",
 }
 """Marks, about two units wide."""
-
-
-def shown(text: str) -> str:
-    r"""Return a text with what steers a terminal or turns the line around as visible escapes.
-
-    Names come out of files that anyone may have made.
-
-    >>> shown("soup\u202etxt.exe\x1b[2J")
-    'soup\\u202etxt.exe\\x1b[2J'
-    """
-    return printable(text, len(text))
-
-
-def in_html(text: str) -> str:
-    """Return a text as it may stand in HTML and SVG, in attributes too."""
-    return html.escape(shown(text))
-
-
-def hint_in_html(text: str) -> str:
-    r"""Return a hint as it may stand in HTML and SVG, its lines apart.
-
-    >>> hint_in_html("a<b\n0.5")
-    'a&lt;b&#10;0.5'
-    """
-    return "&#10;".join(map(in_html, text.split("\n")))
 
 
 def beside(name: str) -> str:
@@ -96,17 +69,17 @@ def draw(plot: Plot) -> str:
         (each, [p for p in each.points if math.isfinite(p.x) and math.isfinite(p.y)])
         for each in plot.series
     ]
-    names = [_short(each.name) for each, points in series if each.name and points]
+    names = [short(each.name) for each, points in series if each.name and points]
     legend, n_lines = _legend([each for each, points in series if each.name and points], names)
     height = TOP + BOTTOM + ROW * len(plot.places) if plot.places else HEIGHT
     left: float = LEFT
     if plot.places:
-        left = min(24 + max(map(_width, map(_short, plot.places))), 0.56 * WIDTH)
+        left = min(24 + max(map(width_of, map(short, plot.places))), 0.56 * WIDTH)
     xs = [x for _, points in series for p in points for x in (p.x, p.low, p.high)]
     ys = [p.y for _, points in series for p in points]
     across = axis([*xs, *plot.verticals], left, WIDTH - RIGHT, n_ticks=6, whole=plot.whole)
     up = _up(plot, [*ys, *plot.horizontals], height)
-    parts = [_start(plot.words, WIDTH, height + ROW * n_lines)]
+    parts = [start(plot.words, WIDTH, height + ROW * n_lines)]
     if across is None or up is None or not ys:
         parts.append(
             f'<text x="{WIDTH / 2}" y="{height / 2}" class="middle">no finite value</text>'
@@ -126,7 +99,8 @@ def _up(plot: Plot, ys: Sequence[float], height: float) -> Axis | None:
     return axis(ys, height - BOTTOM, TOP, n_ticks=5)
 
 
-def _start(words: str, width: float, height: float) -> str:
+def start(words: str, width: float, height: float) -> str:
+    """Return the start of an SVG element of a size in pixels."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
         f'role="img" aria-label="{in_html(words)}">'
@@ -140,17 +114,17 @@ def _frame(plot: Plot, across: Axis, up: Axis, height: float) -> list[str]:
     for value, text in across.ticks():
         x = across.at(value)
         parts.append(f'<path class="tick" d="M{x:.1f} {TOP}V{bottom}"/>')
-        parts.append(_text(x, bottom + 18, text, "middle"))
+        parts.append(written(x, bottom + 18, text, "middle"))
     if plot.places:
         for n, name in enumerate(plot.places):
             y = up.at(n)
             parts.append(f'<path class="tick" d="M{across.begin:.1f} {y:.1f}H{across.end:.1f}"/>')
-            parts.append(_text(across.begin - 8, y + 5, _short(name), "end"))
+            parts.append(written(across.begin - 8, y + 5, short(name), "end"))
     else:
         for value, text in up.ticks():
             y = up.at(value)
             parts.append(f'<path class="tick" d="M{across.begin:.1f} {y:.1f}H{across.end:.1f}"/>')
-            parts.append(_text(across.begin - 6, y + 5, text, "end"))
+            parts.append(written(across.begin - 6, y + 5, text, "end"))
     for value in filter(math.isfinite, plot.verticals):
         parts.append(f'<path class="guide" d="M{across.at(value):.1f} {TOP}V{bottom}"/>')
     for value in filter(math.isfinite, plot.horizontals):
@@ -161,10 +135,10 @@ def _frame(plot: Plot, across: Axis, up: Axis, height: float) -> list[str]:
         ends = [f"{across.at(value):.1f} {up.at(value):.1f}" for value in (low, high)]
         parts.append(f'<path class="guide" d="M{ends[0]}L{ends[1]}"/>')
     middle = (across.begin + across.end) / 2
-    parts.append(_text(middle, bottom + 40, _short(plot.across, 52), "middle label"))
+    parts.append(written(middle, bottom + 40, short(plot.across, 52), "middle label"))
     if plot.up:
         at = f"translate(15 {(TOP + bottom) / 2:.1f}) rotate(-90)"
-        words = in_html(_short(plot.up, 38))
+        words = in_html(short(plot.up, 38))
         parts.append(f'<text class="middle label" transform="{at}">{words}</text>')
     return parts
 
@@ -203,13 +177,13 @@ def _legend(series: Sequence[Series], names: Sequence[str]) -> tuple[str, int]:
     """Return the legend, as many in a line as have room, and the number of lines."""
     parts, x, line = [], 12.0, 0
     for each, name in zip(series, names, strict=True):
-        room = 34 + _width(name)
+        room = 34 + width_of(name)
         if x > 12 and x + room > WIDTH:
             x, line = 12.0, line + 1
         y = 6 + ROW * line
         stroke = f'<path class="line {each.line}" d="M{x} {y}h22"/>' if each.line else ""
         mark = _mark(each, x + 11, y)
-        parts.append(f'<g class="c{each.colour}">{stroke}{mark}</g>{_text(x + 27, y + 5, name)}')
+        parts.append(f'<g class="c{each.colour}">{stroke}{mark}</g>{written(x + 27, y + 5, name)}')
         x += room + 8
     return "".join(parts), line + 1 if parts else 0
 
@@ -222,15 +196,15 @@ def _names(points: Sequence[Point], across: Axis, up: Axis) -> list[str]:
     for point in points:
         if not point.name:
             continue
-        x, y, name = across.at(point.x), up.at(point.y), _short(point.name)
-        width = _width(name)
+        x, y, name = across.at(point.x), up.at(point.y), short(point.name)
+        width = width_of(name)
         for left, base in ((x + 7, y - 3), (x + 7, y + 12), (x - 7 - width, y - 3),
                            (x - 7 - width, y + 12)):  # fmt: skip
             box = (left, base - 11, left + width, base + 3)
             inside = across.begin < left and left + width < across.end
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                parts.append(_text(left, base, name, "name"))
+                parts.append(written(left, base, name, "name"))
                 break
     return parts
 
@@ -242,55 +216,19 @@ def _overlap(one: Box, two: Box) -> bool:
     return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
-def heat_map(table: Table) -> str:
-    """Return a table with shades as an SVG element: a square for each of its cells."""
-    rows = [_short(row[0]) for row in table.rows]
-    head = [_short(each) for each in table.head[1:]]
-    numbers = len(rows) * len(head) <= NUMBERED
-    cell = (
-        max([30.0, *(14 + _width(text) for row in table.rows for text in row[1:])])
-        if numbers
-        else 16.0
-    )
-    left = 14 + max(map(_width, rows), default=0)
-    turned = any(_width(name) > cell - 6 for name in head)
-    top = 14 + (max(map(_width, head), default=0) if turned else 14)
-    words = table.words or table.name
-    parts = [_start(words, left + cell * len(head) + 14, top + ROW * len(rows) + 14)]
-    for column, name in enumerate(head):
-        x = left + cell * (column + 0.5)
-        at = f"translate({x + 4:.1f} {top - 6:.1f}) rotate(-90)"
-        parts.append(
-            f'<text transform="{at}">{in_html(name)}</text>'
-            if turned
-            else _text(x, top - 6, name, "middle")
-        )
-    for n, row in enumerate(table.rows):
-        y = top + ROW * n
-        parts.append(_text(left - 6, y + 16, rows[n], "end"))
-        for column, text in enumerate(row[1:]):
-            x, shade = left + cell * column, table.shades.get((n, column + 1))
-            if shade is not None:
-                size = f'width="{cell - 1:.1f}" height="{ROW - 1}"'
-                place = f'x="{x:.1f}" y="{y:.1f}"'
-                parts.append(f'<rect class="heat" style="--s:{shade:.3f}" {place} {size}/>')
-            if numbers:
-                bold = "middle bold" if (n, column + 1) in table.bold else "middle"
-                parts.append(_text(x + cell / 2, y + 16, text, bold))
-    return "".join([*parts, "</svg>"])
-
-
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
+def written(x: float, y: float, text: str, kind: str = "") -> str:
+    """Return a text at a place; `kind` is its class."""
     kind = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{kind}>{in_html(text)}</text>'
 
 
-def _short(text: str, longest: int = LONGEST) -> str:
+def short(text: str, longest: int = LONGEST) -> str:
+    """Return a text as it is shown, with the middle of a long one left out."""
     text = shown(text)
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
-def _width(text: str) -> float:
+def width_of(text: str) -> float:
     """Return about how wide a text is, in pixels."""
     return LETTER * sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

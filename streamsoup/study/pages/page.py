@@ -15,16 +15,11 @@ from itertools import groupby
 import msgspec
 
 from streamsoup.errors import OutputError, printable
-from streamsoup.study.report.blocks import Block, Code, Heading, Plot, Table, Text
-from streamsoup.study.report.markdown import markdown
-from streamsoup.study.report.svg import (
-    beside,
-    draw,
-    heat_map,
-    hint_in_html,
-    in_html,
-    standing_alone,
-)
+from streamsoup.study.pages.blocks import Block, Code, Heading, Plot, Table, Text
+from streamsoup.study.pages.escapes import hint_in_html, in_html
+from streamsoup.study.pages.heat import heat_map
+from streamsoup.study.pages.markdown import markdown
+from streamsoup.study.pages.svg import beside, draw, standing_alone
 from streamsoup.system.folders import replacing
 
 __all__ = ["GENERATOR", "Page", "write_text"]

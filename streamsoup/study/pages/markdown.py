@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from streamsoup.study.report.blocks import Block, Code, Heading, Plot, Table, Text
-from streamsoup.study.report.svg import shown
+from streamsoup.study.pages.blocks import Block, Code, Heading, Plot, Table, Text
+from streamsoup.study.pages.escapes import shown
 
 __all__ = ["END", "markdown"]
 
