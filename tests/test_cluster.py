@@ -38,6 +38,7 @@ from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.output.planned import planned
 from streamsoup.output.write import FileLedger
 from streamsoup.recipe import Coefficients, Recipe
+from streamsoup.search.scoring.actors import places_on
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +319,23 @@ def test_what_cannot_be_spread_is_refused_by_name(three: list[str], tmp_path: Pa
         "commit works in this process alone",
         lambda: streamsoup.commit(output, options=Options(**spread)),
     )
+    settings: dict[str, Any] = {"base": three[0], "output": output}
+    refused(
+        "whole model.*leave out ray",
+        lambda: streamsoup.sweep(
+            three[1:],
+            "ties",
+            "task.py",
+            {"density": [0.5]},
+            trim="model",
+            **settings,
+            options=Options(ray="local"),
+        ),
+    )
+    refused(
+        "candidates are scored over Ray, or by a scorer of your own",
+        lambda: streamsoup.greedy(three, "task.py", output=output, options=Options(**spread)),
+    )
     for address in ("", "ray://head:10001"):
         refused(
             "is not local, auto, or the HOST:PORT",
@@ -340,3 +358,14 @@ def test_without_ray_one_line_says_what_to_install(
     assert not list(tmp_path.glob("out*"))
     assert isinstance(RayExecutor("local"), Executor)
     assert isinstance(Shuffled(), Executor)
+
+
+def test_an_actor_has_a_place_on_each_gpu_or_several_on_each_node() -> None:
+    """In turns over the nodes; CPUs are shared where there are more jobs than CPUs."""
+    cpus = {"a": {"CPU": 4.0}, "b": {"CPU": 1.0}}
+    found = [(place.node, place.n_gpus, place.n_cpus) for place in places_on(cpus, 2)]
+    assert found == [("a", 0, 1), ("b", 0, 0.5), ("a", 0, 1), ("b", 0, 0.5)]
+    gpus = {"a": {"CPU": 4.0, "GPU": 2.0}, "b": {"CPU": 4.0}, "c": {"CPU": 4.0, "GPU": 1.0}}
+    assert [(place.node, place.n_gpus) for place in places_on(gpus, 3)] == [
+        *(("a", 1), ("c", 1), ("a", 1)),
+    ]

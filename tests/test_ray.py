@@ -18,8 +18,18 @@ import psutil
 import pytest
 from checkpoints import save, tensor
 
-from streamsoup import Options, geometry, slerp, ties, uniform
-from streamsoup.errors import NonFiniteError
+from streamsoup import (
+    GreedySettings,
+    Options,
+    Trial,
+    geometry,
+    greedy,
+    slerp,
+    sweep,
+    ties,
+    uniform,
+)
+from streamsoup.errors import NonFiniteError, TaskError
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -208,3 +218,150 @@ def test_a_cluster_that_is_not_there_is_named(paths: list[str], tmp_path: Path) 
     assert found.returncode == 1
     assert "error: --ray 127.0.0.1:9: cannot be reached: " in found.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+TASK = """
+import os, time
+import torch
+from torch import nn
+
+splits = ["val"]
+
+
+def build():
+    model = nn.Module()
+    for n in range(20):
+        model.register_parameter(f"w{n}", nn.Parameter(torch.zeros(40, 50)))
+    return model
+
+
+def score(model, split):
+    time.sleep(PAUSE)
+    return round(-float(sum((p ** 2).sum() for p in model.parameters())), 2)
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    """Write a task that likes weights near zero."""
+    (tmp_path / "task.py").write_text(TASK.replace("PAUSE", "0.2"))
+    return str(tmp_path / "task.py")
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> list[str]:
+    """Save six checkpoints, some of them better than others."""
+    for i in range(6):
+        rng = np.random.default_rng(i)
+        scale = 1 + (i % 3) / 2
+        model = {
+            f"w{n}": tensor((scale * rng.standard_normal((40, 50))).astype("f4")) for n in range(20)
+        }
+        save(tmp_path / f"s{i}", model)
+    return [str(tmp_path / f"s{i}") for i in range(6)]
+
+
+def decided(soup: Any) -> Any:
+    """Return every trial with its score and decision, and what was kept."""
+    trials = [trial for run in soup.runs for trial in run.trials]
+    return soup.members, [(t.members, t.score.value, t.decision) for t in (*soup.singles, *trials)]
+
+
+def actors() -> list[psutil.Process]:
+    """Return the actors of searches."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "ray::_Actor" in " ".join(process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def test_a_greedy_search_ends_as_it_does_here(
+    cluster: Any, six: list[str], task: str, tmp_path: Path
+) -> None:
+    """With two actors on each node: the same trials, decisions and bytes; an actor is killed."""
+    here = greedy(six, task, output=tmp_path / "here")
+    killed: list[int] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, Trial) and not killed:
+            found = actors()[0]
+            killed.append(found.pid)
+            found.kill()
+
+    there = greedy(
+        six,
+        task,
+        output=tmp_path / "there",
+        settings=GreedySettings(jobs=2),
+        options=Options(ray=cluster.address, on_event=on_event),
+    )
+    assert killed
+    assert decided(there) == decided(here)
+    assert shard(tmp_path / "there") == shard(tmp_path / "here")
+    end = time.monotonic() + 10
+    while actors() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not actors()
+
+
+def test_a_search_survives_its_node(
+    cluster: Any, six: list[str], task: str, tmp_path: Path
+) -> None:
+    """Candidates of a node that died go to others."""
+    here = greedy(six, task, output=tmp_path / "here")
+    extra = cluster.add_node(**NODE)
+    removed: list[str] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, Trial) and not removed:
+            removed.append(extra.node_id)
+            cluster.remove_node(extra, allow_graceful=False)
+
+    options = Options(ray=cluster.address, on_event=on_event)
+    there = greedy(six, task, output=tmp_path / "there", options=options)
+    assert removed
+    assert decided(there) == decided(here)
+
+
+def test_a_sweep_and_a_command_over_ray(
+    cluster: Any, six: list[str], task: str, tmp_path: Path
+) -> None:
+    """Points of a sweep have the scores of one process; commands get folders of their own."""
+    grid = {"density": [0.2, 0.5, 0.9]}
+    found = []
+    for name, ray in (("here", None), ("there", cluster.address)):
+        soup = sweep(
+            six[1:4],
+            "ties",
+            task,
+            grid,
+            base=six[0],
+            output=tmp_path / name,
+            options=Options(ray=ray),
+        )
+        found.append([soup.score, soup.best, soup.report["sweep"], shard(tmp_path / name)])
+    assert found[0] == found[1]
+    command = "wc -c < {checkpoint}/model.safetensors"
+    python = [sys.executable, "-m", "streamsoup"]
+    rest = ["--json", "-o", str(tmp_path / "c")]
+    told = subprocess.run(
+        [*python, "greedy", *six[:3], "--command", command, *("--ray", cluster.address), *rest],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(told.stdout)["path"] == str(tmp_path / "c")
+
+
+def test_an_error_of_a_task_names_the_node(cluster: Any, six: list[str], tmp_path: Path) -> None:
+    """And the candidate, as in one process."""
+    (tmp_path / "bad.py").write_text(TASK.replace("time.sleep(PAUSE)", "raise ValueError('no')"))
+    with pytest.raises(TaskError, match=r"ValueError: no[^$]*this was on node_\w+"):
+        greedy(
+            six,
+            str(tmp_path / "bad.py"),
+            output=tmp_path / "out",
+            options=Options(ray=cluster.address),
+        )
+    assert not (tmp_path / "out").exists()

@@ -122,6 +122,7 @@ RULES = (
 @common.WRITING
 @common.MAKING
 @common.RUNNING
+@common.RAY
 @common.TRACEBACK
 @common.REPORTING
 def greedy(ingredients: tuple[str, ...], output: str, report: str | None, **settings: Any) -> int:

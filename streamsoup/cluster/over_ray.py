@@ -126,6 +126,11 @@ class RayExecutor(Closing):
                 f"{option('ray')} {printable(self.address)}: cannot be reached: {text}"
             ) from None
 
+    @property
+    def ray(self) -> Any:
+        """The module, once this is open."""
+        return self._ray
+
     def nodes(self) -> dict[str, dict[str, float]]:
         """Return what each node has: CPUs, GPUs, memory; by its id, those that are alive."""
         self.open()

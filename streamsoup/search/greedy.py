@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from streamsoup.cluster.choice import refuse_spread
+from streamsoup.cluster.choice import executing
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, printable, some
@@ -38,7 +38,7 @@ from streamsoup.formats.fitting.fit import check_independent
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.live.candidates import Moved
 from streamsoup.options import Options, check_options
-from streamsoup.output.make import Order, Soup, digest_beside, order
+from streamsoup.output.make import Order, Soup, check_spread, digest_beside, order
 from streamsoup.recipe import Coefficients
 from streamsoup.search.folder import bound_ingredients
 from streamsoup.search.report import RULES, report_of
@@ -114,14 +114,26 @@ def greedy(
     (`GreedySettings.sums`), and backward, all that is kept. Holds the model, blocks, and the
     running sum if it fits `Options.memory`.
     """
-    started = time.monotonic()
     check_options(settings, GreedySettings)
-    refuse_spread(options, "greedy")
+    with executing(options) as held:
+        return _greedy(ingredients, task, output, model, settings, held)
+
+
+def _greedy(
+    ingredients: Iterable[AnyIngredient],
+    task: AnyTask | CommandTask | Scorer,
+    output: str | os.PathLike[str],
+    model: nn.Module | None,
+    settings: GreedySettings,
+    options: Options,
+) -> GreedySoup:
+    started = time.monotonic()
     opened = open_ingredients(ingredients, options.reading.downloading)
     settings.check(len(opened))
     check_independent([each.source for each in opened])
     equal = Linear(Coefficients.uniform(len(opened)))
     everything = order(opened, equal, method="greedy", options=options)
+    check_spread(everything, options)
     run = SearchRun(output, opened, restart=settings.restart, options=options)
     scorer = choose_scorer(task, everything, model, settings, options, folder=run.folder)
     with closing(scorer):

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from streamsoup.cluster.choice import refuse_spread
+from streamsoup.cluster.choice import executing
 from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, TaskError, check_choice, option
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options, Step, check_options, settle, take
-from streamsoup.output.make import Order, Soup, order
+from streamsoup.output.make import Order, Soup, check_spread, order
 from streamsoup.output.planned import planned
 from streamsoup.recipe import Coefficients
 from streamsoup.rule import Rule
@@ -154,7 +154,6 @@ def sweep(
     the mean each. Holds the model, and what the verb itself holds.
     """
     check_options(settings, SweepSettings)
-    refuse_spread(options, "sweep")
     check_choice("method", method, tuple(METHODS))
     verb: Callable[..., Soup] = getattr(
         importlib.import_module(f"streamsoup.methods.{METHODS[method]}"), method
@@ -233,10 +232,25 @@ def sweep_points(
     """
     if options.part is not None:
         raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
+    with executing(options) as held:
+        return _sweep(points, ordered, task, output, model, settings, held)
+
+
+def _sweep(
+    points: Sequence[Point],
+    ordered: Order,
+    task: AnyTask | CommandTask | Scorer,
+    output: str | os.PathLike[str],
+    model: nn.Module | None,
+    settings: SweepSettings,
+    options: Options,
+) -> SweepSoup:
     opened, method = ordered.plan.ingredients, ordered.plan.recipe.method
     k = len(opened)
     equal = ordered.plan.among(range(k), Linear(Coefficients.uniform(k)))
     everything = replace(ordered, plan=equal)
+    for point in points:  # each may be what is made in the end
+        check_spread(replace(ordered, plan=ordered.plan.among(range(k), point.rule)), options)
     compared = _compared(k) if "base" in ordered.report else {}
     run = SearchRun(output, opened, restart=settings.restart, options=options)
     scorer = choose_scorer(

@@ -1,13 +1,14 @@
 """Who scores: the one place where that is decided.
 
-====================================  =============================================
+====================================  ==================================================
 a `Scorer`                            itself
+a command or task, and Ray            `RayScorer`, with a `WorkerScorer` in each actor
 a command or task, and servers        `ServerScorer`, one candidate in each server
 a command, one at a time              `FolderScorer`: it limits its own time
 a command, several at once            `WorkerScorer`, with a `FolderScorer` in each
 a task, a time limit or several jobs  `WorkerScorer`, with a `LiveScorer` in each
 a task                                `LiveScorer`, in the model given or built here
-====================================  =============================================
+====================================  ==================================================
 
 Tasks of lm-evaluation-harness are tasks like any other (`task.harness`).
 """
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from streamsoup.cluster.choice import is_spread
 from streamsoup.engine.budget import memory_budget
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, option
 from streamsoup.options import Note, Options
 from streamsoup.output.make import Order
 from streamsoup.search.scoring.folders import FolderScorer
@@ -84,6 +86,8 @@ def choose_scorer(
         if task.n_at_once < 1:
             raise RecipeError(f"{task.name}: n_at_once must be at least 1, got {task.n_at_once}")
         return task
+    if is_spread(options):
+        return _over_ray(work(task, 0), model, settings, options)
     if settings.servers:
         limited = settings.timeout is not None and not isinstance(task, CommandTask)
         others = settings.jobs > 1 or settings.isolate or settings.recalibrate
@@ -118,3 +122,33 @@ def choose_scorer(
         options.on_event(Note("building the model"))
     works = [work(task, n) for n in range(settings.jobs)]
     return WorkerScorer(works, timeout=settings.timeout)
+
+
+def _over_ray(
+    work: Work, model: nn.Module | None, settings: GreedySettings, options: Options
+) -> Scorer:
+    """Return actors on the nodes of Ray, `GreedySettings.jobs` of them on each without GPUs."""
+    from streamsoup.cluster.over_ray import RayExecutor
+    from streamsoup.search.scoring.actors import RayScorer
+
+    if not isinstance(options.executor, RayExecutor):
+        raise RecipeError(
+            "candidates are scored over Ray, or by a scorer of your own; for that, see "
+            "streamsoup.Scorer"
+        )
+    if model is not None or settings.servers:
+        raise RecipeError(
+            f"a given model, or servers, cannot be spread over a cluster: leave out model and "
+            f"servers, or {option('ray')}"
+        )
+    task = work.task
+    timeout = settings.timeout
+    if isinstance(task, CommandTask):
+        if settings.recalibrate:
+            raise RecipeError("a command cannot recalibrate; give a task file")
+        if task.timeout is None:
+            work = replace(work, task=replace(task, timeout=timeout))
+        timeout = None
+    if options.on_event is not None:
+        options.on_event(Note("starting actors"))
+    return RayScorer(options.executor, work, jobs=settings.jobs, timeout=timeout)

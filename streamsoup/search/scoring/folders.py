@@ -31,7 +31,10 @@ class FolderScorer:
         self.split = task.check_split(work.split)
         self._task, self._work = task, work
         self._candidates: Candidates | RuleCandidates | None = None
-        self._folder = CandidateFolder(work.ordered, work.folder, f"candidate-{os.getpid()}-")
+        # On several machines, processes may have the same number; no two have the same scratch.
+        number = os.path.basename(work.scratch).removeprefix("sum-")
+        prefix = f"candidate-{os.getpid()}-{number}-"
+        self._folder = CandidateFolder(work.ordered, work.folder, prefix)
 
     def prepare(self, recipe: Recipe) -> None:
         """Prepare to make candidates."""
