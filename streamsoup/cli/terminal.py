@@ -40,6 +40,9 @@ DRAW_S = 0.1
 REPORT_S = 30.0
 """Time between two lines where stderr is not a terminal."""
 
+NODE_COLUMNS = 12
+"""Of the name of a node: enough to find it in what ``ray status`` prints."""
+
 WINDOW_S = 10.0
 """Time over which the rate of reading is measured: leaves that were finished before take none."""
 
@@ -262,7 +265,8 @@ class Watcher:
             (since, before), (until, after) = self._samples[0], self._samples[-1]
             rate = (after - before) / (until - since) if until > since else 0.0
             left = _left((progress.nbytes - progress.nbytes_done) / rate) if rate else ""
-            return _bytes_of(progress), f"{nbytes_text(rate)}/s" if rate else "", left, ""
+            rate_text = f"{nbytes_text(rate)}/s" if rate else ""
+            return _bytes_of(progress), rate_text, left, _by_node(progress)
         return "", "", f"{_clock(now - self._started)} so far", self._note
 
     def _current_step(self) -> Step | None:
@@ -333,6 +337,12 @@ def _bytes_of(progress: Progress) -> str:
     done, of = nbytes_text(progress.nbytes_done), nbytes_text(progress.nbytes)
     number, _, unit = done.partition(" ")
     return f"{number}/{of}" if of.endswith(f" {unit}") else f"{done}/{of}"
+
+
+def _by_node(progress: Progress) -> str:
+    """Write how much each node of a cluster has read, under the beginning of its name."""
+    nodes = sorted(progress.nodes.items())
+    return ", ".join(f"{name[:NODE_COLUMNS]} {nbytes_text(nbytes)}" for name, nbytes in nodes)
 
 
 def _count(step: Step) -> str:
