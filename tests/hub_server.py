@@ -36,6 +36,8 @@ class Hub:
         """Of all ranges."""
         self.signed_for = 1_000_000
         self.etag = "one"
+        self.moved = False
+        """``/token`` redirects to ``/plain``."""
         self.signatures: Counter[str] = Counter()
         self.nbytes = 0
         """Bytes of bodies that were sent."""
@@ -115,6 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(403, b"expired")
             hub.signatures[signature] -= 1
             return self.file(hub.root / path.removeprefix("/cdn/"))
+        if path.startswith("/token/"):  # an object of a store that is opened by a token
+            if not self.headers["Authorization"]:
+                return self.answer(401)
+            if hub.moved:
+                return self.answer(302, headers={"Location": path.replace("/token/", "/plain/")})
+            return self.file(hub.root / path.removeprefix("/token/"))
         if path.startswith("/plain/"):
             return self.file(hub.root / path.removeprefix("/plain/"))
         return self.answer(404)

@@ -35,6 +35,7 @@ NOT_RUN = {
     "org/run1": "needs the Hub; a local one in test_hub.py and test_remote.py",
     "https://host": "needs a server; test_remote.py",
     "hf://org": "needs the Hub; test_remote.py",
+    "s3://bucket": "needs a store; test_stores.py and test_stores_moto.py",
     "streamsoup watch": "goes on until it is stopped; test_watch.py",
     "streamsoup demo": "takes a minute; test_demo.py",
     "streamsoup selftest": "takes as long; test_selftest.py",

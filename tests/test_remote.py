@@ -258,7 +258,7 @@ def test_what_is_missing(hub: Hub) -> None:
     """Models, files and servers that are not there are named, with what to do."""
     with pytest.raises(MissingFileError, match=r"org/none.*the Hub has no such model"):
         streamsoup.open_ingredients(["org/none"])
-    with pytest.raises(RecipeError, match="parts read files"):
+    with pytest.raises(RecipeError, match="part is for files that all processes see"):
         streamsoup.uniform(
             ["org/one", "org/two"], output="soup", options=streamsoup.Options(part="1/2")
         )

@@ -17,6 +17,8 @@ _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)", re.
 """Two letters at least: ``C:/`` is a drive."""
 
 _ADVICE = {"file": "give the plain path"}
+_READ = ("https", "http", "hf", "s3", "gs")
+"""Schemes that `formats.remote` reads, for ingredients alone."""
 
 
 def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupError]) -> None:
@@ -28,7 +30,7 @@ def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupErro
     >>> check_local("s3://bucket/run", StreamsoupError)
     Traceback (most recent call last):
         ...
-    streamsoup.errors.StreamsoupError: s3://bucket/run: s3:// is not supported yet; ...
+    streamsoup.errors.StreamsoupError: s3://bucket/run: s3:// is not supported yet but for ...
     """
     given = os.fsdecode(path)
     found = _SCHEME.match(given)
@@ -38,7 +40,8 @@ def check_local(path: str | bytes | os.PathLike[str], error: type[StreamsoupErro
     if found["slashes"] == "/" and os.path.lexists(f"{scheme}:"):
         return
     advice = _ADVICE.get(scheme.lower(), "use a path on a local disk, and copy from or to it")
+    but = " but for ingredients" if scheme.lower() in _READ else ""
     raise error(
-        f"{printable(given)}: {scheme}:// is not supported yet; {advice} "
+        f"{printable(given)}: {scheme}:// is not supported yet{but}; {advice} "
         f"(./{scheme}:/ is a folder of that name)"
     )

@@ -7,19 +7,45 @@ A token is sent to the origin of the Hub alone, as huggingface_hub does, and to 
 from __future__ import annotations
 
 import os
+import re
 from urllib.parse import urlsplit, urlunsplit
 
 from streamsoup.errors import MissingFileError, printable
 
-__all__ = ["check_address", "endpoint", "is_address", "is_here", "origin", "shown", "token_for"]
+__all__ = [
+    *("check_address", "check_object", "endpoint", "is_address", "is_here", "origin", "shown"),
+    *("store_of", "token_for"),
+]
 
 _SCHEMES = ("https", "http", "hf")
+_STORES = ("s3", "gs")
 
 
 def is_address(path: str) -> bool:
-    """Return True for an address that is read: ``https://``, ``http://`` or ``hf://``."""
+    """Return True for what is read: ``https://``, ``http://``, ``hf://``, ``s3://``, ``gs://``."""
     scheme, separator, _ = path.partition("://")
-    return bool(separator) and scheme.lower() in _SCHEMES
+    return bool(separator) and scheme.lower() in (*_SCHEMES, *_STORES)
+
+
+def store_of(path: str) -> str | None:
+    """Return the kind of store whose object or folder a path names, ``s3`` or ``gs``; else None."""
+    scheme, separator, _ = path.partition("://")
+    return scheme.lower() if separator and scheme.lower() in _STORES else None
+
+
+def check_object(url: str) -> None:
+    """Raise `MissingFileError` for an address of a store that names no bucket and key."""
+    scheme, _, path = url.partition("://")
+    bucket, _, key = path.partition("/")
+    where = shown(url)
+    if "@" in bucket or ":" in bucket:
+        raise MissingFileError(f"{where}: holds a password or port; set these for the library")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+        raise MissingFileError(f"{where}: names no bucket; write {scheme}://bucket/folder")
+    if not key.isprintable() or any(c in key for c in "?#*[") or "//" in f"/{key}".rstrip("/"):
+        raise MissingFileError(
+            f"{where}: is not read: a key has no query, pattern, empty part or control character"
+        )
 
 
 def check_address(url: str) -> None:
@@ -44,6 +70,10 @@ def shown(url: str) -> str:
     >>> shown("https://me:secret@host/a.safetensors?Signature=secret#x")
     'https://host/a.safetensors'
     """
+    if (scheme := store_of(url)) is not None:
+        bucket, slash, key = url.partition("://")[2].partition("/")
+        plain = key.partition("?")[0].partition("#")[0]
+        return printable(f"{scheme}://{bucket.rpartition('@')[2]}{slash}{plain}")
     try:
         parts = urlsplit(url)
     except ValueError:

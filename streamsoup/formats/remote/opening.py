@@ -26,11 +26,18 @@ from streamsoup.errors import (
 from streamsoup.formats.header import header_nbytes, opening_nbytes
 from streamsoup.formats.index import check_index, is_index, read_index
 from streamsoup.formats.layout import HeaderCache
-from streamsoup.formats.remote.addresses import check_address, endpoint, shown
+from streamsoup.formats.remote.addresses import (
+    check_address,
+    check_object,
+    endpoint,
+    shown,
+    store_of,
+)
 from streamsoup.formats.remote.hub_cache import HubModel, find_cached, hub_model, not_found
 from streamsoup.formats.remote.ranges import RemoteFile, Requests
 from streamsoup.formats.remote.snapshots import snapshot_of
 from streamsoup.formats.remote.source import Remote
+from streamsoup.formats.remote.stores import Store
 from streamsoup.formats.source import Source
 from streamsoup.formats.weights import SUFFIXES
 from streamsoup.reading import Reading
@@ -63,7 +70,8 @@ def open_remote(given: HubModel | str, reading: Reading, cache: HeaderCache) -> 
 
     Args:
         given: A model, or an address: of a safetensors file, of a folder with an index or
-            ``model.safetensors``, or ``hf://org/name@revision``.
+            ``model.safetensors``, ``hf://org/name@revision``, or an object or folder at
+            ``s3://bucket/key`` or ``gs://bucket/key``.
         reading: How it is read: `download` puts a model into the Hub's cache.
         cache: Headers parsed so far.
 
@@ -84,6 +92,10 @@ def open_remote(given: HubModel | str, reading: Reading, cache: HeaderCache) -> 
                 f"{printable(given)}: names no model; write hf://org/name or hf://org/name@revision"
             )
         given = model
+    if isinstance(given, str) and (scheme := store_of(given)) is not None:
+        check_object(given)
+        _check_whole(given, reading)
+        return _open_object(scheme, given, reading, cache)
     if isinstance(given, str):
         check_address(given)
         _check_whole(given, reading)
@@ -133,19 +145,10 @@ def _open_hub(model: HubModel, reading: Reading, cache: HeaderCache) -> Remote:
         def address(name: str) -> str:
             return root + quote(name)
 
-        weights = _choose(str(model), names)
-        side_files = [
-            name
-            for name in names
-            if _is_plain(name) and not name.endswith((*SUFFIXES, ".index.json"))
-        ]
-        return _open(
-            requests,
-            _Place(str(model), f"hf://{model.id}@{commit}", address, side_files, pinned=True),
-            weights,
-            reading,
-            cache,
-        )
+        weights = _choose(str(model), names, f"{option('download', True)} keeps a copy")
+        path, side_files = f"hf://{model.id}@{commit}", _side_files(names)
+        place = _Place(str(model), path, address, side_files, pinned=True)
+        return _open(requests, place, weights, reading, cache)
     finally:
         requests.close()
 
@@ -173,7 +176,13 @@ def _is_plain(name: str) -> bool:
     return plain and 0 < len(name.encode()) < 256
 
 
-def _choose(name: str, names: Iterable[str]) -> str:
+def _side_files(names: Iterable[str]) -> list[str]:
+    """Return the names in a listing that are side files of a checkpoint."""
+    weights = (*SUFFIXES, ".index.json")
+    return [name for name in names if _is_plain(name) and not name.endswith(weights)]
+
+
+def _choose(name: str, names: Iterable[str], advice: str) -> str:
     """Return the name of the index, or of the only safetensors file, in a listing."""
     inside = [each for each in names if _is_plain(each)]
     for plain in (_INDEX, _SINGLE):
@@ -188,8 +197,37 @@ def _choose(name: str, names: Iterable[str]) -> str:
     has = some([each for each in names if each.endswith(SUFFIXES)]) or "no weights"
     raise FormatError(
         f"{printable(name)}: only one index or one safetensors file can be read without a copy, "
-        f"and it has {has}; {option('download', True)} keeps a copy"
+        f"and it has {has}; {advice}"
     )
+
+
+def _open_object(scheme: str, given: str, reading: Reading, cache: HeaderCache) -> Remote:
+    """Open an object of a store, or a folder there by its listing."""
+    store = Store(scheme, reading.network_timeout)
+    requests = Requests(reading.network_timeout, store)
+    root = f"{scheme}://{given.partition('://')[2].rstrip('/')}"
+    name = root.rpartition("/")[2]
+    try:
+        if name.endswith(".safetensors"):
+            lone = root
+            place = _Place(given, root, lambda _: lone, None, pinned=False, store=store)
+            return _open(requests, place, name, reading, cache)
+        path = root
+        if is_index(name):
+            root = root.rpartition("/")[0]
+        names = store.names(root)
+        if not names:
+            raise MissingFileError(f"{shown(root)}: no such folder in the bucket; check the name")
+        advice = "copy it to a local disk, and give that folder"
+        weights = name if is_index(name) else _choose(given, names, advice)
+
+        def address(name: str) -> str:
+            return f"{root}/{name}"
+
+        place = _Place(given, path, address, _side_files(names), pinned=False, store=store)
+        return _open(requests, place, weights, reading, cache)
+    finally:
+        requests.close()
 
 
 def _open_address(given: str, reading: Reading, cache: HeaderCache) -> Remote:
@@ -234,8 +272,9 @@ class _Place:
         side_files: list[str] | None,
         *,
         pinned: bool,
+        store: Store | None = None,
     ) -> None:
-        self.name, self.path, self.address = name, path, address
+        self.name, self.path, self.address, self.store = name, path, address, store
         self.side_files, self.pinned = side_files, pinned
 
 
@@ -274,6 +313,10 @@ def _open(
         held = {tensor: names[number] for tensor, (number, _) in layout.places.items()}
         check_index(place.address(weights), weight_map, held)
     timeout_s, address, side_files = reading.network_timeout, place.address, place.side_files
+
+    def connect() -> Requests:
+        return Requests(timeout_s, place.store)
+
     return Remote(
         name=place.name,
         path=place.path,
@@ -282,8 +325,8 @@ def _open(
         layout=layout,
         fetch_side_files=None
         if side_files is None
-        else lambda folder: _fetch(folder, side_files, address, timeout_s),
-        timeout_s=timeout_s,
+        else lambda folder: _fetch(folder, side_files, address, connect),
+        connect=connect,
         opening_nbytes=opening,
         pinned=place.pinned,
     )
@@ -304,10 +347,13 @@ def _read_index(requests: Requests, place: _Place, name: str) -> tuple[dict[str,
 
 
 def _fetch(
-    folder: str, names: Iterable[str], address: Callable[[str], str], timeout_s: float
+    folder: str,
+    names: Iterable[str],
+    address: Callable[[str], str],
+    connect: Callable[[], Requests],
 ) -> None:
     """Download side files into a folder, as far as there are any."""
-    requests = Requests(timeout_s)
+    requests = connect()
     try:
         for name in names:
             path = os.path.join(folder, name)

@@ -24,6 +24,7 @@ from streamsoup.errors import (
     StreamsoupError,
 )
 from streamsoup.formats.remote.addresses import check_address, is_here, origin, shown, token_for
+from streamsoup.formats.remote.stores import Store
 from streamsoup.formats.remote.tries import Broken, Tries
 from streamsoup.system.buffers import Bytes
 from streamsoup.version import __version__
@@ -70,9 +71,16 @@ class _Answer(msgspec.Struct):
 class Requests:
     """The requests of one thread, over one connection that is kept while it can be."""
 
-    def __init__(self, timeout_s: float) -> None:
-        """Connect to nothing yet; `timeout_s` without a byte end in an error."""
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, store: Store | None = None) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            timeout_s: Seconds without a byte that end in an error.
+            store: Opens the objects whose addresses are asked for; None for plain addresses.
+        """
+        self._timeout_s, self._store = timeout_s, store
+        self._headers: dict[str, dict[str, str]] = {}
+        """Of an address that the store gave: the headers that open it, sent to no other."""
         self._connection: http.client.HTTPConnection | None = None
         self._origin: tuple[str, str, int] | None = None
         self._targets: dict[str, tuple[str, str]] = {}
@@ -238,6 +246,12 @@ class Requests:
     def _ask(self, url: str, asked: tuple[int, int] | None) -> _Answer:
         """Send a request, and follow redirects: first to where the last one led."""
         at, linked = self._targets.get(url, (url, ""))
+        opened_now = self._store is not None and at == url
+        if self._store is not None and opened_now:
+            opened = self._store.open(url)
+            check_address(opened.url)
+            at = opened.url
+            self._headers = {**self._headers, at: opened.headers} if opened.headers else {}
         for _ in range(6):
             response = self._send(at, asked)
             status = response.status
@@ -252,8 +266,14 @@ class Requests:
                     raise FormatError(f"{shown(url)}: redirects to this machine; refused")
                 at = target
                 continue
-            if at != url and status in _EXPIRED:
+            gone = self._store is not None and status in (404, 410)
+            if at != url and status in _EXPIRED and not gone:
                 self._targets.pop(url, None)
+                if opened_now and status in (401, 403):
+                    raise MissingFileError(
+                        f"{shown(url)}: may not be read by us (status {status}); check the name, "
+                        "the credentials, and that the clock is right"
+                    )
                 raise Broken(f"status {status} from {urlsplit(at).hostname}", n_tries=4)
             if status in _AGAIN:
                 told = response.getheader("Retry-After") or ""
@@ -277,6 +297,7 @@ class Requests:
         headers = {"Accept-Encoding": "identity", "User-Agent": f"streamsoup/{__version__}"}
         if asked is not None:
             headers["Range"] = f"bytes={asked[0]}-{asked[1] - 1}"
+        headers |= self._headers.get(url, {})
         if (token := token_for(url)) is not None:
             headers["Authorization"] = f"Bearer {token}"
         if self._connection is None or self._origin != origin(url):

@@ -37,7 +37,7 @@ class Remote(Source):
         index_name: str | None,
         layout: Layout,
         fetch_side_files: Callable[[str], None] | None,
-        timeout_s: float,
+        connect: Callable[[], Requests],
         opening_nbytes: int,
         pinned: bool,
     ) -> None:
@@ -50,13 +50,13 @@ class Remote(Source):
             index_name: File name of its index, if it has one.
             layout: Which tensor is in which file.
             fetch_side_files: Puts the side files into a folder; None for a lone file.
-            timeout_s: Seconds without a byte that end in an error.
+            connect: Begins the requests of a thread.
             opening_nbytes: Bytes held at most while it was opened.
             pinned: True if its files never change, as those of a commit.
         """
         self._name, self._path, self._index_name = name, path, index_name
         self._files, self.layout, self._fetch = tuple(files), layout, fetch_side_files
-        self._timeout_s, self._opening_nbytes, self._pinned = timeout_s, opening_nbytes, pinned
+        self._connect, self._opening_nbytes, self._pinned = connect, opening_nbytes, pinned
         self._folder: str | None = None
 
     @property
@@ -115,7 +115,7 @@ class Remote(Source):
         """
         if tensor is not None or self._pinned:
             return
-        requests = Requests(self._timeout_s)
+        requests = self._connect()
         try:
             for _, file, _ in self._files:
                 requests.check(file)
@@ -128,7 +128,7 @@ class Remote(Source):
 
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor with a connection of its own, which it opens when first asked."""
-        return _RemoteCursor(self._files, self.layout, self._timeout_s)
+        return _RemoteCursor(self._files, self.layout, self._connect())
 
     def where(self, tensor: str) -> str:
         """Return the address of the file that holds a tensor, and the tensor."""
@@ -141,10 +141,9 @@ class _RemoteCursor(Cursor):
     """Ranges over one connection."""
 
     def __init__(
-        self, files: Sequence[tuple[str, RemoteFile, int]], layout: Layout, timeout_s: float
+        self, files: Sequence[tuple[str, RemoteFile, int]], layout: Layout, requests: Requests
     ) -> None:
-        self._files, self._places = files, layout.places
-        self._requests = Requests(timeout_s)
+        self._files, self._places, self._requests = files, layout.places, requests
 
     def read(self, tensor: str, begin: int, block: Bytes) -> None:
         number, spec = self._places[tensor]
