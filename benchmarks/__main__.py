@@ -15,6 +15,7 @@ from benchmarks.tasks import (
     growth,
     kernels,
     learned,
+    merges,
     startup,
     tiers,
     uniform,
@@ -46,6 +47,8 @@ def main() -> None:
         "gram",
         "learned",
         "average",
+        "merges-125M",
+        "merges-1.1B",
     ):
         commands.add_parser(name)
     commands.add_parser("report", help="make tables and pictures anew from the rows")
@@ -76,6 +79,7 @@ FULL = (
     *QUICK,
     *("uniform-125M-f16", "uniform-125M-f32", "uniform-1.1B", "uniform-1.1B-cold"),
     *("tiers", "growth", "growth-sizes", "greedy", "gram", "learned", "average"),
+    *("merges-125M", "merges-1.1B"),
 )
 
 
@@ -108,6 +112,10 @@ def run(session: Session, task: str) -> None:
         gram.run(session, Case("125M", 32))
     elif task == "average":
         average.run(session)
+    elif task == "merges-125M":
+        merges.run(session, Case("125M", 4))
+    elif task == "merges-1.1B":
+        merges.run(session, Case("1.1B", 4, "BF16", 2))
     elif task == "learned":
         learned.run(session, [Case("125M", n) for n in (4, 8, 16)])
 

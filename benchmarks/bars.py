@@ -120,6 +120,21 @@ def _greedy(rows: Sequence[Row]) -> float:
     return median(latest(rows, "greedy", case, tool="streamsoup"), "share_of_scoring")
 
 
+def _merge(name: str) -> Callable[[Sequence[Row]], float]:
+    """Return how many times as long as the uniform soup of the same files a merge takes."""
+    return lambda rows: median(_merges(rows, name, "streamsoup"), "times_uniform")
+
+
+def _merge_of_mergekit(name: str) -> Callable[[Sequence[Row]], float]:
+    """Return how many times as long as streamsoup mergekit takes for the same merge."""
+    times, peer = _merge(name), "mergekit, best flags"
+    return lambda rows: median(_merges(rows, name, peer), "times_uniform") / times(rows)
+
+
+def _merges(rows: Sequence[Row], name: str, tool: str) -> Sequence[Row]:
+    return latest(rows, "merges", f"{name}, {LARGE}", tool=tool)
+
+
 BARS = (
     Bar(f"{SMALL}, warm: limit / wall", _share_of(SMALL), "≥ 0.65"),
     Bar(f"{LARGE}, warm: limit / wall", _share_of(LARGE), "≥ 0.85"),
@@ -141,6 +156,9 @@ BARS = (
     Bar("start-up, two of 1 MB, s", _startup, "≤ 0.4"),
     Bar("first run ever, beyond the second, s", _first_run, "≤ 10"),
     Bar("greedy search / scoring alone", _greedy, "≤ 1.05"),
+    Bar("ties / uniform", _merge("ties"), "≤ 3"),
+    Bar("dare by density / uniform", _merge("dare, rescaled by density"), "≤ 1.5"),
+    Bar("mergekit's ties / ties", _merge_of_mergekit("ties"), "≥ 10"),
     Bar("memory over 2 to 64 ingredients, swing", _growth(N, "memory_swing"), "≤ 0.05"),
     Bar("memory over 0.25 to 4.4 GB, swing", _growth(SIZE, "memory_swing"), "≤ 0.05"),
     Bar("exponent of time, 2 to 64 ingredients", _growth(N, "wall"), "1.00 ± 0.05"),

@@ -220,6 +220,7 @@ def _others(rows: Sequence[Row]) -> Iterable[str]:
         ("greedy", "Greedy search"),
         ("gram", "Gram matrix"),
         ("learned", "Learned soup"),
+        ("merges", "Merges of task vectors and on spheres, beside a uniform soup"),
     ):
         cases = list(dict.fromkeys(row["case"] for row in rows if row["task"] == task))
         lines = []

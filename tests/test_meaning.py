@@ -367,6 +367,36 @@ def test_angles_pass_over_equal_masks(tmp_path: Path) -> None:
     assert (load_array(tmp_path / "out2", "mask") == full).all()
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_means_on_spheres_keep_equal_masks(base: bool, tmp_path: Path) -> None:
+    """A mask is kept, and is not told to have no mean, as opposites and a zero task vector are."""
+    full = mask()
+    pole = np.arange(1, 9, dtype=np.float32)
+    paths = [
+        model(tmp_path / each, i, mask=tensor(full), pole=tensor(pole * (1 - 2 * (i == 1))))
+        for i, each in enumerate("abc")
+    ]
+    made: Any = []
+    for method in (
+        lambda **to: streamsoup.nuslerp(paths[1:], [0.7, 0.3], row_wise=True, **to),
+        lambda **to: streamsoup.nuslerp(paths[1:], [0.7, 0.3], **to),
+        lambda **to: streamsoup.karcher(paths[1:], **to),
+        lambda **to: streamsoup.multislerp(paths[1:], **to),
+    ):
+        for options in (Options(dtype="f64"), Options(dtype="f64", threads=3, memory="260MB")):
+            out = tmp_path / str(len(made))
+            soup = method(output=out, options=options, base=paths[0] if base else None)
+            found = load_array(out, "mask")
+            assert np.isneginf(found[np.isneginf(full)]).all()
+            assert np.allclose(found[np.isfinite(full)], full[np.isfinite(full)])
+            straight = [each for each in soup.warnings if "the straight mean" in each]
+            assert all(each.endswith(": pole") for each in straight)
+            assert len(straight) == (len(made) > 1)  # rows with no angle are not told
+            assert verify(out).rederived
+            made.append(found.tobytes())
+    assert made[::2] == made[1::2]
+
+
 @pytest.mark.parametrize("memory", [None, "260MB"])
 @pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs", "della", "sce", "ram", "nearswap"])
 def test_merges_copy_equal_masks(name: str, memory: Any, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ PEERS = (
     Peer("torch swa_utils", "swa_utils"),
     Peer("timm's script", "timm_script"),
     Peer("NeMo-Skills' manner", "shard_by_shard"),
-    Peer("mergekit, default", "mergekit_linear", "mergekit==0.1.5", (("MERGEKIT", "default"),)),
-    Peer("mergekit, float32", "mergekit_linear", "mergekit==0.1.5", (("MERGEKIT", "float32"),)),
-    Peer("mergekit, best flags", "mergekit_linear", "mergekit==0.1.5", (("MERGEKIT", "best"),)),
+    Peer("mergekit, default", "mergekit_merge", "mergekit==0.1.5", (("MERGEKIT", "default"),)),
+    Peer("mergekit, float32", "mergekit_merge", "mergekit==0.1.5", (("MERGEKIT", "float32"),)),
+    Peer("mergekit, best flags", "mergekit_merge", "mergekit==0.1.5", (("MERGEKIT", "best"),)),
     Peer("sd-mecha", "sd_mecha_average", "sd-mecha==1.1.8", one_file=True),
     Peer("fusion_bench", "fusion_bench_average", "fusion-bench==0.2.33", holds_all=True),
 )

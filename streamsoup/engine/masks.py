@@ -6,8 +6,8 @@ bytes are the same in all ingredients. Its non-finite elements are then those of
 also where the arithmetic would make NaN of them (−inf · 0), and the finite ones are summed as
 always. A NaN is written in the one form that stands for every NaN (`tensors.DType.nan`).
 
-A merge of equal tensors is that tensor, as every task vector is zero. Its statistics are therefore
-taken of zeros, and a block that is not finite is copied as a whole.
+A merge of equal tensors is that tensor, as every task vector is zero: its statistics are taken of
+zeros, and whatever is not finite in its result is that of the ingredients.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from streamsoup.engine.plan import MixPlan, PlannedTensor
 from streamsoup.engine.read import Session
 from streamsoup.engine.rules.elementwise import NearSwap, Ram
 from streamsoup.engine.rules.linear import Linear
+from streamsoup.engine.rules.row_slerp import RowSlerp
 from streamsoup.engine.rules.sce import Sce
 from streamsoup.engine.rules.task_vectors import TaskVectors
 from streamsoup.system.buffers import Bytes
 
-_MERGES = (TaskVectors, Sce, Ram, NearSwap)
+_MERGES = (TaskVectors, Sce, Ram, NearSwap, RowSlerp)
 """Rules that leave a tensor as it is where all ingredients, the base among them, hold the same."""
 
 __all__ = ["is_kept", "restore"]
@@ -69,7 +70,7 @@ def _leaves_equal(plan: MixPlan, tensor: PlannedTensor) -> bool:
 
 
 def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -> bool | None:
-    """Put the non-finite elements of `given` (of a merge: all) into `result`, a soup's block.
+    """Put the non-finite elements of `given` into `result`, a soup's block.
 
     `given` is the block of any ingredient, all being the same. Return True if that changed bytes,
     False if not, and None where the result cannot be kept: an element is not finite though that of
@@ -82,17 +83,18 @@ def restore(plan: MixPlan, tensor: PlannedTensor, given: Bytes, result: Bytes) -
     dtype = tensor.sources[plan.layout_of[0]].dtype
     with np.errstate(invalid="ignore"):
         values = widen(array_of(given), dtype).astype(np.float64)
-    rule = plan.recipe.rule
-    bad = ~np.isfinite(values) if isinstance(rule, Linear) else np.ones(len(values), bool)
+    bad = ~np.isfinite(values)
     if not len(result):  # on a device: right where every product is the infinity itself
-        assert isinstance(rule, Linear)
-        factors, _ = rule.coefficients.of(tensor.name)
+        assert isinstance(plan.recipe.rule, Linear)
+        factors, _ = plan.recipe.rule.coefficients.of(tensor.name)
         infinite = all(factor > 0 for factor in factors) and not np.isnan(values).any()
         return False if infinite else None
     made = np.asarray(array_of(result))
     elements = made.reshape(-1, tensor.dtype.itemsize)
     with np.errstate(invalid="ignore"):
         floats = widen(made, tensor.dtype)
+    if not isinstance(plan.recipe.rule, Linear):
+        bad |= ~np.isfinite(floats)
     if not np.isfinite(floats[~bad]).all():
         return None
     wanted = np.empty_like(elements)

@@ -227,7 +227,8 @@ def _make_means(
         own = per_tensor.get(place.name, shares)
         factors = factors_of(gram, own)
         if factors is None:
-            straight.append(place.name)
+            if place.gram.any():  # ingredients that all hold the same have any mean alike
+                straight.append(place.name)
             factors = own
         if base is not None and not place.gram.any():
             rows[place.name] = (1.0, *[0.0] * n)  # nothing moves it: it stays bit for bit

@@ -1,7 +1,9 @@
-"""mergekit's linear merge by its own command line, given its flags: ``mergekit_linear OUT …``.
+"""mergekit by its own command line, given its flags: ``mergekit_merge OUT INGREDIENT…``.
 
 ``$MERGEKIT`` says how: ``default``, ``float32`` (work in float32, write the ingredients' dtype),
 or ``best``: the same with all flags that make reading and writing faster on a CPU.
+``$MERGEKIT_METHOD`` says what: ``linear``, or a method over task vectors with density 0.5, whose
+base is the first ingredient.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ output, *ingredients = sys.argv[1:]
 with open(os.path.join(ingredients[0], "config.json"), encoding="utf-8") as file:
     stored = json.load(file)["torch_dtype"]
 how = os.environ["MERGEKIT"]
+method = os.environ.get("MERGEKIT_METHOD", "linear")
 recipe = {
-    "merge_method": "linear",
-    "models": [{"model": folder, "parameters": {"weight": 1.0}} for folder in ingredients],
+    "merge_method": method,
     "dtype": stored if how == "default" else "float32",
     "out_dtype": stored,
 }
+parameters = {"weight": 1.0}
+if method != "linear":
+    recipe["base_model"], *ingredients = ingredients
+    parameters["density"] = 0.5
+recipe["models"] = [{"model": folder, "parameters": parameters} for folder in ingredients]
 flags = ["--no-copy-tokenizer", "--quiet"]
 if how == "best":
     flags += ["--lazy-unpickle", "--async-write", "--write-threads", "2"]
