@@ -43,6 +43,12 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Components of pipelines to make a soup of, by the paths of their folders, ``.`` for the
     pipeline's own; the others are taken from the first ingredient. All if empty."""
 
+    rank: int | None = None
+    """Of adapters alone, the most ranks that a module of the adapter they make may have: where
+    there are more, the best approximation of the sum, in the Frobenius norm; None to keep all."""
+    rank_of: tuple[float, ...] = ()
+    """The coefficients of the adapters in that sum. The verbs set it."""
+
     download: bool = False
     """Download models of the Hugging Face Hub that its cache lacks into that cache, with
     huggingface_hub; searches always do."""
@@ -66,6 +72,11 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.download not in (False, True):
             raise RecipeError(
                 f"{option('download')} is a truth value, got {printable(repr(self.download), 80)}"
+            )
+        rank: Any = self.rank
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise RecipeError(
+                f"{option('rank')} is a whole number from 1 on, got {printable(repr(rank), 80)}"
             )
         for name in ("rename", "include", "exclude"):
             msgspec.structs.force_setattr(self, name, _texts(name, getattr(self, name)))

@@ -163,6 +163,12 @@ READING = stack(
 """How the files of ingredients become tensors: the fields of `streamsoup.reading.Reading`."""
 MAKING = stack(
     READING,
+    click.option(
+        "--rank",
+        type=Integer(1),
+        metavar="R",
+        help="Of adapters alone: the most ranks of a module of the one they make.",
+    ),
     click.option("--dtype", default="same", show_default=True, help="f32, bf16, f16, f64, …"),
     click.option(
         "--shard-size", type=Size(), metavar="SIZE", help="Largest shard; default: as in the first."
@@ -358,9 +364,32 @@ def make_soup(
             return
         numbers = (soup.nbytes_read, soup.nbytes_written, soup.elapsed_s, watcher.peak_nbytes)
         done = f"{summary(what, *numbers, soup.n_passes)}; summed on {soup.summed_on}"
-        tell([done, *_chosen(soup), *(say(soup) if say is not None else ()), *_left(soup)])
+        tell(
+            [
+                done,
+                *_chosen(soup),
+                *_reduced(soup),
+                *(say(soup) if say is not None else ()),
+                *_left(soup),
+            ]
+        )
 
     return supervise(work, "soup", ingredients, settings)
+
+
+def _reduced(soup: Soup) -> list[str]:
+    """Return a line on what an adapter of a lower rank leaves out."""
+    errors: Any = soup.provenance.report.get("rank_errors", {})
+    if not errors:
+        return []
+    from streamsoup.errors import count
+
+    worst = max(errors, key=errors.__getitem__)
+    return [
+        f"{count(len(errors), 'module')} of rank {soup.recipe.reading.rank}, the best "
+        f"approximations of their sums: relative errors of {min(errors.values()):.2g} to "
+        f"{errors[worst]:.2g} ({printable(worst)})"
+    ]
 
 
 def _left(soup: Soup) -> list[str]:
@@ -489,6 +518,7 @@ def as_json(soup: Soup, watcher: Watcher) -> dict[str, Any]:
     """Describe a finished soup as plain JSON."""
     import msgspec
 
+    report = soup.provenance.report
     return {
         "path": soup.path,
         "recipe": msgspec.to_builtins(soup.recipe),
@@ -501,7 +531,7 @@ def as_json(soup: Soup, watcher: Watcher) -> dict[str, Any]:
         "part": soup.part,
         "missing": soup.missing,
         "warnings": watcher.warnings,
-    }
+    } | {name: report[name] for name in ("rank", "rank_errors") if name in report}
 
 
 def supervise(

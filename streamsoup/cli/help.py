@@ -27,7 +27,7 @@ _GROUPS: Mapping[str, Iterable[str]] = {
     "How checkpoints are read": (),
     "Where it goes": ("output", "overwrite", "report", "plot", "part", "commit"),
     "What decides the bytes": (
-        *("dtype", "shard_size", "non_float", "config", "non_finite", "card"),
+        *("rank", "dtype", "shard_size", "non_float", "config", "non_finite", "card"),
     ),
     "How the work is done": (
         *("device", "device_memory", "memory", "threads", "io", "ray", "sums", "restart"),
@@ -43,7 +43,8 @@ def _group_of(names: frozenset[str]) -> dict[str, str]:
     """Return the group of each option of a command that has options of these names."""
     from streamsoup.reading import Reading
 
-    groups = dict(_GROUPS) | {"How checkpoints are read": Reading.__struct_fields__}
+    read = [name for name in Reading.__struct_fields__ if name != "rank"]
+    groups = dict(_GROUPS) | {"How checkpoints are read": read}
     # The metric of a run chooses its checkpoints, that of a task scores candidates.
     if "task" not in names:
         del groups["How candidates are scored"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from streamsoup.errors import RecipeError, count, printable
+from streamsoup.errors import RecipeError, count, option, printable
 from streamsoup.formats.fitting.arranged import Fitted
 from streamsoup.formats.layout import HeaderCache, Layout
 from streamsoup.formats.memory import open_state
@@ -158,7 +158,13 @@ def _fitted(opened: list[Ingredient], reading: Reading, cache: HeaderCache) -> l
 
         adapters = [each.source for each in opened]
         if are_adapters(adapters):
-            return _with_sources(opened, join(adapters, cache), cache)
+            joined = join(adapters, cache, reading.rank, reading.rank_of)
+            return _with_sources(opened, joined, cache)
+    if reading.rank is not None:
+        raise RecipeError(
+            f"{option('rank')} is for LoRA adapters that make one adapter; give "
+            "adapters alone, without a base, and no option that renames or chooses tensors"
+        )
     names = opened[0].layout.places.keys() if opened else ()
     differ = any(each.layout.places.keys() != names for each in opened)
     was_fitted = any(isinstance(each.source, Fitted) for each in opened)

@@ -104,7 +104,7 @@ def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[s
     if adapters and coefficients is not None:
         from streamsoup.formats.adapters.joined import coefficients_meant
 
-        coefficients = coefficients_meant(coefficients)
+        coefficients = coefficients_meant(plan.ingredients[0].source, coefficients)
     yield ""
     yield "## Ingredients"
     yield ""
@@ -120,6 +120,12 @@ def _table(plan: MixPlan, origins: Sequence[Origin], base: object) -> Iterator[s
         yield (
             "The factors of these adapters are joined, so that their products are added: the "
             "coefficients are those of the products."
+        )
+    if plan.recipe.reading.rank is not None:
+        yield ""
+        yield (
+            f"Modules of more ranks than {plan.recipe.reading.rank} are the best approximation of "
+            f"that rank; streamsoup.json has the relative error of each."
         )
     if coefficients is not None and coefficients.per_tensor:
         yield ""

@@ -148,7 +148,8 @@ def for_adapters(
     check_options(options, Options)
     opened = open_ingredients(ingredients, options.reading)
     alone = all(tuple(each.file_names) == (ADAPTER_FILE,) for each in opened)
-    if not opened or not alone or coefficients.is_copy or options.reading.changes_tensors:
+    is_copy = coefficients.is_copy and options.rank is None
+    if not opened or not alone or is_copy or options.reading.changes_tensors:
         return opened, coefficients, options
     from streamsoup.formats.adapters.joined import are_adapters, coefficients_of_all
     from streamsoup.formats.adapters.joining import open_alone
@@ -156,12 +157,26 @@ def for_adapters(
     sources = [each.source for each in opened]
     if not are_adapters(sources):
         return opened, coefficients, options
-    if len(sources) == 1:  # several were opened so to be joined
+    if options.rank is not None:
+        options = msgspec.structs.replace(options, rank_of=_of_each(coefficients))
+        opened = open_ingredients(opened, options.reading)
+        sources = [each.source for each in opened]
+    if len(sources) == 1 and options.rank is None:  # several were opened so to be joined
         open_alone(sources[0], HeaderCache())
     coefficients.check(len(opened))
     dtype = "f32" if options.dtype == "same" else options.dtype
     found = coefficients_of_all(sources[0], coefficients)
     return opened, found, msgspec.structs.replace(options, dtype=dtype)
+
+
+def _of_each(coefficients: Coefficients) -> tuple[float, ...]:
+    """Return what each adapter is multiplied by, the same for all tensors."""
+    if coefficients.per_tensor:
+        raise RecipeError(
+            f"{option('rank')} takes coefficients that are the same for all tensors; give one for "
+            "each adapter, or leave the rank out"
+        )
+    return tuple(value / coefficients.divisor for value in coefficients.values)
 
 
 _ADVICE = f'give a soup, its {PROVENANCE_NAME}, or JSON such as {{"values": [0.5, 0.5]}}'

@@ -542,6 +542,15 @@ def _index(plan: MixPlan, files: FilePlan, name: str) -> bytes:
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
+def _of_rank(plan: MixPlan) -> dict[str, object]:
+    """Return the relative error of each module whose rank was reduced; nothing without a rank."""
+    if plan.recipe.reading.rank is None:
+        return {}
+    from streamsoup.formats.adapters.truncated import errors_of
+
+    return {"rank": plan.recipe.reading.rank, "rank_errors": errors_of(plan.ingredients[0].source)}
+
+
 def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) -> Provenance:
     plan, files = ordered.plan, ordered.files
     records = tuple(
@@ -561,6 +570,6 @@ def _provenance(ordered: Order, digests: Digests, side_files: list[FileRecord]) 
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         arithmetic=ARITHMETIC,
         digest=DIGEST,
-        report=ordered.report,
+        report={**ordered.report, **_of_rank(plan)},
         checksum="",
     )

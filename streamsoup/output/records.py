@@ -13,10 +13,11 @@ from collections.abc import Iterable
 import msgspec
 
 from streamsoup.engine.read import mapped_nbytes
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
 from streamsoup.options import Options
 from streamsoup.output.card import CARD_NAME
-from streamsoup.output.coefficients import AnyRule, find_rule
+from streamsoup.output.coefficients import AnyRule, find_rule, for_adapters
 from streamsoup.output.make import Order, order
 from streamsoup.recipe import Coefficients, rule_name
 from streamsoup.rule import usual_passes
@@ -151,6 +152,9 @@ def plan(
     opened = open_ingredients(ingredients, options.reading)
     chosen = find_rule(Coefficients.uniform(len(opened)) if rule is None else rule)
     method = "uniform" if rule is None else rule_name(chosen)
+    if isinstance(chosen, Linear):
+        opened, coefficients, options = for_adapters(opened, chosen.coefficients, options)
+        chosen = Linear(coefficients)
     return record_of(order(opened, chosen, method=method, options=options))
 
 

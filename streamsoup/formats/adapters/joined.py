@@ -70,6 +70,11 @@ class Joined(Derived):
         self._tensors, self.places, self._config = tensors, places, config
 
     @property
+    def reduced(self) -> Mapping[str, bool]:
+        """Factors of modules whose rank is reduced; True for those that are the same in all."""
+        return {}
+
+    @property
     def tensors(self) -> Mapping[str, SourceTensor]:
         """Those of the adapter of all, in float32, and delivered in float64."""
         return self._tensors
@@ -187,27 +192,38 @@ def coefficients_of_all(source: Source, coefficients: Coefficients) -> Coefficie
             f"{printable(source.name)}: has {some(off, 3)} stored whole, so coefficients have to "
             "sum to 1; give others, or the adapters over their base, as BASE+ADAPTER"
         )
-    ones = (1.0,) * len(coefficients.values)
-    rows = {name: ones for name in source.tensors if _A.search(name)}
-    return msgspec.structs.replace(coefficients, per_tensor=coefficients.per_tensor | rows)
-
-
-def coefficients_meant(coefficients: Coefficients) -> Coefficients:
-    """Return the coefficients of the products: those of `coefficients_of_all`, without every A."""
-    rows = {name: row for name, row in coefficients.per_tensor.items() if not _A.search(name)}
+    rows = coefficients.per_tensor | _other_sides(source, len(coefficients.values))
     return msgspec.structs.replace(coefficients, per_tensor=rows)
+
+
+def coefficients_meant(source: Source, coefficients: Coefficients) -> Coefficients:
+    """Return the coefficients of the products: what `coefficients_of_all` was given."""
+    sides = _other_sides(source, len(coefficients.values))
+    rows = {name: row for name, row in coefficients.per_tensor.items() if name not in sides}
+    return msgspec.structs.replace(coefficients, per_tensor=rows)
+
+
+def _other_sides(source: Source, n: int) -> dict[str, tuple[float, ...]]:
+    """Return the factors that have no coefficient, with what they are summed by instead.
+
+    Every A is joined to those of the others. Where the rank is reduced, B is the same in all, and
+    is that of the first.
+    """
+    reduced = source.reduced if isinstance(source, Joined) else {}
+    first = (1.0, *[0.0] * (n - 1))
+    joined = {
+        name: (1.0,) * n for name in source.tensors if _A.search(name) and name not in reduced
+    }
+    return joined | {name: first for name, is_common in reduced.items() if is_common}
 
 
 def is_concatenation(sources: Sequence[Source], coefficients: Coefficients | None) -> bool:
     """Return True if a linear soup of these sources is an adapter that adds what all of them add.
 
-    They have to be joined, or be one adapter, and the coefficients of every A have to be 1.
+    They have to be joined, or be one adapter, and the coefficients have to be on one side alone.
     """
     joined = all(isinstance(source, Joined) for source in sources)
     if coefficients is None or not (joined or (len(sources) == 1 and are_adapters(sources))):
         return False
-    firsts = [name for name in sources[0].tensors if _A.search(name)]
-    return all(
-        divisor == 1.0 and set(factors) == {1.0}
-        for factors, divisor in map(coefficients.of, firsts)
-    )
+    sides = _other_sides(sources[0], len(sources))
+    return all(coefficients.of(name) == (row, 1.0) for name, row in sides.items())

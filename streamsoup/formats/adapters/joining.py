@@ -9,10 +9,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamsoup.errors import FormatError, MismatchError, printable
+from streamsoup.errors import (
+    FormatError,
+    MismatchError,
+    RecipeError,
+    count,
+    option,
+    printable,
+)
 from streamsoup.formats.adapters.adapter import PREFIX, Adapter, Pair, open_adapter
 from streamsoup.formats.adapters.joined import Joined, Place, folder_of
 from streamsoup.formats.adapters.source import check_same_base
+from streamsoup.formats.adapters.truncated import Module, Modules, Truncated
 from streamsoup.formats.layout import HeaderCache
 from streamsoup.formats.source import Source, SourceTensor
 
@@ -22,23 +30,37 @@ _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 """Keys that choose modules of the base together: kept where all adapters agree on them."""
 
 
-def join(sources: Sequence[Source], cache: HeaderCache) -> list[Source]:
+def join(
+    sources: Sequence[Source],
+    cache: HeaderCache,
+    rank: int | None = None,
+    factors: Sequence[float] = (),
+) -> list[Source]:
     """Return adapters as parts of one adapter. A single one stays as it is.
 
     Args:
         sources: Adapters, see `are_adapters`. Those that are joined are joined anew.
         cache: Headers parsed so far.
+        rank: The most ranks that a module of the adapter may have; None for all.
+        factors: For a `rank`, the coefficients that the sum has; without them, ranks are added.
 
     Raises:
         FormatError: One is no plain LoRA (see `open_adapter`), or has factors of odd shapes.
         MismatchError: They name different bases, a module has another shape in one, or only some
             have a tensor that is stored whole (``modules_to_save``).
+        RecipeError: `factors` are not as many as the adapters.
 
     Reads headers and configurations.
     """
     found = [source.of if isinstance(source, Joined) else source for source in sources]
-    if len(found) == 1:
+    truncates = rank is not None and bool(factors)
+    if len(found) == 1 and not truncates:
         return found
+    if truncates and len(factors) != len(found):
+        raise RecipeError(
+            f"{option('rank_of')} has {count(len(factors), 'coefficient')} for "
+            f"{count(len(found), 'adapter')}; leave it out"
+        )
     adapters = [open_alone(source, cache) for source in found]
     for adapter in adapters[1:]:
         check_same_base(adapters[0], adapter)
@@ -52,7 +74,16 @@ def join(sources: Sequence[Source], cache: HeaderCache) -> list[Source]:
         ranks[module] = _join_module(module, adapters, tensors, places, biased)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.whole):
         _join_whole(name, adapters, tensors, places)
+    modules_of = _truncate(adapters, ranks, tensors, rank) if rank and truncates else {}
     config = _config(adapters, ranks, biased)
+    if truncates:
+        shared = Modules(adapters, modules_of, factors)
+        return [
+            Truncated(source, adapter, tensors, place, config, number, shared)
+            for number, (source, adapter, place) in enumerate(
+                zip(found, adapters, places, strict=True)
+            )
+        ]
     return [
         Joined(source, adapter, tensors, place, config)
         for source, adapter, place in zip(found, adapters, places, strict=True)
@@ -131,6 +162,22 @@ def _join_module(
             has = pair is not None and pair.bias is not None
             own[bias] = Place(pair.bias, b[0], 0, b[0], pair.scale) if has else Place(None, b[0])  # type: ignore[union-attr]
     return rank
+
+
+def _truncate(
+    adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, SourceTensor], rank: int
+) -> dict[str, Module]:
+    """Give the modules of more ranks only so many, in place, and return these modules."""
+    found: dict[str, Module] = {}
+    for name in [name for name, own in ranks.items() if own > rank]:
+        pairs = tuple(adapter.pairs.get(name) for adapter in adapters)
+        first = next(pair for pair in pairs if pair is not None)
+        a, b = tensors[first.a].shape, tensors[first.b].shape
+        tensors[first.a] = SourceTensor("F32", (rank, *a[1:]), "F64")
+        tensors[first.b] = SourceTensor("F32", (b[0], rank, *b[2:]), "F64")
+        found[name] = Module(pairs, first.a, first.b, b[0], math.prod(a[1:]), rank)
+        ranks[name] = rank
+    return found
 
 
 def _check_pair(pair: Pair, adapter: Adapter) -> None:
