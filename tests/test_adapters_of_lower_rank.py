@@ -206,7 +206,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         mix(both, {"*q*": [1, 2], "*": [1, 1]}, output=out, options=Options(rank=2))
     with pytest.raises(StreamsoupError, match="adapter"):
         streamsoup.ties(paths[1:], 0.5, base=paths[0], output=out, options=Options(rank=2))
-    a, b = factors(RNG, 8, 8, 3)
+    a, b = factors(RNG, 30, 20, 3)
     b[1, 1] = np.nan
     bad = save_adapter(tmp_path / "n", {"q.lora_A.weight": a, "q.lora_B.weight": b}, r=3)
     with pytest.raises(NonFiniteError, match=r"q\.lora_"):
