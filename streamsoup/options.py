@@ -98,13 +98,14 @@ def take(kind: str, what: str, value: Any) -> Any:
     return number
 
 
-def settle(options: msgspec.Struct) -> None:
+def settle(options: msgspec.Struct, kind_of: type[msgspec.Struct] | None = None) -> None:
     """Convert all numbers of some options in ``__post_init__``, and check the callbacks.
 
-    Reads the annotations ``int``, ``float``, ``bool`` and ``Callable…``, with ``| None`` or
-    without. Raises `RecipeError`.
+    Only the fields that `kind_of` itself has, where it is given: a class between others. Reads the
+    annotations ``int``, ``float``, ``bool`` and ``Callable…``, with ``| None`` or without. Raises
+    `RecipeError`.
     """
-    for name, annotation in type(options).__annotations__.items():
+    for name, annotation in (kind_of or type(options)).__annotations__.items():
         value = getattr(options, name)
         kind = annotation.removesuffix(" | None")
         if value is None and kind != annotation:

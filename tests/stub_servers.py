@@ -105,7 +105,7 @@ class Stub:
                 handler.connection.close()
                 return None
             members = [i for i, mark in enumerate(self.weights) if mark]
-            return self.say(handler, 200, {"members": members})
+            return self.say(handler, 200, {"members": members, "weights": self.weights})
         return self.say(handler, 200, {})
 
     def load(self, folder: str, version: str) -> dict[str, Any]:

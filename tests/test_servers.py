@@ -16,7 +16,7 @@ from searching import marks
 from stub_servers import Stub
 
 import streamsoup
-from streamsoup import GreedySettings, greedy
+from streamsoup import GreedySettings, SweepSettings, greedy, sweep
 from streamsoup.errors import OutputError, RecipeError, TaskError
 from streamsoup.search.scoring import servers as scoring
 from streamsoup.task.command import command_task
@@ -201,6 +201,47 @@ def test_equal_scores_count_after_a_second_look(tmp_path: Path, stubs: list[Stub
     stubs.append(Stub("sglang"))
     soup = search(tmp_path, stubs, SimpleNamespace(score=lambda url, split: 1.0))
     assert soup.report["servers"]["equal"] == soup.report["servers"]["rescored"] > 0
+
+
+@pytest.mark.parametrize(("kind", "n"), [("vllm", 1), ("sglang", 2)])
+def test_a_sweep_is_scored_in_servers(
+    kind: str, n: int, tmp_path: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every point is loaded by a server under a version of its own, also after a kill."""
+    stubs += [Stub(kind) for _ in range(n)]
+    base, *paths = marks(tmp_path / "in", 3)
+    settings = SweepSettings(
+        servers=[stub.url for stub in stubs],
+        server_kind=kind,  # type: ignore[arg-type]
+        scratch=str(tmp_path),
+    )
+    asked = []
+
+    def score(url: str, split: str) -> float:
+        with urllib.request.urlopen(f"{url}/score", timeout=5) as answer:
+            weights = json.loads(answer.read())["weights"]
+        asked.append(weights)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return float(weights[1] - 2 * weights[0] ** 2)
+
+    def run() -> Any:
+        grid = {"scale": [0.25, 0.5, 1.0]}
+        task = SimpleNamespace(score=score)
+        out = tmp_path / "out"
+        return sweep(paths, "arithmetic", task, grid, base=base, output=out, settings=settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    soup = run()
+    found = {point["values"]["scale"]: point["score"] for point in soup.report["sweep"]["points"]}
+    assert found == {s: s - 2 * (1 - 2 * s) ** 2 for s in (0.25, 0.5, 1.0)}
+    assert soup.report["sweep"]["compared"] == {"the base": -2.0, "the mean": 0.5}
+    assert dict(soup.best) == {"scale": 0.5}
+    assert list(map(tuple, asked)).count((1.0, 0.0, 0.0)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    with pytest.raises(RecipeError, match="go together"):
+        SweepSettings(servers=["http://127.0.0.1:1"]).check_scoring()
 
 
 def test_a_command_gets_its_server(tmp_path: Path, stubs: list[Stub]) -> None:

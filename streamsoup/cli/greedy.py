@@ -38,6 +38,37 @@ TASK = common.stack(
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
 )
+SCORING = common.stack(
+    click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
+    click.option("--jobs", type=common.Integer(1), default=1, help="Candidates scored at once."),
+    click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take."),
+    click.option("--restart", is_flag=True, help="Forget the scores of an unfinished search."),
+    click.option(
+        "--server",
+        "servers",
+        multiple=True,
+        metavar="URL",
+        help="Score in an inference server; several score side by side.",
+    ),
+    click.option(
+        "--server-kind", type=click.Choice(["vllm", "sglang"]), help="What the servers are."
+    ),
+    click.option(
+        "--scratch", metavar="DIR", help="Where servers find candidates: tmpfs, or an NVMe disk."
+    ),
+    click.option(
+        "--reload-timeout",
+        type=common.Number(),
+        default=600.0,
+        metavar="S",
+        help="Seconds that a server may take to load one.",
+    ),
+)
+SCORED = (
+    *("recalibrate", "jobs", "timeout", "restart"),
+    *("servers", "server_kind", "scratch", "reload_timeout"),
+)
+"""The options of `SCORING`."""
 SEARCHING = common.stack(
     click.option("--scores", metavar="S,S,…|FILE", help="Known scores, or an earlier soup's file."),
     click.option(
@@ -75,48 +106,25 @@ SEARCHING = common.stack(
     click.option(
         "--passes", type=common.Integer(1), default=1, help="Over those left out, while it helps."
     ),
-    click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
-    click.option("--jobs", type=common.Integer(1), default=1, help="Candidates scored at once."),
-    click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take."),
     click.option(
         "--sums",
         type=click.Choice(["reread", "memory", "file"]),
         help="Where the running sum is kept; default: where the fewest bytes are moved.",
     ),
-    click.option("--restart", is_flag=True, help="Forget the scores of an unfinished search."),
-    click.option(
-        "--server",
-        "servers",
-        multiple=True,
-        metavar="URL",
-        help="Score in an inference server; several score side by side.",
-    ),
-    click.option(
-        "--server-kind", type=click.Choice(["vllm", "sglang"]), help="What the servers are."
-    ),
-    click.option(
-        "--scratch", metavar="DIR", help="Where servers find candidates: tmpfs, or an NVMe disk."
-    ),
-    click.option(
-        "--reload-timeout",
-        type=common.Number(),
-        default=600.0,
-        metavar="S",
-        help="Seconds that a server may take to load one.",
-    ),
 )
 
 RULES = (
     *("scores", "order", "n_orders", "seed", "ties", "min_gain", "z", "backward", "passes"),
-    *("recalibrate", "jobs", "timeout", "sums", "restart"),
-    *("servers", "server_kind", "scratch", "reload_timeout"),
+    "sums",
+    *SCORED,
 )
-"""The options of `SEARCHING`."""
+"""The options of `SEARCHING` and `SCORING`."""
 
 
 @command()
 @common.INGREDIENTS
 @TASK
+@SCORING
 @SEARCHING
 @reports.REPORT
 @common.WRITING

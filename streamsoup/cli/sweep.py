@@ -44,10 +44,7 @@ class _Sweep(Command):
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @greedy.TASK
-@click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew.")
-@click.option("--jobs", type=common.Integer(1), default=1, help="Points scored at once.")
-@click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take.")
-@click.option("--restart", is_flag=True, help="Forget the scores of an unfinished sweep.")
+@greedy.SCORING
 @reports.REPORT
 @click.option("--output", "-o", required=True, metavar="OUT", help="Folder of the best soup.")
 def sweep(
@@ -69,7 +66,7 @@ def sweep(
         raise click.UsageError(
             f"first the command that makes the soup: {', '.join(sorted(planning.VERBS))}"
         )
-    rules = {name: told.pop(name) for name in ("recalibrate", "jobs", "timeout", "restart")}
+    rules = {name: told.pop(name) for name in greedy.SCORED}
     split = told.pop("split")
     greedy.check_scoring(told)
     points, first, settings = _planned(context, verb, words)
@@ -82,8 +79,9 @@ def sweep(
         from streamsoup.search.sweep import SweepSettings, sweep_points
 
         reports.check(report, paths, output)
-        chosen = SweepSettings(split=split, isolate=True, **rules)
-        task = greedy.make_task(told, chosen.timeout, paths[0])
+        in_server = bool(rules["servers"])
+        chosen = SweepSettings(split=split, isolate=not in_server, **rules)
+        task = greedy.make_task(told, chosen.timeout, paths[0], in_server=in_server)
         watch = common.telling_notes(watcher, quiet=as_json or quiet, line_of=_line_of)
         options = replace(options, on_event=watch)
         soup = sweep_points(points, first, task, output=output, settings=chosen, options=options)

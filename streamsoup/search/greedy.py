@@ -135,7 +135,16 @@ def _greedy(
     everything = order(opened, equal, method="greedy", options=options)
     check_spread(everything, options)
     run = SearchRun(output, opened, restart=settings.restart, options=options)
-    scorer = choose_scorer(task, everything, model, settings, options, folder=run.folder)
+    scorer = choose_scorer(
+        task,
+        everything,
+        model,
+        settings,
+        options,
+        folder=run.folder,
+        sums=settings.sums,
+        keeps=settings.direction == "forward",
+    )
     with closing(scorer):
         bound_to = scores_depend_on(everything, scorer, task, model, settings.recalibrate)
         given = _given_scores(settings, bound_to)

@@ -29,7 +29,7 @@ from streamsoup.engine.digest import digest_bytes
 from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import RecipeError, TaskError, check_choice, option
 from streamsoup.formats.ingredients import AnyIngredient, open_ingredients
-from streamsoup.options import Options, Step, check_options, settle, take
+from streamsoup.options import Options, Step, check_options, take
 from streamsoup.output.make import Order, Soup, check_spread, order
 from streamsoup.output.planned import planned
 from streamsoup.recipe import Coefficients
@@ -40,7 +40,8 @@ from streamsoup.search.scoring.asking import Asking
 from streamsoup.search.scoring.choice import choose_scorer
 from streamsoup.search.scoring.journal import ScoreJournal
 from streamsoup.search.scoring.scorer import Candidate, Scorer
-from streamsoup.search.trials import GreedySettings, best_first
+from streamsoup.search.scoring.settings import ScoringSettings
+from streamsoup.search.trials import best_first
 from streamsoup.task import AnyTask, Score
 from streamsoup.task.command import CommandTask
 
@@ -78,25 +79,8 @@ class Point(msgspec.Struct, frozen=True):
         return ", ".join(f"{name} {value:g}" for name, value in self.values.items())
 
 
-class SweepSettings(msgspec.Struct, frozen=True, kw_only=True):
+class SweepSettings(ScoringSettings, frozen=True, kw_only=True):
     """How the points of a sweep are scored."""
-
-    split: str | None = None
-    """The split to score on; None for the first of the task."""
-    recalibrate: bool = False
-    """Measure BatchNorm statistics of each candidate on the task's batches before it is scored."""
-    jobs: int = 1
-    """Candidates scored at the same time, each in a process with a model of its own."""
-    timeout: float | None = None
-    """Seconds that building the model, or one score, may take; scores in other processes."""
-    isolate: bool = False
-    """Score in another process even for one job."""
-    restart: bool = False
-    """Forget the scores of an unfinished sweep of the same output."""
-
-    def __post_init__(self) -> None:
-        """Convert numbers of other libraries to Python's. Raises `RecipeError`."""
-        settle(self)
 
 
 class SweepSoup(Soup, frozen=True):
@@ -232,6 +216,7 @@ def sweep_points(
     """
     if options.part is not None:
         raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
+    settings.check_scoring()
     with executing(options) as held:
         return _sweep(points, ordered, task, output, model, settings, held)
 
@@ -254,7 +239,7 @@ def _sweep(
     compared = _compared(k) if "base" in ordered.report else {}
     run = SearchRun(output, opened, restart=settings.restart, options=options)
     scorer = choose_scorer(
-        task, everything, model, _as_greedy(settings), options, folder=run.folder, by_rule=True
+        task, everything, model, settings, options, folder=run.folder, by_rule=True
     )
     with closing(scorer):
         bound_to = scores_depend_on(everything, scorer, task, model, settings.recalibrate) | {
@@ -359,16 +344,3 @@ def _scores(
         scores.append(outcome.score)
         report(f"{text}: {outcome.score.value:.6g}")
     return scores
-
-
-def _as_greedy(settings: SweepSettings) -> GreedySettings:
-    """Return what decides who scores, as other searches say it. Raises `RecipeError`."""
-    chosen = GreedySettings(
-        split=settings.split,
-        recalibrate=settings.recalibrate,
-        jobs=settings.jobs,
-        timeout=settings.timeout,
-        isolate=settings.isolate,
-    )
-    chosen.check(1)
-    return chosen

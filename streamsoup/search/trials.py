@@ -20,6 +20,7 @@ from streamsoup.live.candidates import Moved
 from streamsoup.live.running import SumsPlace
 from streamsoup.options import Step, settle, take
 from streamsoup.search.scoring.scorer import Members, Outcome
+from streamsoup.search.scoring.settings import ScoringSettings
 from streamsoup.task import Score
 
 __all__ = [
@@ -37,11 +38,7 @@ __all__ = [
 ]
 
 
-JOBS = 1000
-"""Most workers of a search."""
-
-
-class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
+class GreedySettings(ScoringSettings, frozen=True, kw_only=True):
     """How a greedy search tries ingredients, and how it scores them."""
 
     ties: Literal["accept", "reject"] = "accept"
@@ -65,36 +62,14 @@ class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Scores of the single ingredients, where they are known; else they are measured. A number
     for each, believed as they are; or the report of an earlier search, believed only if its task
     and ingredients are still the same. Not with `z`, which needs the examples of each."""
-    split: str | None = None
-    """The split to search on; None for the first of the task."""
-    recalibrate: bool = False
-    """Measure BatchNorm statistics of each candidate of several ingredients on the task's batches
-    before it is scored. A single one keeps its own, so it scores as its file does."""
-    jobs: int = 1
-    """Candidates scored at the same time, each in a process with a model of its own, with
-    `Options.memory` for the blocks and the running sum of each."""
-    timeout: float | None = None
-    """Seconds that building the model, or one score, may take; scores in other processes."""
-    isolate: bool = False
-    """Score in another process even for one job, so that a task cannot harm this one."""
-    servers: Sequence[str] = ()
-    """Addresses of inference servers that score side by side, one candidate in each."""
-    server_kind: Literal["vllm", "sglang"] | None = None
-    """What the servers are."""
-    scratch: str | None = None
-    """A folder for candidates that the servers see under the same path, such as one in memory or
-    on an NVMe disk; None for the folder of the search."""
-    reload_timeout: float = 600.0
-    """Seconds that a server may take to load a candidate, or to come back."""
     sums: SumsPlace | None = None
     """Where the running sum is kept; None for where the fewest bytes are moved. ``memory`` is the
     device's, if candidates are made on one."""
-    restart: bool = False
-    """Forget the scores of an unfinished search of the same output."""
 
     def __post_init__(self) -> None:
         """Convert numbers of other libraries to Python's. Raises `RecipeError`."""
-        settle(self)
+        ScoringSettings.__post_init__(self)
+        settle(self, GreedySettings)
         if self.scores is not None and not isinstance(self.scores, Mapping):
             if isinstance(self.scores, (str, bytes)) or not isinstance(self.scores, Iterable):
                 raise RecipeError(
@@ -122,19 +97,10 @@ class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
                 "z compares the examples of each ingredient, and scores alone have none: leave out "
                 "the scores, and all are measured; or z"
             )
-        for name in ("jobs", "passes", "n_orders"):
+        for name in ("passes", "n_orders"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.jobs > JOBS:
-            raise RecipeError(f"{self.jobs} jobs are more processes than any machine has room for")
-        if bool(self.servers) != (self.server_kind is not None):
-            raise RecipeError("servers and server_kind go together; give both")
-        if isinstance(self.servers, str) or len(set(self.servers)) != len(self.servers):
-            raise RecipeError("servers is a list of addresses, each once")
-        if not 0 < self.reload_timeout < math.inf:
-            raise RecipeError(f"reload_timeout must be above 0, got {self.reload_timeout}")
-        if self.scratch is not None and not self.servers:
-            raise RecipeError("scratch is where servers find candidates; give servers, too")
+        self.check_scoring()
         check_choice("ties", self.ties, ("accept", "reject"))
         check_choice("order", self.order, ("scores", "given", "random"))
         check_choice("direction", self.direction, ("forward", "backward"))
@@ -142,10 +108,6 @@ class GreedySettings(msgspec.Struct, frozen=True, kw_only=True):
             check_choice("sums", self.sums, get_args(SumsPlace))
         if self.n_orders > 1 and self.order != "random":
             raise RecipeError("several orders are random ones: order='random'")
-        if self.timeout is not None and not self.timeout > 0:
-            raise RecipeError(f"a timeout of {self.timeout} s leaves no time to score")
-        if self.timeout == math.inf:
-            raise RecipeError("a timeout of inf s never comes; leave it out")
 
 
 class Trial(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from streamsoup.cluster.choice import is_spread
 from streamsoup.engine.budget import memory_budget
 from streamsoup.errors import RecipeError, option
+from streamsoup.live.running import SumsPlace
 from streamsoup.options import Note, Options
 from streamsoup.output.make import Order
 from streamsoup.search.scoring.folders import FolderScorer
@@ -30,9 +31,9 @@ from streamsoup.search.scoring.live import LiveScorer
 from streamsoup.search.scoring.protocols import open_server
 from streamsoup.search.scoring.scorer import Scorer
 from streamsoup.search.scoring.servers import ServerScorer
+from streamsoup.search.scoring.settings import ScoringSettings
 from streamsoup.search.scoring.work import Work
 from streamsoup.search.scoring.workers import WorkerScorer
-from streamsoup.search.trials import GreedySettings
 from streamsoup.task import load_task
 from streamsoup.task.command import CommandTask
 
@@ -46,15 +47,18 @@ def choose_scorer(
     task: Any,
     ordered: Order,
     model: nn.Module | None,
-    settings: GreedySettings,
+    settings: ScoringSettings,
     options: Options,
     *,
     folder: str,
+    sums: SumsPlace | None = None,
+    keeps: bool = True,
     by_rule: bool = False,
 ) -> Scorer:
     """Return what scores candidates of `ordered`, in the search whose folder is `folder`.
 
-    Candidates are means of some ingredients; or, `by_rule`, soups of all by a rule of their own.
+    Candidates are means of some ingredients, whose running sum is kept in `sums`, and is worth
+    keeping for the next one where `keeps`; or, `by_rule`, soups of all by a rule of their own.
 
     Raises:
         RecipeError: For settings that do not fit what scores.
@@ -69,11 +73,11 @@ def choose_scorer(
             settings.recalibrate,
             ordered,
             options,
-            settings.sums,
+            sums,
             memory_budget(ordered.plan, options.memory),
             os.path.join(folder, f"sum-{number}"),
             settings.jobs,
-            settings.direction == "forward",
+            keeps,
             by_rule,
         )
 
@@ -125,9 +129,9 @@ def choose_scorer(
 
 
 def _over_ray(
-    work: Work, model: nn.Module | None, settings: GreedySettings, options: Options
+    work: Work, model: nn.Module | None, settings: ScoringSettings, options: Options
 ) -> Scorer:
-    """Return actors on the nodes of Ray, `GreedySettings.jobs` of them on each without GPUs."""
+    """Return actors on the nodes of Ray, `ScoringSettings.jobs` of them on each without GPUs."""
     from streamsoup.cluster.over_ray import RayExecutor
     from streamsoup.search.scoring.actors import RayScorer
 
