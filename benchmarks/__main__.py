@@ -115,7 +115,7 @@ def run(session: Session, task: str) -> None:
     elif task == "merges-125M":
         merges.run(session, Case("125M", 4))
     elif task == "merges-1.1B":
-        merges.run(session, Case("1.1B", 4, "BF16", 2))
+        merges.run(session, Case("1.1B", 4, "BF16", 2), rounds=1, peer_rounds=0)
     elif task == "learned":
         learned.run(session, [Case("125M", n) for n in (4, 8, 16)])
 

@@ -17,6 +17,7 @@ N, SIZE = "ingredients", "bytes of a model"
 """What grows, as `grown` says it."""
 
 SMALL, LARGE = "8 × 125M bf16", "4 × 1.1B bf16, 2 shards"
+MERGED = "4 × 125M bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _merge_of_mergekit(name: str) -> Callable[[Sequence[Row]], float]:
 
 
 def _merges(rows: Sequence[Row], name: str, tool: str) -> Sequence[Row]:
-    return latest(rows, "merges", f"{name}, {LARGE}", tool=tool)
+    return latest(rows, "merges", f"{name}, {MERGED}", tool=tool)
 
 
 BARS = (
@@ -156,7 +157,7 @@ BARS = (
     Bar("start-up, two of 1 MB, s", _startup, "≤ 0.4"),
     Bar("first run ever, beyond the second, s", _first_run, "≤ 10"),
     Bar("greedy search / scoring alone", _greedy, "≤ 1.05"),
-    Bar("ties / uniform", _merge("ties"), "≤ 3"),
+    Bar(f"{MERGED}: ties / uniform", _merge("ties"), "≤ 3"),
     Bar("dare by density / uniform", _merge("dare, rescaled by density"), "≤ 1.5"),
     Bar("mergekit's ties / ties", _merge_of_mergekit("ties"), "≥ 10"),
     Bar("memory over 2 to 64 ingredients, swing", _growth(N, "memory_swing"), "≤ 0.05"),

@@ -114,6 +114,15 @@ def test_folders_of_a_training_run_need_no_listing(tmp_path: Path) -> None:
     assert held(tmp_path / "soup" / file) == mean(a / file, tmp_path / "checkpoint-5" / file)
 
 
+def test_one_file_has_no_components(tmp_path: Path) -> None:
+    """Components that are chosen of a lone file are refused, not passed over."""
+    a = save(tmp_path / "a", random(1, "w"))
+    with pytest.raises(FormatError, match="is one file, with no components"):
+        uniform(
+            [a / "model.safetensors"], output=tmp_path / "o", options=Options(components=("x",))
+        )
+
+
 def test_checkpoints_of_a_run_may_be_pipelines(tmp_path: Path) -> None:
     """A run's checkpoints are found where they are pipelines, or folders of components."""
     run = tmp_path / "run"

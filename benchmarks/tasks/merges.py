@@ -40,7 +40,7 @@ SHOWN = {
 
 
 def run(session: Session, case: Case, *, rounds: int = 3, peer_rounds: int = 1) -> None:
-    """Merge the ingredients of a case, over one more as their base, and by mergekit too."""
+    """Merge the ingredients of a case, over one more as their base; some by mergekit, too."""
     base, *ingredients = folders = make(replace(case, n=case.n + 1))
     lines = {"uniform": streamsoup("uniform", *ingredients, *_to("uniform"))}
     for name, words in OF_TASK_VECTORS.items():
@@ -48,7 +48,7 @@ def run(session: Session, case: Case, *, rounds: int = 3, peer_rounds: int = 1) 
     for name, words in ON_SPHERES.items():
         lines[name] = streamsoup(*words, *ingredients, *_to(name))
     peer = next(each for each in PEERS if each.name == "mergekit, best flags")
-    failed = install([peer])
+    failed = install([peer]) if peer_rounds else {}
     for round_ in range(rounds):
         uniform = 0.0
         for name, line in lines.items():

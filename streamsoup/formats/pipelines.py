@@ -243,6 +243,11 @@ def open_pipeline(given: str, wanted: Sequence[str], open_folder: OpenFolder) ->
         FormatError: A component cannot be opened, or a listing is damaged.
     """
     if not os.path.isdir(given):
+        if wanted and os.path.isfile(given):
+            raise FormatError(
+                f"{printable(given)}: is one file, with no components; leave "
+                f"{option('components')} out, or give the folders of pipelines"
+            )
         return None
     listing = read_listing(given)
     chosen = ["" if path == "." else path for path in wanted]
