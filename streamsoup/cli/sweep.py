@@ -111,7 +111,8 @@ def _planned(
             "--density .1:.9:.1"
         )
     found: list[tuple[Planned, dict[str, Any]]] = []
-    points = []
+    points: list[Point] = []
+    last_taken: tuple[str, ...] = ()
     for values in places(dict(axes.values())):
         own = list(words)
         for (at, (_name, _)), value in zip(axes.items(), values.values(), strict=True):
@@ -124,7 +125,15 @@ def _planned(
                 f"{verb} takes its coefficients from the angles between the weights, and cannot "
                 "be swept"
             )
-        points.append(Point(values, plan.order.plan.recipe.rule))
+        point = Point(values, plan.order.plan.recipe.rule)
+        taken = plan.order.plan.recipe.ingredients
+        if points and taken != last_taken:
+            raise click.UsageError(
+                f"{verb} takes other checkpoints at {point.text} than at {points[-1].text}, and "
+                "the points of a sweep differ in their rule alone; sweep another option"
+            )
+        last_taken = taken
+        points.append(point)
     return points, plan.order, settings
 
 
