@@ -154,7 +154,7 @@ def test_drawn_trainings_repeat_and_differ() -> None:
     drawn = training.draw_trainings(10, 80, seed=0)
     assert drawn == training.draw_trainings(10, 80, seed=0)
     assert len({how.learning_rate for how in drawn}) == 10
-    assert all(1e-4 <= how.learning_rate <= 1e-2 and 20 <= how.epochs <= 80 for how in drawn)
+    assert all(1e-4 <= how.learning_rate <= 5e-3 and 20 <= how.epochs <= 80 for how in drawn)
     assert any(how.learning_rate > 5e-3 for how in drawn)
 
 
