@@ -88,6 +88,7 @@ _HOMES = {
     "stock": "methods.closed",
     "stream_mix": "live.streams",
     "sweep": "search.sweep",
+    "sweep_windows": "search.windows",
     "ties": "methods.merges",
     "uniform": "methods.fixed",
     "verify": "output.verification",
@@ -174,6 +175,7 @@ if TYPE_CHECKING:
     from streamsoup.search.sweep import sweep as sweep
     from streamsoup.search.trials import GreedySettings as GreedySettings
     from streamsoup.search.trials import Trial as Trial
+    from streamsoup.search.windows import sweep_windows as sweep_windows
     from streamsoup.study.comparison.table import CompareSettings as CompareSettings
     from streamsoup.study.comparison.table import compare as compare
     from streamsoup.study.landscape.landscape import LandscapeSettings as LandscapeSettings

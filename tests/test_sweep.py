@@ -290,9 +290,6 @@ def test_the_command_sweeps_and_reports(
         (["sweep", "ties", paths[1], "--base", paths[0], "--density", ".5"], "nothing to sweep"),
         (["sweep", "nothing"], "first the command"),
         (["sweep", "nuslerp", *paths[1:3], "-t", "0:1:.5"], "cannot be swept"),
-        (["sweep", "lawa", *paths, "--window", "1:2:1"], "other checkpoints at window 2"),
-        (["sweep", "wsm", *paths, "--last", "1:2:1"], "other checkpoints at last 2"),
-        (["sweep", "ema", *paths, "--every", "1:2:1"], "other checkpoints at every 2"),
     ]:
         assert cli([*extra, "--task", str(task), "-o", str(tmp_path / "x")]) == 2
         assert message in capfd.readouterr().err

@@ -17,9 +17,14 @@ from streamsoup.errors import printable
 if TYPE_CHECKING:
     from streamsoup.cli.terminal import Watcher
     from streamsoup.options import Options, Planned
+    from streamsoup.output.make import Order
 
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 RANGE = re.compile(rf"{NUMBER}:{NUMBER}:{NUMBER}")
+
+
+WINDOWS = "windows"
+"""What is swept in the place of a verb: which of the last checkpoints of a run, and how."""
 
 
 class _Sweep(Command):
@@ -27,7 +32,7 @@ class _Sweep(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the name of the verb and the options of the sweep; all others are for the verb."""
-        if args and args[0] in planning.VERBS:
+        if args and args[0] in (*planning.VERBS, WINDOWS):
             ctx.obj = args[0]
             args = args[1:]
         return super().parse_args(ctx, args)
@@ -59,17 +64,26 @@ def sweep(
     FROM:TO:STEP are swept, all combinations of them:
 
     streamsoup sweep ties A B --base BASE --density .1:.9:.1 --lambda .2:1:.2 --task task.py -o OUT
+
+    With windows in the place of VERB: how many of the last checkpoints of a run are averaged, how
+    far apart, and by which curve (uniform, ema, sqrt, cosine):
+
+    streamsoup sweep windows RUN --last 2:6:1 --every 1:2:1 --task task.py -o OUT
     """
     context = click.get_current_context()
     verb = context.obj
     if verb is None:
         raise click.UsageError(
-            f"first the command that makes the soup: {', '.join(sorted(planning.VERBS))}"
+            f"first the command that makes the soup: {', '.join(sorted(planning.VERBS))}; or "
+            f"{WINDOWS}"
         )
     rules = {name: told.pop(name) for name in greedy.SCORED}
     split = told.pop("split")
     greedy.check_scoring(told)
-    points, first, settings = _planned(context, verb, words)
+    if verb == WINDOWS:
+        points, first, settings = _windows(context, words)
+    else:
+        points, first, settings = _planned(context, verb, words)
     paths = first.plan.recipe.ingredients
     quiet = settings["quiet"]
 
@@ -98,6 +112,43 @@ def sweep(
     return common.supervise(work, "sweep", paths, settings)
 
 
+@click.command(WINDOWS, add_help_option=False)
+@common.INGREDIENTS
+@click.option("--last", default="1:6:1")
+@click.option("--every", default="1")
+@click.option("--curve", "curves", type=common.Names(), default="uniform,ema,sqrt,cosine")
+@click.option("--decay", type=common.Number(), default=0.9)
+@click.option("--by", type=click.Choice(["step", "name", "time", "given"]))
+@common.MAKING
+@common.RUNNING
+@common.REPORTING
+def _window_options(**_: Any) -> None:
+    """Say which options windows take, besides those of a sweep."""
+
+
+def _windows(context: click.Context, words: Sequence[str]) -> tuple[list[Any], Any, dict[str, Any]]:
+    """Plan windows of a run; return what `_planned` returns."""
+    from streamsoup.options import Options
+    from streamsoup.search.windows import plan_windows
+    from streamsoup.study.measures.barriers import parse_alphas
+
+    told = _window_options.make_context(context.info_name, list(words), context).params
+    numbers: dict[str, Any] = {}
+    for name in ("last", "every"):
+        given = parse_alphas(told[name], f"--{name}")
+        numbers[name] = [int(n) if n == int(n) else n for n in given]
+    settings = {name: value for name, value in told.items() if name in Options.__struct_fields__}
+    points, ordered = plan_windows(
+        told["ingredients"],
+        **numbers,
+        curves=told["curves"],
+        decay=told["decay"],
+        by=told["by"],
+        options=Options(**settings),
+    )
+    return points, ordered, settings | {name: told[name] for name in ("quiet", "as_json")}
+
+
 def _planned(
     context: click.Context, verb: str, words: Sequence[str]
 ) -> tuple[list[Any], Any, dict[str, Any]]:
@@ -112,7 +163,8 @@ def _planned(
         )
     found: list[tuple[Planned, dict[str, Any]]] = []
     points: list[Point] = []
-    last_taken: tuple[str, ...] = ()
+    every: dict[str, int] = {}
+    """Numbers of all ingredients: a range of checkpoints takes others at each point."""
     for values in places(dict(axes.values())):
         own = list(words)
         for (at, (_name, _)), value in zip(axes.items(), values.values(), strict=True):
@@ -125,16 +177,30 @@ def _planned(
                 f"{verb} takes its coefficients from the angles between the weights, and cannot "
                 "be swept"
             )
-        point = Point(values, plan.order.plan.recipe.rule)
-        taken = plan.order.plan.recipe.ingredients
-        if points and taken != last_taken:
-            raise click.UsageError(
-                f"{verb} takes other checkpoints at {point.text} than at {points[-1].text}, and "
-                "the points of a sweep differ in their rule alone; sweep another option"
-            )
-        last_taken = taken
-        points.append(point)
-    return points, plan.order, settings
+        recipe = plan.order.plan.recipe
+        members = tuple(every.setdefault(name, len(every)) for name in recipe.ingredients)
+        points.append(Point(values, recipe.rule, members))
+    return points, _over_all(list(every), plan.order, settings), settings
+
+
+def _over_all(names: Sequence[str], one: Order, settings: dict[str, Any]) -> Order:
+    """Return the plan of a soup of all ingredients that points take, for what one of them plans."""
+    if list(one.plan.recipe.ingredients) == list(names):
+        return one
+    from msgspec.structs import replace
+
+    from streamsoup.engine.rules.linear import Linear
+    from streamsoup.output.make import order
+    from streamsoup.recipe import Coefficients
+
+    rule = Linear(Coefficients.uniform(len(names)))
+    method = one.plan.recipe.method
+    from streamsoup.options import Options
+
+    told = {name: value for name, value in settings.items() if name in Options.__struct_fields__}
+    whole = order(names, rule, method=method, options=Options(**told))
+    base = {name: one.report[name] for name in ("base",) if name in one.report}
+    return replace(whole, report=base)
 
 
 def _axes(words: Sequence[str]) -> dict[int, tuple[str, list[float]]]:

@@ -46,8 +46,8 @@ class Training(msgspec.Struct, frozen=True):
 def draw_trainings(n: int, max_epochs: int, seed: int) -> list[Training]:
     """Draw `n` fine-tunings at random; learning rates are log-uniform from 1e-4 to 5e-3.
 
-    Higher ones leave the basin of the others, and no soup with them is good: chosen on seeds 5 to
-    8, where the uniform soup then lost to the best model on no test set, and on two of three before.
+    Higher ones leave the basin of the others, and spoil soups with them: chosen on seeds 5 to 8,
+    where the uniform soup then lost to the best model on no test set, and on two of three before.
     """
     draw = random.Random(seed)
     return [

@@ -65,9 +65,11 @@ MOST_POINTS = 10_000
 class Point(msgspec.Struct, frozen=True):
     """A place of the grid."""
 
-    values: Mapping[str, float]
-    """The parameters that are swept, by name."""
+    values: Mapping[str, float | str]
+    """The parameters that are swept, by name; a text for a choice such as a curve."""
     rule: Rule
+    members: tuple[int, ...] | None = None
+    """The ingredients that the rule is of, by number; None for all."""
 
     @property
     def text(self) -> str:
@@ -76,7 +78,10 @@ class Point(msgspec.Struct, frozen=True):
         >>> Point({"density": 0.5, "lambda": 1.0}, Linear(Coefficients.uniform(1))).text
         'density 0.5, lambda 1'
         """
-        return ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        return ", ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
+            for name, value in self.values.items()
+        )
 
 
 class SweepSettings(ScoringSettings, frozen=True, kw_only=True):
@@ -86,7 +91,7 @@ class SweepSettings(ScoringSettings, frozen=True, kw_only=True):
 class SweepSoup(Soup, frozen=True):
     """The best soup of a sweep."""
 
-    best: Mapping[str, float] = {}
+    best: Mapping[str, float | str] = {}
     """Its parameters, of those that were swept."""
     score: float = math.nan
     """Its score on the split that was scored on."""
@@ -234,28 +239,28 @@ def _sweep(
     k = len(opened)
     equal = ordered.plan.among(range(k), Linear(Coefficients.uniform(k)))
     everything = replace(ordered, plan=equal)
-    for point in points:  # each may be what is made in the end
-        check_spread(replace(ordered, plan=ordered.plan.among(range(k), point.rule)), options)
+    everyone = tuple(range(k))
+    members = [everyone if point.members is None else point.members for point in points]
+    for point, own in zip(points, members, strict=True):  # each may be what is made in the end
+        check_spread(replace(ordered, plan=ordered.plan.among(own, point.rule)), options)
     compared = _compared(k) if "base" in ordered.report else {}
+    rules = [*compared.values(), *(point.rule for point in points)]
+    members = [*[everyone] * len(compared), *members]
     run = SearchRun(output, opened, restart=settings.restart, options=options)
     scorer = choose_scorer(
         task, everything, model, settings, options, folder=run.folder, by_rule=True
     )
     with closing(scorer):
         bound_to = scores_depend_on(everything, scorer, task, model, settings.recalibrate) | {
-            "points": [
-                json.loads(msgspec.json.encode(rule))  # as it comes back from the journal
-                for rule in [*compared.values(), *(point.rule for point in points)]
-            ]
+            # As it comes back from the journal.
+            "points": json.loads(msgspec.json.encode([*zip(rules, members, strict=True)]))
         }
         shard_size = ordered.plan.recipe.shard_size
         identity = digest_bytes(json.dumps([bound_to, shard_size], sort_keys=True).encode())
         texts = [*compared, *(point.text for point in points)]
         candidates = [
-            Candidate(replace(equal.recipe, rule=rule, method=method), tuple(range(k)), text=text)
-            for rule, text in zip(
-                [*compared.values(), *(point.rule for point in points)], texts, strict=True
-            )
+            Candidate(replace(ordered.plan.among(own, rule).recipe, method=method), own, text=text)
+            for rule, own, text in zip(rules, members, texts, strict=True)
         ]
 
         def search(journal: ScoreJournal) -> Order:
@@ -266,7 +271,8 @@ def _sweep(
             best = best_first(values)[0]
             if math.isnan(values[best]):
                 raise TaskError("every score is NaN, so no point is the best; look at the task")
-            final = order(opened, points[best].rule, method=method, options=options)
+            own = [opened[i] for i in members[len(compared) + best]]
+            final = order(own, points[best].rule, method=method, options=options)
             records = [score.to_record()["value"] for score in scores]
             report = dict(ordered.report) | {
                 "task": scorer.name,

@@ -72,8 +72,7 @@ def _table(report: Report) -> tuple[list[str], list[list[str]]]:
     swept = report["sweep"]
     head = [*map(_named, swept["parameters"]), f"score on {printable(report['split'])}"]
     body = [
-        [*(f"{value:g}" for value in point["values"].values()), _shown(point["score"])]
-        for point in swept["points"]
+        [*map(_text, point["values"].values()), _shown(point["score"])] for point in swept["points"]
     ]
     return head, body
 
@@ -82,7 +81,7 @@ def _verdict(report: Report) -> list[str]:
     """Say what is best, and what it is worth beside the base and the mean."""
     swept = report["sweep"]
     best = swept["points"][swept["best"]]
-    at = ", ".join(f"{_named(name)} {value:g}" for name, value in best["values"].items())
+    at = ", ".join(f"{_named(name)} {_text(value)}" for name, value in best["values"].items())
     said = [f"{swept['method']} is best at {at}: {_shown(best['score'])}"]
     for name, score in swept["compared"].items():
         gain = float(best["score"]) - float(score)
@@ -144,11 +143,11 @@ def _heat_map(report: Report, down: str, across: str) -> Table:
     values = {places[n]: float(point["score"]) for n, point in enumerate(swept["points"])}
     down, across = _named(down), _named(across)
     return Table(
-        [f"{down} \\ {across}", *(f"{x:g}" for x in xs)],
-        [[f"{y:g}", *row] for y, row in zip(ys, cells, strict=True)],
+        [f"{down} \\ {across}", *map(_text, xs)],
+        [[_text(y), *row] for y, row in zip(ys, cells, strict=True)],
         frozenset([places[swept["best"]]]),
         {
-            place: f"{down} {ys[place[0]]:g}, {across} {xs[place[1] - 1]:g}: {value!r}"
+            place: f"{down} {_text(ys[place[0]])}, {across} {_text(xs[place[1] - 1])}: {value!r}"
             for place, value in values.items()
         },
         shades(values),
@@ -165,6 +164,11 @@ def _named(parameter: str) -> str:
     ('lambda', 'select-topk')
     """
     return parameter.rstrip("_").replace("_", "-")
+
+
+def _text(value: float | str) -> str:
+    """Return a parameter in words."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _shown(score: Any) -> str:
