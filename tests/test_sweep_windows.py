@@ -40,7 +40,7 @@ def task_file(folder: Path, *, wanted: float) -> Path:
         "def build():\n"
         "    return Model()\n"
         "def score(model, split):\n"
-        f"    return -abs(float(model.w.mean()) - {wanted})\n"
+        f"    return -abs(float(model.w[0]) - {wanted})\n"
     )
     return folder / "task.py"
 
