@@ -344,3 +344,25 @@ def test_kernels_are_found_in_any_locale() -> None:
         for locale in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     ]
     assert found[0] == found[1] != b""
+
+
+def test_numba_loads_nothing_that_others_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own cache holds pickles, which run code: it is used beside the code alone, or not."""
+    from streamsoup.kernels import plain, plain_low_rank
+
+    asked: list[bool] = []
+
+    def cfunc(signature: object, *, error_model: str, cache: bool = False) -> object:
+        asked.append(cache)
+        return lambda function: function
+
+    monkeypatch.setattr(plain.numba, "cfunc", cfunc)
+    plain_low_rank.compile_low_rank()
+    plain.compile_mix()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(plain.numba.config, "CACHE_DIR", "/tmp/shared")
+        plain.compile_mix()
+    with monkeypatch.context() as installed:
+        installed.setattr(plain.os, "access", lambda *_: False)
+        plain.compile_products()
+    assert asked == [False, True, False, False]

@@ -103,7 +103,7 @@ class Compiled:
     """The compiled loop, to be called by many threads at once. It runs without the GIL."""
 
     def __init__(self, kernel: Any) -> None:
-        """Wrap the function of `plain_low_rank`, which lives as long as this does."""
+        """Wrap a kernel, or the function of `plain_low_rank`, which lives as long as this does."""
         self._kernel = kernel
         call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_double)
         self._call = call(kernel.address)
@@ -149,16 +149,33 @@ class Compiled:
 
 
 def compiled() -> Compiled | None:
-    """Return the compiled loop: from numba's cache, or in some seconds.
+    """Return the compiled loop: from the cache of kernels, or in some seconds.
 
     None if numpy was asked for (`tiers.tier`), or where nothing can be compiled, which is logged.
     """
-    if tier() == "numpy":
+    asked = tier()
+    if asked == "numpy":
         return None
+
+    def fast() -> Compiled:
+        from streamsoup.kernels.fast.objects import find, make
+
+        return Compiled(find(*_KERNEL) or make(*_KERNEL, _object_file))
 
     def plain() -> Compiled:
         from streamsoup.kernels.plain_low_rank import compile_low_rank
 
         return Compiled(compile_low_rank())
 
-    return first_compiled(plain)
+    return first_compiled(plain) if asked == "plain" else first_compiled(fast, plain)
+
+
+_KERNEL = ("low_rank", ("plain_low_rank.py",))
+"""Its label, and the files that it is compiled from."""
+
+
+def _object_file() -> tuple[str, bytes]:
+    from streamsoup.kernels.fast.objects import object_file
+    from streamsoup.kernels.plain_low_rank import compile_low_rank
+
+    return object_file(compile_low_rank)

@@ -14,6 +14,7 @@ What is compiled stands in this file alone, as numba's cache looks at no other.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numba
@@ -327,20 +328,21 @@ def products(
 
 
 def compile_mix() -> Any:
-    """Compile `mix`, or load it from numba's cache; return numba's function, with its `address`."""
+    """Compile `mix`, or load it; return numba's function, with its `address`."""
     return _compiled(MIX_SIGNATURE, mix)
 
 
 def compile_products() -> Any:
-    """Compile `products`, or load it from numba's cache."""
+    """Compile `products`, or load it."""
     return _compiled(PRODUCTS_SIGNATURE, products)
 
 
 def _compiled(signature: Any, function: Any) -> Any:
-    """Compile a function, and keep it where numba keeps such, if it finds a place to write to."""
+    """Compile a function, and let numba keep it beside this file, if it would.
+
+    Elsewhere numba keeps pickles in folders that others may write to, and runs what they hold.
+    """
     # Never ``fastmath``, which reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch.
-    try:
-        return numba.cfunc(signature, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no place that is writable
-        return numba.cfunc(signature, error_model="numpy")(function)
+    beside = os.access(os.path.dirname(__file__), os.W_OK) and not numba.config.CACHE_DIR
+    return numba.cfunc(signature, error_model="numpy", cache=beside)(function)

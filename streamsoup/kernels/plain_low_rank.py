@@ -1,7 +1,4 @@
-"""The compiled loop of `low_rank`, in numba: plain, to be read beside `low_rank.add_product`.
-
-What is compiled stands in this file alone, as numba's cache looks at no other.
-"""
+"""The compiled loop of `low_rank`, in numba: plain, to be read beside `low_rank.add_product`."""
 
 # Numba's decorators change what functions take: their types cannot be stated.
 # mypy: disable-error-code="attr-defined,call-arg,untyped-decorator,no-untyped-call,misc"
@@ -157,10 +154,8 @@ def low_rank(table_at: Any, scale: float) -> int:
 
 
 def compile_low_rank() -> Any:
-    """Compile `low_rank`, or load it from numba's cache; return numba's function."""
+    """Compile `low_rank`; return numba's function, with its `address`. Takes seconds."""
     signature = types.int64(types.int64, types.float64)
-    # Never ``fastmath``: only the exact products above may be fused.
-    try:
-        return numba.cfunc(signature, error_model="numpy", cache=True)(low_rank)
-    except RuntimeError:  # no place that is writable
-        return numba.cfunc(signature, error_model="numpy")(low_rank)
+    # Never ``fastmath``: only the exact products above may be fused. A kernel must not allocate or
+    # raise: it is loaded without numba.
+    return numba.cfunc(signature, error_model="numpy")(low_rank)
