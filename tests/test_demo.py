@@ -150,12 +150,11 @@ def test_torch_settings_are_restored() -> None:
 
 
 def test_drawn_trainings_repeat_and_differ() -> None:
-    """The search is random but seeded, within its ranges, and has rates that are too high."""
+    """The search is random but seeded, and within its ranges."""
     drawn = training.draw_trainings(10, 80, seed=0)
     assert drawn == training.draw_trainings(10, 80, seed=0)
     assert len({how.learning_rate for how in drawn}) == 10
     assert all(1e-4 <= how.learning_rate <= 5e-3 and 20 <= how.epochs <= 80 for how in drawn)
-    assert any(how.learning_rate > 5e-3 for how in drawn)
 
 
 def test_tiny_demo_end_to_end(tmp_path: Path) -> None:
