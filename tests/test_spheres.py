@@ -103,7 +103,7 @@ def test_nuslerp_turns_from_the_first_to_the_second(
 def test_what_has_no_angle_is_averaged_and_named(
     paths: list[str], tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Opposite tensors have their straight mean, and are named; what nothing moves stays as it is."""
+    """Opposite tensors have their straight mean, and are named; what nothing moves stays."""
     base = load_file(paths[0])
     for i, sign in ((1, 1.0), (2, -1.0)):
         save_file(base | {"a": base["a"] + sign, "b": base["b"] + i}, paths[i])
