@@ -345,4 +345,7 @@ def _compiled(signature: Any, function: Any) -> Any:
     # Never ``fastmath``, which reorders sums. ``error_model``: dividing by zero gives Inf as in
     # numpy, without a branch.
     beside = os.access(os.path.dirname(__file__), os.W_OK) and not numba.config.CACHE_DIR
-    return numba.cfunc(signature, error_model="numpy", cache=beside)(function)
+    try:
+        return numba.cfunc(signature, error_model="numpy", cache=beside)(function)
+    except RuntimeError:  # numba finds no place that is writable after all
+        return numba.cfunc(signature, error_model="numpy")(function)
