@@ -109,7 +109,8 @@ def in_terminal(code: str, columns: int = 80, *, narrower: int | None = None) ->
 
 BUSY = """
 import logging, os, sys, threading, time
-from streamsoup.cli.common import supervise, tell
+from streamsoup.cli.common import supervise
+from streamsoup.cli.results import tell
 from streamsoup.options import Note, Progress, Step
 
 def work(options, watcher, as_json):

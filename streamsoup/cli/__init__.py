@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import click
 
-from streamsoup.cli.common import ReaderGoneError, in_words
+from streamsoup.cli.common import in_words
 from streamsoup.cli.help import Commands, Group
+from streamsoup.cli.results import ReaderGoneError
 from streamsoup.cli.terminal import fitted
 from streamsoup.errors import StreamsoupError, in_options
 

@@ -6,29 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common
 from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
     from streamsoup.options import Options
     from streamsoup.output.make import Soup
 
-SOUP = common.stack(common.WRITING, common.SHARING, common.MAKING, common.RUNNING, common.REPORTING)
+SOUP = arguments.stack(
+    arguments.WRITING, arguments.SHARING, arguments.MAKING, arguments.RUNNING, arguments.REPORTING
+)
 BASE = click.option(
     "--base", required=True, metavar="CKPT", help="What the others were fine-tuned from."
 )
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option(
-    "--decay", type=common.Number(), default=0.9, show_default=True, help="Kept at each step."
+    "--decay", type=arguments.Number(), default=0.9, show_default=True, help="Kept at each step."
 )
-@common.CHOOSING
+@arguments.CHOOSING
 @SOUP
 def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any) -> int:
     """Compute the exponential moving average of checkpoints, oldest first, or of those in a RUN."""
-    chosen = {name: settings.pop(name) for name in common.CHOICE}
+    chosen = {name: settings.pop(name) for name in arguments.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.averages import ema
@@ -39,15 +41,15 @@ def ema(ingredients: tuple[str, ...], decay: float, output: str, **settings: Any
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option(
-    "--window", type=common.Integer(), metavar="K", help="How many of the latest; or say --last."
+    "--window", type=arguments.Integer(), metavar="K", help="How many of the latest; or say --last."
 )
-@common.CHOOSING
+@arguments.CHOOSING
 @SOUP
 def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settings: Any) -> int:
     """Average the latest checkpoints of a RUN, or of a list, oldest first (LAWA)."""
-    chosen = {name: settings.pop(name) for name in common.CHOICE}
+    chosen = {name: settings.pop(name) for name in arguments.CHOICE}
     if window is None and chosen["last"] is None:
         raise click.UsageError("lawa needs --window or --last: how many checkpoints to average")
 
@@ -60,7 +62,7 @@ def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settin
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option(
     "--curve",
     type=click.Choice(["linear", "cosine", "sqrt"]),
@@ -68,11 +70,11 @@ def lawa(ingredients: tuple[str, ...], window: int | None, output: str, **settin
     show_default=True,
     help="The learning rate decay that it stands in for.",
 )
-@common.CHOOSING
+@arguments.CHOOSING
 @SOUP
 def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) -> int:
     """Merge checkpoints of a constant learning rate, oldest first, in place of its decay (WSM)."""
-    chosen = {name: settings.pop(name) for name in common.CHOICE}
+    chosen = {name: settings.pop(name) for name in arguments.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.averages import wsm
@@ -83,13 +85,13 @@ def wsm(ingredients: tuple[str, ...], curve: Any, output: str, **settings: Any) 
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @click.option(
     "--scale",
-    type=common.ByName(),
+    type=arguments.ByName(),
     multiple=True,
-    callback=common.by_name,
+    callback=arguments.by_name,
     required=True,
     metavar="L",
     help="λ, such as .4; or one for each: .4,.3,-1. Again with a pattern of tensor names, "
@@ -104,14 +106,14 @@ def arithmetic(
     def make(options: Options) -> Soup:
         from streamsoup.methods.closed import arithmetic
 
-        given = common.for_each(scale, len(ingredients))
+        given = arguments.for_each(scale, len(ingredients))
         return arithmetic(ingredients, given, base=base, output=output, options=options)
 
     return common.make_soup(make, (base, *ingredients), settings)
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @SOUP
 def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any) -> int:
@@ -139,15 +141,18 @@ def stock(ingredients: tuple[str, ...], base: str, output: str, **settings: Any)
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights.")
 @click.option(
-    "-t", "t", type=common.Number(0, 1), help="For two: 0 is the first, 1 the second; default .5."
+    "-t",
+    "t",
+    type=arguments.Number(0, 1),
+    help="For two: 0 is the first, 1 the second; default .5.",
 )
 @click.option(
     "--weights",
     "-w",
-    type=common.Numbers(),
+    type=arguments.Numbers(),
     metavar="W,W,…",
     help="For more: a weight for each.",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common
 from streamsoup.cli.help import command
 from streamsoup.errors import StreamsoupError
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     help="Where an ingredient is now; give all, in order.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT, in the last step.")
-@common.RUNNING
-@common.REPORTING
+@arguments.RUNNING
+@arguments.REPORTING
 def commit(output: str, ingredients: tuple[str, ...], **settings: Any) -> int:
     """Check all parts of OUT, which were made with --part, and put it in place."""
 

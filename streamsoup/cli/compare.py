@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common, results
 from streamsoup.cli.help import command
 from streamsoup.cli.reports import this_command
 from streamsoup.errors import OutputExistsError, printable
@@ -27,8 +27,8 @@ RECALIBRATE = click.option(
 
 
 @command()
-@common.INGREDIENTS
-@common.TASK
+@arguments.INGREDIENTS
+@arguments.TASK
 @click.option(
     "--output",
     "--report",
@@ -40,29 +40,37 @@ RECALIBRATE = click.option(
 )
 @click.option("--base", metavar="CKPT", help="What all were fine-tuned from: a row, and angles.")
 @click.option(
-    "--orders", type=common.Integer(0), default=3, show_default=True, help="Random greedy orders."
+    "--orders",
+    type=arguments.Integer(0),
+    default=3,
+    show_default=True,
+    help="Random greedy orders.",
 )
 @click.option(
-    "--curve", type=common.Integer(0), default=8, show_default=True, help="Points of the curves."
+    "--curve", type=arguments.Integer(0), default=8, show_default=True, help="Points of the curves."
 )
 @click.option(
-    "--pairs", type=common.Integer(0), default=45, show_default=True, help="Most pairs to look at."
+    "--pairs",
+    type=arguments.Integer(0),
+    default=45,
+    show_default=True,
+    help="Most pairs to look at.",
 )
 @click.option("--no-theory", is_flag=True, help="Leave out soup and ensemble in theory.")
 @click.option("--no-learned", is_flag=True, help="Leave out learned soups.")
 @click.option(
     "--seed",
-    type=common.Integer(),
+    type=arguments.Integer(),
     default=0,
     show_default=True,
     help="Of orders, pairs, intervals.",
 )
 @RECALIBRATE
-@common.CONFIG
-@common.READING
-@common.RUNNING
-@common.TRACEBACK
-@common.REPORTING
+@arguments.CONFIG
+@arguments.READING
+@arguments.RUNNING
+@arguments.TRACEBACK
+@arguments.REPORTING
 def compare(
     ingredients: tuple[str, ...],
     task: str,
@@ -111,11 +119,11 @@ def compare(
         found = replace(found, commands=(this_command(),))
         page = write_report(found, output)
         if as_json:
-            common.tell_rows(found.to_lines(), watcher)
+            results.tell_rows(found.to_lines(), watcher)
             return
         known = "nothing was measured again" if not found.n_measured else "the rest was known"
         last = f"{found.n_measured} answers measured, {known}; the report is {printable(page)}"
-        common.tell([*_table(found, shutil.get_terminal_size().columns), last])
+        results.tell([*_table(found, shutil.get_terminal_size().columns), last])
 
     paths = ingredients if base is None else (base, *ingredients)
     return common.supervise(work, "compare", paths, settings)
@@ -125,23 +133,23 @@ def compare(
 @click.argument("base")
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@common.TASK
+@arguments.TASK
 @click.option("--plot", required=True, metavar="PNG", help="The picture; rows go beside it.")
 @click.option("--split", "splits", multiple=True, help="Default: the first one of the task.")
 @click.option(
-    "--resolution", type=common.Integer(2, 1000), default=21, show_default=True,
+    "--resolution", type=arguments.Integer(2, 1000), default=21, show_default=True,
     help="Points along the longer side.",
 )  # fmt: skip
 @click.option(
-    "--margin", type=common.Number(0, 10), default=0.25, show_default=True,
+    "--margin", type=arguments.Number(0, 10), default=0.25, show_default=True,
     help="Beyond the checkpoints, as a part of the longer side.",
 )  # fmt: skip
 @RECALIBRATE
-@common.CONFIG
-@common.READING
-@common.RUNNING
-@common.TRACEBACK
-@common.REPORTING
+@arguments.CONFIG
+@arguments.READING
+@arguments.RUNNING
+@arguments.TRACEBACK
+@arguments.REPORTING
 def landscape(
     base: str,
     first: str,
@@ -192,10 +200,10 @@ def landscape(
         draw_landscape(found, plot)
         write_text(rows, "".join(f"{each}\n" for each in found.to_lines()))
         if as_json:
-            common.tell_rows(found.to_lines(), watcher)
+            results.tell_rows(found.to_lines(), watcher)
             return
         n = len(found.xs) * len(found.ys)
-        common.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
+        results.tell([f"{n} points in {printable(plot)}, and as rows in {printable(rows)}"])
 
     return common.supervise(work, "landscape", (base, first, second), settings)
 
@@ -223,12 +231,12 @@ def sweep(
         watcher.close()
         path = write_report(found, output, commands=(this_command(),))
         if as_json:
-            common.tell_rows(found.to_lines(), watcher)
+            results.tell_rows(found.to_lines(), watcher)
             return
         best, val = found.best, found.splits.val
         score = found.values[val][found.alphas.index(best)]
         said = f"best α on {printable(val)}: {best:g} ({found.metric} {score:.4g})"
-        common.tell([f"{said}; see {printable(path)}"])
+        results.tell([f"{said}; see {printable(path)}"])
 
     return common.supervise(work, "interpolate", ends, settings)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common
 from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 @command()
-@common.INGREDIENTS
-@common.CHOOSING
-@common.WRITING
-@common.SHARING
-@common.MAKING
-@common.RUNNING
-@common.REPORTING
+@arguments.INGREDIENTS
+@arguments.CHOOSING
+@arguments.WRITING
+@arguments.SHARING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.REPORTING
 def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
     """Average checkpoints, or those in a RUN, all weighted alike."""
-    chosen = {name: settings.pop(name) for name in common.CHOICE}
+    chosen = {name: settings.pop(name) for name in arguments.CHOICE}
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import uniform
@@ -36,14 +36,14 @@ def uniform(ingredients: tuple[str, ...], output: str, **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
-@common.COEFFICIENTS
-@common.NORMALIZE
-@common.WRITING
-@common.SHARING
-@common.MAKING
-@common.RUNNING
-@common.REPORTING
+@arguments.INGREDIENTS
+@arguments.COEFFICIENTS
+@arguments.NORMALIZE
+@arguments.WRITING
+@arguments.SHARING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.REPORTING
 def mix(
     ingredients: tuple[str, ...],
     coefficients: Any,
@@ -54,7 +54,7 @@ def mix(
     """Add checkpoints up, each times its coefficient."""
     if coefficients is None:
         raise click.UsageError("mix needs --coefficients, one for each checkpoint")
-    common.Factors.check(coefficients)
+    arguments.Factors.check(coefficients)
 
     def make(options: Options) -> Soup:
         from streamsoup.methods.fixed import mix
@@ -73,7 +73,7 @@ def mix(
 @click.argument("base")
 @click.argument("fine_tuned", metavar="FT")
 @click.option(
-    "--alpha", type=common.Number(), default=0.5, show_default=True, help="0 is BASE, 1 is FT."
+    "--alpha", type=arguments.Number(), default=0.5, show_default=True, help="0 is BASE, 1 is FT."
 )
 @click.option(
     "--alphas", metavar="A:B:STEP", help="Measure a sweep: 0:1:0.1, or 0,0.5,1; with --task."
@@ -82,12 +82,12 @@ def mix(
 @click.option(
     "--recalibrate", is_flag=True, help="For --alphas: measure BatchNorm statistics anew for each."
 )
-@common.WRITING
-@common.SHARING
-@common.MAKING
-@common.RUNNING
-@common.TRACEBACK
-@common.REPORTING
+@arguments.WRITING
+@arguments.SHARING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.TRACEBACK
+@arguments.REPORTING
 def interpolate(
     base: str,
     fine_tuned: str,

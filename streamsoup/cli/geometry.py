@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from streamsoup.cli import common, reports
+from streamsoup.cli import arguments, common, reports, results
 from streamsoup.cli.help import command
 from streamsoup.errors import printable
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option("--base", metavar="CKPT", help="What they were fine-tuned from.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--plot", metavar="PNG", help="Draw the angles as a heat map.")
 @reports.REPORT
-@common.READING
-@common.RUNNING
-@common.RAY
-@common.REPORTING
+@arguments.READING
+@arguments.RUNNING
+@arguments.RAY
+@arguments.REPORTING
 def geometry(
     ingredients: tuple[str, ...],
     base: str | None,
@@ -66,15 +66,15 @@ def geometry(
         notes = [] if settings_quiet else [f"note: {note}" for note in found.notes]
         if as_json:
             for note in notes:
-                common.say(note)
-            with common.telling():
+                results.say(note)
+            with results.telling():
                 write_json(found, watcher.warnings, sys.stdout)
             return
         what = f"geometry of {len(found.names)}"
         last = summary(what, found.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)
         rows = [*describe(found, shutil.get_terminal_size().columns)]
         rows += describe_tensors(found) if tensors else []
-        common.tell([*rows, *notes, last, *seen])
+        results.tell([*rows, *notes, last, *seen])
 
     settings_quiet = bool(settings["quiet"])
     paths = ingredients if base is None else (base, *ingredients)

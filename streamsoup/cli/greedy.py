@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common, reports
+from streamsoup.cli import arguments, common, reports, results
 from streamsoup.cli.help import command
 from streamsoup.errors import RecipeError, printable
 from streamsoup.system.regular import read_whole
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REPORT_LIMIT = 500_000_000
 """Bytes of a report that are read: as of a provenance, which may hold one."""
 
-TASK = common.stack(
+TASK = arguments.stack(
     click.option("--task", metavar="FILE|MODULE:OBJECT", help="A task file: build() and score()."),
     click.option(
         "--command",
@@ -33,15 +33,17 @@ TASK = common.stack(
         help="'python eval.py {checkpoint}', say; prints a score, larger is better.",
     ),
     click.option("--lm-eval", metavar="TASKS", help="Of lm-evaluation-harness: a,b.yaml,…"),
-    click.option("--limit", type=common.Integer(1), help="Examples per task of --lm-eval."),
+    click.option("--limit", type=arguments.Integer(1), help="Examples per task of --lm-eval."),
     click.option("--batch-size", metavar="N|auto", help="Of --lm-eval: examples at once; else 1."),
     click.option("--metric", metavar="NAME", help="Which number of --command or --lm-eval counts."),
     click.option("--split", metavar="NAME", help="Split to search on; default: the task's first."),
 )
-SCORING = common.stack(
+SCORING = arguments.stack(
     click.option("--recalibrate", is_flag=True, help="Measure BatchNorm statistics anew."),
-    click.option("--jobs", type=common.Integer(1), default=1, help="Candidates scored at once."),
-    click.option("--timeout", type=common.Number(), metavar="S", help="Seconds a score may take."),
+    click.option("--jobs", type=arguments.Integer(1), default=1, help="Candidates scored at once."),
+    click.option(
+        "--timeout", type=arguments.Number(), metavar="S", help="Seconds a score may take."
+    ),
     click.option("--restart", is_flag=True, help="Forget the scores of an unfinished search."),
     click.option(
         "--server",
@@ -58,7 +60,7 @@ SCORING = common.stack(
     ),
     click.option(
         "--reload-timeout",
-        type=common.Number(),
+        type=arguments.Number(),
         default=600.0,
         metavar="S",
         help="Seconds that a server may take to load one.",
@@ -69,7 +71,7 @@ SCORED = (
     *("servers", "server_kind", "scratch", "reload_timeout"),
 )
 """The options of `SCORING`."""
-SEARCHING = common.stack(
+SEARCHING = arguments.stack(
     click.option("--scores", metavar="S,S,…|FILE", help="Known scores, or an earlier soup's file."),
     click.option(
         "--order",
@@ -81,11 +83,11 @@ SEARCHING = common.stack(
     click.option(
         "--orders",
         "n_orders",
-        type=common.Integer(1),
+        type=arguments.Integer(1),
         default=1,
         help="How many, with --order random.",
     ),
-    click.option("--seed", type=common.Integer(), default=0, help="Of the random orders."),
+    click.option("--seed", type=arguments.Integer(), default=0, help="Of the random orders."),
     click.option(
         "--ties",
         type=click.Choice(["accept", "reject"]),
@@ -94,17 +96,20 @@ SEARCHING = common.stack(
         help="Keep at equal score (the paper), or not (its code).",
     ),
     click.option(
-        "--min-gain", type=common.Number(), default=0.0, help="How much better it has to get."
+        "--min-gain", type=arguments.Number(), default=0.0, help="How much better it has to get."
     ),
     click.option(
         "--z",
-        type=common.Number(),
+        type=arguments.Number(),
         default=0.0,
         help="The same, in standard errors of a paired comparison.",
     ),
     click.option("--backward", is_flag=True, help="Start from all, and drop the worst."),
     click.option(
-        "--passes", type=common.Integer(1), default=1, help="Over those left out, while it helps."
+        "--passes",
+        type=arguments.Integer(1),
+        default=1,
+        help="Over those left out, while it helps.",
     ),
     click.option(
         "--sums",
@@ -122,17 +127,17 @@ RULES = (
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @TASK
 @SCORING
 @SEARCHING
 @reports.REPORT
-@common.WRITING
-@common.MAKING
-@common.RUNNING
-@common.RAY
-@common.TRACEBACK
-@common.REPORTING
+@arguments.WRITING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.RAY
+@arguments.TRACEBACK
+@arguments.REPORTING
 def greedy(ingredients: tuple[str, ...], output: str, report: str | None, **settings: Any) -> int:
     """Add checkpoints to a soup, best first, each only if the score does not suffer."""
     names = ("task", "command", "lm_eval", "limit", "batch_size", "metric", "split")
@@ -158,10 +163,10 @@ def greedy(ingredients: tuple[str, ...], output: str, report: str | None, **sett
         watcher.close()
         seen = reports.write(soup, report)
         if as_json:
-            found = common.as_json(soup, watcher) | {"report": soup.report}
-            common.tell([json.dumps(found)])
+            found = results.as_json(soup, watcher) | {"report": soup.report}
+            results.tell([json.dumps(found)])
             return
-        common.tell([*lines(soup), *seen])
+        results.tell([*lines(soup), *seen])
 
     return common.supervise(work, "greedy", ingredients, settings)
 
@@ -224,7 +229,7 @@ def _read_scores(text: str) -> Sequence[float] | Mapping[str, Any]:
     path = os.path.join(text, "streamsoup.json") if os.path.isdir(text) else text
     if not os.path.exists(path):
         try:
-            return common.numbers(text)
+            return arguments.numbers(text)
         except click.UsageError as error:
             raise click.UsageError(f"{error.message}, and there is no such report") from None
     where = printable(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common, reports
+from streamsoup.cli import arguments, common, reports, results
 from streamsoup.cli.help import command
 from streamsoup.errors import count, printable
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @command()
-@common.INGREDIENTS
-@common.TASK
+@arguments.INGREDIENTS
+@arguments.TASK
 @click.option(
     "--per",
     "granularity",
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--evaluations",
-    type=common.Integer(),
+    type=arguments.Integer(),
     default=40,
     show_default=True,
     help="At most, for lbfgs.",
 )
-@click.option("--epochs", type=common.Integer(), default=5, show_default=True, help="For adamw.")
-@click.option("--lr", type=common.Number(), default=0.05, show_default=True, help="For adamw.")
+@click.option("--epochs", type=arguments.Integer(), default=5, show_default=True, help="For adamw.")
+@click.option("--lr", type=arguments.Number(), default=0.05, show_default=True, help="For adamw.")
 @click.option(
     "--patience",
-    type=common.Integer(),
+    type=arguments.Integer(),
     default=6,
     show_default=True,
     help="Evaluations without gain.",
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option("--guard", metavar="NAME", help="A split to validate on.")
 @click.option(
     "--guard-every",
-    type=common.Integer(),
+    type=arguments.Integer(),
     default=5,
     show_default=True,
     metavar="N",
@@ -72,11 +72,11 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Forget an unfinished search.")
 @click.option("--plot", metavar="PNG", help="Draw the coefficients.")
 @reports.REPORT
-@common.WRITING
-@common.MAKING
-@common.RUNNING
-@common.TRACEBACK
-@common.REPORTING
+@arguments.WRITING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.TRACEBACK
+@arguments.REPORTING
 def learned(
     ingredients: tuple[str, ...],
     task: str,
@@ -141,9 +141,9 @@ def learned(
         if as_json:
             found = {"path": soup.path, "peak_nbytes": watcher.peak_nbytes} | dict(soup.report)
             found["warnings"] = watcher.warnings
-            common.tell([json.dumps(found)])
+            results.tell([json.dumps(found)])
             return
-        common.tell([*describe(soup), *seen])
+        results.tell([*describe(soup), *seen])
 
     return common.supervise(work, "learned", ingredients, settings)
 

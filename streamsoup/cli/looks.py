@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common, planning
+from streamsoup.cli import arguments, common, planning, results
 from streamsoup.cli.help import Command, command
 from streamsoup.errors import StreamsoupError, count, in_options, printable
 from streamsoup.sizes import nbytes_text
@@ -42,11 +42,11 @@ class _Plan(Command):
 
 
 @click.command(cls=_Plan)
-@common.INGREDIENTS
-@common.COEFFICIENTS
-@common.NORMALIZE
-@common.MAKING
-@common.RUNNING
+@arguments.INGREDIENTS
+@arguments.COEFFICIENTS
+@arguments.NORMALIZE
+@arguments.MAKING
+@arguments.RUNNING
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     ingredients: tuple[str, ...],
@@ -70,7 +70,7 @@ def plan(
     if normalize and coefficients is None:
         raise click.UsageError("--normalize goes with --coefficients")
     given = Coefficients.uniform(len(ingredients))
-    common.Factors.check(coefficients)
+    arguments.Factors.check(coefficients)
     if isinstance(coefficients, dict) or (
         isinstance(coefficients, list) and any(isinstance(each, list) for each in coefficients)
     ):
@@ -96,20 +96,20 @@ def _tell_plan(ordered: Order, n_before: int, *, as_json: bool) -> None:
 
     record = record_of(ordered, n_before)
     record = replace(record, warnings=tuple(map(in_options, ordered.warnings)))
-    common.tell([_json(record)]) if as_json else common.print_description(_of_plan(record))
+    results.tell([_json(record)]) if as_json else results.print_description(_of_plan(record))
 
 
 @command()
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@common.READING
+@arguments.READING
 def inspect(checkpoint: str, tensors: bool, as_json: bool, **settings: Any) -> int:
     """Show what a checkpoint holds, from its headers alone."""
     from streamsoup.output.records import inspect
 
     record = inspect(checkpoint, tensors=tensors, options=common.make_options(settings))
-    common.tell([_json(record)]) if as_json else common.print_description(_of_checkpoint(record))
+    results.tell([_json(record)]) if as_json else results.print_description(_of_checkpoint(record))
     return 0
 
 
@@ -124,9 +124,9 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool, **settings: Any) -> i
     metavar="CKPT",
     help="Where an ingredient is now; give all, in order.",
 )
-@common.DOWNLOAD
-@common.RUNNING
-@common.REPORTING
+@arguments.DOWNLOAD
+@arguments.RUNNING
+@arguments.REPORTING
 def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any) -> int:
     """Compare a soup with its provenance: digests, and every byte derived again."""
 
@@ -141,12 +141,12 @@ def verify(soup: str, quick: bool, ingredients: tuple[str, ...], **settings: Any
         watcher.close()
         if as_json:
             fields = ("path", "n_tensors", "n_files", "rederived", "nbytes_read")
-            common.tell([json.dumps({name: getattr(result, name) for name in fields})])
+            results.tell([json.dumps({name: getattr(result, name) for name in fields})])
             return
         how = "derived again, and equal" if result.rederived else "with equal digests"
         what = f"{printable(soup)} is as it was made ({count(result.n_tensors, 'tensor')} {how})"
         elapsed_s = time.monotonic() - started
-        common.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
+        results.tell([summary(what, result.nbytes_read, 0, elapsed_s, watcher.peak_nbytes)])
 
     def paths() -> list[str]:
         from streamsoup.output.verification import read_provenance

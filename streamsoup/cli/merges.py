@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common
 from streamsoup.cli.closed import BASE, SOUP
 from streamsoup.cli.help import command
 
@@ -19,20 +19,20 @@ Command = Callable[..., Any]
 
 DENSITY = click.option(
     "--density",
-    type=common.ByName(0, 1),
+    type=arguments.ByName(0, 1),
     multiple=True,
-    callback=common.by_name,
+    callback=arguments.by_name,
     required=True,
     metavar="D",
     help="Share that is kept, such as .5; or one for each. Again with a pattern of tensor names, "
     "'*mlp*=.3'; .2~.8 goes over the layers.",
 )
-WEIGHTS = common.stack(
+WEIGHTS = arguments.stack(
     click.option("--base", metavar="CKPT", help="Turn task vectors, rather than whole weights."),
     click.option(
         "--weights",
         "-w",
-        type=common.Numbers(),
+        type=arguments.Numbers(),
         metavar="W,W,…",
         help="A weight for each; default: all alike.",
     ),
@@ -41,14 +41,14 @@ WEIGHTS = common.stack(
 
 def terms(*, consensus: str, normalize: str, rescale: str) -> Callable[[Command], Command]:
     """Make the options of a sum of task vectors, with the defaults of a method."""
-    return common.stack(
+    return arguments.stack(
         DENSITY,
         click.option(
             "--coefficients",
             "-c",
-            type=common.ByName(),
+            type=arguments.ByName(),
             multiple=True,
-            callback=common.by_name,
+            callback=arguments.by_name,
             default=["1"],
             show_default="1",
             metavar="W",
@@ -58,7 +58,7 @@ def terms(*, consensus: str, normalize: str, rescale: str) -> Callable[[Command]
         click.option(
             "--lambda",
             "lambda_",
-            type=common.Number(),
+            type=arguments.Number(),
             default=1.0,
             show_default=True,
             help="Factor of their sum.",
@@ -94,12 +94,12 @@ TRIM = click.option(
     help="Rank magnitudes in each tensor, or over all.",
 )
 SEED = click.option(
-    "--seed", type=common.Integer(), default=0, show_default=True, help="Of the random masks."
+    "--seed", type=arguments.Integer(), default=0, show_default=True, help="Of the random masks."
 )
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @terms(consensus="sum", normalize="yes", rescale="none")
 @TRIM
@@ -110,7 +110,7 @@ def ties(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="l1")
 @SEED
@@ -121,12 +121,12 @@ def dare(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @terms(consensus="none", normalize="no", rescale="none")
 @click.option(
     "--gamma",
-    type=common.Numbers(0, 1),
+    type=arguments.Numbers(0, 1),
     default="0.01",
     show_default=True,
     help="Share of outliers dropped.",
@@ -139,12 +139,12 @@ def breadcrumbs(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @terms(consensus="sum", normalize="if there is a consensus", rescale="l1")
 @click.option(
     "--epsilon",
-    type=common.Numbers(0, 1),
+    type=arguments.Numbers(0, 1),
     default="0.15",
     show_default=True,
     help="Probabilities lie so far around D.",
@@ -157,11 +157,11 @@ def della(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @click.option(
     "--select-topk",
-    type=common.Number(0, 1),
+    type=arguments.Number(0, 1),
     default=1.0,
     show_default=True,
     help="Share of the elements, those that vary most.",
@@ -173,11 +173,11 @@ def sce(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @click.option(
     "--epsilon",
-    type=common.Number(0),
+    type=arguments.Number(0),
     default=1e-5,
     show_default=True,
     help="A change is one beyond it.",
@@ -189,10 +189,10 @@ def ram(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @BASE
 @click.option(
-    "-t", "t", type=common.Number(0), required=True, help="Distance up to which CKPT is taken."
+    "-t", "t", type=arguments.Number(0), required=True, help="Distance up to which CKPT is taken."
 )
 @SOUP
 def nearswap(ingredients: tuple[str, ...], **settings: Any) -> int:
@@ -201,7 +201,7 @@ def nearswap(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @WEIGHTS
 @SOUP
 def karcher(ingredients: tuple[str, ...], **settings: Any) -> int:
@@ -210,7 +210,7 @@ def karcher(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @WEIGHTS
 @SOUP
 def multislerp(ingredients: tuple[str, ...], **settings: Any) -> int:
@@ -219,9 +219,11 @@ def multislerp(ingredients: tuple[str, ...], **settings: Any) -> int:
 
 
 @command()
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @WEIGHTS
-@click.option("-t", "t", type=common.Number(0, 1), help="0 is the first, 1 the second; default .5.")
+@click.option(
+    "-t", "t", type=arguments.Number(0, 1), help="0 is the first, 1 the second; default .5."
+)
 @click.option("--row-wise", is_flag=True, help="Turn each row by an angle of its own.")
 @SOUP
 def nuslerp(ingredients: tuple[str, ...], t: float | None, **settings: Any) -> int:
@@ -238,7 +240,7 @@ def merge(
     given = _own(settings)
     base = given.pop("base")
     for name in [*listed, *(["coefficients"] if "coefficients" in given else [])]:
-        given[name] = common.for_each(given[name], len(ingredients))
+        given[name] = arguments.for_each(given[name], len(ingredients))
     if given.pop("no_rescale", False):
         given["rescale"] = "none"
     if given.get("normalize", 0) is None:

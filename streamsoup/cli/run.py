@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common, results
 from streamsoup.cli.help import command
 from streamsoup.errors import RecipeError, printable
 from streamsoup.recipe import PROVENANCE_NAME
@@ -27,7 +27,7 @@ def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> No
         return
     from streamsoup.cli.recipes import schema
 
-    common.tell([json.dumps(schema(_commands(ctx)), indent=1, ensure_ascii=False)])
+    results.tell([json.dumps(schema(_commands(ctx)), indent=1, ensure_ascii=False)])
     ctx.exit()
 
 
@@ -49,10 +49,10 @@ def _commands(ctx: click.Context) -> Mapping[str, click.Command]:
     callback=_print_schema,
     help="Print the JSON schema of recipes, and do nothing else.",
 )
-@common.MAKING
-@common.RUNNING
-@common.SHARING
-@common.REPORTING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.SHARING
+@arguments.REPORTING
 @click.pass_context
 def run(context: click.Context, /, recipe: str, **settings: Any) -> Any:
     """Make what a RECIPE says: a YAML file of our own, one of mergekit, or a soup to make again.

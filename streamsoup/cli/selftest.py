@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common, results
 from streamsoup.cli.help import command
 
 
@@ -21,7 +21,7 @@ from streamsoup.cli.help import command
 )
 @click.option(
     "--size",
-    type=common.Size(),
+    type=arguments.Size(),
     default="256MB",
     show_default=True,
     metavar="SIZE",
@@ -57,5 +57,5 @@ def selftest(device: str, size: int, folder: str | None, as_json: bool) -> int:
         f"torch {about['torch']}, streamsoup {about['streamsoup']}"
     )
     if as_json:
-        common.tell([json.dumps(report.as_json())])
+        results.tell([json.dumps(report.as_json())])
     return 0 if report.passed else 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common, greedy, planning, reports
+from streamsoup.cli import arguments, common, greedy, planning, reports, results
 from streamsoup.cli.help import Command
 from streamsoup.errors import printable
 
@@ -102,26 +102,26 @@ def sweep(
         watcher.close()
         seen = reports.write(soup, report)
         if as_json:
-            found = common.as_json(soup, watcher) | {"report": soup.report}
-            common.tell([json.dumps(found)])
+            found = results.as_json(soup, watcher) | {"report": soup.report}
+            results.tell([json.dumps(found)])
             return
         from streamsoup.study.report.sweeps import lines
 
-        common.tell([*lines(soup.report), f"the best is in {printable(soup.path)}", *seen])
+        results.tell([*lines(soup.report), f"the best is in {printable(soup.path)}", *seen])
 
     return common.supervise(work, "sweep", paths, settings)
 
 
 @click.command(WINDOWS, add_help_option=False)
-@common.INGREDIENTS
+@arguments.INGREDIENTS
 @click.option("--last", default="1:6:1")
 @click.option("--every", default="1")
-@click.option("--curve", "curves", type=common.Names(), default="uniform,ema,sqrt,cosine")
-@click.option("--decay", type=common.Number(), default=0.9)
+@click.option("--curve", "curves", type=arguments.Names(), default="uniform,ema,sqrt,cosine")
+@click.option("--decay", type=arguments.Number(), default=0.9)
 @click.option("--by", type=click.Choice(["step", "name", "time", "given"]))
-@common.MAKING
-@common.RUNNING
-@common.REPORTING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.REPORTING
 def _window_options(**_: Any) -> None:
     """Say which options windows take, besides those of a sweep."""
 

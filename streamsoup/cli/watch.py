@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsoup.cli import common
+from streamsoup.cli import arguments, common, results
 from streamsoup.cli.help import command
 
 if TYPE_CHECKING:
@@ -25,17 +25,21 @@ if TYPE_CHECKING:
     help="How the checkpoints are weighted.",
 )
 @click.option(
-    "--last", type=common.Integer(1), metavar="N", help="Only the N newest; lawa needs it."
+    "--last", type=arguments.Integer(1), metavar="N", help="Only the N newest; lawa needs it."
 )
 @click.option(
     "--every",
-    type=common.Integer(1),
+    type=arguments.Integer(1),
     default=1,
     metavar="K",
     help="Each K-th, back from the newest.",
 )
 @click.option(
-    "--decay", type=common.Number(), default=0.9, show_default=True, help="For ema: kept at each."
+    "--decay",
+    type=arguments.Number(),
+    default=0.9,
+    show_default=True,
+    help="For ema: kept at each.",
 )
 @click.option(
     "--curve",
@@ -45,21 +49,21 @@ if TYPE_CHECKING:
     help="For wsm: the learning rate decay that it stands in for.",
 )
 @click.option(
-    "--until", type=common.Integer(0), metavar="STEP", help="End with a checkpoint of this step."
+    "--until", type=arguments.Integer(0), metavar="STEP", help="End with a checkpoint of this step."
 )
 @click.option(
     "--poll",
     "poll_s",
-    type=common.Number(0, min_open=True),
+    type=arguments.Number(0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="SECONDS",
     help="Between two looks at RUN.",
 )
-@common.WRITING
-@common.MAKING
-@common.RUNNING
-@common.REPORTING
+@arguments.WRITING
+@arguments.MAKING
+@arguments.RUNNING
+@arguments.REPORTING
 def watch(run: str, output: str, **settings: Any) -> int:
     """Average the newest checkpoints of a RUN while it goes on: again for each complete one.
 
@@ -85,13 +89,13 @@ def watch(run: str, output: str, **settings: Any) -> int:
                 raise
             watcher.close()
             if not quiet:
-                common.say("stopped; the same command goes on from here")
+                results.say("stopped; the same command goes on from here")
             return
         watcher.close()
         if json_wanted:
-            made = None if soup is None else common.as_json(soup, watcher)
-            common.tell([json.dumps(made)])
+            made = None if soup is None else results.as_json(soup, watcher)
+            results.tell([json.dumps(made)])
         elif soup is None:
-            common.tell([f"{output}: was up to date"])
+            results.tell([f"{output}: was up to date"])
 
     return common.supervise(work, "watch", [run], settings)
