@@ -19,10 +19,13 @@ from test_adapters_alone import delta, three
 
 import streamsoup
 from streamsoup import Options, arithmetic, interpolate, mix, plan, uniform, verify
+from streamsoup.engine.rules.linear import Linear
 from streamsoup.errors import NonFiniteError, RecipeError, StreamsoupError, VerificationError
 from streamsoup.formats.adapters import truncated
+from streamsoup.formats.adapters.joined import coefficients_of_all
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.kernels.truncation import dots, left_singular_vectors
+from streamsoup.recipe import Coefficients
 
 RNG = np.random.default_rng(11)
 
@@ -206,6 +209,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
         mix(both, {"*q*": [1, 2], "*": [1, 1]}, output=out, options=Options(rank=2))
     with pytest.raises(StreamsoupError, match="adapter"):
         streamsoup.ties(paths[1:], 0.5, base=paths[0], output=out, options=Options(rank=2))
+    options = Options(rank=2, rank_of=(1.0, 0.0), dtype="f32")
+    with pytest.raises(StreamsoupError, match="factors mean nothing apart"):
+        streamsoup.apply(paths, Linear(Coefficients.uniform(2)), output=out, options=options)
+    opened = open_ingredients(paths, options.reading)
+    other = coefficients_of_all(opened[0].source, Coefficients.given([0.0, 1.0]))
+    with pytest.raises(StreamsoupError, match="factors mean nothing apart"):
+        streamsoup.apply(opened, Linear(other), output=out, options=options)
+    right = coefficients_of_all(opened[0].source, Coefficients.given([1.0, 0.0]))
+    streamsoup.apply(opened, Linear(right), output=tmp_path / "right", options=options)
+    with pytest.raises(RecipeError, match="each point is another sum"):
+        streamsoup.sweep(
+            paths[1:], "arithmetic", lambda *_: 1.0, {"scale": [0.5, 1.0]}, base=paths[0],
+            output=out, options=Options(rank=2),
+        )  # fmt: skip
     a, b = factors(RNG, 30, 20, 3)
     b[1, 1] = np.nan
     bad = save_adapter(tmp_path / "n", {"q.lora_A.weight": a, "q.lora_B.weight": b}, r=3)

@@ -73,7 +73,7 @@ class Command(click.Command):
     context_class = Context
 
     def __init__(self, *args: Any, **more: Any) -> None:
-        """Take paths for what they are, so that a shell completes them."""
+        """Set a type that a shell completes for arguments and options that are paths."""
         super().__init__(*args, **more)
         for parameter in self.params:
             is_path = isinstance(parameter, click.Argument) or parameter.metavar in PATHS

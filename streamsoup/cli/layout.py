@@ -23,7 +23,7 @@ class Layout(click.HelpFormatter):
     def __init__(
         self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None
     ) -> None:
-        """Take the width of the terminal, unless one is given."""
+        """Use the width of the terminal, unless one is given."""
         if width is None:
             columns = shutil.get_terminal_size().columns
             width = max(min(columns, max_width or WIDEST), NARROWEST)

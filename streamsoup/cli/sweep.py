@@ -121,9 +121,10 @@ def sweep(
 @click.option("--by", type=click.Choice(["step", "name", "time", "given"]))
 @arguments.MAKING
 @arguments.RUNNING
+@arguments.RAY
 @arguments.REPORTING
 def _window_options(**_: Any) -> None:
-    """Say which options windows take, besides those of a sweep."""
+    """Declare the options of windows, besides those of a sweep."""
 
 
 def _windows(context: click.Context, words: Sequence[str]) -> tuple[list[Any], Any, dict[str, Any]]:
@@ -190,13 +191,11 @@ def _over_all(names: Sequence[str], one: Order, settings: dict[str, Any]) -> Ord
     from msgspec.structs import replace
 
     from streamsoup.engine.rules.linear import Linear
+    from streamsoup.options import Options
     from streamsoup.output.make import order
     from streamsoup.recipe import Coefficients
 
-    rule = Linear(Coefficients.uniform(len(names)))
-    method = one.plan.recipe.method
-    from streamsoup.options import Options
-
+    rule, method = Linear(Coefficients.uniform(len(names))), one.plan.recipe.method
     told = {name: value for name, value in settings.items() if name in Options.__struct_fields__}
     whole = order(names, rule, method=method, options=Options(**told))
     base = {name: one.report[name] for name in ("base",) if name in one.report}

@@ -1,4 +1,4 @@
-"""Whether the work is spread, and over what: the one place that reads those options."""
+"""The choice between this process and an executor: the one place that reads those options."""
 
 from __future__ import annotations
 

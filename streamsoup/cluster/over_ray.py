@@ -257,7 +257,7 @@ def _check_answers(address: str) -> None:
 
 
 def _do(work: Work, shared: bytes, own: Any) -> tuple[str, Any]:
-    """Be a task: do a unit, and say on which node."""
+    """Do a unit, as a task of Ray; return the id of the node, and the result."""
     import ray
 
     return ray.get_runtime_context().get_node_id(), work(shared, own)

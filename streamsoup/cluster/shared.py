@@ -17,12 +17,10 @@ from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.options import Options
 from streamsoup.reading import Reading
 from streamsoup.recipe import ARITHMETIC, DIGEST, Recipe
+from streamsoup.system.pickles import for_another_process
 from streamsoup.version import __version__
 
 __all__ = ["Opened", "Shared", "open_shared", "share_plan"]
-
-_MAIN = b"\x8c\x08__main__"
-"""How a pickle names what is defined in a script or notebook itself."""
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -69,15 +67,12 @@ def share_plan(plan: MixPlan, options: Options, *, asked: str, threads: int, mem
         is_measured=plan.is_measured,
     )
     try:
-        text = pickle.dumps(shared)
-        if _MAIN in text:
-            raise ValueError("what a script or notebook defines exists in its process alone")
+        return for_another_process(shared)
     except Exception as error:
         raise RecipeError(
             f"the rule cannot be sent to another process ({error}); put it into a module, or leave "
             f"out {option(asked)}"
         ) from None
-    return text
 
 
 def open_shared(text: bytes, part_of: Callable[[MixPlan], MixPlan] = lambda plan: plan) -> Opened:

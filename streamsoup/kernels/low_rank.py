@@ -99,6 +99,10 @@ def _columns(rank: int) -> int:
     return max(32, min(512, TILE // 2 // max(1, rank) // 32 * 32))
 
 
+_KERNEL = ("low_rank", ("plain_low_rank.py",))
+"""The label of the compiled loop, and the files that it is compiled from."""
+
+
 class Compiled:
     """The compiled loop, to be called by many threads at once. It runs without the GIL."""
 
@@ -168,10 +172,6 @@ def compiled() -> Compiled | None:
         return Compiled(compile_low_rank())
 
     return first_compiled(plain) if asked == "plain" else first_compiled(fast, plain)
-
-
-_KERNEL = ("low_rank", ("plain_low_rank.py",))
-"""Its label, and the files that it is compiled from."""
 
 
 def _object_file() -> tuple[str, bytes]:

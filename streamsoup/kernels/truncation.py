@@ -17,6 +17,8 @@ Vectors are rows of a matrix, so that what goes on in numpy is side by side in m
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,7 +69,7 @@ def left_singular_vectors(b: Floats, a: Floats, rank: int) -> tuple[Floats, Floa
         values = values[order]
         found = np.zeros((rank, b.shape[1]))
         n = min(rank, len(values))
-        least = NOTHING * np.sqrt((values * values).sum())
+        least = NOTHING * math.sqrt(_sum(values * values))
         inverse = np.where(values[:n] <= least, 0.0, 1.0 / values[:n])
         found[:n, : s.shape[1]] = columns[order[:n]] * inverse[:, None]
         for j in reversed(range(len(mirrors))):
@@ -86,6 +88,14 @@ def dots(x: Floats, y: Floats) -> Floats:
         width //= 2
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
     return np.asarray(lanes[..., 0])
+
+
+def _sum(values: Floats) -> float:
+    """Return the sum of a few numbers ``(n,)``, in order: numpy's own depends on the processor."""
+    total = 0.0
+    for value in values.tolist():
+        total += value
+    return total
 
 
 def _reflected(vectors: Floats) -> tuple[list[Floats], Floats]:
@@ -120,7 +130,7 @@ def _make_orthogonal(columns: Floats) -> None:
 
     In a round of a sweep, each column is in one pair, as teams in a tournament: all turn at once.
     """
-    n, whole = len(columns), float(dots(columns, columns).sum())
+    n, whole = len(columns), _sum(dots(columns, columns))
     teams = np.arange(n + n % 2)
     for _ in range(MOST_SWEEPS):
         turned = False

@@ -60,7 +60,7 @@ class _Prepared(NamedTuple):
 
 
 class _Notes(list[dict[str, Any]]):
-    """A journal in memory: what is noted is returned, and kept by whoever asked."""
+    """A journal in memory: the caller of `make_unit` keeps what is noted in a real one."""
 
     def append(self, record: dict[str, Any], *, wait: bool = True) -> None:
         """Add a record."""

@@ -221,6 +221,11 @@ def sweep_points(
     """
     if options.part is not None:
         raise RecipeError(f"{option('part')}: only soups made by a formula are made in parts")
+    if options.rank is not None:
+        raise RecipeError(
+            f"{option('rank')}: each point is another sum, with another best approximation; leave "
+            "it out, and reduce the rank of the best"
+        )
     settings.check_scoring()
     with executing(options) as held:
         return _sweep(points, ordered, task, output, model, settings, held)

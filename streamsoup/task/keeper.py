@@ -79,7 +79,7 @@ def _hold_nothing_but(pipe: int) -> None:
 def _kill_all(leader: int, adopts: bool, known: int | None) -> int:
     """Kill all descendants, and return the leader's status: children of a child come to us.
 
-    Where nobody `adopts` them, the leader's group is killed. Its status may be `known`.
+    Where no process `adopts` them, the leader's group is killed. Its status may be `known`.
     """
     status = _SIGKILL if known is None else known
     deadline = time.monotonic() + _KILLING_S

@@ -2,9 +2,9 @@
 
 `Copies.begin` queues them on the stream that the device computes on, behind the step that made the
 values and before the one that changes them, and returns at once. A thread of its own waits for the
-last of them and then adds them up, while the device is at the next step. Everybody else waits in
-`Copies.settle`: the next update, since there is one place for a model in transit, and whoever wants
-a result.
+last of them and then adds them up, while the device is at the next step. `Copies.settle` waits for
+that thread: before the next update, since there is one place for a model in transit, and before any
+result.
 
 The place is page-locked memory, as only into that a device copies on its own. Torch rounds each
 request for it up to a power of two, so it is asked for in `CHUNK` bytes, and tensors are cut there.

@@ -70,6 +70,11 @@ class Joined(Derived):
         self._tensors, self.places, self._config = tensors, places, config
 
     @property
+    def factors(self) -> Sequence[float] | None:
+        """The coefficients of the sum whose rank is reduced; None where none is."""
+        return None
+
+    @property
     def reduced(self) -> Mapping[str, bool]:
         """Factors of modules whose rank is reduced; True for those that are the same in all."""
         return {}
@@ -225,5 +230,11 @@ def is_concatenation(sources: Sequence[Source], coefficients: Coefficients | Non
     joined = all(isinstance(source, Joined) for source in sources)
     if coefficients is None or not (joined or (len(sources) == 1 and are_adapters(sources))):
         return False
-    sides = _other_sides(sources[0], len(sources))
+    first = sources[0]
+    sides = _other_sides(first, len(sources))
+    factors = first.factors if isinstance(first, Joined) else None
+    if factors is not None:
+        values = tuple(value / coefficients.divisor for value in coefficients.values)
+        if values != tuple(factors) or coefficients.per_tensor.keys() != sides.keys():
+            return False  # another sum has another best approximation
     return all(coefficients.of(name) == (row, 1.0) for name, row in sides.items())

@@ -167,7 +167,7 @@ def _join_module(
 def _truncate(
     adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, SourceTensor], rank: int
 ) -> dict[str, Module]:
-    """Give the modules of more ranks only so many, in place, and return these modules."""
+    """Limit the ranks of modules, in place, and return the modules that had more."""
     found: dict[str, Module] = {}
     for name in [name for name, own in ranks.items() if own > rank]:
         pairs = tuple(adapter.pairs.get(name) for adapter in adapters)

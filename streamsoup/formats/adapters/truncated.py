@@ -167,6 +167,11 @@ class Truncated(Joined):
         return ["truncated", super().fingerprint, others, list(self.modules.factors)]
 
     @property
+    def factors(self) -> Sequence[float]:
+        """The coefficients of the sum that is approximated."""
+        return self.modules.factors
+
+    @property
     def reduced(self) -> Mapping[str, bool]:
         """The factors of the modules that are approximated; True for B."""
         return {

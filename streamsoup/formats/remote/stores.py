@@ -112,7 +112,7 @@ class Store:
                 raise
             except Exception as error:
                 kind = type(error).__name__
-                if "Credential" in kind or "Auth" in kind or isinstance(error, (ValueError,)):
+                if "Credential" in kind or "Auth" in kind or isinstance(error, ValueError):
                     raise _no_settings(self._scheme, error, shown(url)) from None
                 trying.again(Broken(f"{_EXTRAS[self._scheme]} failed: {kind}"))
 

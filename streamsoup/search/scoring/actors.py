@@ -29,6 +29,7 @@ from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.scorer import Candidate, Outcome, which
 from streamsoup.search.scoring.work import Work
 from streamsoup.search.scoring.workers import WorkerScorer
+from streamsoup.system.pickles import for_another_process
 
 __all__ = ["RayScorer", "places_on"]
 
@@ -38,9 +39,6 @@ may look alive for seconds."""
 
 PATIENCE_S = 1.0
 """Time between two of these."""
-
-_MAIN = b"\x8c\x08__main__"
-"""How a pickle names what is defined in a script or notebook itself."""
 
 _THREADS = "OMP_NUM_THREADS"
 """Ray sets it for its actors, and sums of a task may depend on it."""
@@ -204,7 +202,7 @@ class RayScorer:
                 node, answer = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
                 why = printable(" ".join(str(error).split()), 300)
-                continue  # whoever is given it starts another one
+                continue  # `score` starts another one at its place
             told: dict[str, Any] = result_of(answer, node_name(node))
             place.started = None
             return told
@@ -294,12 +292,9 @@ def _here() -> str:
 def _pickled(told: _Told) -> bytes:
     """Pickle what an actor is told. Raises `RecipeError` for a task that only exists here."""
     try:
-        pickled = pickle.dumps(told)
-        if _MAIN in pickled:
-            raise ValueError("what a script or notebook defines exists in its process alone")
+        return for_another_process(told)
     except Exception as error:
         raise RecipeError(
             f"the task cannot be sent to another process ({error}); give a task file, or leave out "
             f"{option('ray')}"
         ) from None
-    return pickled

@@ -27,6 +27,7 @@ from streamsoup.recipe import Recipe
 from streamsoup.search.scoring.connection import Connection
 from streamsoup.search.scoring.scorer import Candidate, Outcome, which
 from streamsoup.search.scoring.work import Work
+from streamsoup.system.pickles import for_another_process
 from streamsoup.task.command import CommandTask
 from streamsoup.task.processes import ProcessTree, Tail
 
@@ -34,9 +35,6 @@ __all__ = ["WorkerScorer"]
 
 DYING_S = 2.0
 """How long a worker may take from its last word to its end."""
-
-_MAIN = b"\x8c\x08__main__"
-"""How a pickle names what is defined in a script or notebook itself."""
 
 
 class WorkerScorer:
@@ -130,9 +128,9 @@ class _Worker:
         self._doing = "starting"
         self._tail = Tail()
         try:
-            pickled = pickle.dumps(replace(work, options=replace(work.options, on_event=None)))
-            if _MAIN in pickled:
-                raise ValueError("what a script or notebook defines exists in its process alone")
+            pickled = for_another_process(
+                replace(work, options=replace(work.options, on_event=None))
+            )
         except Exception as error:
             raise RecipeError(
                 f"the task or an ingredient cannot be sent to another process ({error}); give a "

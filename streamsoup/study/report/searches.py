@@ -91,7 +91,7 @@ def cost(report: Report) -> str:
 
 
 def _verdict(report: Report, names: Mapping[str, str]) -> str:
-    """Say who is in the soup, and what it is worth beside the best ingredient."""
+    """Return a sentence on how many were kept, and the gain over the best ingredient."""
     n, kept = len(report["ingredients"]), len(report["members"])
     text = (
         f"A {report['rules']['direction']} search keeps {kept} of {n} ingredients: "
@@ -199,7 +199,7 @@ def _trials(run: Mapping[str, Any], split: str, names: Mapping[str, str]) -> Tab
 
 
 def _hint(trial: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Say everything about a trial."""
+    """Return all that is known of a trial, line by line, for the pointer."""
     name = names.get(trial["ingredient"], trial["ingredient"])
     lines = [f"{name}: {_number(trial['score'])!r}, {trial['decision'] or 'alone'}"]
     if trial.get("stopped"):
