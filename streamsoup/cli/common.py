@@ -118,9 +118,9 @@ def _reduced(soup: Soup) -> list[str]:
 
     worst = max(errors, key=errors.__getitem__)
     return [
-        f"{count(len(errors), 'module')} of rank {soup.recipe.reading.rank}, the best "
-        f"approximations of their sums: relative errors of {min(errors.values()):.2g} to "
-        f"{errors[worst]:.2g} ({printable(worst)})"
+        f"{count(len(errors), 'module')} approximated with rank {soup.recipe.reading.rank}: "
+        f"relative errors of {min(errors.values()):.2g} to {errors[worst]:.2g} "
+        f"({printable(worst)})"
     ]
 
 
