@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import load
 
-from streamsoup import mix, uniform, verify
+from streamsoup import Options, mix, uniform, verify
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -114,6 +114,25 @@ def test_peft_merges_the_sum_of_the_products(tmp_path: Path, name: str) -> None:
     for number, coefficients in enumerate([(0.5, 0.5), (1.5, -0.75), (-1.0, -2.0)]):
         soup = mix(paths, coefficients, output=tmp_path / f"soup{number}")
         check(soup, paths, coefficients)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_peft_merges_the_best_approximation(tmp_path: Path, name: str) -> None:
+    """With a rank, what PEFT adds is the truncated decomposition of what it adds for the sum."""
+    paths = [tuned(tmp_path / f"{n}", n, **config) for n, config in enumerate(CONFIGS[name])]
+    coefficients = (1.5, -0.75, -1.0)[: len(paths)]
+    whole = merged(Path(mix(paths, coefficients, output=tmp_path / "whole").path))
+    soup = mix(paths, coefficients, output=tmp_path / "soup", options=Options(rank=2))
+    found = merged(Path(soup.path))
+    for each, full in whole.items():
+        # PEFT's transposed layers and embeddings are transposed products, with the same norms.
+        matrix = full.reshape(len(full), -1)
+        if matrix.shape[1] > 1:
+            u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+            full = ((u[:, :2] * values[:2]) @ v[:2]).reshape(full.shape)
+        torch.testing.assert_close(found[each], full, rtol=1e-5, atol=1e-5, msg=each)
+    assert soup.provenance.report["rank_errors"]
+    assert verify(soup.path).rederived
 
 
 def test_modules_to_save_are_averaged(tmp_path: Path) -> None:
