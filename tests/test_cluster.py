@@ -36,7 +36,7 @@ from streamsoup.errors import (
 )
 from streamsoup.formats.ingredients import open_ingredients
 from streamsoup.output.planned import planned
-from streamsoup.output.write import FileLedger
+from streamsoup.output.write import FileLedger, FileSession, FileSink
 from streamsoup.recipe import Coefficients, Recipe
 from streamsoup.search.scoring.actors import places_on
 
@@ -120,6 +120,38 @@ def test_another_process_makes_a_unit(three: list[str], tmp_path: Path) -> None:
         uniform(three, output=str(tmp_path / "alone2"))
         uniform(three, output=str(tmp_path / "units"), options=options)
     assert content(tmp_path / "units") == content(tmp_path / "alone2")
+
+
+def test_a_unit_is_on_disk_before_it_is_noted(
+    three: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each unit waits for the disk under all the shards that it wrote to, and then answers."""
+    written: set[int] = set()
+    n_noted = 0
+    write, sync = FileSession.write, FileSink.sync
+
+    def writing(self: Any, leaf: Any, *more: Any) -> None:
+        write(self, leaf, *more)
+        written.add(self._sink.file_of(leaf))
+
+    def syncing(self: Any, numbers: Any = None) -> None:
+        sync(self, numbers)
+        written.difference_update(range(9) if numbers is None else numbers)
+
+    class Watching(Shuffled):
+        def run(self, *arguments: Any, on_done: Any, **more: Any) -> None:
+            def noted(*done: Any) -> None:
+                nonlocal n_noted
+                n_noted += 1
+                assert not written
+                on_done(*done)
+
+            super().run(*arguments, on_done=noted, **more)
+
+    monkeypatch.setattr(FileSession, "write", writing)
+    monkeypatch.setattr(FileSink, "sync", syncing)
+    uniform(three, output=str(tmp_path / "soup"), options=Options(executor=Watching(2)))
+    assert n_noted > 5
 
 
 def test_only_units_that_were_lost_are_made_again(

@@ -240,8 +240,9 @@ def test_a_sweep_is_scored_in_servers(
     assert dict(soup.best) == {"scale": 0.5}
     assert list(map(tuple, asked)).count((1.0, 0.0, 0.0)) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    settings = SweepSettings(servers=["http://127.0.0.1:1"])
     with pytest.raises(RecipeError, match="go together"):
-        SweepSettings(servers=["http://127.0.0.1:1"]).check_scoring()
+        run()
 
 
 def test_a_command_gets_its_server(tmp_path: Path, stubs: list[Stub]) -> None:

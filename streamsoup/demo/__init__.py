@@ -1,4 +1,4 @@
-"""Model soups in one minute, on real data: fine-tune ten small networks, average and compare them.
+"""Model soups in a minute or two, on real data: ten fine-tuned networks, averaged and compared.
 
 `streamsoup demo` pretrains one network on handwritten digits, fine-tunes it ten times on sixty
 digits of other writers, averages the ten in three ways, and prints how often each model is right,
@@ -33,7 +33,7 @@ __all__ = ["main"]
 def main(folder: str | os.PathLike[str] = "streamsoup-demo") -> None:
     """Run the demo, leave its checkpoints and results in `folder`, and print the table.
 
-    Takes about a minute on two cores.  The results of an earlier demo in `folder` are replaced.
+    Takes one to two minutes on two cores. The results of an earlier demo in `folder` are replaced.
 
     Args:
         folder: Where to write; made if it does not exist.

@@ -186,12 +186,6 @@ class Truncated(Joined):
         pair = self.modules.modules[name].pairs[self.number]
         return () if pair is None else (pair.a, pair.b)
 
-    def check_unchanged(self, tensor: str | None = None) -> None:
-        """Ask all adapters, as each tensor is made of all."""
-        super().check_unchanged(tensor)
-        for adapter in self.modules.adapters:
-            adapter.stored.check_unchanged()
-
     def cursor(self, access: Access) -> Cursor:
         """Return a cursor that reads the adapters with `access`."""
         return _Cursor(self, access)
